@@ -1,0 +1,36 @@
+"""
+SAILViT: load, convert, train, evaluate and publish the vision tower of arXiv 2507.01643.
+
+`import sailvit` registers the classes with transformers' Auto classes, so that they load without remote code. This file
+is not part of a model folder on the Hub, and does nothing when it is not imported as the package.
+"""
+
+if __package__:
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+    )
+
+    from .configuration_sailvit import SAILViTConfig
+    from .image_processing_sailvit import SAILViTImageProcessor, choose_tile_grid
+    from .modeling_sailvit import SAILViTBackbone, SAILViTForImageClassification, SAILViTModel, pixel_shuffle
+
+    AutoConfig.register("sailvit", SAILViTConfig)
+    AutoModel.register(SAILViTConfig, SAILViTModel)
+    AutoModelForImageClassification.register(SAILViTConfig, SAILViTForImageClassification)
+    AutoBackbone.register(SAILViTConfig, SAILViTBackbone)
+    AutoImageProcessor.register(SAILViTConfig, fast_image_processor_class=SAILViTImageProcessor)
+
+    __version__ = "0.1.0"
+    __all__ = [
+        "SAILViTBackbone",
+        "SAILViTConfig",
+        "SAILViTForImageClassification",
+        "SAILViTImageProcessor",
+        "SAILViTModel",
+        "choose_tile_grid",
+        "pixel_shuffle",
+    ]

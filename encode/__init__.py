@@ -1,0 +1,1 @@
+"""Images in, visual tokens out: streamed over folders, written, and drawn."""

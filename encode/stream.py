@@ -1,0 +1,146 @@
+"""Streams images through a tower in micro-batches of tiles."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig
+
+from ..image_processing_sailvit import SAILViTImageProcessor
+from ..modeling_sailvit import SAILViTModel
+
+
+SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass
+class EncodedImage:
+    """Tokens of one image, or why there are none."""
+
+    source: str
+    tokens: torch.Tensor | None = None  # (tiles, N / f^2, f^2 * D), the thumbnail last
+    grid: tuple[int, int] | None = None  # columns, rows
+    error: str | None = None
+
+
+class TiledImages(Dataset):
+    """Paths or URLs as a data set of tiles; a broken image is an item that says so."""
+
+    def __init__(self, sources: list[str], processor: SAILViTImageProcessor):
+        self.sources = sources
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> tuple[EncodedImage, torch.Tensor | None]:
+        """The image without its tokens, and its tiles (tiles, 3, h, w)."""
+        source = self.sources[index]
+        try:
+            batch = self.processor(source)
+        except ValueError as error:
+            return EncodedImage(source, error=str(error)), None
+        return EncodedImage(source, grid=tuple(batch["tile_grids"][0].tolist())), batch["pixel_values"]
+
+
+def load_tower(path: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> SAILViTModel:
+    """
+    A tower ready to encode, from a folder or a Hub name, every weight of it accounted for.
+
+    Raises:
+        ValueError: It is no SAILViT, or weights are missing or of another shape; the message names them.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "sailvit":
+        raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit': convert it first")
+    model, report = SAILViTModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise ValueError(f"{path}: {kind.replace('_', ' ')} in the checkpoint: {', '.join(map(str, report[kind]))}")
+    return model.to(device).eval()
+
+
+def find_images(inputs: Iterable[str]) -> dict[str, str]:
+    """
+    Every image that files, URLs and folders (searched through) name -> the name to write its tokens under.
+
+    Raises:
+        ValueError: An input does not exist, a folder holds no image, or two images would be written to one name.
+    """
+    found: dict[str, str] = {}
+    for entry in inputs:
+        path = Path(entry)
+        if entry.startswith(("http://", "https://")):
+            names = {entry: entry.split("?")[0].rsplit("/", 1)[-1]}
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            names = {str(file): str(file.relative_to(path)) for file in files}
+        else:
+            names = {entry: path.name} if path.exists() else {}
+        if not names:
+            raise ValueError(f"{entry}: no such image, or no image in it")
+        taken = {name: source for source, name in found.items()}
+        for source, name in names.items():
+            if taken.get(name, source) != source:
+                raise ValueError(f"{source} and {taken[name]} would both be written as {name}: encode them apart")
+        found.update(names)
+    return found
+
+
+def encode_images(
+    sources: list[str],
+    model: SAILViTModel,
+    processor: SAILViTImageProcessor,
+    batch_size: int = 8,
+    workers: int = 0,
+) -> Iterator[EncodedImage]:
+    """
+    Yields every image in order, its tokens on the CPU in the dtype of the model. The tower sees `batch_size` tiles at a
+    time, gathered across images; memory holds those and the tiles of the images they belong to.
+
+    Args:
+        sources: Paths or URLs.
+        model: A tower in evaluation mode, on its device.
+        batch_size: Tiles in a micro-batch.
+        workers: Processes that read and tile ahead.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    loader = DataLoader(TiledImages(sources, processor), batch_size=None, num_workers=workers)
+    waiting: deque[tuple[EncodedImage, list[torch.Tensor], int]] = deque()  # image, its tokens so far, tiles to come
+    tiles = torch.empty(0)
+    for image, pixel_values in loader:
+        waiting.append((image, [], 0 if pixel_values is None else len(pixel_values)))
+        if pixel_values is not None:
+            tiles = torch.cat([tiles, pixel_values]) if len(tiles) else pixel_values
+        while len(tiles) >= batch_size:
+            _deal(_encode(model, tiles[:batch_size]), waiting)
+            tiles = tiles[batch_size:]
+        yield from _finished(waiting)
+    if len(tiles):
+        _deal(_encode(model, tiles), waiting)
+    yield from _finished(waiting)
+
+
+@torch.inference_mode()
+def _encode(model: SAILViTModel, tiles: torch.Tensor) -> torch.Tensor:
+    return model.get_image_features(tiles.to(model.device)).cpu()
+
+
+def _deal(tokens: torch.Tensor, waiting: deque) -> None:
+    """Hands the tokens of a micro-batch to the images they belong to, first come, first served."""
+    for index, (image, parts, missing) in enumerate(waiting):
+        part, tokens = tokens[:missing], tokens[missing:]
+        if len(part):
+            parts.append(part)
+            waiting[index] = (image, parts, missing - len(part))
+
+
+def _finished(waiting: deque) -> Iterator[EncodedImage]:
+    while waiting and waiting[0][2] == 0:
+        image, parts, _ = waiting.popleft()
+        image.tokens = torch.cat(parts) if parts else None
+        yield image

@@ -1,0 +1,481 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Photographs in, normalized 448-pixel tiles out, as the released SAIL-VL code cuts them.
+
+    image -> RGB -> grid (columns x rows) nearest to its shape -> resize to the grid -> cut row by row
+          -> + the whole image as a thumbnail, where there is more than one tile -> rescale, normalize
+
+Shapes: n tiles of all images together, one image after the other; H and W the pixels of an image, h and w of a tile.
+"""
+
+import difflib
+import io
+import math
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypedDict
+
+import numpy as np
+import PIL
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as tvF
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+try:
+    from transformers.image_processing_backends import TorchvisionBackend
+except ImportError:  # transformers < 5.4
+    from transformers.image_processing_utils_fast import BaseImageProcessorFast as TorchvisionBackend
+
+# The filters that torchvision has for tensors, and that give Pillow's pixels.
+TENSOR_FILTERS = {
+    Image.Resampling.NEAREST: tvF.InterpolationMode.NEAREST_EXACT,
+    Image.Resampling.BILINEAR: tvF.InterpolationMode.BILINEAR,
+    Image.Resampling.BICUBIC: tvF.InterpolationMode.BICUBIC,
+}
+# Since 13.0 Pillow resizes an image that loses much more height than width vertically first (its pull request 9549).
+PILLOW_CHOOSES_PASS = int(PIL.__version__.split(".")[0]) >= 13
+# Keys that transformers itself writes into preprocessor_config.json or passes to from_pretrained.
+SERVICE_KEYS = {"auto_map", "backend", "feature_extractor_type", "image_processor_type", "processor_class", "use_fast"}
+
+
+@lru_cache(maxsize=64)
+def tile_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Every grid (columns, rows) of `min_tiles` to `max_tiles` tiles, the smaller first, narrow before wide."""
+    grids = ((columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1))
+    return tuple(sorted((grid for grid in grids if math.prod(grid) >= min_tiles), key=math.prod))
+
+
+def choose_tile_grid(
+    width: int, height: int, min_tiles: int = 1, max_tiles: int = 8, tile_size: tuple[int, int] = (448, 448)
+) -> tuple[int, int]:
+    """
+    The grid (columns, rows) whose shape is nearest to that of an image: the one place that decides it.
+
+    The first of the nearest grids wins, unless a later one is exactly as near and the image has more than half the
+    pixels of its tiles (the rule of the released SAIL-VL and InternVL code).
+
+    Args:
+        width, height: Of the image, in pixels.
+        min_tiles, max_tiles: Bounds on columns * rows.
+        tile_size: (height, width) of a tile, in pixels.
+
+    Raises:
+        ValueError: The image has no pixels, or the bounds are not 1 <= min_tiles <= max_tiles.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"an image of {width} x {height} pixels (width x height) has nothing to tile")
+    if not 1 <= min_tiles <= max_tiles:
+        raise ValueError(f"tiles must be bounded by 1 <= min_tiles <= max_tiles, got {min_tiles} and {max_tiles}")
+    tile_height, tile_width = tile_size
+    best, best_distance = (1, 1), math.inf
+    for columns, rows in tile_grids(min_tiles, max_tiles):
+        distance = abs(width / height - columns * tile_width / (rows * tile_height))
+        large = width * height > 0.5 * tile_height * tile_width * columns * rows
+        if distance < best_distance or (distance == best_distance and large):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+class SAILViTImageProcessorKwargs(TypedDict, total=False):
+    """Every option of SAILViTImageProcessor, at construction and in a call."""
+
+    do_tile: bool
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool
+    size: dict[str, int] | int
+    resample: int
+    resize_backend: str
+    do_exif_transpose: bool
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    input_data_format: str | None
+    device: str | torch.device | None
+    return_tensors: str | None
+
+
+class SAILViTImageProcessor(TorchvisionBackend):
+    r"""
+    Tiles images for SAILViT. Every option is given at construction or per call; an unknown one is refused.
+
+    Args:
+        do_tile: Cut an image into the grid of tiles nearest to its shape; `False` resizes it to one tile.
+        min_tiles, max_tiles: Bounds on the tiles of an image, its thumbnail not counted.
+        use_thumbnail: Append the whole image as one more tile, where the grid has more than one.
+        size: `{"height": h, "width": w}` of a tile in pixels, or one number for both.
+        resample: Filter of the resize, a `PIL.Image.Resampling`.
+        resize_backend: `"torchvision"`, fast and within 2/255 of Pillow, or `"pil"`, Pillow and the arithmetic of
+            torchvision's ToTensor and Normalize: bit-equal to the released code.
+        do_exif_transpose: Turn a picture upright as its EXIF says. The released code does not.
+        do_rescale, rescale_factor: Multiply by 1/255.
+        do_normalize, image_mean, image_std: Subtract and divide by the ImageNet statistics, one number a channel.
+        input_data_format: `"channels_first"` or `"channels_last"`, of arrays and tensors whose shape does not tell.
+        device: Where to resize and normalize; by default where the image is.
+        return_tensors: `"pt"` (the default) or `"np"`.
+    """
+
+    valid_kwargs = SAILViTImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_tile = True
+    min_tiles = 1
+    max_tiles = 8
+    use_thumbnail = True
+    size = {"height": 448, "width": 448}
+    resample = Image.Resampling.BICUBIC
+    resize_backend = "torchvision"
+    do_exif_transpose = False
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    input_data_format = None
+    device = None
+    return_tensors = None
+
+    def __init__(self, **kwargs: Any):
+        self._refuse_unknown(kwargs)
+        if isinstance(kwargs.get("size"), int):  # which transformers would take for the shortest edge
+            kwargs["size"] = {"height": kwargs["size"], "width": kwargs["size"]}
+        super().__init__(**kwargs)
+        self._options({})
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own, and an override that is no option is refused instead of dropped."""
+        cls._refuse_unknown({key: None for key in kwargs if key != "return_unused_kwargs"})
+        return super().from_dict(image_processor_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that differ from None, and what transformers needs to find the class again."""
+        kept = {*self.valid_kwargs.__annotations__, *SERVICE_KEYS}
+        return {key: value for key, value in super().to_dict().items() if key in kept and value is not None}
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: One image or any nesting of lists of them: PIL images of any mode, arrays or tensors (H, W),
+                (H, W, channels), (channels, H, W) or a batch of these, paths, URLs. Integers run from 0 to 255, floats
+                likewise, or from 0 to 1 with `do_rescale=False`. Alpha is dropped, as the released code drops it.
+            kwargs: Any option of the class, for this call alone.
+
+        Returns:
+            pixel_values (n, 3, h, w) float32; num_tiles (images), thumbnails included; tile_grids (images, 2), columns
+            and rows.
+
+        Raises:
+            ValueError: An image cannot be read or tiled, or an option is out of range; the message names it.
+            TypeError: An option that does not exist.
+        """
+        self._refuse_unknown(kwargs)
+        options = self._options(kwargs)
+        pictures = [_read_picture(image, name, options) for name, image in _named_images(images)]
+        if not pictures:
+            raise ValueError("images is empty: give at least one")
+        grids = [_grid_of(picture.shape[1], picture.shape[0], options) for picture in pictures]
+        counts = [_tile_count(grid, options) for grid in grids]
+        pixel_values = self._fill_tiles(pictures, grids, counts, options)
+        data = {
+            "pixel_values": pixel_values,
+            "num_tiles": torch.tensor(counts),
+            "tile_grids": torch.tensor(grids),
+        }
+        return BatchFeature(data=data, tensor_type=options.return_tensors)
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
+    ) -> int:
+        """The tiles that `preprocess` makes of an image of `height` x `width` pixels, its thumbnail included."""
+        self._refuse_unknown(images_kwargs or {})
+        options = self._options(images_kwargs or {})
+        return _tile_count(_grid_of(width, height, options), options)
+
+    def _fill_tiles(
+        self,
+        pictures: list[torch.Tensor],
+        grids: list[tuple[int, int]],
+        counts: list[int],
+        options: SimpleNamespace,
+    ) -> torch.Tensor:
+        """Pictures (H, W, 3) -> (n, 3, h, w); pictures of one size and kind go through together."""
+        device = options.device or pictures[0].device
+        pixel_values = torch.empty(sum(counts), 3, *options.tile_size, device=device)
+        slots = pixel_values.split(counts)
+        for indices in _groups(pictures, device):
+            batch = torch.stack([pictures[index].to(device) for index in indices]).permute(0, 3, 1, 2)
+            tiles, thumbnails = _cut_tiles(batch, grids[indices[0]], options)
+            for index, image_tiles, thumbnail in zip(indices, tiles, thumbnails, strict=True):
+                cut = math.prod(image_tiles.shape[:2])
+                _normalize_into(slots[index][:cut].unflatten(0, image_tiles.shape[:2]), image_tiles, options)
+                _normalize_into(slots[index][cut:], thumbnail, options)
+        return pixel_values
+
+    @classmethod
+    def _refuse_unknown(cls, kwargs: Mapping[str, Any]) -> None:
+        known = cls.valid_kwargs.__annotations__
+        for key in kwargs:
+            if key not in known and key not in SERVICE_KEYS and not key.startswith("_"):
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+                raise TypeError(f"{cls.__name__} has no option {key!r}; {hint}")
+
+    def _options(self, overrides: Mapping[str, Any]) -> SimpleNamespace:
+        """The options of one call, checked, with `tile_size` (h, w) and the statistics as tensors (3, 1, 1)."""
+        chosen = {name: overrides.get(name) for name in self.valid_kwargs.__annotations__}
+        options = SimpleNamespace(**{k: getattr(self, k) if v is None else v for k, v in chosen.items()})
+        options.tile_size = _height_and_width(options.size)
+        options.range = 1.0 if not options.do_rescale else 1 / options.rescale_factor
+        for name in ("image_mean", "image_std"):
+            setattr(options, name, _channel_statistics(name, getattr(options, name)))
+        _check_options(options)
+        return options
+
+
+def _check_options(options: SimpleNamespace) -> None:
+    for name in ("min_tiles", "max_tiles"):
+        if isinstance(getattr(options, name), bool) or not isinstance(getattr(options, name), int):
+            raise ValueError(f"{name} must be an integer, got {getattr(options, name)!r}")
+    if not 1 <= options.min_tiles <= options.max_tiles:
+        raise ValueError(
+            f"1 <= min_tiles <= max_tiles must hold, got min_tiles={options.min_tiles}, max_tiles={options.max_tiles}"
+        )
+    if options.resize_backend not in ("torchvision", "pil"):
+        raise ValueError(f'resize_backend must be "torchvision" or "pil", got {options.resize_backend!r}')
+    if options.resample not in list(Image.Resampling):
+        raise ValueError(f"resample must be a PIL.Image.Resampling, got {options.resample!r}")
+    if options.resize_backend == "torchvision" and options.resample not in TENSOR_FILTERS:
+        raise ValueError(f'resample {Image.Resampling(options.resample).name} needs resize_backend="pil"')
+    if options.input_data_format not in (None, "channels_first", "channels_last"):
+        raise ValueError(
+            f'input_data_format must be "channels_first" or "channels_last", got {options.input_data_format!r}'
+        )
+    if not (options.image_std != 0).all():
+        raise ValueError(f"image_std must not be zero, got {options.image_std.flatten().tolist()}")
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    """(h, w) of a number, a dictionary, or the SizeDict of transformers."""
+    try:
+        height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    except (KeyError, TypeError):
+        height = width = None
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise ValueError(f'size must be {{"height": pixels, "width": pixels}}, both positive, got {size!r}')
+    return height, width
+
+
+def _channel_statistics(name: str, values: float | Sequence[float]) -> torch.Tensor:
+    """One number, or one a channel -> (3, 1, 1)."""
+    tensor = torch.as_tensor(values, dtype=torch.float32)
+    if tensor.shape not in ((), (3,)):
+        raise ValueError(f"{name} must be one number or three, got {values!r}")
+    return tensor.expand(3).reshape(3, 1, 1)
+
+
+def _grid_of(width: int, height: int, options: SimpleNamespace) -> tuple[int, int]:
+    bounds = (options.min_tiles, options.max_tiles) if options.do_tile else (1, 1)
+    return choose_tile_grid(width, height, *bounds, tile_size=options.tile_size)
+
+
+def _tile_count(grid: tuple[int, int], options: SimpleNamespace) -> int:
+    tiles = math.prod(grid)
+    return tiles + 1 if options.use_thumbnail and tiles > 1 else tiles
+
+
+# Reading: whatever an image comes as -> (H, W, 3), uint8 or float32
+
+
+def _named_images(images: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every image of a nesting, with the name that an error calls it by."""
+    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
+        for index, image in enumerate(images):
+            yield from _named_images(image, f"{name}[{index}]")
+    elif isinstance(images, (str, Path)):
+        yield f"image{name} ({str(images)[:120]})", images
+    else:
+        yield f"image{name}", images
+
+
+def _read_picture(image: Any, name: str, options: SimpleNamespace) -> torch.Tensor:
+    """One image of any kind -> (H, W, 3), uint8 or float32, or a ValueError that begins with its name."""
+    if isinstance(image, (str, Path)):
+        image = open_image(image, name)
+    if isinstance(image, Image.Image):
+        return _picture_of_pil(image, name, options)
+    if isinstance(image, np.ndarray) and image.dtype.kind in "buif":
+        image = torch.from_numpy(np.array(image))
+    if not isinstance(image, torch.Tensor) or image.is_complex():
+        raise ValueError(f"{name}: a PIL image, an array, a tensor, a path or a URL is wanted, not {_kind(image)}")
+    return _picture_of_tensor(image.detach(), name, options)
+
+
+def _kind(image: Any) -> str:
+    return f"{type(image).__name__} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+
+
+def open_image(source: str | Path, name: str = "image") -> Image.Image:
+    """A path, or a URL (http, https, data) -> an image, its pixels not decoded yet; a ValueError calls it `name`."""
+    try:
+        if str(source).startswith(("http://", "https://", "data:")):
+            request = urllib.request.Request(str(source), headers={"User-Agent": "sailvit"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                source = io.BytesIO(response.read())
+        return Image.open(source)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot be opened as an image: {error}") from error
+
+
+def _picture_of_pil(image: Image.Image, name: str, options: SimpleNamespace) -> torch.Tensor:
+    if not (image.width and image.height):
+        raise ValueError(f"{name}: an image of {image.width} x {image.height} pixels is empty")
+    try:
+        image.load()
+        if options.do_exif_transpose:
+            image = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(_rgb(image)))
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise ValueError(f"{name}: cannot be decoded to RGB: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion, save where that warns (palettes with alpha) or saturates (more than 8 bits)."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F") and not (image.getextrema()[0] >= 0 and image.getextrema()[1] <= 255):
+        raise ValueError(f"mode {image.mode} with values from {image.getextrema()}: scale them to 0..255")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _picture_of_tensor(image: torch.Tensor, name: str, options: SimpleNamespace) -> torch.Tensor:
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or 0 in image.shape:
+        raise ValueError(f"{name}: (H, W), (H, W, channels) or (channels, H, W) is wanted, got {tuple(image.shape)}")
+    if _channels_first(image.shape, name, options):
+        image = image.permute(1, 2, 0)
+    if image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"{name}: 1, 3 or 4 channels are wanted, got {image.shape[-1]} in {tuple(image.shape)}")
+    return _checked_values(image[..., :3].expand(-1, -1, 3).contiguous(), name, options)
+
+
+def _channels_first(shape: torch.Size, name: str, options: SimpleNamespace) -> bool:
+    """Where the channels of a (., ., .) array stand: three or four are likelier than one."""
+    if options.input_data_format is not None:
+        return options.input_data_format == "channels_first"
+    for channels in ((3, 4), (1,)):
+        first, last = shape[0] in channels, shape[-1] in channels
+        if first and last and shape[0] != 1:
+            raise ValueError(f"{name}: {tuple(shape)} has its channels first or last: pass input_data_format")
+        if first or last:
+            return first and not last
+    raise ValueError(f"{name}: no dimension of {tuple(shape)} is 1, 3 or 4 channels")
+
+
+def _checked_values(picture: torch.Tensor, name: str, options: SimpleNamespace) -> torch.Tensor:
+    """(H, W, 3) of any type -> uint8 or float32, or a ValueError that says what is wrong with its values."""
+    if picture.dtype == torch.uint8:
+        return picture
+    if picture.dtype == torch.bool:
+        return picture.to(torch.uint8) * 255
+    picture = picture if picture.is_floating_point() else picture.to(torch.int64)
+    low, high = picture.min().item(), picture.max().item()
+    if not picture.is_floating_point():
+        if low < 0 or high > 255:
+            raise ValueError(f"{name}: integers from {low} to {high}: scale them to 0..255")
+        return picture.to(torch.uint8)
+    top = options.range
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name}: holds NaN or infinite pixels")
+    if low < -1e-3 * top or high > 1.001 * top:
+        raise ValueError(
+            f"{name}: floats from {low:.4g} to {high:.4g} lie outside 0..{top:g} (do_rescale={options.do_rescale})"
+        )
+    if 0 < high <= 1 < top:
+        raise ValueError(f"{name}: floats from {low:.4g} to {high:.4g} look rescaled already: pass do_rescale=False")
+    return picture.float()
+
+
+# Cutting: (B, 3, H, W) -> tiles
+
+
+def _groups(pictures: list[torch.Tensor], device: torch.device) -> list[list[int]]:
+    """Indices of the pictures to process together: those of one size and type, on an accelerator; on a CPU, where a
+    batch is slower for being larger than the caches, each by itself."""
+    if torch.device(device).type == "cpu":
+        return [[index] for index in range(len(pictures))]
+    groups = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        groups[picture.shape, picture.dtype].append(index)
+    return list(groups.values())
+
+
+def _cut_tiles(
+    batch: torch.Tensor, grid: tuple[int, int], options: SimpleNamespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 3, H, W) -> tiles (B, rows, columns, 3, h, w) and thumbnails (B, 1 or 0, 3, h, w)."""
+    (columns, rows), (height, width) = grid, options.tile_size
+    resize = _resize_with_pillow if options.resize_backend == "pil" else _resize_as_pillow
+    canvas = resize(batch, (rows * height, columns * width), options)
+    tiles = rearrange(canvas, "b c (r h) (k w) -> b r k c h w", r=rows, k=columns)
+    if _tile_count(grid, options) == rows * columns:
+        return tiles, tiles[:, 0, :0]
+    return tiles, resize(batch, options.tile_size, options)[:, None]
+
+
+def _resize_as_pillow(batch: torch.Tensor, size: tuple[int, int], options: SimpleNamespace) -> torch.Tensor:
+    """
+    (B, 3, H, W) -> (B, 3, *size), within 2/255 of Pillow: one dimension after the other in Pillow's order, each pass
+    clipped (and 8-bit values rounded), as Pillow clips and rounds between its own.
+    """
+    lost_rows, lost_columns = batch.shape[-2] - size[0], batch.shape[-1] - size[1]
+    vertical_first = PILLOW_CHOOSES_PASS and lost_rows > 0 and lost_rows > 2 * lost_columns
+    between = (size[0], batch.shape[-1]) if vertical_first else (batch.shape[-2], size[1])
+    for step in (between, size):
+        batch = tvF.resize(batch, list(step), interpolation=TENSOR_FILTERS[options.resample], antialias=True)
+        if batch.is_floating_point():
+            batch = batch.clamp(0, options.range)
+    return batch
+
+
+def _resize_with_pillow(batch: torch.Tensor, size: tuple[int, int], options: SimpleNamespace) -> torch.Tensor:
+    if batch.dtype != torch.uint8:
+        raise ValueError('resize_backend "pil" takes 8-bit images; convert floats first')
+    pictures = (Image.fromarray(picture) for picture in batch.permute(0, 2, 3, 1).cpu().numpy())
+    resized = [np.array(picture.resize(size[::-1], options.resample)) for picture in pictures]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+
+
+def _normalize_into(target: torch.Tensor, tiles: torch.Tensor, options: SimpleNamespace) -> None:
+    """Tiles (..., 3, h, w) of any type into the float32 `target`, rescaled and normalized."""
+    target.copy_(tiles)
+    mean, std = options.image_mean.to(target.device), options.image_std.to(target.device)
+    if options.resize_backend == "pil":  # step by step, as ToTensor and Normalize
+        if options.do_rescale:
+            target.div_(1 / options.rescale_factor)
+        if options.do_normalize:
+            target.sub_(mean).div_(std)
+        return
+    scale = options.rescale_factor if options.do_rescale else 1.0
+    if options.do_normalize:
+        target.mul_(scale / std).sub_(mean / std)
+    elif options.do_rescale:
+        target.mul_(scale)
+
+
+SAILViTImageProcessor.register_for_auto_class()
+
+__all__ = ["SAILViTImageProcessor", "choose_tile_grid", "open_image", "tile_grids"]

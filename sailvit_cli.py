@@ -1,0 +1,166 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The command `sailvit VERB`. Thin: every verb is a function of the folder it names, imported when it is called for, so
+that `sailvit --help` starts without torch (which is why this file stands beside the package, not in it).
+
+Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr), 1 a failure of ours.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"sailvit {parsed.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sailvit", description="The SAILViT vision tower: encode images, see a demo.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    encode = verbs.add_parser("encode", help="images to visual tokens", description=_encode.__doc__)
+    encode.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder (searched through) or a URL")
+    encode.add_argument("--model", required=True, metavar="M", help="a SAILViT folder, or a name on the Hub")
+    encode.add_argument("--out", type=Path, default=Path("tokens"), metavar="DIR", help="default: tokens/")
+    encode.add_argument("--format", choices=("safetensors", "npy"), default="safetensors")
+    encode.add_argument(
+        "--figure", type=Path, metavar="PNG", help="draw the tiles and the tokens of the one image given"
+    )
+    encode.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="tiles in a micro-batch (8)")
+    encode.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read ahead (0)")
+    encode.add_argument("--max-tiles", type=_positive, metavar="N", help="tiles of an image, the thumbnail not counted")
+    encode.add_argument("--no-tile", action="store_true", help="resize every image to one tile")
+    encode.add_argument("--exif-transpose", action="store_true", help="turn pictures upright as their EXIF says")
+    encode.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
+    encode.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    encode.add_argument("--strict", action="store_true", help="stop at the first broken image")
+    existing = encode.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace tokens that are there already")
+    existing.add_argument("--resume", action="store_true", help="leave tokens that are there already, do the others")
+    encode.set_defaults(run=_encode)
+
+    demo = verbs.add_parser("demo", help="the first steps, without any download", description=_demo.__doc__)
+    demo.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
+    demo.add_argument("--size", default="large", choices=("base", "large", "huge", "1b", "3b"))
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _encode(options: argparse.Namespace) -> int:
+    """Encodes images and writes the tokens of each to DIR/IMAGE.safetensors (or .npy). A broken image is named and
+    skipped; the exit code is then 2."""
+    import torch
+    from sailvit.encode.stream import encode_images, find_images, load_tower
+    from sailvit.encode.write import write_tokens
+
+    images = find_images(options.images)
+    if options.figure and len(images) != 1:
+        raise ValueError(f"--figure draws one image, {len(images)} are given")
+    targets = {source: options.out / f"{name}.{options.format}" for source, name in images.items()}
+    targets = _without_existing(targets, options)
+    model = load_tower(options.model, options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.dtype)
+    processor = _processor(options, model.config.image_size)
+    progress, broken = _Progress(len(targets)), 0
+    for image in encode_images(list(targets), model, processor, options.batch_size, options.workers):
+        if image.error:
+            broken += 1
+            progress.step(f"broken: {image.error}", to=sys.stderr)
+            if options.strict:
+                break
+            continue
+        write_tokens(image, targets[image.source])
+        progress.step(f"{targets[image.source]}  {tuple(image.tokens.shape)}")
+        if options.figure:
+            _draw(image, options, model.config.pixel_shuffle_factor)
+    progress.close()
+    print(f"{progress.done - broken} encoded, {broken} broken, {len(targets) - progress.done} not tried")
+    return 2 if broken else 0
+
+
+def _without_existing(targets: dict[str, Path], options: argparse.Namespace) -> dict[str, Path]:
+    existing = [source for source, target in targets.items() if target.exists() and not options.overwrite]
+    if existing and not options.resume:
+        raise ValueError(f"{targets[existing[0]]} exists: give --overwrite, --resume or another --out")
+    return {source: target for source, target in targets.items() if source not in existing}
+
+
+def _processor(options: argparse.Namespace, image_size: int):
+    """The processor of the model's folder, with what the command line overrides."""
+    from transformers import AutoImageProcessor
+
+    overrides = {"max_tiles": options.max_tiles} if options.max_tiles else {}
+    if options.no_tile:
+        overrides["do_tile"] = False
+    if options.exif_transpose:
+        overrides["do_exif_transpose"] = True
+    processor = AutoImageProcessor.from_pretrained(options.model, **overrides)
+    if (processor.size["height"], processor.size["width"]) != (image_size, image_size):
+        raise ValueError(
+            f"{options.model}: preprocessor_config.json has tiles of {processor.size}, the model {image_size}"
+        )
+    return processor
+
+
+def _draw(image, options: argparse.Namespace, factor: int) -> None:
+    """The figure, from the picture the processor saw."""
+    from PIL import ImageOps
+    from sailvit.encode.figure import draw_tokens
+    from sailvit.image_processing_sailvit import open_image
+
+    picture = open_image(image.source)
+    picture = ImageOps.exif_transpose(picture) if options.exif_transpose else picture
+    draw_tokens(picture, image.tokens, image.grid, factor).save(options.figure)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    """Makes a tower with random weights, saves it as a Hub folder, loads that with remote code, encodes a photograph
+    and draws what came of it."""
+    from sailvit.encode.demo import run_demo
+
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: remove it, or give another --out")
+    run_demo(options.out, lambda line: print(line, flush=True), options.size)
+    return 0
+
+
+class _Progress:
+    """A bar on a terminal, elsewhere a plain line every ten seconds, for the first step and for every error."""
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+
+        self.total, self.done, self.said = total, 0, 0.0
+        self.bar = tqdm(total=total, unit="image") if sys.stderr.isatty() else None
+
+    def step(self, line: str, to=None) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        if to is not None or self.total == 1:
+            (self.bar.write if self.bar is not None else print)(line, file=to or sys.stdout)
+        elif self.bar is None and time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            print(f"{self.done}/{self.total}  {line}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

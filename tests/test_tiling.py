@@ -1,0 +1,437 @@
+"""The image processor: its grids and pixels against the released rule written out, Pillow, and hypothesis."""
+
+import base64
+import http.server
+import io
+import itertools
+import json
+import math
+import threading
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from conftest import PHOTOGRAPH, ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sailvit import SAILViTImageProcessor, choose_tile_grid
+
+
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+FIXTURE = ROOT / "tests" / "data" / "tile_grids.json"
+
+
+@pytest.fixture(scope="module")
+def processor() -> SAILViTImageProcessor:
+    return SAILViTImageProcessor()
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return Image.open(PHOTOGRAPH).convert("RGB")
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def released_tiles(image: Image.Image, columns: int, rows: int, thumbnail: bool = True) -> list[Image.Image]:
+    """The tiles as the released code makes them, with Pillow alone."""
+    large = image.resize((448 * columns, 448 * rows), Image.BICUBIC)
+    corners = [(448 * column, 448 * row) for row in range(rows) for column in range(columns)]
+    tiles = [large.crop((left, top, left + 448, top + 448)) for left, top in corners]
+    return [*tiles, image.resize((448, 448), Image.BICUBIC)] if thumbnail and len(tiles) > 1 else tiles
+
+
+def eight_bit(pixel_values: torch.Tensor) -> torch.Tensor:
+    return (pixel_values * STD + MEAN) * 255
+
+
+# The grid
+
+
+def exact_grid(width: int, height: int, maximum: int) -> tuple[int, int]:
+    """The released rule in exact fractions, by brute force."""
+    pairs = itertools.product(range(1, maximum + 1), repeat=2)
+    best, nearest = None, None
+    for columns, rows in sorted((pair for pair in pairs if math.prod(pair) <= maximum), key=math.prod):
+        distance = abs(float(Fraction(width, height)) - float(Fraction(columns, rows)))
+        tie = distance == nearest and width * height > 0.5 * 448 * 448 * columns * rows
+        if nearest is None or distance < nearest or tie:
+            best, nearest = (columns, rows), distance
+    return best
+
+
+@given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 24))
+@settings(max_examples=300, deadline=None)
+def test_grid_is_the_released_rule(width, height, maximum):
+    assert choose_tile_grid(width, height, max_tiles=maximum) == exact_grid(width, height, maximum)
+
+
+def test_grid_equals_got_ocr2_of_transformers():
+    from transformers.models.got_ocr2 import image_processing_got_ocr2 as got
+
+    theirs = getattr(got, "get_optimal_tiled_canvas", None)
+    if theirs is None:  # transformers < 5: in the slow processor's file under the same name
+        pytest.fail("GotOcr2 has moved its grid rule")
+    for width, height in itertools.product([1, 100, 224, 448, 449, 672, 896, 897, 1000, 1344, 4000], repeat=2):
+        for minimum, maximum in [(1, 6), (1, 8), (1, 12), (2, 8), (4, 4)]:
+            expected = theirs((height, width), (448, 448), minimum, maximum)
+            assert choose_tile_grid(width, height, minimum, maximum) == tuple(expected)
+
+
+def test_fixture_for_ports_is_what_the_rule_says():
+    cases = json.loads(FIXTURE.read_text())["cases"]
+    assert len(cases) > 300
+    for width, height, maximum, columns, rows, tiles in cases:
+        assert (
+            (columns, rows) == choose_tile_grid(width, height, max_tiles=maximum) == exact_grid(width, height, maximum)
+        )
+        assert tiles == columns * rows + (columns * rows > 1)
+
+
+def test_a_square_of_one_tile_stays_one_tile(processor):
+    assert processor(noise(448, 448))["num_tiles"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "bounds"), [(0, 5, (1, 8)), (5, -1, (1, 8)), (5, 5, (3, 2)), (5, 5, (0, 2))]
+)
+def test_grid_refuses_what_it_cannot_tile(width, height, bounds):
+    with pytest.raises(ValueError, match=r"pixels|min_tiles"):
+        choose_tile_grid(width, height, *bounds)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_tiles": 3}, {"use_thumbnail": False}, {"do_tile": False}, {"min_tiles": 4}]
+)
+def test_counter_for_servers_equals_the_tiles(processor, options):
+    for width, height in [(448, 448), (1000, 300), (30, 500), (1, 1)]:
+        counted = processor.get_number_of_image_patches(height, width, options)
+        batch = processor(noise(width, height), **options)
+        assert counted == batch["num_tiles"].item() == len(batch["pixel_values"])
+
+
+# The pixels
+
+
+@pytest.mark.parametrize(
+    "size", [(1024, 768), (300, 200), (1600, 1200), (480, 1280), (3000, 400), (448, 448), (50, 70)]
+)
+def test_pixels_are_within_two_levels_of_pillows(processor, photograph, size):
+    for image in (photograph.resize(size, Image.LANCZOS), noise(*size)):
+        batch = processor(image)
+        expected = torch.stack([T.functional.pil_to_tensor(t) for t in released_tiles(image, *batch["tile_grids"][0])])
+        difference = (eight_bit(batch["pixel_values"]) - expected).abs()
+        assert difference.max() < 2.01 and difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("size", [(1024, 768), (480, 1280), (90, 60)])
+def test_pil_backend_is_bit_equal_to_the_released_code(processor, photograph, size):
+    image = photograph.resize(size, Image.LANCZOS)
+    transform = T.Compose([T.ToTensor(), T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
+    batch = processor(image, resize_backend="pil")
+    expected = torch.stack([transform(tile) for tile in released_tiles(image, *batch["tile_grids"][0])])
+    assert torch.equal(batch["pixel_values"], expected)
+
+
+def test_without_tiling_it_is_the_cards_plain_resize(processor, photograph):
+    interpolation = T.InterpolationMode.BICUBIC
+    transform = T.Compose(
+        [
+            T.Resize((448, 448), interpolation=interpolation),
+            T.ToTensor(),
+            T.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        ]
+    )
+    expected = transform(photograph)[None]
+    assert torch.equal(processor(photograph, do_tile=False, resize_backend="pil")["pixel_values"], expected)
+    ours = processor(photograph, do_tile=False)["pixel_values"]
+    assert ((ours - expected) * STD * 255).abs().max() < 2.01
+
+
+def test_a_batch_gives_what_its_images_give_alone(processor, photograph):
+    images = [photograph, noise(300, 900), photograph.resize((500, 500)), noise(300, 900, seed=1)]
+    batch = processor(images)
+    alone = [processor(image) for image in images]
+    assert torch.equal(batch["pixel_values"], torch.cat([one["pixel_values"] for one in alone]))
+    assert torch.equal(batch["tile_grids"], torch.cat([one["tile_grids"] for one in alone]))
+    assert batch["num_tiles"].tolist() == [7, 4, 1, 4]
+
+
+def test_images_of_one_size_grouped_for_an_accelerator_give_the_same(processor, photograph, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("sailvit.image_processing_sailvit")
+    images = [photograph, noise(1024, 768), noise(300, 900)]
+    expected = processor(images)["pixel_values"]
+    groups = module._groups
+    monkeypatch.setattr(module, "_groups", lambda pictures, device: groups(pictures, torch.device("cuda")))
+    assert torch.equal(processor(images)["pixel_values"], expected)
+
+
+def test_floats_give_the_tiles_of_their_eight_bit_twin(processor, photograph):
+    expected = processor(photograph)["pixel_values"]
+    values = torch.from_numpy(np.array(photograph))
+    for image, options in [(values.float(), {}), (values.double() / 255, {"do_rescale": False})]:
+        ours = processor(image, **options)["pixel_values"]
+        assert ((ours - expected) * STD * 255).abs().max() < 2.01
+
+
+def test_rescale_and_normalize_can_be_left_out(processor):
+    image = noise(448, 448)
+    raw = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    torch.testing.assert_close(processor(image, do_rescale=False, do_normalize=False)["pixel_values"], raw)
+    torch.testing.assert_close(processor(image, do_normalize=False)["pixel_values"], raw / 255)
+    ours = processor(image, image_mean=0.5, image_std=[0.5, 0.5, 0.5])["pixel_values"]
+    torch.testing.assert_close(ours, (raw / 255 - 0.5) / 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_pixels_of_the_cpu(processor, photograph):
+    ours = processor([photograph, noise(1000, 300)], device="cuda")["pixel_values"]
+    expected = processor([photograph, noise(1000, 300)])["pixel_values"]
+    assert ((ours.cpu() - expected) * STD * 255).abs().max() < 2.01
+
+
+# What comes in
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBX", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "HSV"])
+def test_every_pil_mode_is_read_as_pillow_converts_it(processor, photograph, mode):
+    small = photograph.resize((320, 240))
+    image = small.convert("LA").convert(mode) if mode == "PA" else small.convert(mode)
+    expected = processor(image.convert("RGB"))["pixel_values"]
+    assert torch.equal(processor(image)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
+def test_a_palette_with_transparency_is_read_without_a_warning(processor, photograph, transparency):
+    image = photograph.resize((320, 240)).quantize(256)
+    expected = processor(image.convert("RGB"))["pixel_values"]
+    image.info["transparency"] = transparency
+    assert torch.equal(processor(image)["pixel_values"], expected)
+
+
+def test_sixteen_bits_are_scaled_not_saturated(processor):
+    levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint16)
+    deep, plain = Image.fromarray(levels * 257), Image.fromarray(levels.astype(np.uint8))
+    assert deep.mode == "I;16"
+    assert torch.equal(processor(deep)["pixel_values"], processor(plain)["pixel_values"])
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_deep_modes_are_read_up_to_255_and_refused_beyond(processor, mode):
+    image = Image.new(mode, (448, 448), 200)
+    expected = processor(Image.new("L", (448, 448), 200))["pixel_values"]
+    assert torch.equal(processor(image)["pixel_values"], expected)
+    with pytest.raises(ValueError, match=r"image: .*scale them to 0\.\.255"):
+        processor(Image.new(mode, (448, 448), 4000))
+
+
+def test_arrays_and_tensors_of_any_layout_are_one_image(processor, photograph):
+    array = np.array(photograph)
+    expected = processor(photograph)["pixel_values"]
+    layouts = [array, array.transpose(2, 0, 1), torch.from_numpy(array), torch.from_numpy(array).permute(2, 0, 1)]
+    layouts += [array.astype(np.int64), array[:, ::-1][:, ::-1], np.dstack([array, array[..., :1]])]
+    for image in layouts:
+        assert torch.equal(processor(image)["pixel_values"], expected)
+    gray = np.array(photograph.convert("L"))
+    expected = processor(photograph.convert("L"))["pixel_values"]
+    for image in [gray, gray[None], gray[..., None]]:
+        assert torch.equal(processor(image)["pixel_values"], expected)
+
+
+def test_a_row_of_pixels_is_not_taken_for_a_channel(processor):
+    row = np.random.default_rng(0).integers(0, 256, (1, 500, 3), dtype=np.uint8)
+    assert torch.equal(processor(row)["pixel_values"], processor(Image.fromarray(row))["pixel_values"])
+
+
+def test_layout_that_does_not_show_must_be_said(processor):
+    image = np.zeros((3, 40, 3), np.uint8)
+    with pytest.raises(ValueError, match="input_data_format"):
+        processor(image)
+    for layout, grid in [("channels_last", (8, 1)), ("channels_first", (1, 8))]:
+        assert processor(image, input_data_format=layout)["tile_grids"].tolist() == [list(grid)]
+
+
+def test_nested_lists_batches_and_tuples_are_flattened(processor):
+    image = noise(60, 40)
+    batch = np.stack([np.array(image)] * 2)
+    assert len(processor([[image], (image, [image]), batch])["num_tiles"]) == 5
+    assert len(processor(torch.from_numpy(batch))["num_tiles"]) == 2
+
+
+def test_paths_and_urls_are_opened(processor, tmp_path):
+    path = tmp_path / "noise.png"
+    noise(300, 200).save(path)
+    expected = processor(noise(300, 200))["pixel_values"]
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/noise.png"
+        for source in (path, str(path), url, data):
+            assert torch.equal(processor(source)["pixel_values"], expected)
+        with pytest.raises(ValueError, match=r"image \(http.*absent.png\): cannot be opened.*404"):
+            processor(url.replace("noise", "absent"))
+        server.shutdown()
+
+
+def test_exif_rotation_is_followed_on_request(processor, tmp_path):
+    image, exif = noise(300, 200), Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    stored, upright = (processor(tmp_path / "turned.png", do_exif_transpose=turn) for turn in (False, True))
+    assert torch.equal(stored["pixel_values"], processor(image)["pixel_values"])
+    assert torch.equal(upright["pixel_values"], processor(image.transpose(Image.Transpose.ROTATE_270))["pixel_values"])
+
+
+# What must not happen
+
+
+def broken_png() -> Image.Image:
+    buffer = io.BytesIO()
+    noise(64, 64).save(buffer, "PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()[:3000]))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), r"image\[1\]: .*\(0, 5, 3\)"),
+        (np.zeros((5, 6, 2), np.uint8), r"image\[1\]: .*\(5, 6, 2\)"),
+        (np.zeros((2, 5, 6, 3, 1), np.uint8), r"image\[1\]: "),
+        (np.full((5, 6, 3), np.nan, np.float32), r"image\[1\]: holds NaN"),
+        (np.full((5, 6, 3), np.inf, np.float32), r"image\[1\]: holds NaN"),
+        (np.full((5, 6, 3), -2.0, np.float32), r"image\[1\]: .*outside 0\.\.255"),
+        (np.full((5, 6, 3), 0.5, np.float32), r"image\[1\]: .*do_rescale=False"),
+        (np.full((5, 6, 3), 4000, np.uint16), r"image\[1\]: .*scale them to 0\.\.255"),
+        (np.zeros((5, 6, 3), np.complex64), r"image\[1\]: .*not ndarray of complex64"),
+        (np.array(["a"]), r"image\[1\]: "),
+        (b"bytes", r"image\[1\]: .*not bytes"),
+        (None, r"image\[1\]: .*not NoneType"),
+        ("/no/such/file.jpg", r"image\[1\] \(/no/such/file.jpg\): cannot be opened"),
+        (str(ROOT / "LICENSE"), r"image\[1\] \(.*LICENSE\): cannot be opened"),
+        (str(ROOT), r"image\[1\] \(.*\): cannot be opened"),
+        (Image.new("RGB", (0, 5)), r"image\[1\]: .*empty"),
+        (Image.new("La", (5, 5)), r"image\[1\]: cannot be decoded"),
+        (broken_png(), r"image\[1\]: cannot be decoded"),
+    ],
+)
+def test_a_bad_image_is_named(processor, image, message):
+    with pytest.raises(ValueError, match=message):
+        processor([noise(10, 10), image])
+
+
+def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (3000, 3000)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(ValueError, match=r"bomb.png\): .*decompression bomb"):
+        processor(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_tile": 4}, TypeError, "did you mean max_tiles"),
+        ({"crop_to_patches": True}, TypeError, "the options are do_tile"),
+        ({"min_tiles": 9}, ValueError, "min_tiles=9, max_tiles=8"),
+        ({"max_tiles": 0}, ValueError, "max_tiles=0"),
+        ({"max_tiles": 2.5}, ValueError, "max_tiles must be an integer"),
+        ({"size": {"shortest_edge": 448}}, ValueError, "height"),
+        ({"size": {"height": 0, "width": 448}}, ValueError, "positive"),
+        ({"image_std": [1.0, 0.0, 1.0]}, ValueError, "image_std must not be zero"),
+        ({"image_mean": [1.0, 0.0]}, ValueError, "image_mean must be one number or three"),
+        ({"resample": Image.Resampling.LANCZOS}, ValueError, 'resize_backend="pil"'),
+        ({"resize_backend": "opencv"}, ValueError, "resize_backend"),
+        ({"input_data_format": "last"}, ValueError, "input_data_format"),
+    ],
+)
+def test_bad_options_are_refused_at_construction_and_in_a_call(processor, options, error, message):
+    with pytest.raises(error, match=message):
+        SAILViTImageProcessor(**options)
+    with pytest.raises(error, match=message):
+        processor(noise(10, 10), **options)
+
+
+def test_an_unknown_override_of_from_pretrained_is_refused():
+    with pytest.raises(TypeError, match="did you mean max_tiles"):
+        SAILViTImageProcessor.from_pretrained(ROOT, max_tile=4)
+    assert SAILViTImageProcessor.from_pretrained(ROOT, max_tiles=4).max_tiles == 4
+
+
+def test_no_image_at_all_is_refused(processor):
+    with pytest.raises(ValueError, match="images is empty"):
+        processor([])
+
+
+def test_nothing_is_mutated(processor):
+    before = processor.to_dict()
+    image = np.array(noise(300, 200))
+    copy, options = image.copy(), {"size": {"height": 224, "width": 224}, "max_tiles": 4}
+    processor(image, **options)
+    SAILViTImageProcessor(**options).size["height"]
+    assert processor.to_dict() == before == SAILViTImageProcessor().to_dict()
+    assert (image == copy).all() and options == {"size": {"height": 224, "width": 224}, "max_tiles": 4}
+
+
+def test_saved_equals_loaded(tmp_path):
+    ours = SAILViTImageProcessor(max_tiles=5, size=224, use_thumbnail=False, image_mean=[0.5, 0.5, 0.5])
+    ours.save_pretrained(tmp_path)
+    assert SAILViTImageProcessor.from_pretrained(tmp_path).to_dict() == ours.to_dict()
+
+
+def test_root_preprocessor_config_is_the_default():
+    saved = json.loads((ROOT / "preprocessor_config.json").read_text())
+    defaults = json.loads(SAILViTImageProcessor().to_json_string())
+    assert saved == {key: value for key, value in defaults.items() if key not in ("auto_map", "image_processor_type")}
+
+
+sides = st.one_of(st.integers(1, 40), st.integers(1, 1200), st.sampled_from([447, 448, 449, 896, 50_000]))
+
+
+@given(data=st.data(), width=sides, height=sides)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_image_becomes_tiles_that_the_counter_counts(data, width, height):
+    width, height = (width, min(height, 2_000_000 // width + 1))
+    mode = data.draw(st.sampled_from(["RGB", "L", "RGBA", "1", "P", "CMYK", "LA", "I;16", "array", "float", "chw"]))
+    image = noise(width, height)
+    if mode == "I;16":
+        image = Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
+    elif mode in ("array", "float", "chw"):
+        image = np.array(image)
+        image = image.astype(np.float32) if mode == "float" else image
+        image = image.transpose(2, 0, 1) if mode == "chw" else image
+    else:
+        image = image.convert(mode)
+    maximum = data.draw(st.integers(1, 12))
+    options = {
+        "max_tiles": maximum,
+        "min_tiles": data.draw(st.integers(1, maximum)),
+        "use_thumbnail": data.draw(st.booleans()),
+        "size": data.draw(st.sampled_from([448, 28, {"height": 28, "width": 56}])),
+        "input_data_format": {"array": "channels_last", "float": "channels_last", "chw": "channels_first"}.get(mode),
+    }
+    processor = SAILViTImageProcessor(**options)
+    batch = processor(image)
+    size = (
+        options["size"] if isinstance(options["size"], dict) else {"height": options["size"], "width": options["size"]}
+    )
+    tiles = batch["pixel_values"]
+    assert tiles.shape[1:] == (3, size["height"], size["width"]) and tiles.isfinite().all()
+    assert len(tiles) == batch["num_tiles"].item() == processor.get_number_of_image_patches(height, width)
+    assert options["min_tiles"] <= batch["tile_grids"].prod() <= maximum
