@@ -5,7 +5,7 @@ SAILViT: load, convert, train, evaluate and publish the vision tower of arXiv 25
 is not part of a model folder on the Hub, and does nothing when it is not imported as the package.
 """
 
-if __package__:
+if __package__ == "sailvit":
     from transformers import (
         AutoBackbone,
         AutoConfig,

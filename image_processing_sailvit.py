@@ -155,14 +155,16 @@ class SAILViTImageProcessor(TorchvisionBackend):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own, and an override that is no option is refused instead of dropped."""
-        cls._refuse_unknown({key: None for key in kwargs if key != "return_unused_kwargs"})
+        """As transformers' own, and an override that misspells an option is refused, not dropped. Others must pass: the
+        pipelines send here what they also send to the model."""
+        cls._refuse_unknown({key: None for key in kwargs if cls._nearest_option(key)})
         return super().from_dict(image_processor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that differ from None, and what transformers needs to find the class again."""
-        kept = {*self.valid_kwargs.__annotations__, *SERVICE_KEYS}
-        return {key: value for key, value in super().to_dict().items() if key in kept and value is not None}
+        """The options alone. Where the class is found stands in config.json: beside the options, transformers < 5.4
+        would warn about slow and fast twins that do not exist, and ask for trust where the package is imported."""
+        saved = self.valid_kwargs.__annotations__.keys() - {"device", "return_tensors"}  # these belong to a call
+        return {key: value for key, value in super().to_dict().items() if key in saved and value is not None}
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """
@@ -228,9 +230,13 @@ class SAILViTImageProcessor(TorchvisionBackend):
         known = cls.valid_kwargs.__annotations__
         for key in kwargs:
             if key not in known and key not in SERVICE_KEYS and not key.startswith("_"):
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+                close = cls._nearest_option(key)
+                hint = f"did you mean {close}?" if close else f"the options are {', '.join(known)}"
                 raise TypeError(f"{cls.__name__} has no option {key!r}; {hint}")
+
+    @classmethod
+    def _nearest_option(cls, key: str) -> str | None:
+        return next(iter(difflib.get_close_matches(key, cls.valid_kwargs.__annotations__, n=1, cutoff=0.8)), None)
 
     def _options(self, overrides: Mapping[str, Any]) -> SimpleNamespace:
         """The options of one call, checked, with `tile_size` (h, w) and the statistics as tensors (3, 1, 1)."""
@@ -312,7 +318,8 @@ def _named_images(images: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _read_picture(image: Any, name: str, options: SimpleNamespace) -> torch.Tensor:
     """One image of any kind -> (H, W, 3), uint8 or float32, or a ValueError that begins with its name."""
     if isinstance(image, (str, Path)):
-        image = open_image(image, name)
+        with open_image(image, name) as opened:
+            return _picture_of_pil(opened, name, options)
     if isinstance(image, Image.Image):
         return _picture_of_pil(image, name, options)
     if isinstance(image, np.ndarray) and image.dtype.kind in "buif":

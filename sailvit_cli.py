@@ -115,9 +115,9 @@ def _draw(image, options: argparse.Namespace, factor: int) -> None:
     from sailvit.encode.figure import draw_tokens
     from sailvit.image_processing_sailvit import open_image
 
-    picture = open_image(image.source)
-    picture = ImageOps.exif_transpose(picture) if options.exif_transpose else picture
-    draw_tokens(picture, image.tokens, image.grid, factor).save(options.figure)
+    with open_image(image.source) as picture:
+        upright = ImageOps.exif_transpose(picture) if options.exif_transpose else picture
+        draw_tokens(upright, image.tokens, image.grid, factor).save(options.figure)
 
 
 def _demo(options: argparse.Namespace) -> int:

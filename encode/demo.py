@@ -38,7 +38,8 @@ def run_demo(out: Path, say: Callable[[str], None], size: str = "large") -> Path
     subprocess.run([sys.executable, str(script), str(folder), str(PHOTOGRAPH), str(tokens)], check=True)
     started = time.perf_counter()
     encoded = load_file(tokens)
-    draw_tokens(Image.open(PHOTOGRAPH), encoded["tokens"], tuple(encoded["tile_grid"].tolist())).save(figure)
+    with Image.open(PHOTOGRAPH) as picture:
+        draw_tokens(picture, encoded["tokens"], tuple(encoded["tile_grid"].tolist())).save(figure)
     say(f"3. The picture, its tiles and the principal components of its tokens, {time.perf_counter() - started:.2f} s:")
     say(f"   {figure}")
     return figure

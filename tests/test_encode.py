@@ -1,0 +1,261 @@
+"""`sailvit encode` and `sailvit demo`, as typed at a shell; the streaming beneath them."""
+
+import fcntl
+import gc
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHOTOGRAPH, ROOT
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sailvit import SAILViTImageProcessor, SAILViTModel
+from sailvit.encode.demo import make_random_tower
+from sailvit.encode.figure import principal_colours, stitch_tokens
+from sailvit.encode.stream import encode_images, find_images
+
+import sailvit_cli
+
+
+def encode(*arguments: object) -> int:
+    return sailvit_cli.main(["encode", *map(str, arguments)])
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """Four photographs of other shapes in two folders, and a file that is none."""
+    photograph = Image.open(PHOTOGRAPH)
+    (tmp_path / "album" / "sub").mkdir(parents=True)
+    for index, size in enumerate([(300, 200), (100, 100), (90, 300), (640, 480)]):
+        photograph.resize(size).save(tmp_path / "album" / ("sub" if index % 2 else ".") / f"{index}.png")
+    (tmp_path / "album" / "notes.txt").write_text("no picture")
+    return tmp_path / "album"
+
+
+def expected_tokens(folder: Path, image: str | Path, **options) -> torch.Tensor:
+    processor = SAILViTImageProcessor.from_pretrained(folder, **options)
+    with torch.no_grad():
+        return SAILViTModel.from_pretrained(folder).get_image_features(processor(image)["pixel_values"])
+
+
+def test_encodes_a_photograph_to_safetensors(folder, tmp_path, capsys):
+    assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path) == 0
+    saved = load_file(tmp_path / "raccoon.jpg.safetensors")
+    torch.testing.assert_close(saved["tokens"], expected_tokens(folder, PHOTOGRAPH))
+    assert saved["tile_grid"].tolist() == [3, 2]
+    with safe_open(tmp_path / "raccoon.jpg.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "image": str(PHOTOGRAPH)}
+    output = capsys.readouterr()
+    assert "(7, 4, 256)" in output.out and "1 encoded, 0 broken" in output.out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encodes_to_npy(folder, tmp_path, dtype):
+    assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, "--format", "npy", "--dtype", dtype) == 0
+    tokens = np.load(tmp_path / "raccoon.jpg.npy")
+    assert tokens.dtype == np.float32
+    expected = expected_tokens(folder, PHOTOGRAPH).numpy()
+    assert np.linalg.norm(tokens - expected) / np.linalg.norm(expected) < (1e-5 if dtype == "float32" else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [(["--no-tile"], {"do_tile": False}), (["--max-tiles", "3"], {"max_tiles": 3})],
+)
+def test_tiling_options_reach_the_processor(folder, tmp_path, flags, options):
+    assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, *flags) == 0
+    expected = expected_tokens(folder, PHOTOGRAPH, **options)
+    torch.testing.assert_close(load_file(tmp_path / "raccoon.jpg.safetensors")["tokens"], expected)
+
+
+def test_exif_rotation_reaches_the_processor(folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(PHOTOGRAPH).resize((600, 100)).save(tmp_path / "turned.png", exif=exif)
+    arguments = (tmp_path / "turned.png", "--model", folder, "--out", tmp_path, "--exif-transpose")
+    assert encode(*arguments, "--figure", tmp_path / "figure.png") == 0
+    assert load_file(tmp_path / "turned.png.safetensors")["tile_grid"].tolist() == [1, 6]
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.size == (216, 600)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_streams_in_micro_batches_of_any_size(folder, album, batch_size, workers):
+    model, processor = SAILViTModel.from_pretrained(folder), SAILViTImageProcessor.from_pretrained(folder)
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    sources = list(find_images([str(album)]))
+    encoded = list(encode_images(sources, model, processor, batch_size, workers))
+    assert [image.source for image in encoded] == sources and len(sources) == 4
+    assert set(seen[:-1]) <= {batch_size} and seen[-1] <= batch_size
+    for image in encoded:
+        torch.testing.assert_close(image.tokens, expected_tokens(folder, image.source))
+
+
+def test_broken_images_are_named_skipped_and_counted(folder, album, tmp_path, capsys):
+    (album / "1broken.png").write_bytes((album / "0.png").read_bytes()[:500])
+    (album / "sub" / "empty.jpg").touch()
+    assert encode(album, "--model", folder, "--out", tmp_path / "out", "--batch-size", 2) == 2
+    output = capsys.readouterr()
+    assert "4 encoded, 2 broken, 0 not tried" in output.out
+    assert "1broken.png" in output.err and "empty.jpg" in output.err
+    written = sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+    )
+    assert written == [f"{name}.safetensors" for name in ("0.png", "2.png", "sub/1.png", "sub/3.png")]
+
+
+def test_strict_stops_at_the_first_broken_image(folder, album, tmp_path, capsys):
+    (album / "0broken.png").touch()
+    assert encode(album, "--model", folder, "--out", tmp_path / "out", "--strict", "--batch-size", 1) == 2
+    assert "1 encoded, 1 broken, 3 not tried" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 1
+
+
+def test_existing_tokens_are_refused_kept_or_replaced(folder, album, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert encode(album / "0.png", "--model", folder, "--out", out) == 0
+    target = out / "0.png.safetensors"
+    before = target.stat().st_mtime_ns
+    assert encode(album / "0.png", "--model", folder, "--out", out) == 2
+    assert "exists: give --overwrite, --resume" in capsys.readouterr().err
+    assert encode(album / "0.png", album / "2.png", "--model", folder, "--out", out, "--resume") == 0
+    assert target.stat().st_mtime_ns == before and (out / "2.png.safetensors").exists()
+    assert encode(album / "0.png", "--model", folder, "--out", out, "--overwrite") == 0
+    assert target.stat().st_mtime_ns != before
+
+
+def test_figure_shows_the_picture_and_its_tokens(folder, tmp_path):
+    assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, "--figure", tmp_path / "figure.png") == 0
+    figure = Image.open(tmp_path / "figure.png")
+    assert figure.size == (1024 * 2 + 16, 768)
+    left = np.array(figure.crop((10, 10, 300, 300))).astype(int)
+    assert abs(left - np.array(Image.open(PHOTOGRAPH).crop((10, 10, 300, 300)))).max() == 0
+    assert len(np.unique(np.array(figure.crop((1050, 10, 1300, 300))).reshape(-1, 3), axis=0)) > 10
+
+
+def test_stitched_tokens_stand_where_their_patches_stood(folder):
+    model = SAILViTModel.from_pretrained(folder)
+    processor = SAILViTImageProcessor.from_pretrained(folder)
+    batch = processor(PHOTOGRAPH)
+    with torch.no_grad():
+        tokens = model.get_image_features(batch["pixel_values"])
+        patches = model(batch["pixel_values"]).last_hidden_state.reshape(7, 4, 4, 64)
+    whole = stitch_tokens(tokens, (3, 2), 2)
+    assert whole.shape == (8, 12, 64)
+    for row, column in [(0, 0), (3, 4), (5, 11), (7, 2)]:
+        assert torch.equal(whole[row, column], patches[row // 4 * 3 + column // 4, row % 4, column % 4])
+
+
+def test_principal_colours_find_the_directions_of_most_variance():
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8)).Q
+    scores = torch.randn(20, 30, 8) * torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1])
+    colours = torch.from_numpy(np.array(principal_colours(scores @ basis.T))).float()
+    for channel in range(3):
+        pair = torch.stack([colours[..., channel].flatten(), scores[..., channel].flatten()])
+        assert torch.corrcoef(pair)[0, 1].abs() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.jpg"], "absent.jpg: no such image"),
+        (["{album}", "--figure", "f.png"], "--figure draws one image, 4 are given"),
+        (["{album}/0.png", "{album}/copy/0.png"], "would both be written as 0.png"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(folder, album, tmp_path, capsys, arguments, message):
+    (album / "copy").mkdir()
+    if "copy" in str(arguments):
+        (album / "copy" / "0.png").write_bytes((album / "0.png").read_bytes())
+    filled = [argument.format(album=album) for argument in arguments]
+    assert encode(*filled, "--model", folder, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_none_is_refused(folder, tmp_path, capsys):
+    assert encode(PHOTOGRAPH, "--model", tmp_path / "absent", "--out", tmp_path / "out") == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert encode(PHOTOGRAPH, "--model", tmp_path / "other", "--out", tmp_path / "out") == 2
+    assert "model_type is 'vit', not 'sailvit'" in capsys.readouterr().err
+
+
+def bytes_of_live_tiles(side: int) -> int:
+    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim == 4 and t.shape[-1] == side]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_memory_is_bounded_by_the_batch_size_whatever_the_tile_count(folder, tmp_path):
+    """The tower never sees more than a micro-batch, and no tiles of finished images are kept."""
+    model = SAILViTModel.from_pretrained(folder)
+    processor = SAILViTImageProcessor.from_pretrained(folder, max_tiles=64, min_tiles=64)
+    sources = []
+    for index in range(6):
+        Image.open(PHOTOGRAPH).resize((64, 64)).save(tmp_path / f"{index}.png")
+        sources.append(str(tmp_path / f"{index}.png"))
+    alive, peak = [], 0
+    model.register_forward_pre_hook(lambda module, arguments: alive.append(len(arguments[0])))
+    storage = 65 * 3 * 56 * 56 * 4
+    for image in encode_images(sources, model, processor, batch_size=4):
+        assert image.tokens.shape == (65, 4, 256)
+        peak = max(peak, bytes_of_live_tiles(56))
+    assert max(alive) == 4 and peak <= 2.2 * storage
+
+
+def run_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "sailvit_cli.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=500)
+
+
+def test_help_needs_no_torch(tmp_path):
+    script = "import sys, sailvit_cli\ntry: sailvit_cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "encode" in done.stdout and "demo" in done.stdout
+
+
+def test_wrong_usage_is_exit_code_two(tmp_path):
+    assert run_command("encode", cwd=tmp_path).returncode == 2
+    assert run_command("fly", cwd=tmp_path).returncode == 2
+
+
+def test_a_terminal_gets_a_progress_bar(folder, album, tmp_path):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, str(ROOT / "sailvit_cli.py"), "encode", str(album), "--model", str(folder)]
+    done = subprocess.run(command, stderr=follower, stdout=subprocess.DEVNULL, cwd=tmp_path, timeout=300)
+    os.close(follower)
+    shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert done.returncode == 0 and "4/4" in shown and "image/s" in shown
+
+
+@pytest.mark.slow
+def test_demo_runs_from_an_empty_folder(tmp_path):
+    done = run_command("demo", "--size", "base", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for expected in ("RANDOM weights", "(7, 3, 448, 448) -> tokens (7, 256, 3072)", "figure.png"):
+        assert expected in done.stdout
+    with Image.open(tmp_path / "sailvit-demo" / "figure.png") as figure:
+        assert figure.size == (2064, 768)
+    assert load_file(tmp_path / "sailvit-demo" / "tokens.safetensors")["tokens"].dtype == torch.bfloat16
+    assert run_command("demo", cwd=tmp_path).returncode == 2
+
+
+def test_random_towers_are_the_same_for_a_seed(tmp_path):
+    options = {"num_hidden_layers": 1, "image_size": 28}
+    first, second = (make_random_tower(tmp_path / name, "base", **options) for name in ("a", "b"))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
