@@ -217,7 +217,8 @@ class SAILViTImageProcessor(TorchvisionBackend):
         pixel_values = torch.empty(sum(counts), 3, *options.tile_size, device=device)
         slots = pixel_values.split(counts)
         for indices in _groups(pictures, device):
-            batch = torch.stack([pictures[index].to(device) for index in indices]).permute(0, 3, 1, 2)
+            group = [pictures[index].to(device) for index in indices]
+            batch = (torch.stack(group) if len(group) > 1 else group[0][None]).permute(0, 3, 1, 2)
             tiles, thumbnails = _cut_tiles(batch, grids[indices[0]], options)
             for index, image_tiles, thumbnail in zip(indices, tiles, thumbnails, strict=True):
                 cut = math.prod(image_tiles.shape[:2])
@@ -243,7 +244,9 @@ class SAILViTImageProcessor(TorchvisionBackend):
         chosen = {name: overrides.get(name) for name in self.valid_kwargs.__annotations__}
         options = SimpleNamespace(**{k: getattr(self, k) if v is None else v for k, v in chosen.items()})
         options.tile_size = _height_and_width(options.size)
-        options.range = 1.0 if not options.do_rescale else 1 / options.rescale_factor
+        if not options.rescale_factor > 0:
+            raise ValueError(f"rescale_factor must be positive, got {options.rescale_factor!r}")
+        options.range = 1 / options.rescale_factor if options.do_rescale else 1.0  # where floats must lie
         for name in ("image_mean", "image_std"):
             setattr(options, name, _channel_statistics(name, getattr(options, name)))
         _check_options(options)

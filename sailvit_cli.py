@@ -58,6 +58,7 @@ def _encode(options: argparse.Namespace) -> int:
     """Encodes images and writes the tokens of each to DIR/IMAGE.safetensors (or .npy). A broken image is named and
     skipped; the exit code is then 2."""
     import torch
+
     from sailvit.encode.stream import encode_images, find_images, load_tower
     from sailvit.encode.write import write_tokens
 
@@ -112,6 +113,7 @@ def _processor(options: argparse.Namespace, image_size: int):
 def _draw(image, options: argparse.Namespace, factor: int) -> None:
     """The figure, from the picture the processor saw."""
     from PIL import ImageOps
+
     from sailvit.encode.figure import draw_tokens
     from sailvit.image_processing_sailvit import open_image
 

@@ -1,12 +1,16 @@
 import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
 from pathlib import Path
 
 import pytest
 import torch
+
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPH = ROOT / "examples" / "raccoon.jpg"
 TINY = {

@@ -12,6 +12,8 @@ import torch
 from conftest import PHOTOGRAPH, ROOT, TINY, randomize
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
 from sailvit import (
     SAILViTBackbone,
     SAILViTConfig,
@@ -19,7 +21,6 @@ from sailvit import (
     SAILViTImageProcessor,
     SAILViTModel,
 )
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 
 def run_stranger(script: str, *arguments: object, home: Path) -> str:
@@ -147,6 +148,7 @@ def test_tower_weights_load_into_the_classifier_and_back(folder, tmp_path):
 
 def test_a_weight_that_is_missing_is_not_loaded_in_silence(folder, tmp_path):
     from safetensors.torch import save_file
+
     from sailvit.encode.stream import load_tower
 
     shutil.copytree(folder, tmp_path / "holed")

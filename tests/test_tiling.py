@@ -17,6 +17,7 @@ from conftest import PHOTOGRAPH, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from sailvit import SAILViTImageProcessor, choose_tile_grid
 
 
@@ -357,6 +358,7 @@ def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
         ({"image_std": [1.0, 0.0, 1.0]}, ValueError, "image_std must not be zero"),
         ({"image_mean": [1.0, 0.0]}, ValueError, "image_mean must be one number or three"),
         ({"resample": Image.Resampling.LANCZOS}, ValueError, 'resize_backend="pil"'),
+        ({"rescale_factor": 0.0}, ValueError, "rescale_factor must be positive"),
         ({"resize_backend": "opencv"}, ValueError, "resize_backend"),
         ({"input_data_format": "last"}, ValueError, "input_data_format"),
     ],

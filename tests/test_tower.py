@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import TINY, random_pixels, randomize, relative_difference
 from safetensors.torch import load_file
+from torch import nn
+
 from sailvit import SAILViTBackbone, SAILViTConfig, SAILViTForImageClassification, SAILViTModel, pixel_shuffle
 from sailvit.modeling_sailvit import sincos_position_embeddings
-from torch import nn
 
 
 def make(cls: type = SAILViTModel, seed: int = 0, **overrides):

@@ -1,0 +1,63 @@
+"""
+Tiling of photographs of mixed sizes (0.06 to 6 megapixels) against the model card's Pillow pipeline and transformers'
+GotOcr2, one process, interleaved; and the cost a tile in a batch against one image at a time.
+
+    python benchmarks/tiling.py
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/tiling.py  # no page faults
+"""
+
+from pathlib import Path
+
+import torch
+import torchvision.transforms as T
+from PIL import Image
+from timing import medians, print_ratios
+from transformers import GotOcr2ImageProcessor
+
+from sailvit import SAILViTImageProcessor, choose_tile_grid
+
+
+SIZES = [(300, 200), (640, 480), (800, 600), (1024, 768), (1920, 1080), (1200, 1600), (3000, 2000), (480, 1280)]
+TO_TENSOR = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+
+
+def card_tiles(image: Image.Image) -> torch.Tensor:
+    """The tiles as the released card makes them."""
+    image = image.convert("RGB")
+    columns, rows = choose_tile_grid(*image.size)
+    large = image.resize((448 * columns, 448 * rows), Image.BICUBIC)
+    boxes = [(448 * (i % columns), 448 * (i // columns)) for i in range(columns * rows)]
+    tiles = [large.crop((left, top, left + 448, top + 448)) for left, top in boxes]
+    return torch.stack([TO_TENSOR(tile) for tile in [*tiles, image.resize((448, 448), Image.BICUBIC)]])
+
+
+def main() -> None:
+    photograph = Image.open(Path(__file__).parents[1] / "examples" / "raccoon.jpg")
+    images = [photograph.resize(size, Image.LANCZOS) for size in SIZES]
+    ours = SAILViTImageProcessor()
+    got = GotOcr2ImageProcessor(size={"height": 448, "width": 448}, crop_to_patches=True, max_patches=8)
+    one_tile = [photograph.resize((600, 600))] * 8
+    seconds = medians(
+        {
+            "card": lambda: torch.cat([card_tiles(image) for image in images]),
+            "GotOcr2": lambda: got(images, return_tensors="pt"),
+            "ours, pil backend": lambda: ours(images, resize_backend="pil"),
+            "ours": lambda: ours(images),
+            "8 photos of 7 tiles, alone": lambda: [ours(photograph) for _ in range(8)],
+            "8 photos of 7 tiles, a batch": lambda: ours([photograph] * 8),
+            "8 photos of 1 tile, alone": lambda: [ours(image, do_tile=False) for image in one_tile],
+            "8 photos of 1 tile, a batch": lambda: ours(one_tile, do_tile=False),
+        },
+        rounds=15,
+    )
+    for name, value in seconds.items():
+        print(f"{value * 1e3:8.1f} ms  {name}")
+    names = ("GotOcr2", "ours, pil backend", "ours")
+    print_ratios("speed, the card's pipeline = 1", {name: seconds["card"] / seconds[name] for name in names})
+    kinds = ("8 photos of 7 tiles", "8 photos of 1 tile")
+    batch_costs = {kind: seconds[f"{kind}, a batch"] / seconds[f"{kind}, alone"] for kind in kinds}
+    print_ratios("cost a tile in a batch, one image at a time = 1", batch_costs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""
+Forward of a SAILViT tower against transformers' Aimv2VisionModel and timm, the same weights, one process, interleaved.
+
+    python benchmarks/tower.py                        # bf16, Large, eager, 1 and 8 tiles
+    python benchmarks/tower.py --compile --blocks 6   # compiled, without and with inductor's weight freezing
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch._inductor.config as inductor
+from timing import medians, print_ratios
+from torch.nn import functional as F
+from twins import native_twin, timm_tokens, timm_twin
+
+from sailvit import SAILViTConfig, SAILViTModel
+
+
+def forwards(tower: SAILViTModel) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The three towers as functions of pixels."""
+    native, timm_model = native_twin(tower).to(tower.device), timm_twin(tower).to(tower.device)
+    return {
+        "native": lambda pixels: native(pixels).last_hidden_state,
+        "timm": lambda pixels: timm_tokens(timm_model, pixels),
+        "ours": lambda pixels: tower(pixels).last_hidden_state,
+    }
+
+
+def compiled(functions: dict[str, Callable], pixels: torch.Tensor, freezing: bool) -> dict[str, Callable]:
+    """Each function compiled and warmed up on `pixels`."""
+    ready = {}
+    with inductor.patch(freezing=freezing):
+        for name, function in functions.items():
+            torch._dynamo.reset()
+            ready[name] = torch.compile(function, dynamic=False)
+            started = time.perf_counter()
+            ready[name](pixels)
+            print(f"compiled {name} in {time.perf_counter() - started:.0f} s, freezing={freezing}", flush=True)
+    return ready
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the matrix product that a block spends most of its time in: 1,024 tokens, width 1,024 to 2,816."""
+    tokens, weight = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((8192, 1024), (2816, 1024)))
+    return 2 * 8192 * 1024 * 2816 / medians({"product": lambda: F.linear(tokens, weight)}, 10)["product"]
+
+
+def flops(config: SAILViTConfig, tiles: int) -> float:
+    """Multiplications and additions of a forward."""
+    tokens, width = config.grid_size**2, config.hidden_size
+    block = 4 * width * width + 3 * width * config.intermediate_size + 2 * tokens * width
+    return 2 * tiles * tokens * (config.num_hidden_layers * block + config.num_channels * config.patch_size**2 * width)
+
+
+def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int) -> None:
+    size = tower.config.image_size
+    pixels = torch.randn(tiles, 3, size, size, device=options.device, dtype=tower.dtype)
+    functions = forwards(tower)
+    contenders = {f"{name} eager": function for name, function in functions.items()}
+    if options.compile:
+        for freezing in (False, True) if options.device == "cpu" else (False,):
+            ready = compiled(functions, pixels, freezing)
+            contenders |= {f"{name} compiled{', frozen' if freezing else ''}": run for name, run in ready.items()}
+    with torch.inference_mode(not options.compile), torch.no_grad():
+        seconds = medians({name: lambda run=run: run(pixels) for name, run in contenders.items()}, options.rounds)
+    rate = product_rate(options.device, tower.dtype)
+    for name, value in seconds.items():
+        share = flops(tower.config, tiles) / value / rate
+        print(f"{value:9.4f} s  {share:6.1%} of the rate of its matrix products  {name}")
+    title = f"{tiles} tile(s), {options.size}, {tower.config.num_hidden_layers} blocks: speed, native eager = 1"
+    print_ratios(title, {name: seconds["native eager"] / value for name, value in seconds.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="large")
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    tower = SAILViTModel(SAILViTConfig.from_size(options.size, num_hidden_layers=options.blocks)).bfloat16().eval()
+    for tiles in options.tiles:
+        compare(options, copy.deepcopy(tower).to(options.device), tiles)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

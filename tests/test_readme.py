@@ -1,0 +1,55 @@
+"""What the README says, held against the repository."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def tracked_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return listed.stdout.split()
+
+
+def test_tree_names_what_is_there():
+    tree = next(text for kind, text in BLOCKS if not kind and "config.json" in text)
+    named = [line.split()[0] for line in tree.splitlines()]
+    assert all((ROOT / name).exists() for name in named)
+    files = tracked_files()
+    packages = {f"{file.split('/')[0]}/" for file in files if "/" in file and file.endswith(".py")}
+    modules = {file for file in files if "/" not in file and file.endswith(".py")}
+    assert packages | modules <= set(named)
+
+
+def test_usage_runs_as_written(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    first, card = (text for kind, text in BLOCKS if kind == "python")
+    scope = {}
+    exec(first.replace("sailvit-demo/sailvit-large-random", str(folder)), scope)
+    assert scope["tokens"].shape == (7, 4, 256)
+    exec(card.replace("448, 448", "56, 56"), scope)
+    assert scope["output"].last_hidden_state.shape == (1, 16, 64)
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"sed -n 's/(.*?)/", script)[1].replace(r"\(", "(").replace(r"\)", ")")
+    assert len([command for command in commands if re.search(pattern, command)]) == 1
+
+
+def test_documents_speak_of_the_project_alone():
+    """No line of a document is wider than 120 characters, none names a package registry's host."""
+    for name in tracked_files():
+        if name.endswith(".md"):
+            text = (ROOT / name).read_text()
+            assert not re.search(r"pypi\.org|pythonhosted", text), name
+            if name != "README.md":
+                assert max(map(len, text.splitlines())) <= 120, name
