@@ -252,7 +252,7 @@ class SAILViTTransformer(nn.Module):
         self, hidden_states: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """(B, N, D) -> tokens after the final norm; on request the embeddings and every block's output; the weights."""
-        states, attentions = [hidden_states], []
+        states, attentions = [hidden_states] if output_hidden_states else [], []
         for block in self.blocks:
             hidden_states, weights = self._run_block(block, hidden_states, output_attentions)
             if output_hidden_states:
