@@ -1,5 +1,5 @@
 """
-SAILViT: load, convert, train, evaluate and publish the vision tower of arXiv 2507.01643.
+SAILViT, the vision tower of arXiv 2507.01643, for transformers.
 
 `import sailvit` registers the classes with transformers' Auto classes, so that they load without remote code. This file
 is not part of a model folder on the Hub, and does nothing when it is not imported as the package.
@@ -22,7 +22,12 @@ if __package__ == "sailvit":
     AutoModel.register(SAILViTConfig, SAILViTModel)
     AutoModelForImageClassification.register(SAILViTConfig, SAILViTForImageClassification)
     AutoBackbone.register(SAILViTConfig, SAILViTBackbone)
-    AutoImageProcessor.register(SAILViTConfig, fast_image_processor_class=SAILViTImageProcessor)
+    try:
+        AutoImageProcessor.register(SAILViTConfig, image_processor_classes={"torchvision": SAILViTImageProcessor})
+    except TypeError:  # transformers < 5.4, where the fast one of two would be announced by a warning at every load
+        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+        IMAGE_PROCESSOR_MAPPING.register(SAILViTConfig, (SAILViTImageProcessor, None))
 
     __version__ = "0.1.0"
     __all__ = [

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the SAILViT vision tower (arXiv 2507.01643)."""
 
+import inspect
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -109,9 +110,13 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "SAILViTConfig":
         """The configuration of a published size: "base", "large", "huge", "1b" or "3b", with `overrides` on top."""
-        if size.lower() not in SIZES:
+        if str(size).lower() not in SIZES:
             raise ValueError(f"size {size!r} is not published; choose one of {', '.join(SIZES)}")
-        return cls(**{**SIZES[size.lower()], **overrides})
+        config = cls(**{**SIZES[size.lower()], **overrides})
+        unknown = [key for key in overrides if key != "attn_implementation" and not hasattr(cls(), key)]
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}")
+        return config
 
     @property
     def grid_size(self) -> int:
@@ -123,15 +128,39 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         """Names of the feature maps a backbone can return, in order: the embeddings, then every block."""
         return ["stem", *(f"stage{block}" for block in range(1, self.num_hidden_layers + 1))]
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own, but overrides of fields are checked with the others, not set one by one afterwards."""
+        fields = inspect.signature(cls.__init__).parameters
+        overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in fields}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own, without the feature maps where they are the default, so that a tower saved with 24
+        blocks and loaded with 12 has the last of its 12."""
+        output = super().to_dict()
+        if output.get("out_features") == self.stage_names[-1:]:
+            del output["out_features"], output["out_indices"]
+        return output
+
     def _check_fields(self) -> None:
         for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
                       "image_size", "patch_size", "pixel_shuffle_factor"):  # fmt: skip
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a positive integer, got {value!r}")
-        for field in ("attention_dropout", "projection_dropout"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ValueError(f"{field} must lie in [0, 1), got {getattr(self, field)!r}")
+        for field, low, high in (
+            ("attention_dropout", 0.0, 1.0),
+            ("projection_dropout", 0.0, 1.0),
+            ("rms_norm_eps", 0.0, 1.0),
+            ("initializer_range", 0.0, float("inf")),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+                raise ValueError(f"{field} must lie in [{low:g}, {high:g}), got {value!r}")
+        for field in ("qkv_bias", "use_bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -147,6 +176,8 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         if out_indices is None:
             self.out_features = out_features
             return
+        if not isinstance(out_indices, (list, tuple)) or not out_indices:
+            raise ValueError(f"out_indices must be a list of stages, got {out_indices!r}")
         self.out_indices = list(out_indices)
         if out_features is not None and list(out_features) != self.out_features:
             raise ValueError(f"out_features {out_features} are not the stages of out_indices {out_indices}")

@@ -10,12 +10,14 @@ Shapes: n tiles of all images together, one image after the other; H and W the p
 """
 
 import difflib
+import http.client
 import io
 import math
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypedDict
@@ -43,6 +45,8 @@ TENSOR_FILTERS = {
 }
 # Since 13.0 Pillow resizes an image that loses much more height than width vertically first (its pull request 9549).
 PILLOW_CHOOSES_PASS = int(PIL.__version__.split(".")[0]) >= 13
+# More tiles than this are a mistake: 1,024 of 448 pixels are a 14,336-pixel square, and 2.4 GB.
+MOST_TILES = 1024
 # Keys that transformers itself writes into preprocessor_config.json or passes to from_pretrained.
 SERVICE_KEYS = {"auto_map", "backend", "feature_extractor_type", "image_processor_type", "processor_class", "use_fast"}
 
@@ -69,12 +73,14 @@ def choose_tile_grid(
         tile_size: (height, width) of a tile, in pixels.
 
     Raises:
-        ValueError: The image has no pixels, or the bounds are not 1 <= min_tiles <= max_tiles.
+        ValueError: The image has no pixels, or the bounds are not 1 <= min_tiles <= max_tiles <= 1,024.
     """
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width} x {height} pixels (width x height) has nothing to tile")
-    if not 1 <= min_tiles <= max_tiles:
-        raise ValueError(f"tiles must be bounded by 1 <= min_tiles <= max_tiles, got {min_tiles} and {max_tiles}")
+    if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
+        raise ValueError(
+            f"1 <= min_tiles <= max_tiles <= {MOST_TILES} must hold, got min_tiles={min_tiles}, max_tiles={max_tiles}"
+        )
     tile_height, tile_width = tile_size
     best, best_distance = (1, 1), math.inf
     for columns, rows in tile_grids(min_tiles, max_tiles):
@@ -92,7 +98,7 @@ class SAILViTImageProcessorKwargs(TypedDict, total=False):
     min_tiles: int
     max_tiles: int
     use_thumbnail: bool
-    size: dict[str, int] | int
+    size: dict[str, int] | tuple[int, int] | int
     resample: int
     resize_backend: str
     do_exif_transpose: bool
@@ -114,12 +120,12 @@ class SAILViTImageProcessor(TorchvisionBackend):
         do_tile: Cut an image into the grid of tiles nearest to its shape; `False` resizes it to one tile.
         min_tiles, max_tiles: Bounds on the tiles of an image, its thumbnail not counted.
         use_thumbnail: Append the whole image as one more tile, where the grid has more than one.
-        size: `{"height": h, "width": w}` of a tile in pixels, or one number for both.
+        size: `{"height": h, "width": w}` of a tile in pixels, `(h, w)`, or one number for both.
         resample: Filter of the resize, a `PIL.Image.Resampling`.
         resize_backend: `"torchvision"`, fast and within 2/255 of Pillow, or `"pil"`, Pillow and the arithmetic of
             torchvision's ToTensor and Normalize: bit-equal to the released code.
         do_exif_transpose: Turn a picture upright as its EXIF says. The released code does not.
-        do_rescale, rescale_factor: Multiply by 1/255.
+        do_rescale, rescale_factor: Multiply by 1/255. Without it 8-bit images stay in 0..255, floats in 0..1.
         do_normalize, image_mean, image_std: Subtract and divide by the ImageNet statistics, one number a channel.
         input_data_format: `"channels_first"` or `"channels_last"`, of arrays and tensors whose shape does not tell.
         device: Where to resize and normalize; by default where the image is.
@@ -148,8 +154,8 @@ class SAILViTImageProcessor(TorchvisionBackend):
 
     def __init__(self, **kwargs: Any):
         self._refuse_unknown(kwargs)
-        if isinstance(kwargs.get("size"), int):  # which transformers would take for the shortest edge
-            kwargs["size"] = {"height": kwargs["size"], "width": kwargs["size"]}
+        if kwargs.get("size") is not None:  # transformers would take one number for the shortest edge
+            kwargs["size"] = dict(zip(("height", "width"), _height_and_width(kwargs["size"]), strict=True))
         super().__init__(**kwargs)
         self._options({})
 
@@ -196,6 +202,15 @@ class SAILViTImageProcessor(TorchvisionBackend):
             "tile_grids": torch.tensor(grids),
         }
         return BatchFeature(data=data, tensor_type=options.return_tensors)
+
+    def read_picture(self, image: Any, **kwargs: Any) -> Image.Image:
+        """One image, of any kind that `preprocess` takes, as the 8-bit RGB picture that it tiles."""
+        self._refuse_unknown(kwargs)
+        options = self._options(kwargs)
+        picture = _read_picture(image, "image", options)
+        if picture.is_floating_point():
+            picture = (picture * (255 / options.range)).round().clamp(0, 255).byte()
+        return Image.fromarray(picture.cpu().numpy())
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
@@ -244,7 +259,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
         chosen = {name: overrides.get(name) for name in self.valid_kwargs.__annotations__}
         options = SimpleNamespace(**{k: getattr(self, k) if v is None else v for k, v in chosen.items()})
         options.tile_size = _height_and_width(options.size)
-        if not options.rescale_factor > 0:
+        if not (isinstance(options.rescale_factor, Real) and 0 < options.rescale_factor < math.inf):
             raise ValueError(f"rescale_factor must be positive, got {options.rescale_factor!r}")
         options.range = 1 / options.rescale_factor if options.do_rescale else 1.0  # where floats must lie
         for name in ("image_mean", "image_std"):
@@ -255,12 +270,9 @@ class SAILViTImageProcessor(TorchvisionBackend):
 
 def _check_options(options: SimpleNamespace) -> None:
     for name in ("min_tiles", "max_tiles"):
-        if isinstance(getattr(options, name), bool) or not isinstance(getattr(options, name), int):
+        if not _is_integer(getattr(options, name)):
             raise ValueError(f"{name} must be an integer, got {getattr(options, name)!r}")
-    if not 1 <= options.min_tiles <= options.max_tiles:
-        raise ValueError(
-            f"1 <= min_tiles <= max_tiles must hold, got min_tiles={options.min_tiles}, max_tiles={options.max_tiles}"
-        )
+    choose_tile_grid(1, 1, options.min_tiles, options.max_tiles)  # refuses bounds that cannot hold
     if options.resize_backend not in ("torchvision", "pil"):
         raise ValueError(f'resize_backend must be "torchvision" or "pil", got {options.resize_backend!r}')
     if options.resample not in list(Image.Resampling):
@@ -275,23 +287,27 @@ def _check_options(options: SimpleNamespace) -> None:
         raise ValueError(f"image_std must not be zero, got {options.image_std.flatten().tolist()}")
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _height_and_width(size: Any) -> tuple[int, int]:
-    """(h, w) of a number, a dictionary, or the SizeDict of transformers."""
+    """(h, w) of a number, a pair, a dictionary, or the SizeDict of transformers."""
     try:
-        height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+        height, width = (size, size) if _is_integer(size) else (size["height"], size["width"])
     except (KeyError, TypeError):
-        height = width = None
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (None, None)
+    if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
         raise ValueError(f'size must be {{"height": pixels, "width": pixels}}, both positive, got {size!r}')
-    return height, width
+    return int(height), int(width)
 
 
 def _channel_statistics(name: str, values: float | Sequence[float]) -> torch.Tensor:
     """One number, or one a channel -> (3, 1, 1)."""
-    tensor = torch.as_tensor(values, dtype=torch.float32)
-    if tensor.shape not in ((), (3,)):
-        raise ValueError(f"{name} must be one number or three, got {values!r}")
-    return tensor.expand(3).reshape(3, 1, 1)
+    numbers = values if isinstance(values, (tuple, list)) else [values]
+    if len(numbers) not in (1, 3) or not all(isinstance(n, Real) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"{name} must be one finite number or three, got {values!r}")
+    return torch.tensor([float(number) for number in numbers]).expand(3).reshape(3, 1, 1)
 
 
 def _grid_of(width: int, height: int, options: SimpleNamespace) -> tuple[int, int]:
@@ -326,7 +342,8 @@ def _read_picture(image: Any, name: str, options: SimpleNamespace) -> torch.Tens
     if isinstance(image, Image.Image):
         return _picture_of_pil(image, name, options)
     if isinstance(image, np.ndarray) and image.dtype.kind in "buif":
-        image = torch.from_numpy(np.array(image))
+        native = image.dtype.newbyteorder("=") if image.dtype.itemsize <= 8 else np.float64
+        image = torch.from_numpy(image.astype(native))
     if not isinstance(image, torch.Tensor) or image.is_complex():
         raise ValueError(f"{name}: a PIL image, an array, a tensor, a path or a URL is wanted, not {_kind(image)}")
     return _picture_of_tensor(image.detach(), name, options)
@@ -344,7 +361,7 @@ def open_image(source: str | Path, name: str = "image") -> Image.Image:
             with urllib.request.urlopen(request, timeout=60) as response:
                 source = io.BytesIO(response.read())
         return Image.open(source)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be opened as an image: {error}") from error
 
 
@@ -355,17 +372,17 @@ def _picture_of_pil(image: Image.Image, name: str, options: SimpleNamespace) -> 
         image.load()
         if options.do_exif_transpose:
             image = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(_rgb(image)))
+        array = np.array(image if image.mode in ("I", "F") else _rgb(image))
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise ValueError(f"{name}: cannot be decoded to RGB: {error}") from error
+    picture = torch.from_numpy(array).reshape(image.height, image.width, -1)
+    return _checked_values(picture.expand(-1, -1, 3), name, options)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion, save where that warns (palettes with alpha) or saturates (more than 8 bits)."""
+    """Pillow's own conversion, save where that warns (palettes with alpha) or saturates (16 bits)."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F") and not (image.getextrema()[0] >= 0 and image.getextrema()[1] <= 255):
-        raise ValueError(f"mode {image.mode} with values from {image.getextrema()}: scale them to 0..255")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -379,7 +396,7 @@ def _picture_of_tensor(image: torch.Tensor, name: str, options: SimpleNamespace)
         image = image.permute(1, 2, 0)
     if image.shape[-1] not in (1, 3, 4):
         raise ValueError(f"{name}: 1, 3 or 4 channels are wanted, got {image.shape[-1]} in {tuple(image.shape)}")
-    return _checked_values(image[..., :3].expand(-1, -1, 3).contiguous(), name, options)
+    return _checked_values(image[..., :3].expand(-1, -1, 3), name, options)
 
 
 def _channels_first(shape: torch.Size, name: str, options: SimpleNamespace) -> bool:
@@ -397,6 +414,7 @@ def _channels_first(shape: torch.Size, name: str, options: SimpleNamespace) -> b
 
 def _checked_values(picture: torch.Tensor, name: str, options: SimpleNamespace) -> torch.Tensor:
     """(H, W, 3) of any type -> uint8 or float32, or a ValueError that says what is wrong with its values."""
+    picture = picture.contiguous()
     if picture.dtype == torch.uint8:
         return picture
     if picture.dtype == torch.bool:

@@ -151,13 +151,14 @@ class SAILViTPreprocessor(nn.Module):
     def patch_grid(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """The grid (R, C) of a batch of tiles, or a ValueError that says what would fit."""
         channels, patch, size = self.config.num_channels, self.config.patch_size, self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+        shaped = pixel_values.ndim == 4 and 0 not in pixel_values.shape and pixel_values.shape[1] == channels
+        if not shaped or not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values must be floats of shape (tiles, {channels}, height, width), normalized by the image "
                 f"processor; got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}"
             )
         height, width = pixel_values.shape[-2:]
-        if not height or not width or height % patch or width % patch:
+        if height % patch or width % patch:
             nearest = " x ".join(str(max(round(side / patch), 1) * patch) for side in (height, width))
             raise ValueError(
                 f"pixel_values of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}: resize "
@@ -214,6 +215,8 @@ class SAILViTMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
         self.fc3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is none of transformers' activations")
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -401,6 +404,8 @@ class SAILViTBackbone(BackboneMixin, SAILViTPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        num_tiles: torch.Tensor | None = None,
+        tile_grids: torch.Tensor | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """
         Takes what `SAILViTModel.forward` takes.
@@ -464,7 +469,7 @@ class SAILViTForImageClassification(SAILViTPreTrainedModel):
             loss, logits (images, num_labels), hidden_states, attentions.
 
         Raises:
-            ValueError: num_tiles does not add up to the tiles in pixel_values.
+            ValueError: num_tiles does not add up to the tiles in pixel_values, or leaves an image without any.
         """
         hidden, attentions, as_dict = self._outputs_wanted(output_hidden_states, output_attentions, return_dict)
         tower = self.vision_model(pixel_values, interpolate_pos_encoding, hidden, attentions, return_dict=True)
@@ -481,10 +486,11 @@ class SAILViTForImageClassification(SAILViTPreTrainedModel):
     def _pool_images(pooled_tiles: torch.Tensor, num_tiles: torch.Tensor | None) -> torch.Tensor:
         if num_tiles is None:
             return pooled_tiles
-        counts = [int(count) for count in num_tiles]
-        if sum(counts) != len(pooled_tiles):
+        counts = torch.as_tensor(num_tiles).reshape(-1).tolist()
+        if sum(counts) != len(pooled_tiles) or min(counts) < 1:
             raise ValueError(
-                f"num_tiles {counts} adds up to {sum(counts)}, pixel_values holds {len(pooled_tiles)} tiles"
+                f"num_tiles must be at least 1 for each image and add up to the {len(pooled_tiles)} tiles in "
+                f"pixel_values, got {counts}"
             )
         return torch.stack([tiles.mean(0) for tiles in pooled_tiles.split(counts)])
 

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 
 
+FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
@@ -20,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"sailvit {parsed.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"sailvit {parsed.verb}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,9 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--figure", type=Path, metavar="PNG", help="draw the tiles and the tokens of the one image given"
     )
-    encode.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="tiles in a micro-batch (8)")
+    encode.add_argument(
+        "--batch-size", type=_positive_integer, default=8, metavar="N", help="tiles in a micro-batch (8)"
+    )
     encode.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read ahead (0)")
-    encode.add_argument("--max-tiles", type=_positive, metavar="N", help="tiles of an image, the thumbnail not counted")
+    encode.add_argument(
+        "--max-tiles", type=_positive_integer, metavar="N", help="tiles of an image, the thumbnail not counted"
+    )
     encode.add_argument("--no-tile", action="store_true", help="resize every image to one tile")
     encode.add_argument("--exif-transpose", action="store_true", help="turn pictures upright as their EXIF says")
     encode.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
@@ -58,15 +68,20 @@ def _encode(options: argparse.Namespace) -> int:
     """Encodes images and writes the tokens of each to DIR/IMAGE.safetensors (or .npy). A broken image is named and
     skipped; the exit code is then 2."""
     import torch
+    from transformers import logging
 
+    from sailvit.encode.figure import draw_tokens
     from sailvit.encode.stream import encode_images, find_images, load_tower
     from sailvit.encode.write import write_tokens
 
+    logging.disable_progress_bar()
     images = find_images(options.images)
-    if options.figure and len(images) != 1:
-        raise ValueError(f"--figure draws one image, {len(images)} are given")
+    _check_outputs(list(images), options)
     targets = {source: options.out / f"{name}.{options.format}" for source, name in images.items()}
     targets = _without_existing(targets, options)
+    if not targets:
+        print(f"{len(images)} encoded already")
+        return 0
     model = load_tower(options.model, options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.dtype)
     processor = _processor(options, model.config.image_size)
     progress, broken = _Progress(len(targets)), 0
@@ -80,10 +95,29 @@ def _encode(options: argparse.Namespace) -> int:
         write_tokens(image, targets[image.source])
         progress.step(f"{targets[image.source]}  {tuple(image.tokens.shape)}")
         if options.figure:
-            _draw(image, options, model.config.pixel_shuffle_factor)
+            picture = processor.read_picture(image.source)
+            draw_tokens(picture, image.tokens, image.grid, model.config.pixel_shuffle_factor).save(options.figure)
     progress.close()
-    print(f"{progress.done - broken} encoded, {broken} broken, {len(targets) - progress.done} not tried")
+    kept = f", {len(images) - len(targets)} encoded already" if options.resume else ""
+    print(f"{progress.done - broken} encoded, {broken} broken, {len(targets) - progress.done} not tried{kept}")
     return 2 if broken else 0
+
+
+def _check_outputs(sources: list[str], options: argparse.Namespace) -> None:
+    """Whatever would fail after the work is refused before it."""
+    figure = options.figure
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: name a folder")
+    if figure is None:
+        return
+    if len(sources) != 1:
+        raise ValueError(f"--figure draws one image, {len(sources)} are given")
+    if options.resume:
+        raise ValueError("--figure draws an image as it is encoded: --resume does not go with it")
+    if figure.suffix.lower() not in FIGURE_SUFFIXES or not figure.parent.is_dir():
+        raise ValueError(f"--figure {figure}: one of {', '.join(FIGURE_SUFFIXES)} in a folder that exists is wanted")
+    if figure.exists() and (not options.overwrite or figure.samefile(sources[0])):
+        raise ValueError(f"--figure {figure} exists: name another file, or give --overwrite if it is not the image")
 
 
 def _without_existing(targets: dict[str, Path], options: argparse.Namespace) -> dict[str, Path]:
@@ -108,18 +142,6 @@ def _processor(options: argparse.Namespace, image_size: int):
             f"{options.model}: preprocessor_config.json has tiles of {processor.size}, the model {image_size}"
         )
     return processor
-
-
-def _draw(image, options: argparse.Namespace, factor: int) -> None:
-    """The figure, from the picture the processor saw."""
-    from PIL import ImageOps
-
-    from sailvit.encode.figure import draw_tokens
-    from sailvit.image_processing_sailvit import open_image
-
-    with open_image(image.source) as picture:
-        upright = ImageOps.exif_transpose(picture) if options.exif_transpose else picture
-        draw_tokens(upright, image.tokens, image.grid, factor).save(options.figure)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -157,11 +179,10 @@ class _Progress:
             self.bar.close()
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
+def _positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is wanted, not {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ def draw_tokens(picture: Image.Image, tokens: torch.Tensor, grid: tuple[int, int
     The picture with its tile grid, and the first three principal components of its tokens over the whole of it.
 
     Args:
-        picture: The image that was encoded.
+        picture: The image that was encoded, in RGB.
         tokens: (tiles, N / f^2, f^2 * D) of square tiles, as `get_image_features` returns them, the thumbnail left out.
         grid: Columns and rows of tiles.
         factor: The pixel shuffle factor f of the tokens.
@@ -18,7 +18,7 @@ def draw_tokens(picture: Image.Image, tokens: torch.Tensor, grid: tuple[int, int
     Returns:
         An RGB image, the two side by side, at the size of the picture (at most 1,024 pixels along a side).
     """
-    picture = picture.convert("RGB")
+    picture = picture.copy()
     picture.thumbnail((1024, 1024))
     picture = picture.resize((max(picture.width, 16), max(picture.height, 16)))
     colours = principal_colours(stitch_tokens(tokens, grid, factor)).resize(picture.size, Image.Resampling.NEAREST)

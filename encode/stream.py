@@ -1,11 +1,15 @@
 """Streams images through a tower in micro-batches of tiles."""
 
+import os
+import re
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
@@ -14,6 +18,9 @@ from ..modeling_sailvit import SAILViTModel
 
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+LONGEST_NAME = 255 - len(".safetensors.part")  # bytes of a file name, on the usual file systems
 
 
 @dataclass
@@ -53,14 +60,27 @@ def load_tower(path: str, device: str | torch.device = "cpu", dtype: str | torch
     Raises:
         ValueError: It is no SAILViT, or weights are missing or of another shape; the message names them.
     """
+    if not Path(path).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise ValueError(f"{path}: no such folder, and no name on the Hub")
+    _check_device(device)
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "sailvit":
-        raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit': convert it first")
-    model, report = SAILViTModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit'")
+    try:
+        model, report = SAILViTModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: the weights cannot be read, copy them again: {error}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             raise ValueError(f"{path}: {kind.replace('_', ' ')} in the checkpoint: {', '.join(map(str, report[kind]))}")
     return model.to(device).eval()
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def find_images(inputs: Iterable[str]) -> dict[str, str]:
@@ -73,6 +93,8 @@ def find_images(inputs: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in inputs:
         path = Path(entry)
+        if not entry.strip():
+            raise ValueError("an empty name is given for an image")
         if entry.startswith(("http://", "https://")):
             names = {entry: entry.split("?")[0].rsplit("/", 1)[-1]}
         elif path.is_dir():
@@ -84,6 +106,8 @@ def find_images(inputs: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"{entry}: no such image, or no image in it")
         taken = {name: source for source, name in found.items()}
         for source, name in names.items():
+            if len(os.fsencode(Path(name).name)) > LONGEST_NAME or not name.isprintable():
+                raise ValueError(f"{source!a}: its tokens cannot be written under this name: rename it")
             if taken.get(name, source) != source:
                 raise ValueError(f"{source} and {taken[name]} would both be written as {name}: encode them apart")
         found.update(names)
@@ -109,7 +133,9 @@ def encode_images(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    loader = DataLoader(TiledImages(sources, processor), batch_size=None, num_workers=workers)
+    loader = DataLoader(
+        TiledImages(sources, processor), batch_size=None, num_workers=workers, worker_init_fn=_leave_interrupts
+    )
     waiting: deque[tuple[EncodedImage, list[torch.Tensor], int]] = deque()  # image, its tokens so far, tiles to come
     tiles = torch.empty(0)
     for image, pixel_values in loader:
@@ -123,6 +149,11 @@ def encode_images(
     if len(tiles):
         _deal(_encode(model, tiles), waiting)
     yield from _finished(waiting)
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @torch.inference_mode()

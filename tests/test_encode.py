@@ -5,10 +5,13 @@ import gc
 import json
 import os
 import pty
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +133,7 @@ def test_existing_tokens_are_refused_kept_or_replaced(folder, album, tmp_path, c
     assert encode(album / "0.png", "--model", folder, "--out", out) == 2
     assert "exists: give --overwrite, --resume" in capsys.readouterr().err
     assert encode(album / "0.png", album / "2.png", "--model", folder, "--out", out, "--resume") == 0
+    assert "1 encoded, 0 broken, 0 not tried, 1 encoded already" in capsys.readouterr().out
     assert target.stat().st_mtime_ns == before and (out / "2.png.safetensors").exists()
     assert encode(album / "0.png", "--model", folder, "--out", out, "--overwrite") == 0
     assert target.stat().st_mtime_ns != before
@@ -173,20 +177,40 @@ def test_principal_colours_find_the_directions_of_most_variance():
         (["absent.jpg"], "absent.jpg: no such image"),
         (["{album}", "--figure", "f.png"], "--figure draws one image, 4 are given"),
         (["{album}/0.png", "{album}/copy/0.png"], "would both be written as 0.png"),
+        ([""], "an empty name"),
+        (["{album}/0.png", "--figure", "{album}/0.png", "--overwrite"], "if it is not the image"),
+        (["{album}/0.png", "--figure", "{album}/2.png"], "2.png exists"),
+        (["{album}/0.png", "--figure", "{album}/absent/f.png"], "in a folder that exists"),
+        (["{album}/0.png", "--figure", "{album}/f.xyz"], "in a folder that exists"),
+        (["{album}/0.png", "--figure", "f.png", "--resume"], "--resume does not go with it"),
+        (["{album}/0.png", "--out", "{album}/2.png"], "2.png is a file"),
+        (["{album}/0.png", "--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["{album}/0.png", "--max-tiles", "5000"], "max_tiles <= 1024"),
+        (["{album}/" + "long" * 60 + ".png"], "rename it"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(folder, album, tmp_path, capsys, arguments, message):
     (album / "copy").mkdir()
     if "copy" in str(arguments):
         (album / "copy" / "0.png").write_bytes((album / "0.png").read_bytes())
+    if "long" in str(arguments):
+        (album / ("long" * 60 + ".png")).write_bytes((album / "0.png").read_bytes())
     filled = [argument.format(album=album) for argument in arguments]
-    assert encode(*filled, "--model", folder, "--out", tmp_path / "out") == 2
+    before = (album / "0.png").read_bytes()
+    assert encode("--model", folder, "--out", tmp_path / "out", *filled) == 2
+    assert (album / "0.png").read_bytes() == before
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_none_is_refused(folder, tmp_path, capsys):
     assert encode(PHOTOGRAPH, "--model", tmp_path / "absent", "--out", tmp_path / "out") == 2
+    assert "no such folder" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "truncated")
+    weights = (tmp_path / "truncated" / "model.safetensors").read_bytes()
+    (tmp_path / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert encode(PHOTOGRAPH, "--model", tmp_path / "truncated", "--out", tmp_path / "out") == 2
+    assert "truncated: the weights cannot be read" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert encode(PHOTOGRAPH, "--model", tmp_path / "other", "--out", tmp_path / "out") == 2
@@ -218,6 +242,26 @@ def test_memory_is_bounded_by_the_batch_size_whatever_the_tile_count(folder, tmp
 def run_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "sailvit_cli.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=500)
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_half_file(folder, tmp_path):
+    for index in range(400):
+        shutil.copy(PHOTOGRAPH, tmp_path / f"{index}.jpg")
+    command = [sys.executable, str(ROOT / "sailvit_cli.py"), "encode", str(tmp_path), "--model", str(folder)]
+    running = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out"), "--workers", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "out").glob("*.safetensors")):
+        time.sleep(0.1)
+        assert running.poll() is None
+    os.killpg(running.pid, signal.SIGINT)
+    error = [line for line in running.communicate(timeout=60)[1].splitlines() if "Loading weights" not in line]
+    assert running.returncode == 130 and error == ["sailvit encode: interrupted"]
+    assert not list((tmp_path / "out").glob("*.part"))
 
 
 def test_help_needs_no_torch(tmp_path):

@@ -69,6 +69,16 @@ def test_card_usage_with_remote_code_is_silent_and_gives_the_packages_tokens(fol
         assert torch.equal(model.get_image_features(processor(image)["pixel_values"]), features)
 
 
+def test_loading_with_the_package_is_silent_too(folder, tmp_path):
+    script = """
+import sys, sailvit
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+path = sys.argv[1]
+print(*(type(auto.from_pretrained(path)).__name__ for auto in (AutoConfig, AutoImageProcessor, AutoModel)))
+"""
+    assert run_stranger(script, folder, home=tmp_path) == "SAILViTConfig SAILViTImageProcessor SAILViTModel\n"
+
+
 def test_the_repositorys_own_files_are_a_hub_folder(tmp_path):
     """Root config, preprocessor config and code, copied flat beside weights, load as they are."""
     hub = tmp_path / "hub"

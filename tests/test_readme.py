@@ -43,13 +43,3 @@ def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     pattern = re.search(r"sed -n 's/(.*?)/", script)[1].replace(r"\(", "(").replace(r"\)", ")")
     assert len([command for command in commands if re.search(pattern, command)]) == 1
-
-
-def test_documents_speak_of_the_project_alone():
-    """No line of a document is wider than 120 characters, none names a package registry's host."""
-    for name in tracked_files():
-        if name.endswith(".md"):
-            text = (ROOT / name).read_text()
-            assert not re.search(r"pypi\.org|pythonhosted", text), name
-            if name != "README.md":
-                assert max(map(len, text.splitlines())) <= 120, name

@@ -231,8 +231,20 @@ def test_deep_modes_are_read_up_to_255_and_refused_beyond(processor, mode):
     image = Image.new(mode, (448, 448), 200)
     expected = processor(Image.new("L", (448, 448), 200))["pixel_values"]
     assert torch.equal(processor(image)["pixel_values"], expected)
-    with pytest.raises(ValueError, match=r"image: .*scale them to 0\.\.255"):
+    with pytest.raises(ValueError, match=r"image: .*0\.\.255"):
         processor(Image.new(mode, (448, 448), 4000))
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.5, "do_rescale=False"), (float("nan"), "NaN"), (-3.0, "outside")])
+def test_pil_floats_are_checked_as_arrays_are(processor, value, message):
+    values = np.full((60, 60), 0.0, np.float32)
+    values[3, 4] = value
+    for image in (values, Image.fromarray(values)):
+        with pytest.raises(ValueError, match=message):
+            processor(image)
+    ramp = np.linspace(0, 1, 448 * 448, dtype=np.float32).reshape(448, 448)
+    ours, array = (processor(image, do_rescale=False)["pixel_values"] for image in (Image.fromarray(ramp), ramp))
+    assert torch.equal(ours, array) and ours.max() > 2
 
 
 def test_arrays_and_tensors_of_any_layout_are_one_image(processor, photograph):
@@ -288,6 +300,8 @@ def test_paths_and_urls_are_opened(processor, tmp_path):
             assert torch.equal(processor(source)["pixel_values"], expected)
         with pytest.raises(ValueError, match=r"image \(http.*absent.png\): cannot be opened.*404"):
             processor(url.replace("noise", "absent"))
+        with pytest.raises(ValueError, match=r"image \(http.*two words.png\): cannot be opened"):
+            processor(url.replace("noise", "two words"))
         server.shutdown()
 
 
@@ -355,8 +369,13 @@ def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
         ({"max_tiles": 2.5}, ValueError, "max_tiles must be an integer"),
         ({"size": {"shortest_edge": 448}}, ValueError, "height"),
         ({"size": {"height": 0, "width": 448}}, ValueError, "positive"),
+        ({"size": True}, ValueError, "size must be"),
+        ({"max_tiles": 10**8}, ValueError, "max_tiles <= 1024"),
+        ({"image_mean": "x"}, ValueError, "image_mean must be"),
+        ({"image_std": [1.0, float("nan"), 1.0]}, ValueError, "image_std must be"),
+        ({"rescale_factor": "x"}, ValueError, "rescale_factor must be positive"),
         ({"image_std": [1.0, 0.0, 1.0]}, ValueError, "image_std must not be zero"),
-        ({"image_mean": [1.0, 0.0]}, ValueError, "image_mean must be one number or three"),
+        ({"image_mean": [1.0, 0.0]}, ValueError, "image_mean must be one finite number or three"),
         ({"resample": Image.Resampling.LANCZOS}, ValueError, 'resize_backend="pil"'),
         ({"rescale_factor": 0.0}, ValueError, "rescale_factor must be positive"),
         ({"resize_backend": "opencv"}, ValueError, "resize_backend"),
@@ -368,6 +387,38 @@ def test_bad_options_are_refused_at_construction_and_in_a_call(processor, option
         SAILViTImageProcessor(**options)
     with pytest.raises(error, match=message):
         processor(noise(10, 10), **options)
+
+
+@pytest.mark.parametrize("size", [224, (224, 224), [224, 224], np.int64(224), {"height": 224, "width": 224}])
+def test_size_may_be_a_number_a_pair_or_a_dictionary(processor, size):
+    image = noise(300, 200)
+    expected = processor(image, size={"height": 224, "width": 224})["pixel_values"]
+    assert torch.equal(processor(image, size=size)["pixel_values"], expected)
+    assert torch.equal(SAILViTImageProcessor(size=size)(image)["pixel_values"], expected)
+
+
+def test_arrays_of_foreign_byte_order_and_width_are_read(processor):
+    array = np.array(noise(50, 40))
+    expected = processor(array)["pixel_values"]
+    for dtype in (">u2", ">i4", "u8"):
+        assert torch.equal(processor(array.astype(dtype))["pixel_values"], expected)
+    floats = processor(array.astype(np.float32))["pixel_values"]
+    for dtype in (">f4", np.longdouble):
+        assert torch.equal(processor(array.astype(dtype))["pixel_values"], floats)
+
+
+def test_picture_is_what_the_processor_tiles(processor, photograph):
+    assert (np.array(processor.read_picture(photograph)) == np.array(photograph)).all()
+    levels = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint16)
+    deep = np.array(processor.read_picture(Image.fromarray(levels * 257)))
+    assert (deep == levels[..., None]).all()
+    floats = processor.read_picture(np.array(photograph) / 255, do_rescale=False)
+    assert (np.array(floats) == np.array(photograph)).all()
+
+
+def test_numpy_tensors_are_returned_on_request(processor):
+    batch = processor(noise(300, 200), return_tensors="np")
+    assert {type(value) for value in batch.values()} == {np.ndarray}
 
 
 def test_an_unknown_override_of_from_pretrained_is_refused():

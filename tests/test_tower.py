@@ -183,8 +183,9 @@ def test_sincos_positions_fit_any_grid():
     [
         (torch.zeros(1, 3, 50, 56), "resize to 56 x 56"),
         (torch.zeros(1, 3, 5, 33), "resize to 14 x 28"),
-        (torch.zeros(1, 3, 0, 56), "cannot be cut"),
+        (torch.zeros(1, 3, 0, 56), r"\(1, 3, 0, 56\)"),
         (torch.zeros(1, 4, 56, 56), r"\(tiles, 3, height, width\)"),
+        (torch.zeros(0, 3, 56, 56), r"\(0, 3, 56, 56\)"),
         (torch.zeros(3, 56, 56), r"\(tiles, 3, height, width\)"),
         (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), "floats"),
     ],
@@ -229,6 +230,16 @@ def test_compiles_as_one_graph(tower, pixels, features):
         torch.testing.assert_close(
             torch.compile(function, fullgraph=True)(pixels), function(pixels), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.slow
+def test_a_model_compiled_in_place_compiles_its_image_features(tower, pixels):
+    from torch._dynamo.testing import CompileCounter
+
+    counter, expected = CompileCounter(), tower.get_image_features(pixels)
+    tower.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(tower.get_image_features(pixels), expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
@@ -333,7 +344,8 @@ def test_backbone_returns_maps_of_the_chosen_blocks(tower, pixels):
 
 def test_backbone_maps_keep_the_shape_of_the_image():
     backbone = make(SAILViTBackbone, out_indices=[1, 3])
-    maps = backbone(random_pixels(1, 3, 28, 84), interpolate_pos_encoding=True).feature_maps
+    batch = {"pixel_values": random_pixels(1, 3, 28, 84), "num_tiles": torch.tensor([1])}  # as a processor gives it
+    maps = backbone(**batch, interpolate_pos_encoding=True).feature_maps
     assert [tuple(feature_map.shape) for feature_map in maps] == [(1, 64, 2, 6)] * 2
 
 
@@ -354,8 +366,9 @@ def test_classifier_averages_the_tiles_of_an_image():
     pooled = model.vision_model(pixel_values).pooler_output
     expected = model.classifier(torch.stack([pooled[:2].mean(0), pooled[2:].mean(0)]))
     torch.testing.assert_close(output.logits, expected)
-    with pytest.raises(ValueError, match=r"adds up to 4, pixel_values holds 5 tiles"):
-        model(pixel_values, num_tiles=torch.tensor([2, 2]))
+    for counts in ([2, 2], [5, 0], [6, -1]):
+        with pytest.raises(ValueError, match=r"add up to the 5 tiles in pixel_values"):
+            model(pixel_values, num_tiles=torch.tensor(counts))
 
 
 # The configuration
@@ -367,8 +380,12 @@ def test_published_sizes_have_their_published_parameters():
         with torch.device("meta"):
             model = SAILViTModel(SAILViTConfig.from_size(size))
         assert model.num_parameters() / 1e9 == pytest.approx(billions, rel=0.05), size
-    with pytest.raises(ValueError, match="base, large, huge, 1b, 3b"):
-        SAILViTConfig.from_size("tiny")
+    for size in ("tiny", None):
+        with pytest.raises(ValueError, match="base, large, huge, 1b, 3b"):
+            SAILViTConfig.from_size(size)
+    with pytest.raises(TypeError, match="no field hiden_size"):
+        SAILViTConfig.from_size("base", hiden_size=3)
+    assert SAILViTConfig.from_size("base", num_labels=3, attn_implementation="eager").num_labels == 3
 
 
 def test_root_config_is_large():
@@ -382,6 +399,19 @@ def test_root_config_is_large():
 
 
 UNSHARED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+def test_an_activation_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="hidden_act 'nope'"):
+        make(hidden_act="nope")
+
+
+def test_default_feature_map_is_the_last_block_of_the_loaded_depth(tmp_path):
+    SAILViTConfig(**TINY).save_pretrained(tmp_path)
+    config = SAILViTConfig.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert SAILViTBackbone(config).out_features == ["stage2"]
+    SAILViTConfig(**TINY, out_indices=[1, 2]).save_pretrained(tmp_path)
+    assert SAILViTConfig.from_pretrained(tmp_path).out_features == ["stage1", "stage2"]
 
 
 def test_config_without_arguments_and_its_repr_work():
@@ -398,6 +428,10 @@ def test_config_without_arguments_and_its_repr_work():
         ("pixel_shuffle_factor", 1.5),
         ("attention_dropout", 1.0),
         ("out_features", ["stage9"]),
+        ("out_indices", 3),
+        ("rms_norm_eps", -1.0),
+        ("qkv_bias", "yes"),
+        ("projection_dropout", None),
     ],
 )
 def test_config_refuses_what_cannot_be(field, value):
