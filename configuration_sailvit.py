@@ -133,6 +133,10 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         """As transformers' own, but overrides of fields are checked with the others, not set one by one afterwards."""
         fields = inspect.signature(cls.__init__).parameters
         overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in fields}
+        if overrides.keys() & {"out_features", "out_indices"}:  # either replaces both
+            config_dict = {
+                key: value for key, value in config_dict.items() if key not in ("out_features", "out_indices")
+            }
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,13 +43,13 @@ class TiledImages(Dataset):
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> tuple[EncodedImage, torch.Tensor | None]:
-        """The image without its tokens, and its tiles (tiles, 3, h, w)."""
+    def __getitem__(self, index: int) -> tuple[EncodedImage, torch.Tensor]:
+        """The image without its tokens, and its tiles (tiles, 3, h, w), none if it is broken."""
         source = self.sources[index]
         try:
             batch = self.processor(source)
         except ValueError as error:
-            return EncodedImage(source, error=str(error)), None
+            return EncodedImage(source, error=str(error)), torch.empty(0)
         return EncodedImage(source, grid=tuple(batch["tile_grids"][0].tolist())), batch["pixel_values"]
 
 
@@ -136,19 +136,37 @@ def encode_images(
     loader = DataLoader(
         TiledImages(sources, processor), batch_size=None, num_workers=workers, worker_init_fn=_leave_interrupts
     )
-    waiting: deque[tuple[EncodedImage, list[torch.Tensor], int]] = deque()  # image, its tokens so far, tiles to come
-    tiles = torch.empty(0)
-    for image, pixel_values in loader:
-        waiting.append((image, [], 0 if pixel_values is None else len(pixel_values)))
-        if pixel_values is not None:
-            tiles = torch.cat([tiles, pixel_values]) if len(tiles) else pixel_values
-        while len(tiles) >= batch_size:
-            _deal(_encode(model, tiles[:batch_size]), waiting)
-            tiles = tiles[batch_size:]
+    waiting: deque[_Waiting] = deque()
+    for image, tiles in loader:
+        waiting.append(_Waiting(image, tiles))
+        while sum(len(entry.tiles) for entry in waiting) >= batch_size:
+            _encode_next(model, waiting, batch_size)
         yield from _finished(waiting)
-    if len(tiles):
-        _deal(_encode(model, tiles), waiting)
+    if any(len(entry.tiles) for entry in waiting):
+        _encode_next(model, waiting, batch_size)
     yield from _finished(waiting)
+
+
+@dataclass
+class _Waiting:
+    """An image some of whose tiles (tiles, 3, h, w) are still to be encoded."""
+
+    image: EncodedImage
+    tiles: torch.Tensor
+    tokens: list[torch.Tensor] = field(default_factory=list)
+
+
+def _encode_next(model: SAILViTModel, waiting: Iterable[_Waiting], batch_size: int) -> None:
+    """Runs one micro-batch, of the first tiles that wait, and hands the tokens to their images."""
+    shares: list[tuple[_Waiting, torch.Tensor]] = []
+    for entry in waiting:
+        share, entry.tiles = entry.tiles[:batch_size], entry.tiles[batch_size:]
+        batch_size -= len(share)
+        if len(share):
+            shares.append((entry, share))
+    tokens = _encode(model, torch.cat([tiles for _, tiles in shares]))
+    for (entry, _), part in zip(shares, tokens.split([len(tiles) for _, tiles in shares]), strict=True):
+        entry.tokens.append(part)
 
 
 def _leave_interrupts(worker: int) -> None:
@@ -161,17 +179,8 @@ def _encode(model: SAILViTModel, tiles: torch.Tensor) -> torch.Tensor:
     return model.get_image_features(tiles.to(model.device)).cpu()
 
 
-def _deal(tokens: torch.Tensor, waiting: deque) -> None:
-    """Hands the tokens of a micro-batch to the images they belong to, first come, first served."""
-    for index, (image, parts, missing) in enumerate(waiting):
-        part, tokens = tokens[:missing], tokens[missing:]
-        if len(part):
-            parts.append(part)
-            waiting[index] = (image, parts, missing - len(part))
-
-
-def _finished(waiting: deque) -> Iterator[EncodedImage]:
-    while waiting and waiting[0][2] == 0:
-        image, parts, _ = waiting.popleft()
-        image.tokens = torch.cat(parts) if parts else None
-        yield image
+def _finished(waiting: deque[_Waiting]) -> Iterator[EncodedImage]:
+    while waiting and not len(waiting[0].tiles):
+        entry = waiting.popleft()
+        entry.image.tokens = torch.cat(entry.tokens) if entry.tokens else None
+        yield entry.image

@@ -72,7 +72,7 @@ def test_card_usage_with_remote_code_is_silent_and_gives_the_packages_tokens(fol
 def test_loading_with_the_package_is_silent_too(folder, tmp_path):
     script = """
 import sys, sailvit
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 path = sys.argv[1]
 print(*(type(auto.from_pretrained(path)).__name__ for auto in (AutoConfig, AutoImageProcessor, AutoModel)))
 """

@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -30,12 +31,18 @@ def test_tree_names_what_is_there():
 
 def test_usage_runs_as_written(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    first, card = (text for kind, text in BLOCKS if kind == "python")
+    first, card, batches = (text for kind, text in BLOCKS if kind == "python")
     scope = {}
     exec(first.replace("sailvit-demo/sailvit-large-random", str(folder)), scope)
     assert scope["tokens"].shape == (7, 4, 256)
     exec(card.replace("448, 448", "56, 56"), scope)
     assert scope["output"].last_hidden_state.shape == (1, 16, 64)
+    exec(batches, scope)
+    image = scope["images"][0]
+    turned, alone = (torch.tensor(features) for features in scope["extractor"]([image.rotate(90), image]))
+    one_tile = scope["processor"](image, do_tile=False)["pixel_values"]
+    torch.testing.assert_close(alone, scope["model"](one_tile).last_hidden_state.float(), rtol=0.1, atol=0.1)
+    assert turned.shape == alone.shape == (1, 16, 64) and not torch.equal(turned, alone)
 
 
 def test_ci_runs_the_readmes_test_command():

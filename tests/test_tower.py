@@ -412,6 +412,9 @@ def test_default_feature_map_is_the_last_block_of_the_loaded_depth(tmp_path):
     assert SAILViTBackbone(config).out_features == ["stage2"]
     SAILViTConfig(**TINY, out_indices=[1, 2]).save_pretrained(tmp_path)
     assert SAILViTConfig.from_pretrained(tmp_path).out_features == ["stage1", "stage2"]
+    assert SAILViTConfig.from_pretrained(tmp_path, out_indices=[0]).out_features == ["stem"]
+    with pytest.raises(ValueError, match="patch_size 15"):
+        SAILViTConfig.from_pretrained(tmp_path, patch_size=15)
 
 
 def test_config_without_arguments_and_its_repr_work():

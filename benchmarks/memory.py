@@ -1,0 +1,43 @@
+"""
+Peak memory of `sailvit encode` (Base, bf16) by the tiles of an image and the tiles of a micro-batch, each
+in a process of its own, above a process that loads the tower and encodes nothing but one tile.
+
+    python benchmarks/memory.py
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sailvit.encode.demo import PHOTOGRAPH, make_random_tower
+
+
+def peak_megabytes(folder: Path, out: Path, tiles: int, batch_size: int) -> float:
+    """Peak resident memory of one run over three copies of the photograph."""
+    command = [sys.executable, "-m", "sailvit_cli", "encode", str(folder / "album"), "--model", str(folder / "tower")]
+    command += ["--out", str(out), "--batch-size", str(batch_size)]
+    command += ["--no-tile"] if tiles == 1 else ["--max-tiles", str(tiles)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed")
+    return usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_random_tower(folder / "tower", "base")
+        (folder / "album").mkdir()
+        for index in range(3):
+            (folder / "album" / f"{index}.jpg").write_bytes(PHOTOGRAPH.read_bytes())
+        floor = peak_megabytes(folder, folder / "floor", 1, 1)
+        for batch_size, tiles in [(1, 8), (1, 24), (8, 8), (8, 24), (24, 24)]:
+            peak = peak_megabytes(folder, folder / f"{batch_size}-{tiles}", tiles, batch_size)
+            print(f"batch size {batch_size:2}, at most {tiles:2} tiles an image: {peak - floor:6.0f} MB more")
+
+
+if __name__ == "__main__":
+    main()
