@@ -113,7 +113,8 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         if str(size).lower() not in SIZES:
             raise ValueError(f"size {size!r} is not published; choose one of {', '.join(SIZES)}")
         config = cls(**{**SIZES[size.lower()], **overrides})
-        unknown = [key for key in overrides if key != "attn_implementation" and not hasattr(cls(), key)]
+        fields = {*dir(cls()), "attn_implementation"}
+        unknown = [key for key in overrides if key not in fields]
         if unknown:
             raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}")
         return config
@@ -177,11 +178,12 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
             raise ValueError(f'pos_embed_type "sincos" needs a hidden_size divisible by 4, got {self.hidden_size}')
 
     def _choose_feature_maps(self, out_features: list[str] | None, out_indices: list[int] | None) -> None:
+        for field, value in (("out_features", out_features), ("out_indices", out_indices)):
+            if value is not None and (not isinstance(value, (list, tuple)) or not value):
+                raise ValueError(f"{field} must be a list of stages, got {value!r}")
         if out_indices is None:
-            self.out_features = out_features
+            self.out_features = out_features if out_features is None else list(out_features)
             return
-        if not isinstance(out_indices, (list, tuple)) or not out_indices:
-            raise ValueError(f"out_indices must be a list of stages, got {out_indices!r}")
         self.out_indices = list(out_indices)
         if out_features is not None and list(out_features) != self.out_features:
             raise ValueError(f"out_features {out_features} are not the stages of out_indices {out_indices}")

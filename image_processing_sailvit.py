@@ -389,7 +389,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _picture_of_tensor(image: torch.Tensor, name: str, options: SimpleNamespace) -> torch.Tensor:
-    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim == 2:
+        return _checked_values(image[..., None].expand(-1, -1, 3), name, options)
     if image.ndim != 3 or 0 in image.shape:
         raise ValueError(f"{name}: (H, W), (H, W, channels) or (channels, H, W) is wanted, got {tuple(image.shape)}")
     if _channels_first(image.shape, name, options):
@@ -415,6 +416,8 @@ def _channels_first(shape: torch.Size, name: str, options: SimpleNamespace) -> b
 def _checked_values(picture: torch.Tensor, name: str, options: SimpleNamespace) -> torch.Tensor:
     """(H, W, 3) of any type -> uint8 or float32, or a ValueError that says what is wrong with its values."""
     picture = picture.contiguous()
+    if 0 in picture.shape:
+        raise ValueError(f"{name}: an array of {tuple(picture.shape)} is empty")
     if picture.dtype == torch.uint8:
         return picture
     if picture.dtype == torch.bool:

@@ -287,7 +287,6 @@ class SAILViTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SAILViTPreprocessor", "SAILViTBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True

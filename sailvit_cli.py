@@ -4,7 +4,7 @@
 The command `sailvit VERB`. Thin: every verb is a function of the folder it names, imported when it is called for, so
 that `sailvit --help` starts without torch (which is why this file stands beside the package, not in it).
 
-Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr), 1 a failure of ours.
+Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr), 130 interrupted, 1 a failure of ours.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--batch-size", type=_positive_integer, default=8, metavar="N", help="tiles in a micro-batch (8)"
     )
-    encode.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read ahead (0)")
+    encode.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that read ahead (0)")
     encode.add_argument(
         "--max-tiles", type=_positive_integer, metavar="N", help="tiles of an image, the thumbnail not counted"
     )
@@ -116,14 +116,15 @@ def _check_outputs(sources: list[str], options: argparse.Namespace) -> None:
         raise ValueError("--figure draws an image as it is encoded: --resume does not go with it")
     if figure.suffix.lower() not in FIGURE_SUFFIXES or not figure.parent.is_dir():
         raise ValueError(f"--figure {figure}: one of {', '.join(FIGURE_SUFFIXES)} in a folder that exists is wanted")
-    if figure.exists() and (not options.overwrite or figure.samefile(sources[0])):
+    is_source = figure.exists() and Path(sources[0]).exists() and figure.samefile(sources[0])
+    if is_source or (figure.exists() and not options.overwrite):
         raise ValueError(f"--figure {figure} exists: name another file, or give --overwrite if it is not the image")
 
 
 def _without_existing(targets: dict[str, Path], options: argparse.Namespace) -> dict[str, Path]:
-    existing = [source for source, target in targets.items() if target.exists() and not options.overwrite]
+    existing = {source for source, target in targets.items() if target.exists() and not options.overwrite}
     if existing and not options.resume:
-        raise ValueError(f"{targets[existing[0]]} exists: give --overwrite, --resume or another --out")
+        raise ValueError(f"{targets[min(existing)]} exists: give --overwrite, --resume or another --out")
     return {source: target for source, target in targets.items() if source not in existing}
 
 
@@ -177,6 +178,10 @@ class _Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive_integer(text)
 
 
 def _positive_integer(text: str) -> int:

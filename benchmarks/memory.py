@@ -1,6 +1,6 @@
 """
 Peak memory of `sailvit encode` (Base, bf16) by the tiles of an image and the tiles of a micro-batch, each
-in a process of its own, above a process that loads the tower and encodes nothing but one tile.
+in a process of its own, above a process that encodes a tile at a time, one an image.
 
     python benchmarks/memory.py
 """

@@ -1,5 +1,5 @@
 """
-Tiling of photographs of mixed sizes (0.06 to 6 megapixels) against the model card's Pillow pipeline and transformers'
+Tiling of photographs of mixed sizes (0.06 to 6 megapixels) against the released Pillow pipeline and transformers
 GotOcr2, one process, interleaved; and the cost a tile in a batch against one image at a time.
 
     python benchmarks/tiling.py
@@ -22,7 +22,7 @@ TO_TENSOR = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 
 
 
 def card_tiles(image: Image.Image) -> torch.Tensor:
-    """The tiles as the released card makes them."""
+    """Tiles and thumbnail by Pillow, ToTensor and Normalize, as the released code makes them."""
     image = image.convert("RGB")
     columns, rows = choose_tile_grid(*image.size)
     large = image.resize((448 * columns, 448 * rows), Image.BICUBIC)

@@ -65,8 +65,7 @@ def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int) -> Non
         for freezing in (False, True) if options.device == "cpu" else (False,):
             ready = compiled(functions, pixels, freezing)
             contenders |= {f"{name} compiled{', frozen' if freezing else ''}": run for name, run in ready.items()}
-    with torch.inference_mode(not options.compile), torch.no_grad():
-        seconds = medians({name: lambda run=run: run(pixels) for name, run in contenders.items()}, options.rounds)
+    seconds = medians({name: lambda run=run: run(pixels) for name, run in contenders.items()}, options.rounds)
     rate = product_rate(options.device, tower.dtype)
     for name, value in seconds.items():
         share = flops(tower.config, tiles) / value / rate

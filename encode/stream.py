@@ -55,10 +55,10 @@ class TiledImages(Dataset):
 
 def load_tower(path: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> SAILViTModel:
     """
-    A tower ready to encode, from a folder or a Hub name, every weight of it accounted for.
+    A tower ready to encode, from a folder or a Hub name, every weight of it accounted for; a classifier's head is left.
 
     Raises:
-        ValueError: It is no SAILViT, or weights are missing or of another shape; the message names them.
+        ValueError: It is no SAILViT, or weights are missing, too many or of another shape; the message names them.
     """
     if not Path(path).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise ValueError(f"{path}: no such folder, and no name on the Hub")
@@ -67,12 +67,16 @@ def load_tower(path: str, device: str | torch.device = "cpu", dtype: str | torch
     if config.model_type != "sailvit":
         raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit'")
     try:
-        model, report = SAILViTModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, report = SAILViTModel.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except SafetensorError as error:
         raise ValueError(f"{path}: the weights cannot be read, copy them again: {error}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if report[kind]:
-            raise ValueError(f"{path}: {kind.replace('_', ' ')} in the checkpoint: {', '.join(map(str, report[kind]))}")
+    unexpected = [name for name in report["unexpected_keys"] if not name.startswith("classifier.")]
+    wrong = {"missing": report["missing_keys"], "mismatched": report["mismatched_keys"], "unexpected": unexpected}
+    for kind, names in wrong.items():
+        if names:
+            raise ValueError(f"{path}: {kind} keys in the checkpoint: {', '.join(map(str, names))}")
     return model.to(device).eval()
 
 
@@ -106,6 +110,8 @@ def find_images(inputs: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"{entry}: no such image, or no image in it")
         taken = {name: source for source, name in found.items()}
         for source, name in names.items():
+            if not name:
+                raise ValueError(f"{source}: ends in no file name")
             if len(os.fsencode(Path(name).name)) > LONGEST_NAME or not name.isprintable():
                 raise ValueError(f"{source!a}: its tokens cannot be written under this name: rename it")
             if taken.get(name, source) != source:

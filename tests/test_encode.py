@@ -185,6 +185,7 @@ def test_principal_colours_find_the_directions_of_most_variance():
         (["{album}/0.png", "--figure", "f.png", "--resume"], "--resume does not go with it"),
         (["{album}/0.png", "--out", "{album}/2.png"], "2.png is a file"),
         (["{album}/0.png", "--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["http://127.0.0.1:9/"], "ends in no file name"),
         (["{album}/0.png", "--max-tiles", "5000"], "max_tiles <= 1024"),
         (["{album}/" + "long" * 60 + ".png"], "rename it"),
     ],
@@ -222,8 +223,8 @@ def bytes_of_live_tiles(side: int) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_memory_is_bounded_by_the_batch_size_whatever_the_tile_count(folder, tmp_path):
-    """The tower never sees more than a micro-batch, and no tiles of finished images are kept."""
+def test_memory_holds_a_micro_batch_and_the_images_it_is_of(folder, tmp_path):
+    """Of 65 tiles an image the tower sees four at a time, and no tiles of finished images are kept."""
     model = SAILViTModel.from_pretrained(folder)
     processor = SAILViTImageProcessor.from_pretrained(folder, max_tiles=64, min_tiles=64)
     sources = []

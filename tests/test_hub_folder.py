@@ -168,6 +168,21 @@ def test_a_weight_that_is_missing_is_not_loaded_in_silence(folder, tmp_path):
     save_file(weights, tmp_path / "holed" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing keys in the checkpoint: trunk\.blocks\.1\.mlp\.fc3\.weight"):
         load_tower(str(tmp_path / "holed"))
+    config = json.loads((folder / "config.json").read_text())
+    for name, change in [("mismatched", {"intermediate_size": 128}), ("unexpected", {"num_hidden_layers": 2})]:
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=rf"{name} keys in the checkpoint: .*trunk\.blocks"):
+            load_tower(str(tmp_path / name))
+
+
+def test_a_classifiers_tower_encodes(tmp_path, pixels):
+    from sailvit.encode.stream import load_tower
+
+    classifier = randomize(SAILViTForImageClassification(SAILViTConfig(**TINY)))
+    classifier.save_pretrained(tmp_path)
+    expected = classifier.eval().vision_model.get_image_features(pixels)
+    assert torch.equal(load_tower(str(tmp_path)).get_image_features(pixels), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
@@ -188,9 +203,13 @@ def test_device_map_auto_and_offload_give_the_same_tokens(folder, pixels, tmp_pa
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_is_chosen_at_loading(folder, implementation):
+def test_attention_is_chosen_at_loading(folder, implementation, pixels, monkeypatch):
     model = AutoModel.from_pretrained(folder, attn_implementation=implementation)
-    assert model.trunk.blocks[0].attn.config._attn_implementation == implementation
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    counted = lambda *arguments, **options: calls.append(1) or sdpa(*arguments, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    model(pixels)
+    assert len(calls) == (3 if implementation == "sdpa" else 0)
 
 
 def test_pipeline_extracts_features(folder):

@@ -432,6 +432,7 @@ def test_config_without_arguments_and_its_repr_work():
         ("attention_dropout", 1.0),
         ("out_features", ["stage9"]),
         ("out_indices", 3),
+        ("out_features", []),
         ("rms_norm_eps", -1.0),
         ("qkv_bias", "yes"),
         ("projection_dropout", None),
