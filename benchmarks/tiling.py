@@ -1,5 +1,5 @@
 """
-Tiling of photographs of mixed sizes (0.06 to 6 megapixels) against the released Pillow pipeline and transformers
+Tiling of photographs of mixed sizes (0.06 to 6 megapixels) against the released Pillow pipeline and transformers'
 GotOcr2, one process, interleaved; and the cost a tile in a batch against one image at a time.
 
     python benchmarks/tiling.py

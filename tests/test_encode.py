@@ -255,6 +255,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_half_file(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
     while not list((tmp_path / "out").glob("*.safetensors")):
         time.sleep(0.1)
