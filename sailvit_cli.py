@@ -11,7 +11,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
+
+if TYPE_CHECKING:
+    from sailvit import SAILViTImageProcessor
 
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -128,7 +132,7 @@ def _without_existing(targets: dict[str, Path], options: argparse.Namespace) -> 
     return {source: target for source, target in targets.items() if source not in existing}
 
 
-def _processor(options: argparse.Namespace, image_size: int):
+def _processor(options: argparse.Namespace, image_size: int) -> "SAILViTImageProcessor":
     """The processor of the model's folder, with what the command line overrides."""
     from transformers import AutoImageProcessor
 
@@ -165,7 +169,7 @@ class _Progress:
         self.total, self.done, self.said = total, 0, 0.0
         self.bar = tqdm(total=total, unit="image") if sys.stderr.isatty() else None
 
-    def step(self, line: str, to=None) -> None:
+    def step(self, line: str, to: TextIO | None = None) -> None:
         self.done += 1
         if self.bar is not None:
             self.bar.update()

@@ -18,8 +18,6 @@ from ..modeling_sailvit import SAILViTModel
 
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
 LONGEST_NAME = 255 - len(".safetensors.part")  # bytes of a file name, on the usual file systems
 
 
@@ -92,32 +90,34 @@ def find_images(inputs: Iterable[str]) -> dict[str, str]:
     Every image that files, URLs and folders (searched through) name -> the name to write its tokens under.
 
     Raises:
-        ValueError: An input does not exist, a folder holds no image, or two images would be written to one name.
+        ValueError: An input does not exist, a folder holds no image, two images would be written to one name, or a name
+            cannot be written.
     """
     found: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for entry in inputs:
-        path = Path(entry)
-        if not entry.strip():
-            raise ValueError("an empty name is given for an image")
-        if entry.startswith(("http://", "https://")):
-            names = {entry: entry.split("?")[0].rsplit("/", 1)[-1]}
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            names = {str(file): str(file.relative_to(path)) for file in files}
-        else:
-            names = {entry: path.name} if path.exists() else {}
-        if not names:
-            raise ValueError(f"{entry}: no such image, or no image in it")
-        taken = {name: source for source, name in found.items()}
-        for source, name in names.items():
-            if not name:
-                raise ValueError(f"{source}: ends in no file name")
-            if len(os.fsencode(Path(name).name)) > LONGEST_NAME or not name.isprintable():
-                raise ValueError(f"{source!a}: its tokens cannot be written under this name: rename it")
-            if taken.get(name, source) != source:
+        for source, name in _images_of(entry):
+            if not name or not name.isprintable() or len(os.fsencode(Path(name).name)) > LONGEST_NAME:
+                raise ValueError(f"{source!a}: tokens cannot be written under the name {name!a}: rename it")
+            if taken.setdefault(name, source) != source:
                 raise ValueError(f"{source} and {taken[name]} would both be written as {name}: encode them apart")
-        found.update(names)
+            found[source] = name
     return found
+
+
+def _images_of(entry: str) -> list[tuple[str, str]]:
+    """The images that one file, URL or folder stands for, each with its name within it."""
+    path = Path(entry)
+    if entry.startswith(("http://", "https://")):
+        return [(entry, entry.split("?")[0].rsplit("/", 1)[-1])]
+    if not entry.strip() or not path.exists():
+        raise ValueError(f"{entry!r}: no such image")
+    if path.is_file():
+        return [(entry, path.name)]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"{entry}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
+    return [(str(file), str(file.relative_to(path))) for file in files]
 
 
 def encode_images(

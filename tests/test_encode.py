@@ -174,10 +174,11 @@ def test_principal_colours_find_the_directions_of_most_variance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent.jpg"], "absent.jpg: no such image"),
+        (["absent.jpg"], "'absent.jpg': no such image"),
         (["{album}", "--figure", "f.png"], "--figure draws one image, 4 are given"),
         (["{album}/0.png", "{album}/copy/0.png"], "would both be written as 0.png"),
-        ([""], "an empty name"),
+        ([""], "no such image"),
+        (["{album}/bare"], "no image in this folder"),
         (["{album}/0.png", "--figure", "{album}/0.png", "--overwrite"], "if it is not the image"),
         (["{album}/0.png", "--figure", "{album}/2.png"], "2.png exists"),
         (["{album}/0.png", "--figure", "{album}/absent/f.png"], "in a folder that exists"),
@@ -185,13 +186,14 @@ def test_principal_colours_find_the_directions_of_most_variance():
         (["{album}/0.png", "--figure", "f.png", "--resume"], "--resume does not go with it"),
         (["{album}/0.png", "--out", "{album}/2.png"], "2.png is a file"),
         (["{album}/0.png", "--device", "nonsense"], "device 'nonsense' cannot be used"),
-        (["http://127.0.0.1:9/"], "ends in no file name"),
+        (["http://127.0.0.1:9/"], "under the name ''"),
         (["{album}/0.png", "--max-tiles", "5000"], "max_tiles <= 1024"),
         (["{album}/" + "long" * 60 + ".png"], "rename it"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(folder, album, tmp_path, capsys, arguments, message):
     (album / "copy").mkdir()
+    (album / "bare").mkdir()
     if "copy" in str(arguments):
         (album / "copy" / "0.png").write_bytes((album / "0.png").read_bytes())
     if "long" in str(arguments):
