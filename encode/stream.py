@@ -140,7 +140,7 @@ def encode_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     loader = DataLoader(
-        TiledImages(sources, processor), batch_size=None, num_workers=workers, worker_init_fn=_leave_interrupts
+        TiledImages(sources, processor), batch_size=None, num_workers=workers, worker_init_fn=_start_worker
     )
     waiting: deque[_Waiting] = deque()
     for image, tiles in loader:
@@ -175,9 +175,10 @@ def _encode_next(model: SAILViTModel, waiting: Iterable[_Waiting], batch_size: i
         entry.tokens.append(part)
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C is the parent's to answer."""
+def _start_worker(worker: int) -> None:
+    """Ctrl-C is the parent's to answer, and must not find it in the handshake that passes tensors by descriptor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 @torch.inference_mode()
