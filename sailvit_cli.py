@@ -8,6 +8,8 @@ Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr), 130 interru
 """
 
 import argparse
+import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from sailvit import SAILViTImageProcessor
 
+LAYOUTS = ("sailvit", "lit", "ovis2", "transformers", "ovis2-transformers", "timm")
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -27,13 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"sailvit {parsed.verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "VerificationError":
+            raise
+        print(f"sailvit {parsed.verb}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"sailvit {parsed.verb}: interrupted", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sailvit", description="The SAILViT vision tower: encode images, see a demo.")
+    parser = argparse.ArgumentParser(prog="sailvit", description="The SAILViT vision tower: convert, inspect, encode.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     encode = verbs.add_parser("encode", help="images to visual tokens", description=_encode.__doc__)
@@ -61,11 +69,44 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="leave tokens that are there already, do the others")
     encode.set_defaults(run=_encode)
 
+    _add_convert(verbs)
+    _add_inspect(verbs)
+
     demo = verbs.add_parser("demo", help="the first steps, without any download", description=_demo.__doc__)
     demo.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
     demo.add_argument("--size", default="large", choices=("base", "large", "huge", "1b", "3b"))
+    demo.add_argument("--model", metavar="M", help="real weights: a file, a folder or a name on the Hub")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = verbs.add_parser("convert", help="a checkpoint in any layout to a folder", description=_convert.__doc__)
+    _add_source(convert)
+    convert.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
+    convert.add_argument("--to-layout", default="sailvit", choices=LAYOUTS, help="default: sailvit")
+    convert.add_argument("--image-size", type=_positive_integer, metavar="PIXELS", help="resample learned positions")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    convert.add_argument("--no-verify", action="store_true", help="do not load the folder and compare its tokens")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if a conversion wrote it")
+    convert.set_defaults(run=_convert)
+
+
+def _add_inspect(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    inspect = verbs.add_parser("inspect", help="what is this checkpoint, is it whole?", description=_inspect.__doc__)
+    inspect.add_argument("--deep", action="store_true", help="read the data too: NaN, hashes")
+    inspect.add_argument("--json", action="store_true", help="for a program")
+    _add_source(inspect)
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_source(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", metavar="SRC", help="a file, a folder or a name on the Hub")
+    verb.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    verb.add_argument("--from-layout", choices=LAYOUTS, help="default: recognised from the names")
+    verb.add_argument("--prefix", metavar="P", help="what stands before the tower's names, if there are several")
+    verb.add_argument("--trust-pickle", action="store_true", help="let files of torch.save run code of their own")
 
 
 def _encode(options: argparse.Namespace) -> int:
@@ -149,14 +190,67 @@ def _processor(options: argparse.Namespace, image_size: int) -> "SAILViTImagePro
     return processor
 
 
+def _convert(options: argparse.Namespace) -> int:
+    """Writes the tower of a checkpoint to a folder that loads by itself, and compares its tokens with the source's."""
+    _without_classes()
+    from sailvit.convert import convert_checkpoint
+    from sailvit.convert.verify import describe
+
+    progress = _ByteProgress()
+    try:
+        done = convert_checkpoint(
+            options.source,
+            options.out,
+            **{key: vars(options)[key] for key in ("to_layout", "from_layout", "prefix", "image_size", "dtype",
+               "revision", "max_shard_size", "trust_pickle", "overwrite")},
+            verify=not options.no_verify,
+            say=lambda line: print(line, flush=True),
+            progress=progress,
+        )  # fmt: skip
+    finally:
+        progress.close()
+    if done.verification:
+        print(describe(done.verification))
+    else:
+        print("not verified" if options.no_verify else "not verified: nothing loads these tensors alone")
+    print(f"{options.out}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Says what a file, a folder or a model on the Hub is, and what is wrong with it; the exit code is 2 if something
+    is."""
+    _without_classes()
+    from sailvit.convert import inspect_checkpoint
+
+    progress = _ByteProgress()
+    arguments = ("revision", "from_layout", "prefix", "trust_pickle", "deep")
+    report = inspect_checkpoint(options.source, **{key: vars(options)[key] for key in arguments}, progress=progress)
+    progress.close()
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        from sailvit.convert.inspect import table
+
+        print(table(report))
+    return 0 if report.whole else 2
+
+
+def _without_classes() -> None:
+    """Lets submodules of `sailvit` be imported without the package itself, which registers its classes and so imports
+    torch: what reads and writes files has no use for them."""
+    spec = importlib.util.find_spec("sailvit")
+    sys.modules.setdefault("sailvit", importlib.util.module_from_spec(spec))
+
+
 def _demo(options: argparse.Namespace) -> int:
-    """Makes a tower with random weights, saves it as a Hub folder, loads that with remote code, encodes a photograph
-    and draws what came of it."""
+    """Makes a checkpoint with random weights in Apple's names, converts and inspects it, loads it with remote code,
+    encodes a photograph and draws what came of it."""
     from sailvit.encode.demo import run_demo
 
     if options.out.exists():
         raise ValueError(f"{options.out} exists: remove it, or give another --out")
-    run_demo(options.out, lambda line: print(line, flush=True), options.size)
+    run_demo(options.out, lambda line: print(line, flush=True), options.size, options.model)
     return 0
 
 
@@ -178,6 +272,27 @@ class _Progress:
         elif self.bar is None and time.monotonic() - self.said > 10:
             self.said = time.monotonic()
             print(f"{self.done}/{self.total}  {line}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _ByteProgress:
+    """A bar on a terminal, elsewhere a plain line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.bar, self.said = None, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = self.bar or tqdm(total=total, unit="B", unit_scale=True)
+            self.bar.update(done - self.bar.n)
+        elif time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

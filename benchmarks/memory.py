@@ -5,25 +5,19 @@ in a process of its own, above a process that encodes a tile at a time, one an i
     python benchmarks/memory.py
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from processes import SAILVIT, measure
 
 from sailvit.encode.demo import PHOTOGRAPH, make_random_tower
 
 
 def peak_megabytes(folder: Path, out: Path, tiles: int, batch_size: int) -> float:
     """Peak resident memory of one run over three copies of the photograph."""
-    command = [sys.executable, "-m", "sailvit_cli", "encode", str(folder / "album"), "--model", str(folder / "tower")]
-    command += ["--out", str(out), "--batch-size", str(batch_size)]
-    command += ["--no-tile"] if tiles == 1 else ["--max-tiles", str(tiles)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed")
-    return usage.ru_maxrss / 1024
+    command = [*SAILVIT, "encode", folder / "album", "--model", folder / "tower", "--out", out]
+    command += ["--batch-size", batch_size, *(["--no-tile"] if tiles == 1 else ["--max-tiles", tiles])]
+    return measure(*command)[1] / 1e6
 
 
 def main() -> None:

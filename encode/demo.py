@@ -1,4 +1,4 @@
-"""The first steps: a random tower, saved as a Hub folder, loaded with remote code, and shown a photograph."""
+"""The first steps: a checkpoint in Apple's names, converted, inspected, loaded with remote code, shown a photograph."""
 
 import subprocess
 import sys
@@ -11,6 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ..configuration_sailvit import SAILViTConfig
+from ..convert import convert_checkpoint, inspect_checkpoint
+from ..convert.inspect import table
+from ..convert.synthetic import published_shape, write_synthetic
+from ..convert.verify import describe
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
 from .figure import draw_tokens
@@ -20,27 +24,40 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PHOTOGRAPH = EXAMPLES / "raccoon.jpg"
 
 
-def run_demo(out: Path, say: Callable[[str], None], size: str = "large") -> Path:
+def run_demo(out: Path, say: Callable[[str], None], size: str = "large", model: str | None = None) -> Path:
     """
-    Makes, saves, loads and runs a tower; returns the figure it draws.
+    Converts, inspects, loads and runs a tower; returns the figure it draws.
 
     Args:
-        out: Folder for the tower, the tokens and the figure.
+        out: Folder for the checkpoint, the tower, the tokens and the figure.
         say: Where each line about what happens goes.
-        size: A published size of the tower.
+        size: A published size, for random weights.
+        model: Real weights instead: a file, a folder or a name on the Hub.
     """
-    folder, tokens, figure = out / f"sailvit-{size}-random", out / "tokens.safetensors", out / "figure.png"
-    say(f"1. SAILViT-{size.capitalize()} with RANDOM weights: its tokens mean nothing, all else is as with real ones.")
-    parameters = make_random_tower(folder, size).num_parameters()
-    say(f"   {parameters / 1e6:.0f}M parameters in bfloat16, saved as a Hub folder: {folder}")
-    say("2. Loaded from that folder with AutoModel and remote code, in a process of its own:")
+    folder, tokens, figure = out / "sailvit", out / "tokens.safetensors", out / "figure.png"
+    if model is None:
+        say(
+            f"1. AIMv2-{size.capitalize()} with RANDOM weights in Apple's names: the tokens will mean nothing, all else"
+        )
+        source = write_synthetic(out / f"aimv2-{size}-random", published_shape(size))
+        say(f"   is as with real ones: {source}")
+    else:
+        source = model
+        say(f"1. Real weights: {source}")
+    say(f"2. sailvit convert {source} {folder} --dtype bfloat16")
+    done = convert_checkpoint(source, folder, dtype="bfloat16", say=lambda line: say(f"   {line}"))
+    say(f"   {describe(done.verification)}")
+    say(f"3. sailvit inspect {folder}")
+    for line in table(inspect_checkpoint(folder)).splitlines():
+        say(f"   {line}")
+    say("4. Loaded from that folder with AutoModel and remote code, in a process of its own:")
     script = EXAMPLES / "encode_photo.py"
     subprocess.run([sys.executable, str(script), str(folder), str(PHOTOGRAPH), str(tokens)], check=True)
     started = time.perf_counter()
     encoded = load_file(tokens)
     with Image.open(PHOTOGRAPH) as picture:
         draw_tokens(picture, encoded["tokens"], tuple(encoded["tile_grid"].tolist())).save(figure)
-    say(f"3. The picture, its tiles and the principal components of its tokens, {time.perf_counter() - started:.2f} s:")
+    say(f"5. The picture, its tiles and the principal components of its tokens, {time.perf_counter() - started:.2f} s:")
     say(f"   {figure}")
     return figure
 

@@ -1,0 +1,90 @@
+"""
+`sailvit convert --no-verify` of AIMv2-Huge-shaped float32 weights (2.7 GB) into shards of 200 MB, each run a process:
+its speed against `cp` of the same bytes, interleaved, and its peak memory above that of an idle interpreter, against
+the largest tensor and one shard. Then how long `sailvit inspect` takes for 16 GB in sparse shards, and `--help`.
+
+    python benchmarks/conversion.py
+"""
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+from processes import SAILVIT, idle_bytes, measure
+
+from sailvit.convert.layouts import LAYOUTS, pieces
+from sailvit.convert.readers import read_safetensors
+from sailvit.convert.synthetic import apple_config, published_shape, write_synthetic
+from sailvit.convert.writer import NewTensor, _header
+
+
+SHARD = 200_000_000
+
+
+def compare_with_cp(folder: Path, rounds: int) -> None:
+    source = write_synthetic(folder / "huge", published_shape("huge")) / "model.safetensors"
+    contenders = {
+        "cp": ["cp", source, folder / "copy"],
+        "cp and sync": ["sh", "-c", f"cp {source} {folder / 'copy'} && sync {folder / 'copy'}"],
+        "sailvit convert": [
+            *SAILVIT,
+            "convert",
+            source.parent,
+            folder / "out",
+            "--no-verify",
+            "--max-shard-size",
+            SHARD,
+        ],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for counted in [False, *[True] * rounds]:
+        for name, command in contenders.items():
+            took, peak = measure(*command)
+            seconds[name] += [took] if counted else []
+            (folder / "copy").unlink(missing_ok=True)
+            shutil.rmtree(folder / "out", ignore_errors=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    largest = max(tensor.nbytes for tensor in read_safetensors(source).values())
+    for name, value in medians.items():
+        print(f"{value:6.2f} s  {name}")
+    for name in ("cp", "cp and sync"):
+        print(f"{medians[name] / medians['sailvit convert']:6.2f}x  speed of sailvit convert, {name} = 1")
+    print(
+        f"{(peak - idle_bytes()) / (largest + SHARD):6.2f}x  peak memory above idle, largest tensor and one shard = 1"
+    )
+
+
+def inspect_sparse(folder: Path) -> None:
+    """Float32 3B and the rest of a large model, in shards that hold headers and nothing else."""
+    shape = published_shape("3b")
+    tower = [NewTensor(piece.name, "F32", piece.shape, iter) for piece in pieces(LAYOUTS["sailvit"], shape)]
+    rest = [NewTensor(f"language_model.layers.{layer}.weight", "F32", (4096, 12288), iter) for layer in range(26)]
+    (folder / "sparse").mkdir()
+    (folder / "sparse" / "config.json").write_text(json.dumps({"vision_config": apple_config(shape)}))
+    tensors = [NewTensor(f"vision_model.{tensor.name}", "F32", tensor.shape, iter) for tensor in tower] + rest
+    shards = [tensors[start::8] for start in range(8)]
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards):
+        file, header = f"model-{number:05}.safetensors", _header(shard)
+        (folder / "sparse" / file).write_bytes(header)
+        size = len(header) + sum(tensor.nbytes for tensor in shard)
+        os.truncate(folder / "sparse" / file, size)
+        weight_map |= {tensor.name: file for tensor in shard}
+        total += size
+    (folder / "sparse" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    took = statistics.median(measure(*SAILVIT, "inspect", folder / "sparse")[0] for _ in range(5))
+    print(f"{took:6.2f} s  sailvit inspect of {total / 1e9:.1f} GB in {len(shards)} sparse shards")
+    print(f"{statistics.median(measure(*SAILVIT, '--help')[0] for _ in range(5)):6.2f} s  sailvit --help")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        inspect_sparse(Path(folder))
+        compare_with_cp(Path(folder), rounds=5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""What stands beside the weights: the configuration each runtime expects, code, a card, and where it all came from."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .problems import CheckpointError
+from .readers import PROVENANCE, Checkpoint, read_json
+from .tower import SIZE_NAMES, source_json
+from .values import torch_name
+from .writer import write_json
+
+
+if TYPE_CHECKING:
+    from .conversion import Conversion
+
+PACKAGE = Path(__file__).parents[1]
+CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """
+    What loads a layout by itself.
+
+    Attributes:
+        title: What to call it.
+        reads_shards: Whether it takes weights in several files.
+        usage: Python that loads the folder {name}.
+        write_configs: Writes what it expects beside the weights.
+        objection: Why a tower cannot be expressed in it, from the fields of SAILViTConfig; None if it can.
+    """
+
+    title: str
+    reads_shards: bool
+    usage: str
+    write_configs: Callable[[Path, "Conversion"], None]
+    objection: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
+
+
+def check_expressible(job: "Conversion") -> None:
+    """
+    Raises:
+        CheckpointError: The tower has what the runtime cannot express.
+    """
+    runtime = RUNTIMES.get(job.layout.name)
+    objection = runtime.objection(job.fields) if runtime else None
+    if objection:
+        raise CheckpointError(f"{job.checkpoint.source.name}: {runtime.title} {objection}")
+
+
+def write_folder(folder: Path, job: "Conversion") -> None:
+    """Writes all but the weights and the provenance; a layout without a runtime of its own gets the card alone."""
+    runtime = RUNTIMES.get(job.layout.name)
+    if runtime:
+        runtime.write_configs(folder, job)
+    _write_card(folder, job, runtime)
+
+
+def _write_sailvit(folder: Path, job: "Conversion") -> None:
+    config = read_json(PACKAGE / "config.json")
+    config |= {key: value for key, value in job.fields.items() if key in config}
+    write_json(folder / "config.json", {**config, "dtype": torch_name(job.dtype)})
+    size = {"height": job.fields["image_size"], "width": job.fields["image_size"]}
+    processor = read_json(PACKAGE / "preprocessor_config.json")
+    processor |= {key: value for key, value in read_pictures(job.checkpoint).items() if key in processor}
+    write_json(folder / "preprocessor_config.json", {**processor, "size": size})
+    for file in CODE:
+        shutil.copyfile(PACKAGE / file, folder / file)
+
+
+def _write_transformers(folder: Path, job: "Conversion") -> None:
+    write_json(folder / "config.json", {**transformers_config(job.fields), "dtype": torch_name(job.dtype)})
+    pictures, size = read_pictures(job.checkpoint), job.fields["image_size"]
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": pictures["image_mean"],
+        "image_std": pictures["image_std"],
+    }
+    write_json(folder / "preprocessor_config.json", processor)
+
+
+def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of SAILViTConfig -> those of transformers' Aimv2VisionConfig."""
+    kept = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
+        "patch_size", "rms_norm_eps", "attention_dropout", "hidden_act", "initializer_range", "qkv_bias",
+    )  # fmt: skip
+    return {
+        "architectures": ["Aimv2VisionModel"],
+        "model_type": "aimv2_vision_model",
+        **{key: fields[key] for key in kept if key in fields},
+        "mlp_bias": fields["use_bias"],
+        "is_native": fields["pos_embed_type"] == "sincos",
+        "use_head": False,
+    }
+
+
+def _write_timm(folder: Path, job: "Conversion") -> None:
+    pictures = read_pictures(job.checkpoint)
+    size, channels = job.fields["image_size"], job.fields["num_channels"]
+    pretrained = {
+        "input_size": [channels, size, size],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": pictures["image_mean"],
+        "std": pictures["image_std"],
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    write_json(folder / "config.json", {**timm_config(job.fields), "pretrained_cfg": pretrained})
+
+
+def timm_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of SAILViTConfig -> the architecture that timm.create_model is given, and its arguments."""
+    width, size = fields["hidden_size"], fields["image_size"]
+    name = SIZE_NAMES.get(width, "large").replace("base", "large")  # timm has no base
+    return {
+        "architecture": f"aimv2_{name}_patch14_{size if size in (224, 336, 448) else 448}",
+        "num_classes": 0,
+        "num_features": width,
+        "global_pool": "avg",
+        "model_args": {
+            "img_size": size,
+            "patch_size": fields["patch_size"],
+            "in_chans": fields["num_channels"],
+            "embed_dim": width,
+            "depth": fields["num_hidden_layers"],
+            "num_heads": fields["num_attention_heads"],
+            "mlp_ratio": (fields["intermediate_size"] + 0.25) / width,  # timm rounds the product down
+            "qkv_bias": fields["qkv_bias"],
+            "proj_bias": fields["use_bias"],
+        },
+    }
+
+
+def _transformers_objection(fields: Mapping[str, Any]) -> str | None:
+    return None if fields["qkv_bias"] == fields["use_bias"] else "has biases in all of attention or in none of it"
+
+
+def _timm_objection(fields: Mapping[str, Any]) -> str | None:
+    if fields.get("rms_norm_eps", 1e-5) != 1e-5 or fields.get("hidden_act", "silu") != "silu":
+        return "has rms_norm_eps 1e-5 and silu in aimv2, whatever config.json says"
+    return None
+
+
+LOAD_SAILVIT = """from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()"""
+LOAD_TRANSFORMERS = """from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}").eval()"""
+LOAD_TIMM = """import timm
+
+model = timm.create_model("local-dir:{name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
+
+RUNTIMES = {
+    "sailvit": Runtime("SAILViT, with remote code", True, LOAD_SAILVIT, _write_sailvit),
+    "transformers": Runtime(
+        "transformers' Aimv2VisionModel", True, LOAD_TRANSFORMERS, _write_transformers, _transformers_objection
+    ),
+    "timm": Runtime("timm", False, LOAD_TIMM, _write_timm, _timm_objection),
+}
+
+
+def says_pictures(checkpoint: Checkpoint) -> bool:
+    """Whether the source says how its pictures are normalised."""
+    pretrained = source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
+    return "image_mean" in source_json(checkpoint, "preprocessor_config.json") or "mean" in pretrained
+
+
+def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the source says of its pictures: image_mean and image_std at least; SAILViT's where it says nothing."""
+    said = source_json(checkpoint, "preprocessor_config.json")
+    pretrained = source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
+    if "image_mean" not in said and "mean" in pretrained:
+        said = {"image_mean": pretrained["mean"], "image_std": pretrained["std"]}
+    return {**read_json(PACKAGE / "preprocessor_config.json"), **said}
+
+
+def _write_card(folder: Path, job: "Conversion", runtime: Runtime | None) -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source, name = job.checkpoint.source, folder.name.removeprefix(".").removesuffix(".part")
+    data = ModelCardData(
+        library_name="timm" if job.layout.name == "timm" else "transformers",
+        pipeline_tag="image-feature-extraction",
+        base_model=source.name if source.revision else None,
+        tags=["vision", "aimv2", *(["sailvit", "custom_code"] if job.layout.name == "sailvit" else [])],
+        **_licence(job.checkpoint),
+    )
+    size = SIZE_NAMES.get(job.fields["hidden_size"], f"width {job.fields['hidden_size']}")
+    lines = [
+        "---", data.to_yaml(), "---", f"# {name}", "",
+        f"A vision tower, {size}, {job.fields['num_hidden_layers']} blocks, {job.fields['image_size']} pixels, "
+        f"{torch_name(job.dtype)}, in the layout of {job.layout.title}.",
+    ]  # fmt: skip
+    if runtime:
+        lines += ["", "```python", runtime.usage.format(name=name), "```"]
+    else:
+        lines += ["", f"These are tensors for a larger model, under `{job.layout.prefix}`: nothing loads them alone."]
+    lines += [
+        "",
+        f"Converted from {Path(source.name).name}; `{PROVENANCE}` says how, with the hashes of every file and tensor.",
+    ]
+    ModelCard("\n".join(lines) + "\n").save(folder / "README.md")
+
+
+def _licence(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The licence that the source's card names."""
+    from huggingface_hub import ModelCard
+
+    if "README.md" not in checkpoint.source.files:
+        return {}
+    try:
+        data = ModelCard.load(checkpoint.source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # no YAML in it
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+
+
+def write_provenance(
+    folder: Path,
+    job: "Conversion",
+    asked: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    digests: Mapping[str, str],
+) -> None:
+    """
+    Args:
+        asked: The options of the conversion.
+        files: Name -> sha256 and bytes of every file that was read.
+        digests: Name -> sha256 of every tensor that was written.
+    """
+    source, found = job.checkpoint.source, job.tower.found
+    before = source_json(job.checkpoint, PROVENANCE).get("source")
+    provenance = {
+        "source": {
+            "name": source.name if source.revision else Path(source.name).resolve().name,
+            "revision": source.revision,
+            "layout": found.layout.name,
+            "prefix": found.prefix,
+            "recognised": found.reason,
+            "dropped": {"heads": found.heads, "others": found.others},
+            "files": files,
+            **({"source": before} if before else {}),
+        },
+        "options": asked,
+        "layout": job.layout.name,
+        "dtype": torch_name(job.dtype),
+        "tower": job.fields,
+        "positions": job.positions or "as in the source",
+        "verification": job.verification,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "tensors": {name: {"sha256": digest} for name, digest in digests.items()},
+    }
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("sailvit", "torch", "transformers", "timm", "huggingface_hub", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,279 @@
+"""What a tower is, by its tensors and by its configuration, and where the two contradict each other."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import isqrt, prod
+from typing import Any
+
+from .layouts import Layout, Piece, Recognition, TowerShape, pieces, recognise
+from .problems import CheckpointError, Problem
+from .readers import FLOAT_BITS, PROVENANCE, Checkpoint, StoredTensor, read_json
+
+
+# SAILViTConfig's SIZES by their widths; importing those would import torch.
+SIZE_NAMES = {768: "base", 1024: "large", 1536: "huge", 2048: "1b", 3072: "3b"}
+MLP_WIDTHS = {768: 2048, 1024: 2816, 1536: 4096, 2048: 5632, 3072: 8192}
+HEAD_WIDTH = 128  # of every published AIMv2 (arXiv 2411.14402, table 1)
+FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
+    "patch_size", "rms_norm_eps", "attention_dropout", "projection_dropout", "qkv_bias", "use_bias", "hidden_act",
+    "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
+)  # fmt: skip
+TIMM_NAME = re.compile(r"aimv2_(large|huge|1b|3b)_patch(\d+)_(\d+)")
+
+
+def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TowerShape, list[Problem]]:
+    """
+    The dimensions of a tower, and what is missing, empty, of a wrong shape, or too much.
+
+    Args:
+        found: Its names.
+        shapes: Name in the layout -> shape of the tensor.
+
+    Raises:
+        CheckpointError: Nothing can be measured: the patch convolution is missing, empty or no convolution.
+    """
+    names = {name: (found.prefix + name if name not in found.names else found.names[name]) for name in shapes}
+    empty = [name for name, shape in shapes.items() if prod(shape) == 0]
+    problems = [Problem("empty", names[name], _why_empty(shapes[name])) for name in empty]
+    shape = _shape_of(found.layout, shapes, found.prefix)
+    wanted = {piece.name: piece for piece in pieces(found.layout, shape)}
+    for name, piece in wanted.items():
+        if name not in shapes:
+            problems.append(Problem("missing", found.prefix + name, f"missing; {list(piece.shape)} is wanted"))
+        elif shapes[name] != piece.shape and name not in empty:
+            problems.append(Problem("shape", names[name], _wrong_shape(shapes[name], piece)))
+    for name in shapes.keys() - wanted.keys():
+        problems.append(Problem("unexpected", names[name], "not part of a tower of this shape"))
+    for name in found.unmapped:
+        problems.append(Problem("unexpected", name, _why_unmapped(name, found.layout)))
+    return shape, problems
+
+
+def _why_empty(shape: tuple[int, ...]) -> str:
+    return f"empty, {list(shape)}: saved under ZeRO-3 without gathering its parts? Save it whole"
+
+
+def _wrong_shape(shape: tuple[int, ...], piece: Piece) -> str:
+    return f"is {list(shape)}, but {list(piece.shape)} in a tower of this shape"
+
+
+def _why_unmapped(name: str, layout: Layout) -> str:
+    if "lora_" in name or ".base_layer." in name:
+        return "belongs to an adapter: merge it first (peft's merge_and_unload)"
+    return f"maps nowhere in the layout of {layout.title}"
+
+
+def _shape_of(layout: Layout, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> TowerShape:
+    patches = layout.names_of("preprocessor.patchifier.proj")[0] + ".weight"
+    convolution = shapes.get(patches, ())
+    if len(convolution) != 4 or 0 in convolution or convolution[2] != convolution[3]:
+        what = f"is {list(convolution)}, no patch convolution" if patches in shapes else "is missing"
+        raise CheckpointError(f"{prefix}{patches} {what}: without it nothing can be said of the tower")
+    width, channels, patch, _ = convolution
+    block = layout.names_of("trunk.blocks.{}.norm_1")[0].split("{}")[0]
+    blocks = [int(match[1]) for name in shapes if (match := re.match(re.escape(block) + r"(\d+)\.", name))]
+    return TowerShape(
+        hidden_size=width,
+        intermediate_size=_mlp_width(layout, shapes) or MLP_WIDTHS.get(width, 1),
+        num_hidden_layers=max(blocks, default=-1) + 1,
+        num_channels=channels,
+        patch_size=patch,
+        grid_size=_grid_size(layout, shapes, width, prefix),
+        qkv_bias=_has_bias(layout, shapes, "trunk.blocks.{}.attn.qkv"),
+        use_bias=_has_bias(layout, shapes, "trunk.blocks.{}.attn.proj", "trunk.blocks.{}.mlp.fc1"),
+    )
+
+
+def _mlp_width(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """What most blocks have, so that the one that differs is named."""
+    before, after = layout.names_of("trunk.blocks.{}.mlp.fc1")[0].split("{}")
+    rows = Counter(
+        shape[0] for name, shape in shapes.items()
+        if name.startswith(before) and name.endswith(after + ".weight") and len(shape) == 2 and shape[0]
+    )  # fmt: skip
+    return rows.most_common(1)[0][0] if rows else None
+
+
+def _grid_size(layout: Layout, shapes: Mapping[str, tuple[int, ...]], width: int, prefix: str) -> int | None:
+    name = layout.names_of("preprocessor.pos_embed")[0]
+    if name not in shapes or not prod(shapes[name]):
+        return None if name not in shapes else 1
+    positions = prod(shapes[name]) // width
+    if isqrt(positions) ** 2 != positions:
+        raise CheckpointError(f"{prefix}{name}: {list(shapes[name])} are the positions of no square grid")
+    return isqrt(positions)
+
+
+def _has_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]], *modules: str) -> bool:
+    ends = tuple(name.split("{}")[1] + ".bias" for module in modules for name in layout.names_of(module))
+    return any(name.endswith(ends) for name in shapes)
+
+
+def read_tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What a config.json says of its vision tower, under the names of SAILViTConfig: released SAILViT's and SAIL-VL's,
+    Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty where it describes none.
+    """
+    if "architecture" in config:
+        return _read_timm_config(config)
+    for path in (("vision_config",), ("visual_tokenizer_config", "backbone_config"), ("model_config",), ()):
+        inner: Any = config
+        for key in path:
+            inner = inner.get(key) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and "patch_size" in inner:
+            return _read_fields(inner)
+    if str(config.get("model_type", "")).startswith(("aimv2_vision", "sailvit")):
+        return _read_fields(config)
+    return {}
+
+
+def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of one tower; what transformers leaves out of a file because it is the default is put in."""
+    fields = {key: config[key] for key in FIELDS if config.get(key) is not None}
+    kind = config.get("model_type")
+    if "mlp_bias" in config:
+        fields["use_bias"] = config["mlp_bias"]
+    if kind == "aimv2_vision_model" or "is_native" in config:
+        fields["pos_embed_type"] = "sincos" if config.get("is_native") else "absolute"
+    for key in ("image_size", "patch_size"):
+        value = fields.get(key)
+        if isinstance(value, list) and len(set(value)) == 1:
+            fields[key] = value[0]
+    return fields
+
+
+def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    match = TIMM_NAME.fullmatch(str(config["architecture"]))
+    if not match:
+        return {}
+    widths = {name: width for width, name in SIZE_NAMES.items()}
+    arguments = config.get("model_args") or {}
+    width = arguments.get("embed_dim", widths[match[1]])
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": arguments.get("depth", 24),
+        "num_attention_heads": arguments.get("num_heads", widths[match[1]] // HEAD_WIDTH),
+        "patch_size": arguments.get("patch_size", int(match[2])),
+        "image_size": arguments.get("img_size", int(match[3])),
+        "pos_embed_type": "absolute",
+    }
+
+
+def tower_fields(shape: TowerShape, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """
+    The fields of SAILViTConfig for a tower, and where its configuration contradicts its tensors.
+
+    Args:
+        shape: By its tensors.
+        config: By its configuration, as read_tower_config gives it; it decides what tensors do not show.
+    """
+    fields = {key: value for key, value in asdict(shape).items() if key != "grid_size"}
+    if shape.grid_size is None:
+        fields |= {"pos_embed_type": "sincos", "image_size": config.get("image_size", 448)}
+    else:
+        fields |= {"pos_embed_type": "absolute", "image_size": shape.grid_size * shape.patch_size}
+    problems = [
+        Problem("config", key, f"config.json says {config[key]!r}, the tensors {value!r}: correct config.json")
+        for key, value in fields.items()
+        if key in config and config[key] != value
+    ]
+    heads, problem = _heads(shape, config)
+    return {**config, **fields, "num_attention_heads": heads}, problems + problem
+
+
+def _heads(shape: TowerShape, config: Mapping[str, Any]) -> tuple[int, list[Problem]]:
+    """The number of heads, which no tensor shows: the configuration's; that of a published size is known."""
+    width, said = shape.hidden_size, config.get("num_attention_heads")
+    published = MLP_WIDTHS.get(width) == shape.intermediate_size
+    if said is None and width % HEAD_WIDTH == 0:
+        return width // HEAD_WIDTH, []
+    if not isinstance(said, int) or isinstance(said, bool) or said < 1 or width % said:
+        what = f"is {said!r}, for a width of {width}: tensors do not show it, so say it in config.json"
+        return 1, [Problem("config", "num_attention_heads", what)]
+    if published and said != width // HEAD_WIDTH:
+        size = SIZE_NAMES[width]
+        what = f"config.json says {said}, but AIMv2 {size} has {width // HEAD_WIDTH}: correct config.json"
+        return said, [Problem("config", "num_attention_heads", what)]
+    return said, []
+
+
+def size_name(shape: TowerShape) -> str | None:
+    """The published size of this width and depth, if there is one."""
+    name = SIZE_NAMES.get(shape.hidden_size)
+    depth = 12 if name == "base" else 24
+    whole = MLP_WIDTHS.get(shape.hidden_size) == shape.intermediate_size and shape.num_hidden_layers == depth
+    return name if whole else None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """
+    A tower in a checkpoint.
+
+    Attributes:
+        found: Its names.
+        shape: Its dimensions, by its tensors.
+        fields: Those of SAILViTConfig.
+        tensors: Name in the layout, without prefix -> where it lies.
+        problems: What is wrong with it.
+    """
+
+    found: Recognition
+    shape: TowerShape
+    fields: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    problems: list[Problem]
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Data type -> how many of its tensors have it."""
+        return dict(Counter(tensor.dtype for tensor in self.tensors.values()))
+
+
+def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | None = None) -> Tower:
+    """
+    The tower of a checkpoint; only the files that hold its tensors are opened.
+
+    Args:
+        layout: The layout it has, if that is known.
+        prefix: The prefix its names have, if that is known.
+
+    Raises:
+        CheckpointError: There is none, or a file that holds it is missing or broken.
+    """
+    found = recognise(checkpoint.weight_map, layout, prefix)
+    tensors = {name: checkpoint[stored] for name, stored in found.names.items()}
+    shape, problems = measure(found, {name: tensor.shape for name, tensor in tensors.items()})
+    fields, contradictions = tower_fields(shape, read_source_config(checkpoint))
+    tower = Tower(found, shape, fields, tensors, problems + contradictions)
+    tower.problems.extend(_dtype_problems(tower))
+    return tower
+
+
+def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the source says of its tower: its config.json, or else the provenance.json of a conversion."""
+    said = read_tower_config(source_json(checkpoint, "config.json"))
+    return said or source_json(checkpoint, PROVENANCE).get("tower", {})
+
+
+def source_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
+    """A JSON file beside the weights; empty if there is none."""
+    return read_json(checkpoint.source.path(file)) if file in checkpoint.source.files else {}
+
+
+def _dtype_problems(tower: Tower) -> list[Problem]:
+    dtypes = tower.dtypes
+    common = max(dtypes, key=lambda dtype: dtypes[dtype])
+    problems = []
+    for name, tensor in tower.tensors.items():
+        if tensor.dtype not in FLOAT_BITS:
+            problems.append(
+                Problem("dtype", tower.found.names[name], f"is {tensor.dtype}, not a floating point number")
+            )
+        elif tensor.dtype != common:
+            what = f"is {tensor.dtype}, most of the tower {common}: mixed precision"
+            problems.append(Problem("dtype", tower.found.names[name], what))
+    return problems

@@ -1,0 +1,94 @@
+"""What is done to the numbers of a checkpoint: looked at, cast, and, where positions are wanted elsewhere, computed."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .problems import Problem
+from .readers import FLOAT_BITS, PROVENANCE, TORCH_DTYPES, StoredTensor
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_finite(chunk: np.ndarray, dtype: str) -> bool:
+    """Whether the bytes of a chunk hold no NaN and no infinity; what is not floating point does not."""
+    if dtype not in FLOAT_BITS or not len(chunk):
+        return True
+    bits, magnitude, infinity = FLOAT_BITS[dtype]
+    return int((chunk.view(bits) & bits(magnitude)).max()) < infinity
+
+
+def torch_name(dtype: str) -> str:
+    """ "F32" -> "float32"."""
+    return next(name for name, key in TORCH_DTYPES.items() if key == dtype)
+
+
+def cast(chunk: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
+    """The bytes of a chunk in another dtype, rounded to nearest even."""
+    if dtype == wanted:
+        return chunk
+    import torch
+
+    numbers = torch.from_numpy(chunk).view(getattr(torch, torch_name(dtype)))
+    return to_bytes(numbers.to(getattr(torch, torch_name(wanted))))
+
+
+def to_bytes(tensor: "torch.Tensor") -> np.ndarray:
+    """A tensor's elements, row-major, as bytes (uint8)."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def load(stored: StoredTensor, rounded_to: str = "F32") -> "torch.Tensor":
+    """A stored tensor in float32, its values rounded to those that another dtype has."""
+    import torch
+
+    chunks = [cast(cast(chunk, stored.dtype, rounded_to), rounded_to, "F32") for chunk in stored.chunks()]
+    return torch.from_numpy(np.concatenate(chunks)).view(torch.float32).reshape(stored.shape)
+
+
+def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) -> "torch.Tensor":
+    """
+    Positions for another grid, (1, grid_size ** 2, width) in float32: learned ones resampled (bicubic, antialiased), or
+    the 2-D sine-cosine of `native` towers where there are none.
+    """
+    from ..modeling_sailvit import resample_position_embeddings, sincos_position_embeddings
+
+    grid = (grid_size, grid_size)
+    if learned is None:
+        return sincos_position_embeddings(grid, width)
+    return resample_position_embeddings(load(learned).reshape(1, -1, width), grid)
+
+
+def value_problems(
+    tensors: Mapping[str, StoredTensor], hashes: Mapping[str, str], progress: Callable[[int], None] = lambda count: None
+) -> list[Problem]:
+    """
+    Reads every tensor.
+
+    Args:
+        tensors: By their names in the checkpoint.
+        hashes: Name -> sha256 they should have, in hexadecimal, where that is known.
+        progress: Told the bytes that were read since it was last told.
+    """
+    problems = []
+    for name, tensor in tensors.items():
+        digest, finite = hashlib.sha256(), True
+        for chunk in tensor.chunks():
+            finite = finite and is_finite(chunk, tensor.dtype)
+            if name in hashes:
+                digest.update(chunk)
+            progress(len(chunk))
+        if not finite:
+            problems.append(Problem("values", name, "holds NaN or infinity"))
+        if name in hashes and digest.hexdigest() != hashes[name]:
+            what = (
+                f"is not what {PROVENANCE} recorded: copy or download it again, or remove that file if it was changed"
+            )
+            problems.append(Problem("sha256", name, what))
+    return problems
