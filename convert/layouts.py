@@ -334,6 +334,8 @@ def _sort_names(cleaned: Mapping[str, str], wrappers: list[str], layout: Layout,
             unmapped.append(name)
     place = f"under the prefix {prefix!r}" if prefix else "without a prefix"
     reason = f"{len(mapped)} of {len(cleaned)} names, {place}, are those of {layout.title}"
+    if len(unmapped) > len(mapped):
+        raise CheckpointError(f"no AIMv2 tower: only {reason}; {', '.join(unmapped[:3])}, ... are not")
     return Recognition(layout, prefix, reason, mapped, heads, unmapped, dict(others), wrappers)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -200,21 +201,28 @@ def _load_pickle(path: Path, trust: bool) -> Any:
     import torch
 
     try:
-        try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=not trust)  # the format before torch 1.6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever torch has to say of old or odd formats: the error says it too
+            try:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=not trust)  # the format before torch 1.6
     except pickle.UnpicklingError as error:
-        if trust or "weights_only" not in str(error).lower().replace(" ", "_"):
-            raise CheckpointError(f"{path}: not a file of torch.save, or a broken one: {error}") from error
-        what = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0].strip()
+        if trust or "WeightsUnpickler error" not in str(error):
+            raise CheckpointError(f"{path}: not a file of torch.save, or a broken one: {_line(error)}") from error
+        what = _line(str(error).split("WeightsUnpickler error:")[1])
         raise CheckpointError(
             f"{path}: opening it could run code ({what}): give --trust-pickle if you trust who made it"
         ) from error
-    except (RuntimeError, EOFError, IndexError, KeyError, AttributeError, ImportError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of torch.save, or a broken one: {error}") from error
+    except (RuntimeError, EOFError, IndexError, KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a file of torch.save, or a broken one: {_line(error)}") from error
+
+
+def _line(text: object) -> str:
+    """The first line of a message."""
+    return (str(text).strip() or type(text).__name__).splitlines()[0].strip()
 
 
 def _flatten(value: Any, name: str, path: Path, tensors: dict[str, StoredTensor]) -> None:

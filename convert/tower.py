@@ -38,6 +38,7 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
     names = {name: (found.prefix + name if name not in found.names else found.names[name]) for name in shapes}
     empty = [name for name, shape in shapes.items() if prod(shape) == 0]
     problems = [Problem("empty", names[name], _why_empty(shapes[name])) for name in empty]
+    problems += [Problem("unexpected", name, _why_unmapped(name, found.layout)) for name in found.unmapped]
     shape = _shape_of(found.layout, shapes, found.prefix)
     wanted = {piece.name: piece for piece in pieces(found.layout, shape)}
     for name, piece in wanted.items():
@@ -47,8 +48,6 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
             problems.append(Problem("shape", names[name], _wrong_shape(shapes[name], piece)))
     for name in shapes.keys() - wanted.keys():
         problems.append(Problem("unexpected", names[name], "not part of a tower of this shape"))
-    for name in found.unmapped:
-        problems.append(Problem("unexpected", name, _why_unmapped(name, found.layout)))
     return shape, problems
 
 

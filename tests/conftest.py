@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
+from sailvit.convert.folder import timm_config, transformers_config
+from sailvit.convert.layouts import TowerShape
+from sailvit.convert.synthetic import apple_config, write_synthetic
 
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,30 @@ def relative_difference(ours: torch.Tensor, truth: torch.Tensor) -> float:
 
 def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+TINY_SHAPE = TowerShape(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_channels=3, patch_size=14, grid_size=4
+)
+
+
+def published_config(layout: str, shape: TowerShape = TINY_SHAPE) -> dict:
+    """config.json as the people who publish a layout write it; two heads."""
+    apple = {**apple_config(shape), "num_attention_heads": 2}
+    fields = {**apple, "pos_embed_type": "absolute" if shape.grid_size else "sincos"}
+    return {
+        "sailvit": apple,
+        "lit": {"model_type": "aimv2", "vision_config": apple},
+        "ovis2": {"model_type": "ovis", "visual_tokenizer_config": {"backbone_config": apple}},
+        "transformers": transformers_config(fields),
+        "ovis2-transformers": {"model_type": "ovis2", "vision_config": transformers_config(fields)},
+        "timm": {**timm_config(fields), "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}},
+    }[layout]
+
+
+def make_checkpoint(folder: Path, layout: str = "sailvit", shape: TowerShape = TINY_SHAPE, **options) -> Path:
+    """A tiny checkpoint as a layout's people publish it: weights and config.json."""
+    return write_synthetic(folder, shape, layout, config=published_config(layout, shape), **options)
 
 
 @pytest.fixture
