@@ -144,8 +144,8 @@ def _plan(
 ) -> Conversion:
     """What is to be done, once it is sure that it can be."""
     tower = find_tower(checkpoint, from_layout, prefix)
-    mixed = [problem for problem in tower.problems if problem.kind == "dtype"] if dtype else []
-    raise_first([problem for problem in tower.problems if problem not in mixed], checkpoint.source.name)
+    harmless = ("mixed",) if dtype else ()
+    raise_first([problem for problem in tower.problems if problem.kind not in harmless], checkpoint.source.name)
     fields = {**tower.fields, "image_size": image_size or tower.fields["image_size"]}
     if fields["image_size"] % fields["patch_size"]:
         raise CheckpointError(f"--image-size {image_size}: not a multiple of the patch, {fields['patch_size']} pixels")

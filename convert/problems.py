@@ -14,8 +14,8 @@ class Problem:
     One thing that is wrong.
 
     Attributes:
-        kind: "missing", "unexpected", "empty", "shape", "dtype", "shard", "file", "config", "code", "stray", "values",
-            "sha256", "layout".
+        kind: One of "missing", "unexpected", "empty", "shape", "dtype", "mixed", "values", "sha256" (of tensors),
+            "file", "shard", "stray", "code" (of files), "config", "layout".
         where: The tensor, file or field.
         what: What is wrong with it, and the mend.
     """

@@ -8,6 +8,7 @@ which are asked for are opened.
 import hashlib
 import json
 import pickle
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -210,9 +211,10 @@ def _load_pickle(path: Path, trust: bool) -> Any:
                     raise
                 return torch.load(path, map_location="cpu", weights_only=not trust)  # the format before torch 1.6
     except pickle.UnpicklingError as error:
-        if trust or "WeightsUnpickler error" not in str(error):
+        if trust or "Weights only load failed" not in str(error):
             raise CheckpointError(f"{path}: not a file of torch.save, or a broken one: {_line(error)}") from error
-        what = _line(str(error).split("WeightsUnpickler error:")[1])
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = wanted[1] if wanted else "it is no plain file of tensors"
         raise CheckpointError(
             f"{path}: opening it could run code ({what}): give --trust-pickle if you trust who made it"
         ) from error

@@ -68,7 +68,7 @@ class HubRepository:
         self.name = name
         with _hub_errors(name, revision):
             info = HfApi().model_info(name, revision=revision)
-        self.revision = info.sha
+        self.revision, self.asked = info.sha, revision
         self.files = sorted(sibling.rfilename for sibling in info.siblings or [])
 
     def path(self, file: str) -> Path:
@@ -77,7 +77,10 @@ class HubRepository:
         if file not in self.files:
             raise CheckpointError(f"{self.name}: the repository has no file {file}")
         with _hub_errors(self.name, self.revision):
-            return Path(hf_hub_download(self.name, file, revision=self.revision))
+            path = Path(hf_hub_download(self.name, file, revision=self.asked))
+        if self.revision not in path.parts:
+            raise CheckpointError(f"{self.name}: it was changed while it was downloaded: try again")
+        return path
 
 
 def _from_hub(name: str, revision: str | None) -> Source:
@@ -127,6 +130,8 @@ def find_source(source: str, revision: str | None = None) -> tuple[Source, str]:
         CheckpointError: It does not exist, holds no weights, or several that nothing chooses between.
     """
     path = Path(source)
+    if not source.strip():
+        raise CheckpointError(f"{source}: no such file or folder: an empty name")
     if path.exists() and revision is not None:
         raise CheckpointError(f"{source}: --revision is for names on the Hub, this is here")
     if path.is_file():

@@ -274,5 +274,5 @@ def _dtype_problems(tower: Tower) -> list[Problem]:
             )
         elif tensor.dtype != common:
             what = f"is {tensor.dtype}, most of the tower {common}: mixed precision"
-            problems.append(Problem("dtype", tower.found.names[name], what))
+            problems.append(Problem("mixed", tower.found.names[name], what))
     return problems

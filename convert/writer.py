@@ -2,6 +2,7 @@
 Writes folders whole or not at all, and safetensors in a stream: what is held is one chunk of one tensor.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -69,6 +70,11 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _sync(part)
         (part / ".lock").unlink()
         _put_in_place(part, out)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CheckpointError(f"{out}: {os.strerror(error.errno)}: make room; nothing was left there") from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -1,0 +1,90 @@
+"""Converting what lies on the Hub: the real client, against a Hub on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_SHAPE, make_checkpoint
+from hub import COMMIT, serve
+
+
+@pytest.fixture
+def hub(tmp_path):
+    make_checkpoint(tmp_path / "hub" / "apple" / "aimv2-tiny")
+    sharded = make_checkpoint(tmp_path / "hub" / "ovis" / "ovis2-tiny", "ovis2", max_shard_size="100KB")
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["llm.lm_head.weight"] = "llm.safetensors"
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    (sharded / "llm.safetensors").write_bytes(b"large")
+    with serve(tmp_path / "hub") as server:
+        yield server
+
+
+def sailvit(home: Path, *arguments: object, endpoint: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command, with caches of its own; without an endpoint, offline."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    environment |= {"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sailvit_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
+
+
+def test_a_model_on_the_hub_is_converted_at_its_commit_and_then_offline(hub, tmp_path):
+    endpoint, _ = hub
+    done = sailvit(
+        tmp_path, "convert", "apple/aimv2-tiny", "out", "--no-verify", "--revision", "main", endpoint=endpoint
+    )
+    assert done.returncode == 0, done.stderr
+    source = json.loads((tmp_path / "out" / "provenance.json").read_text())["source"]
+    assert (source["name"], source["revision"]) == ("apple/aimv2-tiny", COMMIT)
+    assert "base_model: apple/aimv2-tiny" in (tmp_path / "out" / "README.md").read_text()
+    again = sailvit(tmp_path, "convert", "apple/aimv2-tiny", "again", "--no-verify")
+    assert again.returncode == 0, again.stderr
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / "again" / "provenance.json").read_text())["source"]["revision"] == COMMIT
+
+
+def test_only_the_shards_that_hold_the_tower_are_downloaded(hub, tmp_path):
+    endpoint, asked = hub
+    done = sailvit(tmp_path, "convert", "ovis/ovis2-tiny", "out", "--no-verify", endpoint=endpoint)
+    assert done.returncode == 0, done.stderr
+    assert any("model-00001" in request for request in asked) and not any(
+        "llm.safetensors" in request for request in asked
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("apple/nothing", [], "no such model on the Hub"),
+        ("gated/aimv2", [], "access is granted on request"),
+        ("apple/aimv2-tiny", ["--revision", "v9"], "no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(hub, tmp_path, name, options, message):
+    endpoint, _ = hub
+    for verb in (["convert", name, "out"], ["inspect", name]):
+        done = sailvit(tmp_path, *verb, *options, endpoint=endpoint)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"sailvit {verb[0]}: {name}: ") and not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_is_not_there_is_one_line(tmp_path):
+    for endpoint in (None, "http://127.0.0.1:9"):
+        done = sailvit(tmp_path, "convert", "apple/aimv2-tiny", "out", endpoint=endpoint)
+        assert done.returncode == 2 and "the Hub " in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    make_checkpoint(tmp_path / "here", shape=TINY_SHAPE)
+    done = sailvit(tmp_path, "inspect", "here", "--revision", "main")
+    assert done.returncode == 2 and "--revision is for names on the Hub" in done.stderr
