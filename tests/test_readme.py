@@ -21,8 +21,13 @@ def tracked_files() -> list[str]:
 
 def test_tree_names_what_is_there():
     tree = next(text for kind, text in BLOCKS if not kind and "config.json" in text)
-    named = [line.split()[0] for line in tree.splitlines()]
-    assert all((ROOT / name).exists() for name in named)
+    named, folder = [], ""
+    for line in tree.splitlines():
+        names = re.findall(r"[\w.]+/|[\w.]+\.\w+", line[:30])
+        folder = folder if line.startswith(" ") else ""
+        named += [folder + name for name in names]
+        folder = folder or (names[0] if names[0].endswith("/") else "")
+    assert all((ROOT / name).exists() for name in named) and len(named) > len(tree.splitlines())
     files = tracked_files()
     packages = {f"{file.split('/')[0]}/" for file in files if "/" in file and file.endswith(".py")}
     modules = {file for file in files if "/" not in file and file.endswith(".py")}
@@ -33,7 +38,7 @@ def test_usage_runs_as_written(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
     first, card, batches = (text for kind, text in BLOCKS if kind == "python")
     scope = {}
-    exec(first.replace("sailvit-demo/sailvit-large-random", str(folder)), scope)
+    exec(first.replace("sailvit-demo/sailvit", str(folder)), scope)
     assert scope["tokens"].shape == (7, 4, 256)
     exec(card.replace("448, 448", "56, 56"), scope)
     assert scope["output"].last_hidden_state.shape == (1, 16, 64)
