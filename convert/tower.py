@@ -30,12 +30,12 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
 
     Args:
         found: Its names.
-        shapes: Name in the layout -> shape of the tensor.
+        shapes: Name in the layout -> shape of the tensor, for every one of these names.
 
     Raises:
         CheckpointError: Nothing can be measured: the patch convolution is missing, empty or no convolution.
     """
-    names = {name: (found.prefix + name if name not in found.names else found.names[name]) for name in shapes}
+    names = found.names
     empty = [name for name, shape in shapes.items() if prod(shape) == 0]
     problems = [Problem("empty", names[name], _why_empty(shapes[name])) for name in empty]
     problems += [Problem("unexpected", name, _why_unmapped(name, found.layout)) for name in found.unmapped]
@@ -179,6 +179,10 @@ def tower_fields(shape: TowerShape, config: Mapping[str, Any]) -> tuple[dict[str
         for key, value in fields.items()
         if key in config and config[key] != value
     ]
+    for key in ("rms_norm_eps", "attention_dropout", "projection_dropout", "initializer_range"):
+        value = config.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            problems.append(Problem("config", key, f"is {value!r}, not a number from 0 to 1: correct config.json"))
     heads, problem = _heads(shape, config)
     return {**config, **fields, "num_attention_heads": heads}, problems + problem
 

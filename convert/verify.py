@@ -123,10 +123,10 @@ def _sailvit_reference(job: "Conversion") -> "Tokens":
 
 
 def _ovis2_reference(job: "Conversion") -> "Tokens":
-    from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionTransformer
+    from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionModel
 
     fields = transformers_config(_source_fields(job))
-    model, tensors = Ovis2VisionTransformer(Ovis2VisionConfig(**fields)), _stored(job)
+    model, tensors = Ovis2VisionModel(Ovis2VisionConfig(**fields, vocab_size=8)).transformer, _stored(job)  # no head
     if job.resampled:
         tensors[_position_name(job)] = _new_positions(job)[0]
     model.load_state_dict(tensors, strict=True)

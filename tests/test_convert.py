@@ -265,6 +265,7 @@ def test_verification_asks_the_sources_own_code(tmp_path, source, target, refere
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["verification"] == figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "reference"), [("sailvit", "Aimv2VisionModel"), ("transformers", "SAILViTModel")])
 def test_verification_without_timm_asks_code_that_is_not_the_folders(tmp_path, apple, monkeypatch, target, reference):
     from sailvit.convert import verify
@@ -274,6 +275,7 @@ def test_verification_without_timm_asks_code_that_is_not_the_folders(tmp_path, a
     assert figures["reference"].startswith(reference) and figures["relative_difference"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -298,6 +300,7 @@ def test_a_table_with_two_names_exchanged_is_caught(tmp_path, apple, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_load_is_caught(tmp_path, apple, monkeypatch):
     from sailvit.convert import folder
 
