@@ -44,6 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sailvit", description="The SAILViT vision tower: convert, inspect, encode.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
+    _add_convert(verbs)
+    _add_inspect(verbs)
+    _add_encode(verbs)
+    demo = verbs.add_parser("demo", help="the first steps, without any download", description=_demo.__doc__)
+    demo.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
+    demo.add_argument("--size", default="large", choices=("base", "large", "huge", "1b", "3b"))
+    demo.add_argument("--model", metavar="M", help="real weights: a file, a folder or a name on the Hub")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_encode(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     encode = verbs.add_parser("encode", help="images to visual tokens", description=_encode.__doc__)
     encode.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder (searched through) or a URL")
     encode.add_argument("--model", required=True, metavar="M", help="a SAILViT folder, or a name on the Hub")
@@ -68,16 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument("--overwrite", action="store_true", help="replace tokens that are there already")
     existing.add_argument("--resume", action="store_true", help="leave tokens that are there already, do the others")
     encode.set_defaults(run=_encode)
-
-    _add_convert(verbs)
-    _add_inspect(verbs)
-
-    demo = verbs.add_parser("demo", help="the first steps, without any download", description=_demo.__doc__)
-    demo.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
-    demo.add_argument("--size", default="large", choices=("base", "large", "huge", "1b", "3b"))
-    demo.add_argument("--model", metavar="M", help="real weights: a file, a folder or a name on the Hub")
-    demo.set_defaults(run=_demo)
-    return parser
 
 
 def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

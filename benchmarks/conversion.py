@@ -18,7 +18,7 @@ from processes import SAILVIT, idle_bytes, measure
 from sailvit.convert.layouts import LAYOUTS, pieces
 from sailvit.convert.readers import read_safetensors
 from sailvit.convert.synthetic import apple_config, published_shape, write_synthetic
-from sailvit.convert.writer import NewTensor, _header
+from sailvit.convert.writer import NewTensor, safetensors_header
 
 
 SHARD = 200_000_000
@@ -68,7 +68,7 @@ def inspect_sparse(folder: Path) -> None:
     shards = [tensors[start::8] for start in range(8)]
     weight_map, total = {}, 0
     for number, shard in enumerate(shards):
-        file, header = f"model-{number:05}.safetensors", _header(shard)
+        file, header = f"model-{number:05}.safetensors", safetensors_header(shard)
         (folder / "sparse" / file).write_bytes(header)
         size = len(header) + sum(tensor.nbytes for tensor in shard)
         os.truncate(folder / "sparse" / file, size)

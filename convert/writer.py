@@ -199,11 +199,11 @@ def _write_shard(
 ) -> dict[str, str]:
     tensors = sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])  # so that each is aligned
     with path.open("wb", buffering=0) as file:
-        _write_all(file, _header(tensors))
+        _write_all(file, safetensors_header(tensors))
         return {tensor.name: _write_tensor(file, tensor, hashing, progress) for tensor in tensors}
 
 
-def _header(tensors: Iterable[NewTensor]) -> bytes:
+def safetensors_header(tensors: Iterable[NewTensor]) -> bytes:
     """Length and header of a safetensors file, padded so that the data is aligned to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0

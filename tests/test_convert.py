@@ -508,6 +508,24 @@ def test_a_kill_at_any_point_leaves_the_old_folder_or_none(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "source"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_memory_is_bounded_by_a_shard_not_by_the_checkpoint(tmp_path, suffix):
+    from processes import SAILVIT, idle_bytes, measure
+
+    source = write_synthetic(tmp_path / "source", published_shape("huge", blocks=6)) / "model.safetensors"
+    largest, total = 3 * 1536 * 1536 * 4, source.stat().st_size
+    if suffix == "bin":
+        torch.save(load_file(source), source.with_suffix(".bin"))
+        source.unlink()
+        source = source.with_suffix(".bin")
+    shard = 100_000_000
+    _, peak = measure(*SAILVIT, "convert", source, tmp_path / "out", "--no-verify", "--max-shard-size", shard)
+    # torch maps a pickle into memory: what was read of it counts, though the system may take it back
+    idle = idle_bytes() if suffix == "safetensors" else measure(sys.executable, "-c", "import torch")[1] + total
+    assert peak - idle < 1.5 * (largest + shard) and total > 4 * (largest + shard)
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, apple, monkeypatch):
     from sailvit.convert import conversion
 

@@ -16,7 +16,7 @@ import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor
 from sailvit.convert import LAYOUTS, convert_checkpoint, inspect_checkpoint
 from sailvit.convert.synthetic import published_shape
-from sailvit.convert.writer import NewTensor, _header
+from sailvit.convert.writer import NewTensor, safetensors_header
 
 
 def run(capsys, *arguments: object) -> tuple[int, str]:
@@ -60,7 +60,7 @@ def test_sizes_are_told(tmp_path, size):
     from sailvit.convert.layouts import pieces
 
     tensors = [NewTensor(piece.name, "BF16", piece.shape, iter) for piece in pieces(LAYOUTS["timm"], shape)]
-    header = _header(tensors)
+    header = safetensors_header(tensors)
     (folder / "model.safetensors").write_bytes(header)
     os.truncate(folder / "model.safetensors", len(header) + sum(tensor.nbytes for tensor in tensors))
     report = inspect_checkpoint(folder)
