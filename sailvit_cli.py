@@ -10,6 +10,8 @@ Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr), 130 interru
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,8 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
+    except BrokenPipeError:  # whoever read the output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
-        print(f"sailvit {parsed.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+        print(f"sailvit {parsed.verb}: {line}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if type(error).__name__ != "VerificationError":
@@ -41,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sailvit", description="The SAILViT vision tower: convert, inspect, encode.")
+    parser = argparse.ArgumentParser(
+        prog="sailvit",
+        description="The SAILViT vision tower: convert, inspect, encode.",
+        epilog="Exit codes: 0 done, 2 wrong usage or bad input, 130 interrupted, 1 a failure of this package.",
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     _add_convert(verbs)
@@ -86,12 +97,17 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     convert = verbs.add_parser("convert", help="a checkpoint in any layout to a folder", description=_convert.__doc__)
     _add_source(convert)
     convert.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
-    convert.add_argument("--to-layout", default="sailvit", choices=LAYOUTS, help="default: sailvit")
+    convert.add_argument(
+        "--to-layout",
+        default="sailvit",
+        choices=LAYOUTS,
+        help="sailvit, the default, transformers and timm load it; for the others it is part of a model",
+    )
     convert.add_argument("--image-size", type=_positive_integer, metavar="PIXELS", help="resample learned positions")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="default: 5GB")
+    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 200MB or 5GB, the default")
     convert.add_argument("--no-verify", action="store_true", help="do not load the folder and compare its tokens")
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT if a conversion wrote it")
+    convert.add_argument("--overwrite", action="store_true", help="replace all of OUT, if a conversion wrote it")
     convert.set_defaults(run=_convert)
 
 
@@ -107,7 +123,7 @@ def _add_source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", metavar="SRC", help="a file, a folder or a name on the Hub")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     verb.add_argument("--from-layout", choices=LAYOUTS, help="default: recognised from the names")
-    verb.add_argument("--prefix", metavar="P", help="what stands before the tower's names, if there are several")
+    verb.add_argument("--prefix", metavar="P", help="what stands before the names of the tower that is meant")
     verb.add_argument("--trust-pickle", action="store_true", help="let files of torch.save run code of their own")
 
 
@@ -198,6 +214,8 @@ def _convert(options: argparse.Namespace) -> int:
     from sailvit.convert import convert_checkpoint
     from sailvit.convert.verify import describe
 
+    for end in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(end, lambda number, frame: sys.exit(128 + number))  # so that what was begun is cleared away
     progress = _ByteProgress()
     try:
         done = convert_checkpoint(

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from .folder import RUNTIMES, check_expressible, says_pictures, write_folder, write_provenance
-from .layouts import LAYOUTS, Layout, Move, plan_moves
+from .folder import RUNTIMES, check_expressible, crops_pictures, says_pictures, write_folder, write_provenance
+from .layouts import Layout, Move, layout_named, plan_moves
 from .problems import CheckpointError, raise_first
 from .readers import PROVENANCE, TORCH_DTYPES, Checkpoint, StoredTensor, hash_file
 from .sources import LocalFolder, Source, find_source
 from .tower import Tower, find_tower, source_json
-from .values import cast, compute_positions, is_finite, to_bytes, value_problems
+from .values import cast, compute_positions, is_finite, recorded_hashes, to_bytes, value_problems
 from .verify import verify_folder
-from .writer import NewTensor, check_free, check_space, new_folder, write_weights
+from .writer import NewTensor, check_free, check_space, new_folder, split_in_shards, write_weights
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,13 +107,12 @@ def convert_checkpoint(
         CheckpointError: The source is not whole, or what is wanted of it cannot be; nothing was written.
         VerificationError: The folder gave other tokens than the source; nothing is left of it.
     """
-    for name in filter(None, (to_layout, from_layout)):
-        if name not in LAYOUTS:
-            raise CheckpointError(f"layout {name!r}: there are {', '.join(LAYOUTS)}")
+    _check_options(image_size, dtype, max_shard_size)
+    target = layout_named(to_layout)
     out, (origin, entry) = Path(out), find_source(str(source), revision)
     check_free(out, overwrite)
     _keep_apart(origin, out)
-    job = _plan(Checkpoint(origin, entry, trust_pickle), from_layout, prefix, LAYOUTS[to_layout], image_size, dtype)
+    job = _plan(Checkpoint(origin, entry, trust_pickle), from_layout, prefix, target, image_size, dtype)
     for line in (job.tower.found.reason, *job.notes):
         say(line)
     asked = {"image_size": image_size, "dtype": dtype, "max_shard_size": max_shard_size, "from_layout": from_layout,
@@ -125,6 +124,14 @@ def convert_checkpoint(
             job.verification = verify_folder(part, job)
         write_provenance(part, job, asked, hashes(), digests)
     return job
+
+
+def _check_options(image_size: int | None, dtype: str | None, max_shard_size: int | str) -> None:
+    if image_size is not None and (type(image_size) is not int or image_size < 1):
+        raise CheckpointError(f"image size {image_size!r}: a whole number of pixels is wanted")
+    if dtype not in (None, *DTYPES):
+        raise CheckpointError(f"dtype {dtype!r}: one of {', '.join(DTYPES)} is wanted")
+    split_in_shards({}, max_shard_size)
 
 
 def _keep_apart(origin: Source, out: Path) -> None:
@@ -147,6 +154,8 @@ def _plan(
     harmless = ("mixed",) if dtype else ()
     raise_first([problem for problem in tower.problems if problem.kind not in harmless], checkpoint.source.name)
     fields = {**tower.fields, "image_size": image_size or tower.fields["image_size"]}
+    if not layout.has_sincos:
+        fields["pos_embed_type"] = "absolute"
     if fields["image_size"] % fields["patch_size"]:
         raise CheckpointError(f"--image-size {image_size}: not a multiple of the patch, {fields['patch_size']} pixels")
     job = Conversion(checkpoint, tower, layout, fields, TORCH_DTYPES[dtype] if dtype else next(iter(tower.dtypes)))
@@ -155,7 +164,7 @@ def _plan(
     check_expressible(job)
     job.positions = _how_positions(job)
     job.notes = _notes(job)
-    _check_recorded(job)
+    _check_values(job)
     return job
 
 
@@ -180,18 +189,22 @@ def _notes(job: Conversion) -> list[str]:
         notes.append("no learned positions: a `native` tower, with sine-cosine positions")
     if job.layout.name in RUNTIMES and not says_pictures(job.checkpoint):
         notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
+    if (job.fields["image_size"] // job.fields["patch_size"]) % job.fields.get("pixel_shuffle_factor", 2):
+        notes.append(f"{job.fields['image_size']} pixels make a grid that the pixel shuffle does not divide")
+    if job.layout.name in RUNTIMES and crops_pictures(job.checkpoint):
+        notes.append("the source crops pictures to a square; what is written resizes them to it, as SAILViT does")
     if job.positions:
         grid = " x ".join(map(str, job.positions["to"]))
         notes.append(f"positions computed for {grid}: {job.positions['method']}")
     return notes
 
 
-def _check_recorded(job: Conversion) -> None:
-    """Holds the source's tensors against its provenance.json, if it has one."""
-    recorded = source_json(job.checkpoint, PROVENANCE).get("tensors", {})
-    hashes = {name: entry["sha256"] for name, entry in recorded.items()}
+def _check_values(job: Conversion) -> None:
+    """Holds the source's tensors against its provenance.json, and against checksums of their files, where there are."""
+    hashes = recorded_hashes(source_json(job.checkpoint, PROVENANCE), "tensors")
     stored = {job.tower.found.names[name]: tensor for name, tensor in job.tower.tensors.items()}
-    raise_first(value_problems(stored, hashes) if hashes else [], job.checkpoint.source.name)
+    if hashes or any(tensor.mapped is not None for tensor in stored.values()):
+        raise_first(value_problems(stored, hashes), job.checkpoint.source.name)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .problems import CheckpointError
-from .readers import PROVENANCE, Checkpoint, read_json
+from .readers import PROVENANCE, Checkpoint, hash_file, read_json
+from .sources import Source
 from .tower import SIZE_NAMES, source_json
 from .values import torch_name
 from .writer import write_json
@@ -84,11 +85,7 @@ def _write_transformers(folder: Path, job: "Conversion") -> None:
         "size": {"height": size, "width": size},
         "resample": 3,
         "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": pictures["image_mean"],
-        "image_std": pictures["image_std"],
+        **{key: pictures[key] for key in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")},
     }
     write_json(folder / "preprocessor_config.json", processor)
 
@@ -110,7 +107,7 @@ def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_timm(folder: Path, job: "Conversion") -> None:
-    pictures = read_pictures(job.checkpoint)
+    mean, std = _normalisation(read_pictures(job.checkpoint))
     size, channels = job.fields["image_size"], job.fields["num_channels"]
     pretrained = {
         "input_size": [channels, size, size],
@@ -118,8 +115,8 @@ def _write_timm(folder: Path, job: "Conversion") -> None:
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "squash",
-        "mean": pictures["image_mean"],
-        "std": pictures["image_std"],
+        "mean": mean,
+        "std": std,
         "num_classes": 0,
         "pool_size": None,
         "first_conv": "patch_embed.proj",
@@ -185,17 +182,47 @@ RUNTIMES = {
 
 def says_pictures(checkpoint: Checkpoint) -> bool:
     """Whether the source says how its pictures are normalised."""
-    pretrained = source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
-    return "image_mean" in source_json(checkpoint, "preprocessor_config.json") or "mean" in pretrained
+    return "image_mean" in _said_of_pictures(checkpoint)
+
+
+def crops_pictures(checkpoint: Checkpoint) -> bool:
+    """Whether the source cuts pictures to a square, where SAILViT resizes them to one."""
+    said, timms = _said_of_pictures(checkpoint), source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
+    return bool(said.get("do_center_crop")) or timms.get("crop_mode") in ("center", "border")
 
 
 def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the source says of its pictures: image_mean and image_std at least; SAILViT's where it says nothing."""
-    said = source_json(checkpoint, "preprocessor_config.json")
-    pretrained = source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
-    if "image_mean" not in said and "mean" in pretrained:
-        said = {"image_mean": pretrained["mean"], "image_std": pretrained["std"]}
+    """
+    What the source says of its pictures: image_mean and image_std at least; SAILViT's where it says nothing.
+
+    Raises:
+        CheckpointError: It says what cannot be.
+    """
+    said = _said_of_pictures(checkpoint)
+    for key in {"image_mean", "image_std"} if said.keys() & {"image_mean", "image_std"} else ():
+        value, lowest = said.get(key), -1e9 if key == "image_mean" else 1e-9
+        numbers = isinstance(value, list) and len(value) > 0 and all(type(number) in (int, float) for number in value)
+        if not numbers or not all(lowest < number < 1e9 for number in value):
+            raise CheckpointError(f"{checkpoint.source.name}: {key} of its pictures is {value!r}: correct it")
     return {**read_json(PACKAGE / "preprocessor_config.json"), **said}
+
+
+def _said_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of preprocessor_config.json, or processor_config.json, where transformers >= 5 puts it, or timm's config.json."""
+    said = source_json(checkpoint, "preprocessor_config.json")
+    said = said or source_json(checkpoint, "processor_config.json").get("image_processor") or {}
+    timms = source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
+    if not said and isinstance(timms, Mapping) and "mean" in timms:
+        return {"image_mean": timms["mean"], "image_std": timms.get("std")}
+    return said
+
+
+def _normalisation(pictures: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and std for a runtime that divides by 255 first, whatever the source divides by."""
+    scale = 255 * (pictures["rescale_factor"] if pictures.get("do_rescale", True) else 1)
+    if not pictures.get("do_normalize", True):
+        return [0.0] * 3, [1 / scale] * 3
+    return [mean / scale for mean in pictures["image_mean"]], [std / scale for std in pictures["image_std"]]
 
 
 def _write_card(folder: Path, job: "Conversion", runtime: Runtime | None) -> None:
@@ -221,7 +248,7 @@ def _write_card(folder: Path, job: "Conversion", runtime: Runtime | None) -> Non
         lines += ["", f"These are tensors for a larger model, under `{job.layout.prefix}`: nothing loads them alone."]
     lines += [
         "",
-        f"Converted from {Path(source.name).name}; `{PROVENANCE}` says how, with the hashes of every file and tensor.",
+        f"Converted from {_plain_name(source)}; `{PROVENANCE}` says how, with the hashes of every file and tensor.",
     ]
     ModelCard("\n".join(lines) + "\n").save(folder / "README.md")
 
@@ -256,7 +283,7 @@ def write_provenance(
     before = source_json(job.checkpoint, PROVENANCE).get("source")
     provenance = {
         "source": {
-            "name": source.name if source.revision else Path(source.name).resolve().name,
+            "name": _plain_name(source),
             "revision": source.revision,
             "layout": found.layout.name,
             "prefix": found.prefix,
@@ -272,9 +299,19 @@ def write_provenance(
         "positions": job.positions or "as in the source",
         "verification": job.verification,
         "versions": {"python": platform.python_version(), **_versions()},
+        "files": {path.name: {"sha256": hash_file(path)} for path in sorted(folder.glob("*")) if _is_recorded(path)},
         "tensors": {name: {"sha256": digest} for name, digest in digests.items()},
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_recorded(path: Path) -> bool:
+    return path.suffix in (".py", ".json") and path.name != PROVENANCE
+
+
+def _plain_name(source: Source) -> str:
+    """A name on the Hub, or the last part of a path: where it lies here is nobody's business."""
+    return source.name if source.revision else Path(source.name).resolve().name
 
 
 def _versions() -> dict[str, str]:

@@ -1,16 +1,18 @@
 """The doctor: what a checkpoint is, and whether it is whole. It reads headers; with `deep`, the data too."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from .folder import read_pictures
 from .problems import CheckpointError, Problem
-from .readers import PROVENANCE, Checkpoint, StoredTensor
+from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
 from .sources import find_source, weight_files
-from .tower import Tower, find_tower, read_tower_config, size_name, source_json
-from .values import torch_name, value_problems
+from .tower import Tower, find_tower, size_name, source_json
+from .values import recorded_hashes, torch_name, value_problems
 
 
 LEFTOVERS = (".part", ".tmp", ".incomplete", ".lock")
@@ -90,90 +92,96 @@ def inspect_checkpoint(
         CheckpointError: There is no such thing, or no weights in it. What is wrong with weights is in the report.
     """
     origin, entry = find_source(str(source), revision)
-    checkpoint, report = Checkpoint(origin, entry, trust_pickle), Report(str(source), origin.revision)
-    try:
+    checkpoint, report = Checkpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
+    with _noted(report):
         report.problems += checkpoint.shard_problems()
-    except CheckpointError as error:
-        report.problems.append(_as_problem(error, entry))
-        return report
     for file, tensors in checkpoint.opened.items():
         report.files[file] = {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
-    report.problems += _folder_problems(checkpoint)
-    try:
-        tower = find_tower(checkpoint, from_layout, prefix)
-    except CheckpointError as error:
-        report.problems.append(_as_problem(error, entry))
-        tower = None
-    if tower:
-        _describe(report, tower)
-        report.problems += tower.problems + _processor_problems(checkpoint, tower)
-    _compare_with_record(report, checkpoint, deep, progress)
+    for look in (_look_for_strays, _look_for_code, _look_at_pictures, _look_at_record):
+        with _noted(report):
+            look(report, checkpoint)
+    with _noted(report):
+        _look_at_tower(report, checkpoint, find_tower(checkpoint, from_layout, prefix))
+    if deep:
+        with _noted(report):
+            _look_at_values(report, checkpoint, progress)
     report.problems = list(dict.fromkeys(report.problems))
     return report
 
 
-def _as_problem(error: CheckpointError, entry: str) -> Problem:
-    where, separator, what = str(error).partition(": ")
-    return Problem("layout", where, what) if separator else Problem("layout", entry, where)
+@contextmanager
+def _noted(report: Report) -> Iterator[None]:
+    """What stops one look does not stop the others."""
+    try:
+        yield
+    except CheckpointError as error:
+        where, separator, what = str(error).partition(": ")
+        report.problems.append(Problem("layout", where, what) if separator else Problem("layout", report.source, where))
 
 
-def _describe(report: Report, tower: Tower) -> None:
+def _look_at_tower(report: Report, checkpoint: Checkpoint, tower: Tower) -> None:
     found = tower.found
     report.layout, report.prefix, report.reason = found.layout.name, found.prefix, found.reason
     report.heads, report.others, report.wrappers = found.heads, found.others, found.wrappers
     report.size, report.fields = size_name(tower.shape), tower.fields
     report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
     report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
+    report.problems += tower.problems
+    size, pixels = source_json(checkpoint, "preprocessor_config.json").get("size"), tower.fields["image_size"]
+    is_sailvit = source_json(checkpoint, "config.json").get("model_type") == "sailvit"
+    if is_sailvit and size not in (None, pixels, {"height": pixels, "width": pixels}):
+        what = f"has tiles of {size}, the positions are for {pixels} pixels"
+        report.problems.append(Problem("config", "preprocessor_config.json", what))
 
 
-def _folder_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """Files that should not be there, and code that should."""
-    source, wanted = checkpoint.source, {*checkpoint.files, checkpoint.entry}
-    problems = [
-        Problem("stray", file, f"stray weights: {checkpoint.entry} is what is loaded; remove it or name it")
-        for file in weight_files(source)
-        if file not in wanted
-    ]
-    problems += [
-        Problem("stray", file, "left over from work that did not end: remove it")
-        for file in source.files
-        if file.endswith(LEFTOVERS)
-    ]
-    for target in (source_json(checkpoint, "config.json").get("auto_map") or {}).values():
+def _look_for_strays(report: Report, checkpoint: Checkpoint) -> None:
+    wanted = {*checkpoint.files, checkpoint.entry}
+    for file in weight_files(checkpoint.source):
+        if file not in wanted:
+            what = f"stray weights: {checkpoint.entry} is what is loaded; remove it or name it"
+            report.problems.append(Problem("stray", file, what))
+    for file in checkpoint.source.files:
+        if file.endswith(LEFTOVERS):
+            report.problems.append(Problem("stray", file, "left over from work that did not end: remove it"))
+
+
+def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
+    """Code that config.json names; a processor's only where there is a processor."""
+    files, auto_map = checkpoint.source.files, source_json(checkpoint, "config.json").get("auto_map") or {}
+    if not isinstance(auto_map, Mapping):
+        raise CheckpointError(f"config.json: auto_map is {auto_map!r}, not a map")
+    for auto, target in auto_map.items():
         file = str(target).split(".")[0] + ".py"
-        if "--" not in file and file not in source.files:
-            problems.append(Problem("code", file, f"missing, but config.json's auto_map wants {target}"))
-    return problems
+        unused = auto == "AutoImageProcessor" and "preprocessor_config.json" not in files
+        if "--" not in file and file not in files and not unused:
+            report.problems.append(Problem("code", file, f"missing, but config.json's auto_map wants {target}"))
 
 
-def _processor_problems(checkpoint: Checkpoint, tower: Tower) -> list[Problem]:
-    size = source_json(checkpoint, "preprocessor_config.json").get("size")
-    config = source_json(checkpoint, "config.json")
-    pixels = tower.fields["image_size"]
-    if not size or config.get("model_type") != "sailvit" or not read_tower_config(config):
-        return []
-    if size in (pixels, {"height": pixels, "width": pixels}):
-        return []
-    return [
-        Problem("config", "preprocessor_config.json", f"has tiles of {size}, the positions are for {pixels} pixels")
-    ]
+def _look_at_pictures(report: Report, checkpoint: Checkpoint) -> None:
+    read_pictures(checkpoint)
 
 
-def _compare_with_record(
-    report: Report, checkpoint: Checkpoint, deep: bool, progress: Callable[[int, int], None]
-) -> None:
+def _look_at_record(report: Report, checkpoint: Checkpoint) -> None:
+    """What provenance.json names, and is no longer there."""
     record = source_json(checkpoint, PROVENANCE)
-    recorded: Mapping[str, Mapping[str, str]] = record.get("tensors") or {}
-    if record:
-        report.provenance = {key: value for key, value in record.items() if key != "tensors"}
+    if not record:
+        return
+    report.provenance = {key: value for key, value in record.items() if key != "tensors"}
+    missing = recorded_hashes(record, "tensors").keys() - checkpoint.weight_map.keys()
+    missing |= recorded_hashes(record, "files").keys() - {*checkpoint.source.files}
+    for name in sorted(missing):
+        report.problems.append(Problem("missing", name, f"missing, but {PROVENANCE} recorded it"))
+
+
+def _look_at_values(report: Report, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+    record = source_json(checkpoint, PROVENANCE)
+    for file, recorded in recorded_hashes(record, "files").items():
+        if file in checkpoint.source.files and hash_file(checkpoint.source.path(file)) != recorded:
+            what = f"is not what {PROVENANCE} recorded: if it was changed on purpose, remove that file"
+            report.problems.append(Problem("sha256", file, what))
     tensors: dict[str, StoredTensor] = {}
     for held in checkpoint.opened.values():
         tensors |= held
-    for name in recorded.keys() - tensors.keys():
-        report.problems.append(Problem("missing", name, f"missing, but {PROVENANCE} recorded it"))
-    report.deep = deep
-    if not deep:
-        return
     total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
 
     def count(read: int) -> None:
@@ -181,8 +189,7 @@ def _compare_with_record(
         done += read
         progress(done, total)
 
-    hashes = {name: entry["sha256"] for name, entry in recorded.items()}
-    report.problems += value_problems(tensors, hashes, count)
+    report.problems += value_problems(tensors, recorded_hashes(record, "tensors"), count)
 
 
 def table(report: Report) -> str:

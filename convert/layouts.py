@@ -104,6 +104,16 @@ LAYOUTS = {
 }
 
 
+def layout_named(name: str | None) -> Layout:
+    """
+    Raises:
+        CheckpointError: There is no such layout.
+    """
+    if name not in LAYOUTS:
+        raise CheckpointError(f"layout {name!r}: there are {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
 @dataclass(frozen=True)
 class TowerShape:
     """The dimensions of a tower that its tensors show, under the names of SAILViTConfig; grid_size is the side of the
@@ -255,6 +265,10 @@ def recognise(names: Iterable[str], layout: str | None = None, prefix: str | Non
     Raises:
         CheckpointError: There is no tower, or more than one, or two names are one when wrappers are left out.
     """
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    if layout is not None:
+        layout_named(layout)
     cleaned, wrappers = _without_wrappers(names)
     ranked = _candidates(cleaned, layout, prefix)
     if not ranked:
@@ -264,8 +278,9 @@ def recognise(names: Iterable[str], layout: str | None = None, prefix: str | Non
             f"no AIMv2 tower{where}: none of the {len(cleaned)} names ({shown}, ...) is one of "
             f"{LAYOUTS[layout].title if layout else 'a known layout'}"
         )
-    (chosen, place), count = ranked[0]
-    rivals = [entry for entry in ranked[1:] if 2 * entry[1] > count and _has_patches(cleaned, *entry[0])]
+    chosen, place = ranked[0][0]
+    # A tower of another kind shares a name or two, a rival more.
+    rivals = [entry for entry in ranked[1:] if entry[1] > 7 and _has_patches(cleaned, *entry[0])]
     if rivals and _has_patches(cleaned, chosen, place):
         found = ", ".join(f"{names.name} under {where!r}" for (names, where), _ in (ranked[0], *rivals))
         raise CheckpointError(f"more than one tower: {found}; choose with --prefix or --from-layout")
@@ -341,20 +356,22 @@ def _sort_names(cleaned: Mapping[str, str], wrappers: list[str], layout: Layout,
 
 def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "dict[str, torch.Tensor]":
     """
-    A state dict in any layout -> the same tower's in another, without copies where a name is all that changes.
+    A state dict in any layout -> the same tower's in another, without copies where a name is all that changes. The
+    numbers are not looked at, and keep their dtypes.
 
     Args:
         tensors: Of a whole tower, with any prefix; heads and other parts are left out.
         to_layout: A key of LAYOUTS.
 
     Raises:
-        CheckpointError: They are no tower, or not a whole one, or have sine-cosine positions, which the layout lacks.
+        CheckpointError: They are no tower, or not a whole one, or have sine-cosine positions, which the layout lacks;
+            there is no such layout.
     """
     import torch
 
     from .tower import measure
 
-    found, target = recognise(tensors), LAYOUTS[to_layout]
+    target, found = layout_named(to_layout), recognise(tensors)
     shape, problems = measure(found, {short: tuple(tensors[name].shape) for short, name in found.names.items()})
     if shape.grid_size is None and not target.has_sincos:
         problems.append(Problem("layout", target.name, "has no sine-cosine positions, and no grid is known here"))
@@ -362,6 +379,8 @@ def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "d
     converted = {}
     for move in plan_moves(found.layout, target, shape, shape.grid_size):
         runs = [tensors[found.names[name]].reshape(-1)[start:stop] for name, start, stop in move.sources]
+        if len({run.dtype for run in runs}) > 1:
+            raise CheckpointError(f"{move.target.released}: its parts have different dtypes")
         whole = runs[0] if len(runs) == 1 else torch.cat(runs)
         converted[target.prefix + move.target.name] = whole.reshape(move.target.shape)
     return converted

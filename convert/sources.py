@@ -17,7 +17,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 # What else is read where one file of weights is named.
-BESIDE = ("config.json", "preprocessor_config.json", "provenance.json", "README.md")
+BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json", "provenance.json", "README.md")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Files of training runs that end like weights.
 COMPANIONS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*")

@@ -8,7 +8,7 @@ from math import isqrt, prod
 from typing import Any
 
 from .layouts import Layout, Piece, Recognition, TowerShape, pieces, recognise
-from .problems import CheckpointError, Problem
+from .problems import CheckpointError, Problem, raise_first
 from .readers import FLOAT_BITS, PROVENANCE, Checkpoint, StoredTensor, read_json
 
 
@@ -21,7 +21,14 @@ FIELDS = (
     "patch_size", "rms_norm_eps", "attention_dropout", "projection_dropout", "qkv_bias", "use_bias", "hidden_act",
     "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
 )  # fmt: skip
-TIMM_NAME = re.compile(r"aimv2_(large|huge|1b|3b)_patch(\d+)_(\d+)")
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "mish")
+MOST_BLOCKS = 1000
+TIMM_NAME = re.compile(r"aimv2_(large|huge|1b|3b)_patch(\d+)_(\d+)(\..*)?")
+# Arguments of timm's model that change no token, or that the tensors show.
+TIMM_HARMLESS = {
+    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "proj_bias",
+    "num_classes", "global_pool", "act_layer", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "drop_rate",
+}  # fmt: skip
 
 
 def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TowerShape, list[Problem]]:
@@ -39,7 +46,11 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
     empty = [name for name, shape in shapes.items() if prod(shape) == 0]
     problems = [Problem("empty", names[name], _why_empty(shapes[name])) for name in empty]
     problems += [Problem("unexpected", name, _why_unmapped(name, found.layout)) for name in found.unmapped]
-    shape = _shape_of(found.layout, shapes, found.prefix)
+    try:
+        shape = _shape_of(found.layout, shapes, found.prefix)
+    except CheckpointError:
+        raise_first(problems)  # which says more, if there is one
+        raise
     wanted = {piece.name: piece for piece in pieces(found.layout, shape)}
     for name, piece in wanted.items():
         if name not in shapes:
@@ -74,6 +85,11 @@ def _shape_of(layout: Layout, shapes: Mapping[str, tuple[int, ...]], prefix: str
     width, channels, patch, _ = convolution
     block = layout.names_of("trunk.blocks.{}.norm_1")[0].split("{}")[0]
     blocks = [int(match[1]) for name in shapes if (match := re.match(re.escape(block) + r"(\d+)\.", name))]
+    if max(blocks, default=0) >= MOST_BLOCKS:
+        raise CheckpointError(f"{prefix}{block}{max(blocks)}: a tower has no such block")
+    projected, mlp = (_has_bias(layout, shapes, f"trunk.blocks.{{}}.{part}") for part in ("attn.proj", "mlp.fc1"))
+    if projected != mlp:
+        raise CheckpointError(f"{prefix}{block}*: biases in only one of attention and mlp, which no layout here has")
     return TowerShape(
         hidden_size=width,
         intermediate_size=_mlp_width(layout, shapes) or MLP_WIDTHS.get(width, 1),
@@ -82,7 +98,7 @@ def _shape_of(layout: Layout, shapes: Mapping[str, tuple[int, ...]], prefix: str
         patch_size=patch,
         grid_size=_grid_size(layout, shapes, width, prefix),
         qkv_bias=_has_bias(layout, shapes, "trunk.blocks.{}.attn.qkv"),
-        use_bias=_has_bias(layout, shapes, "trunk.blocks.{}.attn.proj", "trunk.blocks.{}.mlp.fc1"),
+        use_bias=mlp,
     )
 
 
@@ -106,8 +122,8 @@ def _grid_size(layout: Layout, shapes: Mapping[str, tuple[int, ...]], width: int
     return isqrt(positions)
 
 
-def _has_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]], *modules: str) -> bool:
-    ends = tuple(name.split("{}")[1] + ".bias" for module in modules for name in layout.names_of(module))
+def _has_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]], module: str) -> bool:
+    ends = tuple(name.split("{}")[1] + ".bias" for name in layout.names_of(module))
     return any(name.endswith(ends) for name in shapes)
 
 
@@ -118,19 +134,18 @@ def read_tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "architecture" in config:
         return _read_timm_config(config)
-    for path in (("vision_config",), ("visual_tokenizer_config", "backbone_config"), ("model_config",), ()):
+    for path in (("vision_config",), ("visual_tokenizer_config", "backbone_config")):
         inner: Any = config
         for key in path:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and "patch_size" in inner:
+        if isinstance(inner, Mapping):
             return _read_fields(inner)
-    if str(config.get("model_type", "")).startswith(("aimv2_vision", "sailvit")):
-        return _read_fields(config)
-    return {}
+    is_tower = "patch_size" in config or str(config.get("model_type")).startswith(("aimv2_vision", "sailvit"))
+    return _read_fields(config) if is_tower else {}
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of one tower; what transformers leaves out of a file because it is the default is put in."""
+    """The fields of one tower, as far as they are there; transformers' own says what kind of positions it has."""
     fields = {key: config[key] for key in FIELDS if config.get(key) is not None}
     kind = config.get("model_type")
     if "mlp_bias" in config:
@@ -150,13 +165,19 @@ def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     widths = {name: width for width, name in SIZE_NAMES.items()}
     arguments = config.get("model_args") or {}
-    width = arguments.get("embed_dim", widths[match[1]])
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"config.json: model_args is {arguments!r}, not a map")
+    unknown = arguments.keys() - TIMM_HARMLESS
+    if unknown:
+        raise CheckpointError(f"config.json: model_args has {', '.join(sorted(unknown))}: no tower of this kind then")
+    width, size = arguments.get("embed_dim", widths[match[1]]), arguments.get("img_size", int(match[3]))
     return {
+        "hidden_act": arguments.get("act_layer", "silu"),
         "hidden_size": width,
         "num_hidden_layers": arguments.get("depth", 24),
         "num_attention_heads": arguments.get("num_heads", widths[match[1]] // HEAD_WIDTH),
         "patch_size": arguments.get("patch_size", int(match[2])),
-        "image_size": arguments.get("img_size", int(match[3])),
+        "image_size": size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size,
         "pos_embed_type": "absolute",
     }
 
@@ -179,36 +200,55 @@ def tower_fields(shape: TowerShape, config: Mapping[str, Any]) -> tuple[dict[str
         for key, value in fields.items()
         if key in config and config[key] != value
     ]
+    if not shape.num_hidden_layers:
+        problems.append(Problem("missing", "num_hidden_layers", "there is no block"))
+    elif "num_hidden_layers" not in config and _is_published(shape) and size_name(shape) is None:
+        size = SIZE_NAMES[shape.hidden_size]
+        what = f"{shape.num_hidden_layers} here, another number in AIMv2 {size}: say it in config.json"
+        problems.append(Problem("missing", "num_hidden_layers", what))
+    return _with_heads({**config, **fields}, shape, problems + _odd_values(config))
+
+
+def _odd_values(config: Mapping[str, Any]) -> list[Problem]:
+    problems = []
     for key in ("rms_norm_eps", "attention_dropout", "projection_dropout", "initializer_range"):
         value = config.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             problems.append(Problem("config", key, f"is {value!r}, not a number from 0 to 1: correct config.json"))
-    heads, problem = _heads(shape, config)
-    return {**config, **fields, "num_attention_heads": heads}, problems + problem
+    if config.get("hidden_act", "silu") not in ACTIVATIONS:
+        what = f"is {config['hidden_act']!r}, not one of {', '.join(ACTIVATIONS)}: correct config.json"
+        problems.append(Problem("config", "hidden_act", what))
+    factor = config.get("pixel_shuffle_factor", 2)
+    if type(factor) is not int or factor < 1:
+        problems.append(Problem("config", "pixel_shuffle_factor", f"is {factor!r}: correct config.json"))
+    return problems
 
 
-def _heads(shape: TowerShape, config: Mapping[str, Any]) -> tuple[int, list[Problem]]:
-    """The number of heads, which no tensor shows: the configuration's; that of a published size is known."""
-    width, said = shape.hidden_size, config.get("num_attention_heads")
-    published = MLP_WIDTHS.get(width) == shape.intermediate_size
-    if said is None and width % HEAD_WIDTH == 0:
-        return width // HEAD_WIDTH, []
-    if not isinstance(said, int) or isinstance(said, bool) or said < 1 or width % said:
+def _with_heads(
+    fields: dict[str, Any], shape: TowerShape, problems: list[Problem]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Adds the number of heads, which no tensor shows: the configuration's; that of a published size is known."""
+    width, said = shape.hidden_size, fields.get("num_attention_heads")
+    if said is None and _is_published(shape):
+        said = width // HEAD_WIDTH
+    if type(said) is not int or said < 1 or width % said:
         what = f"is {said!r}, for a width of {width}: tensors do not show it, so say it in config.json"
-        return 1, [Problem("config", "num_attention_heads", what)]
-    if published and said != width // HEAD_WIDTH:
-        size = SIZE_NAMES[width]
-        what = f"config.json says {said}, but AIMv2 {size} has {width // HEAD_WIDTH}: correct config.json"
-        return said, [Problem("config", "num_attention_heads", what)]
-    return said, []
+        problems.append(Problem("config", "num_attention_heads", what))
+    elif _is_published(shape) and said != width // HEAD_WIDTH:
+        what = f"config.json says {said}, but AIMv2 {SIZE_NAMES[width]} has {width // HEAD_WIDTH}: correct config.json"
+        problems.append(Problem("config", "num_attention_heads", what))
+    return {**fields, "num_attention_heads": said}, problems
+
+
+def _is_published(shape: TowerShape) -> bool:
+    return MLP_WIDTHS.get(shape.hidden_size) == shape.intermediate_size
 
 
 def size_name(shape: TowerShape) -> str | None:
     """The published size of this width and depth, if there is one."""
     name = SIZE_NAMES.get(shape.hidden_size)
     depth = 12 if name == "base" else 24
-    whole = MLP_WIDTHS.get(shape.hidden_size) == shape.intermediate_size and shape.num_hidden_layers == depth
-    return name if whole else None
+    return name if _is_published(shape) and shape.num_hidden_layers == depth else None
 
 
 @dataclass(frozen=True)
@@ -251,15 +291,34 @@ def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | 
     tensors = {name: checkpoint[stored] for name, stored in found.names.items()}
     shape, problems = measure(found, {name: tensor.shape for name, tensor in tensors.items()})
     fields, contradictions = tower_fields(shape, read_source_config(checkpoint))
-    tower = Tower(found, shape, fields, tensors, problems + contradictions)
+    tower = Tower(found, shape, fields, tensors, problems + contradictions + _record_problems(checkpoint))
     tower.problems.extend(_dtype_problems(tower))
+    for file in checkpoint.opened:
+        tower.problems.extend(checkpoint.name_problems(file))
     return tower
 
 
 def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the source says of its tower: its config.json, or else the provenance.json of a conversion."""
-    said = read_tower_config(source_json(checkpoint, "config.json"))
-    return said or source_json(checkpoint, PROVENANCE).get("tower", {})
+    return read_tower_config(source_json(checkpoint, "config.json")) or recorded_tower(checkpoint)
+
+
+def recorded_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields that the provenance.json of a conversion has."""
+    recorded = source_json(checkpoint, PROVENANCE).get("tower", {})
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{PROVENANCE}: its tower is {recorded!r}, not a map: remove the file if it is not true")
+    return recorded
+
+
+def _record_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Where config.json says something else than provenance.json of what no tensor shows."""
+    said, recorded = read_source_config(checkpoint), recorded_tower(checkpoint)
+    return [
+        Problem("config", key, f"config.json says {said[key]!r}, {PROVENANCE} {recorded[key]!r}: one of them is wrong")
+        for key in ("num_attention_heads", "rms_norm_eps", "hidden_act")
+        if key in said and key in recorded and said[key] != recorded[key]
+    ]
 
 
 def source_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:

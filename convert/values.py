@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .problems import Problem
-from .readers import FLOAT_BITS, PROVENANCE, TORCH_DTYPES, StoredTensor
+from .problems import CheckpointError, Problem
+from .readers import FLOAT_BITS, PROVENANCE, TORCH_DTYPES, StoredTensor, broken_member
 
 
 if TYPE_CHECKING:
@@ -65,11 +65,25 @@ def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) 
     return resample_position_embeddings(load(learned).reshape(1, -1, width), grid)
 
 
+def recorded_hashes(provenance: Mapping[str, Any], what: str) -> dict[str, str]:
+    """
+    Name -> sha256 of the "tensors" or the "files" that a provenance.json has.
+
+    Raises:
+        CheckpointError: It has them in another form.
+    """
+    entries = provenance.get(what, {})
+    try:
+        return {name: entry["sha256"] for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{PROVENANCE}: its {what} are no map of hashes: remove the file") from error
+
+
 def value_problems(
     tensors: Mapping[str, StoredTensor], hashes: Mapping[str, str], progress: Callable[[int], None] = lambda count: None
 ) -> list[Problem]:
     """
-    Reads every tensor.
+    Reads every tensor, and holds files of torch.save against their own checksums.
 
     Args:
         tensors: By their names in the checkpoint.
@@ -77,6 +91,9 @@ def value_problems(
         progress: Told the bytes that were read since it was last told.
     """
     problems = []
+    for file in {tensor.file for tensor in tensors.values() if tensor.mapped is not None}:
+        if broken := broken_member(file):
+            problems.append(Problem("values", file.name, f"{broken} in it is broken: copy or download it again"))
     for name, tensor in tensors.items():
         digest, finite = hashlib.sha256(), True
         for chunk in tensor.chunks():

@@ -6,11 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -55,10 +56,13 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `out` exists and is not to be overwritten, or another process is writing it.
     """
     check_free(out, overwrite)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.parent.resolve() / out.name
     part = out.with_name(f".{out.name}.part")
-    part.mkdir(exist_ok=True)
+    made = [parent for parent in part.parents if not parent.exists()]
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: give another name or place") from error
     lock = FileLock(part / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -71,15 +75,22 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         (part / ".lock").unlink()
         _put_in_place(part, out)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part, made)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise CheckpointError(f"{out}: {os.strerror(error.errno)}: make room; nothing was left there") from error
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part, made)
         raise
     finally:
         lock.release()
+
+
+def _remove(part: Path, made: list[Path]) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    for parent in made:
+        with suppress(OSError):  # somebody else's files are in it
+            parent.rmdir()
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -139,7 +150,7 @@ def check_space(folder: Path, wanted: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise CheckpointError(f"{folder.parent}: {wanted / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free")
+        raise CheckpointError(f"{folder.parent}: {wanted / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
 
 
 def write_weights(
@@ -161,7 +172,7 @@ def write_weights(
         CheckpointError: The disk is full, or max_shard_size is no size.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    shards = _split(by_name, max_shard_size)
+    shards = split_in_shards(by_name, max_shard_size)
     digests: dict[str, str] = {}
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         synced = []
@@ -179,10 +190,18 @@ def write_weights(
     return digests
 
 
-def _split(tensors: Mapping[str, NewTensor], max_shard_size: int | str) -> dict[str, list[str]]:
+def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str) -> dict[str, list[str]]:
+    """
+    File name -> names of the tensors in it, as the Hub's client splits them.
+
+    Raises:
+        CheckpointError: max_shard_size is no size.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:
+        if not re.search("[1-9]", str(max_shard_size)) or str(max_shard_size).startswith("-"):
+            raise ValueError
         return split_state_dict_into_shards_factory(
             tensors,
             get_storage_size=lambda tensor: tensor.nbytes,
@@ -191,7 +210,7 @@ def _split(tensors: Mapping[str, NewTensor], max_shard_size: int | str) -> dict[
             max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
         ).filename_to_tensors
     except ValueError as error:
-        raise CheckpointError(f"--max-shard-size {max_shard_size}: a size such as 5GB is wanted") from error
+        raise CheckpointError(f"--max-shard-size {max_shard_size}: a size such as 200MB or 5GB is wanted") from error
 
 
 def _write_shard(

@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoModel
 import sailvit_cli
 from sailvit import SAILViTModel
 from sailvit.convert import LAYOUTS, CheckpointError, convert_checkpoint, convert_tensors, inspect_checkpoint
+from sailvit.convert.folder import transformers_config
 from sailvit.convert.layouts import TowerShape
 from sailvit.convert.synthetic import published_shape, write_synthetic
 from sailvit.convert.verify import TOLERANCE, VerificationError
@@ -384,7 +385,7 @@ BAD = {
         tensors(lambda all: {f"{side}.{name}": t.clone() for side in "ab" for name, t in all.items()}), [], "--prefix"
     ),
     "odd epsilon": (with_config(rms_norm_eps=1e-6), ["--to-layout", "timm"], "timm has rms_norm_eps 1e-5"),
-    "shard size": (lambda folder: None, ["--max-shard-size", "many"], "--max-shard-size many: a size such as 5GB"),
+    "shard size": (lambda folder: None, ["--max-shard-size", "many"], "--max-shard-size many: a size such as 200MB"),
 }  # fmt: skip
 
 
@@ -404,6 +405,157 @@ def test_bad_input_is_one_line_and_no_folder(tmp_path, apple, capsys, kind):
     import re
 
     assert re.search(message, error), error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": None}, {"num_attention_heads": "2"}, {"rms_norm_eps": "x"},
+    {"hidden_act": ["x"]}, {"hidden_act": "abc"}, {"rms_norm_eps": -1}, {"image_size": [56, 70]}, {"num_hidden_layers": 0}])  # fmt: skip
+def test_a_configuration_that_says_nonsense_is_refused(tmp_path, apple, capsys, change):
+    """At no width that is published are heads, or anything else, guessed."""
+    with_config(**change)(apple)
+    run(apple, tmp_path / "out", "--no-verify", code=2)
+    assert next(iter(change)) in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_heads_of_published_widths_are_known(tmp_path):
+    source = write_synthetic(tmp_path / "base", published_shape("base"), dtype="bfloat16")
+    (source / "config.json").unlink()
+    assert convert(source, tmp_path / "out").fields["num_attention_heads"] == 6
+    rewrite(source, lambda all: {name: t for name, t in all.items() if "blocks.11." not in name})
+    with pytest.raises(CheckpointError, match="11 here, another number in AIMv2 base"):
+        convert(source, tmp_path / "again")
+
+
+def timm_folder(folder: Path, **arguments) -> torch.nn.Module:
+    """Saved by timm itself."""
+    timm = pytest.importorskip("timm")
+    arguments = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 56, "mlp_ratio": 1.5, **arguments}
+    model = timm.create_model("aimv2_large_patch14_224", num_classes=0, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    timm.models.save_for_hf(model.eval(), folder, model_args=arguments)
+    return model
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_timm_saves_is_converted_with_its_activation(tmp_path, activation):
+    model = timm_folder(tmp_path / "timm", act_layer=activation)
+    convert(tmp_path / "timm", tmp_path / "out", verify=True)
+    pixels = random_pixels(1, 3, 56, 56)
+    with torch.no_grad():
+        assert relative_difference(tokens_of(tmp_path / "out", pixels), model.forward_features(pixels)) < 2e-6
+
+
+def test_arguments_of_timm_that_nothing_here_knows_are_refused(tmp_path):
+    timm_folder(tmp_path / "timm")
+    with_config(model_args={"embed_dim": 64, "rope_temperature": 100})(tmp_path / "timm")
+    with pytest.raises(CheckpointError, match="model_args has rope_temperature"):
+        convert(tmp_path / "timm", tmp_path / "out")
+
+
+def test_biases_that_no_tower_has_are_told(tmp_path):
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    fields = transformers_config({**TINY, "use_bias": False, "pos_embed_type": "absolute"}) | {"qkv_bias": True}
+    Aimv2VisionModel(Aimv2VisionConfig(**fields)).save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match="biases in only one of attention and mlp"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_smaller_tower_is_not_passed_over(tmp_path, apple):
+    small, large = (load_file(apple / "model.safetensors") for _ in range(2))
+    small = {name: t for name, t in small.items() if not name.startswith(("trunk.blocks.1.", "trunk.blocks.2."))}
+    both = {f"student.{name}": t for name, t in small.items()} | {f"teacher.{name}": t for name, t in large.items()}
+    torch.save(both, tmp_path / "both.pt")
+    with pytest.raises(CheckpointError, match="more than one tower"):
+        convert(tmp_path / "both.pt", tmp_path / "out")
+
+
+def test_an_index_that_keeps_a_tensor_back_is_refused(tmp_path):
+    source = make_checkpoint(tmp_path / "source", max_shard_size="100KB")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if "blocks.2." not in name}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with_config(num_hidden_layers=2)(source)
+    with pytest.raises(CheckpointError, match=r"blocks\.2\..*does not say so"):
+        convert(source, tmp_path / "out")
+
+
+def test_a_flipped_bit_of_a_pickle_is_found_by_its_checksum(tmp_path, apple):
+    torch.save(load_file(apple / "model.safetensors"), apple / "stage.pt")
+    content = bytearray((apple / "stage.pt").read_bytes())
+    content[len(content) // 2] ^= 0x55
+    (apple / "stage.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"stage\.pt: .* is broken"):
+        convert(apple / "stage.pt", tmp_path / "out")
+    assert [problem.kind for problem in inspect_checkpoint(apple / "stage.pt", deep=True).problems] == ["values"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", b"<html>404</html>"]
+)
+def test_a_download_that_failed_is_not_advised_to_be_trusted(tmp_path, capsys, content):
+    (tmp_path / "model.bin").write_bytes(content)
+    run(tmp_path / "model.bin", tmp_path / "out", code=2)
+    assert "trust" not in (error := capsys.readouterr().err) and "download it again" in error
+
+
+def test_a_block_with_an_absurd_number_is_refused_at_once(tmp_path, apple):
+    rewrite(apple, lambda all: {**all, "trunk.blocks.99999999.norm_1.weight": torch.ones(64)})
+    with pytest.raises(CheckpointError, match="no such block"):
+        convert(apple, tmp_path / "out")
+
+
+def test_pictures_scaled_otherwise_come_out_the_same_everywhere(tmp_path, apple):
+    timm = pytest.importorskip("timm")
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "rescale_factor": 1 / 127.5}
+    (apple / "processor_config.json").write_text(json.dumps({"image_processor": {**said, "do_center_crop": True}}))
+    image, pixels = Image.open(PHOTOGRAPH).resize((56, 56)), []
+    for target in RUNTIMES:
+        notes = convert(apple, tmp_path / target, to_layout=target).notes
+        assert any("crops" in note for note in notes) and not any("assumed" in note for note in notes)
+    for target in RUNTIMES[:2]:
+        options = {"do_tile": False} if target == "sailvit" else {}
+        processor = AutoImageProcessor.from_pretrained(tmp_path / target, **options)
+        pixels.append(processor(image, return_tensors="pt")["pixel_values"])
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    pixels.append(timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)[None])
+    for other in pixels[1:]:
+        torch.testing.assert_close(other, pixels[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "said", [{"image_std": [1, 1, 1]}, {"image_mean": "x", "image_std": [1]}, {"image_mean": [0], "image_std": [0]}]
+)
+def test_pictures_that_cannot_be_normalised_so_are_refused(tmp_path, apple, said):
+    (apple / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="of its pictures is"):
+        convert(apple, tmp_path / "out")
+
+
+def test_a_grid_that_the_pixel_shuffle_does_not_divide_is_told(tmp_path, apple):
+    assert any("pixel shuffle" in note for note in convert(apple, tmp_path / "out", image_size=42).notes)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"image_size": 0}, {"image_size": "56"}, {"max_shard_size": None},
+    {"max_shard_size": -1}, {"to_layout": None}, {"from_layout": "foo"}])  # fmt: skip
+def test_wrong_arguments_are_named(tmp_path, apple, options):
+    with pytest.raises(CheckpointError):
+        convert(apple, tmp_path / "a" / "b", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
+
+
+@pytest.mark.slow
+def test_a_termination_leaves_nothing(tmp_path, apple):
+    script = "import sys, sailvit_cli; sys.exit(sailvit_cli.main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "convert", apple, tmp_path / "out"], stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    time.sleep(1)  # it is being verified
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 

@@ -314,7 +314,7 @@ def other_architectures():
 
 def test_other_architectures_are_refused():
     for model in other_architectures():
-        with pytest.raises(CheckpointError, match=r"no AIMv2 tower|positions of no square grid"):
+        with pytest.raises(CheckpointError, match=r"no AIMv2 tower|maps nowhere"):
             convert_tensors(model.state_dict(), "sailvit")
 
 
