@@ -408,8 +408,19 @@ def test_bad_input_is_one_line_and_no_folder(tmp_path, apple, capsys, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 
-@pytest.mark.parametrize("change", [{"num_attention_heads": None}, {"num_attention_heads": "2"}, {"rms_norm_eps": "x"},
-    {"hidden_act": ["x"]}, {"hidden_act": "abc"}, {"rms_norm_eps": -1}, {"image_size": [56, 70]}, {"num_hidden_layers": 0}])  # fmt: skip
+NONSENSE = [
+    {"num_attention_heads": None},
+    {"num_attention_heads": "2"},
+    {"rms_norm_eps": "x"},
+    {"rms_norm_eps": -1},
+    {"hidden_act": ["x"]},
+    {"hidden_act": "abc"},
+    {"image_size": [56, 70]},
+    {"num_hidden_layers": 0},
+]
+
+
+@pytest.mark.parametrize("change", NONSENSE)
 def test_a_configuration_that_says_nonsense_is_refused(tmp_path, apple, capsys, change):
     """At no width that is published are heads, or anything else, guessed."""
     with_config(**change)(apple)
@@ -538,8 +549,18 @@ def test_a_grid_that_the_pixel_shuffle_does_not_divide_is_told(tmp_path, apple):
     assert any("pixel shuffle" in note for note in convert(apple, tmp_path / "out", image_size=42).notes)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"image_size": 0}, {"image_size": "56"}, {"max_shard_size": None},
-    {"max_shard_size": -1}, {"to_layout": None}, {"from_layout": "foo"}])  # fmt: skip
+WRONG = [
+    {"dtype": "fp32"},
+    {"image_size": 0},
+    {"image_size": "56"},
+    {"max_shard_size": None},
+    {"max_shard_size": -1},
+    {"to_layout": None},
+    {"from_layout": "foo"},
+]
+
+
+@pytest.mark.parametrize("options", WRONG)
 def test_wrong_arguments_are_named(tmp_path, apple, options):
     with pytest.raises(CheckpointError):
         convert(apple, tmp_path / "a" / "b", **options)
@@ -549,13 +570,12 @@ def test_wrong_arguments_are_named(tmp_path, apple, options):
 @pytest.mark.slow
 def test_a_termination_leaves_nothing(tmp_path, apple):
     script = "import sys, sailvit_cli; sys.exit(sailvit_cli.main(sys.argv[1:]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "convert", apple, tmp_path / "out"], stdout=subprocess.PIPE
-    )
-    process.stdout.readline()
-    time.sleep(1)  # it is being verified
-    process.terminate()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    command = [sys.executable, "-c", script, "convert", apple, tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        time.sleep(1)  # it is being verified
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 
