@@ -47,12 +47,13 @@ class Runtime:
 def check_expressible(job: "Conversion") -> None:
     """
     Raises:
-        CheckpointError: The tower has what the runtime cannot express.
+        CheckpointError: The tower has what the runtime cannot express, or its pictures are what none can.
     """
     runtime = RUNTIMES.get(job.layout.name)
     objection = runtime.objection(job.fields) if runtime else None
     if objection:
         raise CheckpointError(f"{job.checkpoint.source.name}: {runtime.title} {objection}")
+    read_pictures(job.checkpoint)
 
 
 def write_folder(folder: Path, job: "Conversion") -> None:
@@ -187,8 +188,8 @@ def says_pictures(checkpoint: Checkpoint) -> bool:
 
 def crops_pictures(checkpoint: Checkpoint) -> bool:
     """Whether the source cuts pictures to a square, where SAILViT resizes them to one."""
-    said, timms = _said_of_pictures(checkpoint), source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
-    return bool(said.get("do_center_crop")) or timms.get("crop_mode") in ("center", "border")
+    crop_mode = _section(checkpoint, "config.json", "pretrained_cfg").get("crop_mode")
+    return bool(_said_of_pictures(checkpoint).get("do_center_crop")) or crop_mode in ("center", "border")
 
 
 def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -204,17 +205,27 @@ def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
         numbers = isinstance(value, list) and len(value) > 0 and all(type(number) in (int, float) for number in value)
         if not numbers or not all(lowest < number < 1e9 for number in value):
             raise CheckpointError(f"{checkpoint.source.name}: {key} of its pictures is {value!r}: correct it")
+    factor = said.get("rescale_factor", 1)
+    if type(factor) not in (int, float) or not 0 < factor < 1e9:
+        raise CheckpointError(f"{checkpoint.source.name}: rescale_factor of its pictures is {factor!r}: correct it")
     return {**read_json(PACKAGE / "preprocessor_config.json"), **said}
 
 
 def _said_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of preprocessor_config.json, or processor_config.json, where transformers >= 5 puts it, or timm's config.json."""
     said = source_json(checkpoint, "preprocessor_config.json")
-    said = said or source_json(checkpoint, "processor_config.json").get("image_processor") or {}
-    timms = source_json(checkpoint, "config.json").get("pretrained_cfg") or {}
-    if not said and isinstance(timms, Mapping) and "mean" in timms:
+    said = said or _section(checkpoint, "processor_config.json", "image_processor")
+    timms = _section(checkpoint, "config.json", "pretrained_cfg")
+    if not said and "mean" in timms:
         return {"image_mean": timms["mean"], "image_std": timms.get("std")}
     return said
+
+
+def _section(checkpoint: Checkpoint, file: str, key: str) -> dict[str, Any]:
+    section = source_json(checkpoint, file).get(key) or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{checkpoint.source.name}: {key} in {file} is {section!r}, not a map")
+    return section
 
 
 def _normalisation(pictures: Mapping[str, Any]) -> tuple[list[float], list[float]]:

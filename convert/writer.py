@@ -72,8 +72,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _clear(part)
         yield part
         _sync(part)
-        (part / ".lock").unlink()
         _put_in_place(part, out)
+        (out / ".lock").unlink()  # not before: a second process would take a new one in the old place
     except OSError as error:
         _remove(part, made)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

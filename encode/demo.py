@@ -36,11 +36,9 @@ def run_demo(out: Path, say: Callable[[str], None], size: str = "large", model: 
     """
     folder, tokens, figure = out / "sailvit", out / "tokens.safetensors", out / "figure.png"
     if model is None:
-        say(
-            f"1. AIMv2-{size.capitalize()} with RANDOM weights in Apple's names: the tokens will mean nothing, all else"
-        )
+        say(f"1. AIMv2-{size.capitalize()} in Apple's names with RANDOM weights: only its tokens will mean nothing.")
         source = write_synthetic(out / f"aimv2-{size}-random", published_shape(size))
-        say(f"   is as with real ones: {source}")
+        say(f"   {source}")
     else:
         source = model
         say(f"1. Real weights: {source}")

@@ -537,7 +537,13 @@ def test_pictures_scaled_otherwise_come_out_the_same_everywhere(tmp_path, apple)
 
 
 @pytest.mark.parametrize(
-    "said", [{"image_std": [1, 1, 1]}, {"image_mean": "x", "image_std": [1]}, {"image_mean": [0], "image_std": [0]}]
+    "said",
+    [
+        {"image_std": [1, 1, 1]},
+        {"image_mean": "x", "image_std": [1]},
+        {"image_mean": [0], "image_std": [0]},
+        {"rescale_factor": "x"},
+    ],
 )
 def test_pictures_that_cannot_be_normalised_so_are_refused(tmp_path, apple, said):
     (apple / "preprocessor_config.json").write_text(json.dumps(said))
