@@ -1,5 +1,6 @@
 """The first steps: a checkpoint in Apple's names, converted, inspected, loaded with remote code, shown a photograph."""
 
+import os
 import subprocess
 import sys
 import time
@@ -50,7 +51,8 @@ def run_demo(out: Path, say: Callable[[str], None], size: str = "large", model: 
         say(f"   {line}")
     say("4. Loaded from that folder with AutoModel and remote code, in a process of its own:")
     script = EXAMPLES / "encode_photo.py"
-    subprocess.run([sys.executable, str(script), str(folder), str(PHOTOGRAPH), str(tokens)], check=True)
+    command = [sys.executable, str(script), str(folder), str(PHOTOGRAPH), str(tokens)]
+    subprocess.run(command, check=True, env={**os.environ, "TQDM_DISABLE": "1"})
     started = time.perf_counter()
     encoded = load_file(tokens)
     with Image.open(PHOTOGRAPH) as picture:
