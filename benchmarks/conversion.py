@@ -11,12 +11,13 @@ import os
 import shutil
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 from processes import SAILVIT, idle_bytes, measure
 
 from sailvit.convert.layouts import LAYOUTS, pieces
-from sailvit.convert.readers import read_safetensors
+from sailvit.convert.readers import hash_file, read_safetensors
 from sailvit.convert.synthetic import apple_config, published_shape, write_synthetic
 from sailvit.convert.writer import NewTensor, safetensors_header
 
@@ -47,6 +48,9 @@ def compare_with_cp(folder: Path, rounds: int) -> None:
             (folder / "copy").unlink(missing_ok=True)
             shutil.rmtree(folder / "out", ignore_errors=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    started = time.perf_counter()
+    hash_file(source)
+    print(f"{time.perf_counter() - started:6.2f} s  SHA-256 of the same bytes, once; a conversion takes it twice")
     largest = max(tensor.nbytes for tensor in read_safetensors(source).values())
     for name, value in medians.items():
         print(f"{value:6.2f} s  {name}")

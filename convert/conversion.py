@@ -15,7 +15,7 @@ from .layouts import Layout, Move, layout_named, plan_moves
 from .problems import CheckpointError, raise_first
 from .readers import PROVENANCE, TORCH_DTYPES, Checkpoint, StoredTensor, hash_file
 from .sources import LocalFolder, Source, find_source
-from .tower import Tower, find_tower, source_json
+from .tower import Tower, find_tower
 from .values import cast, compute_positions, is_finite, recorded_hashes, to_bytes, value_problems
 from .verify import verify_folder
 from .writer import NewTensor, check_free, check_space, new_folder, split_in_shards, write_weights
@@ -201,7 +201,7 @@ def _notes(job: Conversion) -> list[str]:
 
 def _check_values(job: Conversion) -> None:
     """Holds the source's tensors against its provenance.json, and against checksums of their files, where there are."""
-    hashes = recorded_hashes(source_json(job.checkpoint, PROVENANCE), "tensors")
+    hashes = recorded_hashes(job.checkpoint.document(PROVENANCE), "tensors")
     stored = {job.tower.found.names[name]: tensor for name, tensor in job.tower.tensors.items()}
     if hashes or any(tensor.mapped is not None for tensor in stored.values()):
         raise_first(value_problems(stored, hashes), job.checkpoint.source.name)
@@ -209,12 +209,10 @@ def _check_values(job: Conversion) -> None:
 
 @contextmanager
 def _hashing(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
-    """Hashes the files that were opened, and the JSON files beside them, while other work is done."""
+    """Hashes the files that are read, while other work is done; the card is read for its licence."""
     stop = threading.Event()
-    files = [
-        *checkpoint.opened,
-        *(file for file in checkpoint.source.files if file.endswith(".json") and "/" not in file),
-    ]
+    asked = {*checkpoint.opened, *checkpoint.documents, checkpoint.entry, "README.md"}
+    files = sorted(asked & {*checkpoint.source.files})
     with ThreadPoolExecutor(1) as pool:
         paths = {file: checkpoint.source.path(file) for file in files}
         pending: dict[str, Future[str]] = {file: pool.submit(hash_file, path, stop) for file, path in paths.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .problems import CheckpointError
 from .readers import PROVENANCE, Checkpoint, hash_file, read_json
 from .sources import Source
-from .tower import SIZE_NAMES, source_json
+from .tower import SIZE_NAMES
 from .values import torch_name
 from .writer import write_json
 
@@ -213,7 +213,7 @@ def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _said_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of preprocessor_config.json, or processor_config.json, where transformers >= 5 puts it, or timm's config.json."""
-    said = source_json(checkpoint, "preprocessor_config.json")
+    said = checkpoint.document("preprocessor_config.json")
     said = said or _section(checkpoint, "processor_config.json", "image_processor")
     timms = _section(checkpoint, "config.json", "pretrained_cfg")
     if not said and "mean" in timms:
@@ -222,7 +222,7 @@ def _said_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _section(checkpoint: Checkpoint, file: str, key: str) -> dict[str, Any]:
-    section = source_json(checkpoint, file).get(key) or {}
+    section = checkpoint.document(file).get(key) or {}
     if not isinstance(section, dict):
         raise CheckpointError(f"{checkpoint.source.name}: {key} in {file} is {section!r}, not a map")
     return section
@@ -291,7 +291,7 @@ def write_provenance(
         digests: Name -> sha256 of every tensor that was written.
     """
     source, found = job.checkpoint.source, job.tower.found
-    before = source_json(job.checkpoint, PROVENANCE).get("source")
+    before = job.checkpoint.document(PROVENANCE).get("source")
     provenance = {
         "source": {
             "name": _plain_name(source),

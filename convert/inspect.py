@@ -11,7 +11,7 @@ from .folder import read_pictures
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
 from .sources import find_source, weight_files
-from .tower import Tower, find_tower, size_name, source_json
+from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
 
 
@@ -127,8 +127,8 @@ def _look_at_tower(report: Report, checkpoint: Checkpoint, tower: Tower) -> None
     report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
     report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
     report.problems += tower.problems
-    size, pixels = source_json(checkpoint, "preprocessor_config.json").get("size"), tower.fields["image_size"]
-    is_sailvit = source_json(checkpoint, "config.json").get("model_type") == "sailvit"
+    size, pixels = checkpoint.document("preprocessor_config.json").get("size"), tower.fields["image_size"]
+    is_sailvit = checkpoint.document("config.json").get("model_type") == "sailvit"
     if is_sailvit and size not in (None, pixels, {"height": pixels, "width": pixels}):
         what = f"has tiles of {size}, the positions are for {pixels} pixels"
         report.problems.append(Problem("config", "preprocessor_config.json", what))
@@ -147,7 +147,7 @@ def _look_for_strays(report: Report, checkpoint: Checkpoint) -> None:
 
 def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
     """Code that config.json names; a processor's only where there is a processor."""
-    files, auto_map = checkpoint.source.files, source_json(checkpoint, "config.json").get("auto_map") or {}
+    files, auto_map = checkpoint.source.files, checkpoint.document("config.json").get("auto_map") or {}
     if not isinstance(auto_map, Mapping):
         raise CheckpointError(f"config.json: auto_map is {auto_map!r}, not a map")
     for auto, target in auto_map.items():
@@ -163,7 +163,7 @@ def _look_at_pictures(report: Report, checkpoint: Checkpoint) -> None:
 
 def _look_at_record(report: Report, checkpoint: Checkpoint) -> None:
     """What provenance.json names, and is no longer there."""
-    record = source_json(checkpoint, PROVENANCE)
+    record = checkpoint.document(PROVENANCE)
     if not record:
         return
     report.provenance = {key: value for key, value in record.items() if key != "tensors"}
@@ -174,7 +174,7 @@ def _look_at_record(report: Report, checkpoint: Checkpoint) -> None:
 
 
 def _look_at_values(report: Report, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
-    record = source_json(checkpoint, PROVENANCE)
+    record = checkpoint.document(PROVENANCE)
     for file, recorded in recorded_hashes(record, "files").items():
         if file in checkpoint.source.files and hash_file(checkpoint.source.path(file)) != recorded:
             what = f"is not what {PROVENANCE} recorded: if it was changed on purpose, remove that file"

@@ -294,6 +294,7 @@ class Checkpoint:
         source: The folder or repository it lies in.
         entry: Name of the file that stands for it: the one file of weights, or the index of the shards.
         opened: Every file of weights that was opened -> the tensors in it.
+        documents: Every JSON file beside them that was asked for -> its content.
     """
 
     def __init__(self, source: "Source", entry: str, trust_pickle: bool = False):
@@ -301,6 +302,7 @@ class Checkpoint:
         self.entry = entry
         self.trust_pickle = trust_pickle
         self.opened: dict[str, dict[str, StoredTensor]] = {}
+        self.documents: dict[str, dict[str, Any]] = {}
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -326,6 +328,17 @@ class Checkpoint:
             is_safe = file.endswith(".safetensors")
             self.opened[file] = read_safetensors(path) if is_safe else read_pickle(path, self.trust_pickle)
         return self.opened[file]
+
+    def document(self, file: str) -> dict[str, Any]:
+        """
+        A JSON file beside the weights; empty if there is none.
+
+        Raises:
+            CheckpointError: It is not a JSON object.
+        """
+        if file not in self.documents:
+            self.documents[file] = read_json(self.source.path(file)) if file in self.source.files else {}
+        return self.documents[file]
 
     def __getitem__(self, name: str) -> StoredTensor:
         file = self.weight_map[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 from .layouts import Layout, Piece, Recognition, TowerShape, pieces, recognise
 from .problems import CheckpointError, Problem, raise_first
-from .readers import FLOAT_BITS, PROVENANCE, Checkpoint, StoredTensor, read_json
+from .readers import FLOAT_BITS, PROVENANCE, Checkpoint, StoredTensor
 
 
 # SAILViTConfig's SIZES by their widths; importing those would import torch.
@@ -131,6 +131,9 @@ def read_tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     What a config.json says of its vision tower, under the names of SAILViTConfig: released SAILViT's and SAIL-VL's,
     Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty where it describes none.
+
+    Raises:
+        CheckpointError: It is timm's, with arguments that change the tower in a way that nothing here knows.
     """
     if "architecture" in config:
         return _read_timm_config(config)
@@ -300,12 +303,17 @@ def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | 
 
 def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the source says of its tower: its config.json, or else the provenance.json of a conversion."""
-    return read_tower_config(source_json(checkpoint, "config.json")) or recorded_tower(checkpoint)
+    return read_tower_config(checkpoint.document("config.json")) or recorded_tower(checkpoint)
 
 
 def recorded_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields that the provenance.json of a conversion has."""
-    recorded = source_json(checkpoint, PROVENANCE).get("tower", {})
+    """
+    The fields that the provenance.json of a conversion has.
+
+    Raises:
+        CheckpointError: It has something else in their place.
+    """
+    recorded = checkpoint.document(PROVENANCE).get("tower", {})
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{PROVENANCE}: its tower is {recorded!r}, not a map: remove the file if it is not true")
     return recorded
@@ -319,11 +327,6 @@ def _record_problems(checkpoint: Checkpoint) -> list[Problem]:
         for key in ("num_attention_heads", "rms_norm_eps", "hidden_act")
         if key in said and key in recorded and said[key] != recorded[key]
     ]
-
-
-def source_json(checkpoint: Checkpoint, file: str) -> dict[str, Any]:
-    """A JSON file beside the weights; empty if there is none."""
-    return read_json(checkpoint.source.path(file)) if file in checkpoint.source.files else {}
 
 
 def _dtype_problems(tower: Tower) -> list[Problem]:

@@ -120,10 +120,9 @@ def test_native_positions_are_written_out_for_timm(tmp_path):
 @pytest.mark.parametrize("target", RUNTIMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_image_size_is_what_timm_makes_of_it(tmp_path, apple, target, dtype):
-    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm")
     from timm.layers import resample_abs_pos_embed
 
-    assert timm
     done = convert(apple, tmp_path / "out", to_layout=target, image_size=98, dtype=dtype)
     positions = load_file(apple / "model.safetensors")["preprocessor.pos_embed"]
     expected = resample_abs_pos_embed(positions, [7, 7], num_prefix_tokens=0)
@@ -208,7 +207,7 @@ def test_provenance_tells_where_every_byte_came_from(tmp_path, apple):
     assert record["source"]["name"] == "apple" and record["options"]["dtype"] == "float16"
     for name, entry in record["source"]["files"].items():
         assert entry["sha256"] == hashlib.sha256((apple / name).read_bytes()).hexdigest()
-    assert set(record["source"]["files"]) == {"model.safetensors", "config.json"}
+    assert set(record["source"]["files"]) == {"model.safetensors", "config.json", "README.md"}
     for path in (tmp_path / "out").glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert record["tensors"][name]["sha256"] == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
