@@ -11,26 +11,40 @@ if __package__ == "sailvit":
         AutoConfig,
         AutoImageProcessor,
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoProcessor,
     )
 
     from .configuration_sailvit import SAILViTConfig
+    from .configuration_sailvl import SAILVLConfig
     from .image_processing_sailvit import SAILViTImageProcessor, choose_tile_grid
     from .modeling_sailvit import SAILViTBackbone, SAILViTForImageClassification, SAILViTModel, pixel_shuffle
+    from .modeling_sailvl import SAILVLForConditionalGeneration
+    from .processing_sailvl import SAILVLProcessor
 
     AutoConfig.register("sailvit", SAILViTConfig)
     AutoModel.register(SAILViTConfig, SAILViTModel)
     AutoModelForImageClassification.register(SAILViTConfig, SAILViTForImageClassification)
     AutoBackbone.register(SAILViTConfig, SAILViTBackbone)
-    try:
-        AutoImageProcessor.register(SAILViTConfig, image_processor_classes={"torchvision": SAILViTImageProcessor})
-    except TypeError:  # transformers < 5.4, where the fast one of two would be announced by a warning at every load
-        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    AutoConfig.register("sailvl", SAILVLConfig)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+        auto_class.register(SAILVLConfig, SAILVLForConditionalGeneration)
+    AutoProcessor.register(SAILVLConfig, SAILVLProcessor)
+    for config_class in (SAILViTConfig, SAILVLConfig):
+        try:
+            AutoImageProcessor.register(config_class, image_processor_classes={"torchvision": SAILViTImageProcessor})
+        except TypeError:  # transformers < 5.4, where the fast one of two would be announced by a warning at every load
+            from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-        IMAGE_PROCESSOR_MAPPING.register(SAILViTConfig, (SAILViTImageProcessor, None))
+            IMAGE_PROCESSOR_MAPPING.register(config_class, (SAILViTImageProcessor, None))
 
     __version__ = "0.1.0"
     __all__ = [
+        "SAILVLConfig",
+        "SAILVLForConditionalGeneration",
+        "SAILVLProcessor",
         "SAILViTBackbone",
         "SAILViTConfig",
         "SAILViTForImageClassification",

@@ -81,9 +81,32 @@ def choose_tile_grid(
         raise ValueError(
             f"1 <= min_tiles <= max_tiles <= {MOST_TILES} must hold, got min_tiles={min_tiles}, max_tiles={max_tiles}"
         )
+    return _nearest_grid(tile_grids(min_tiles, max_tiles), width, height, tile_size)
+
+
+def choose_second_grid(
+    first: tuple[int, int],
+    width: int,
+    height: int,
+    min_tiles: int = 1,
+    max_tiles: int = 8,
+    tile_size: tuple[int, int] = (448, 448),
+) -> tuple[int, int]:
+    """
+    The second grid (columns, rows) of msac: chosen as `choose_tile_grid` does, among those whose columns or rows do not
+    divide the first one's, so that its cuts lie elsewhere; (1, 1) where none is left.
+    """
+    columns, rows = first
+    others = [grid for grid in tile_grids(min_tiles, max_tiles) if columns % grid[0] or rows % grid[1]]
+    return _nearest_grid(others, width, height, tile_size)
+
+
+def _nearest_grid(
+    grids: Sequence[tuple[int, int]], width: int, height: int, tile_size: tuple[int, int]
+) -> tuple[int, int]:
     tile_height, tile_width = tile_size
     best, best_distance = (1, 1), math.inf
-    for columns, rows in tile_grids(min_tiles, max_tiles):
+    for columns, rows in grids:
         distance = abs(width / height - columns * tile_width / (rows * tile_height))
         large = width * height > 0.5 * tile_height * tile_width * columns * rows
         if distance < best_distance or (distance == best_distance and large):
@@ -98,6 +121,7 @@ class SAILViTImageProcessorKwargs(TypedDict, total=False):
     min_tiles: int
     max_tiles: int
     use_thumbnail: bool
+    msac: bool
     size: dict[str, int] | tuple[int, int] | int
     resample: int
     resize_backend: str
@@ -120,6 +144,8 @@ class SAILViTImageProcessor(TorchvisionBackend):
         do_tile: Cut an image into the grid of tiles nearest to its shape; `False` resizes it to one tile.
         min_tiles, max_tiles: Bounds on the tiles of an image, its thumbnail not counted.
         use_thumbnail: Append the whole image as one more tile, where the grid has more than one.
+        msac: Cut the image a second time, along other lines (`choose_second_grid`), as SAIL-VL is evaluated: the tiles
+            of the first grid, those of the second, the thumbnail; the one tile of a first grid of 1 x 1 comes last.
         size: `{"height": h, "width": w}` of a tile in pixels, `(h, w)`, or one number for both.
         resample: Filter of the resize, a `PIL.Image.Resampling`.
         resize_backend: `"torchvision"`, fast and within 2/255 of Pillow, or `"pil"`, Pillow and the arithmetic of
@@ -139,6 +165,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
     min_tiles = 1
     max_tiles = 8
     use_thumbnail = True
+    msac = False
     size = {"height": 448, "width": 448}
     resample = Image.Resampling.BICUBIC
     resize_backend = "torchvision"
@@ -194,10 +221,13 @@ class SAILViTImageProcessor(TorchvisionBackend):
         if not pictures:
             raise ValueError("images is empty: give at least one")
         grids = [_grid_of(picture.shape[1], picture.shape[0], options) for picture in pictures]
-        counts = [_tile_count(grid, options) for grid in grids]
-        pixel_values = self._fill_tiles(pictures, grids, counts, options)
+        cuts = [
+            _cuts_of(grid, picture.shape[1], picture.shape[0], options)
+            for grid, picture in zip(grids, pictures, strict=True)
+        ]
+        counts = [sum(map(math.prod, own)) for own in cuts]
         data = {
-            "pixel_values": pixel_values,
+            "pixel_values": self._fill_tiles(pictures, cuts, counts, options),
             "num_tiles": torch.tensor(counts),
             "tile_grids": torch.tensor(grids),
         }
@@ -218,12 +248,12 @@ class SAILViTImageProcessor(TorchvisionBackend):
         """The tiles that `preprocess` makes of an image of `height` x `width` pixels, its thumbnail included."""
         self._refuse_unknown(images_kwargs or {})
         options = self._options(images_kwargs or {})
-        return _tile_count(_grid_of(width, height, options), options)
+        return sum(map(math.prod, _cuts_of(_grid_of(width, height, options), width, height, options)))
 
     def _fill_tiles(
         self,
         pictures: list[torch.Tensor],
-        grids: list[tuple[int, int]],
+        cuts: list[list[tuple[int, int]]],
         counts: list[int],
         options: SimpleNamespace,
     ) -> torch.Tensor:
@@ -234,11 +264,12 @@ class SAILViTImageProcessor(TorchvisionBackend):
         for indices in _groups(pictures, device):
             group = [pictures[index].to(device) for index in indices]
             batch = (torch.stack(group) if len(group) > 1 else group[0][None]).permute(0, 3, 1, 2)
-            tiles, thumbnails = _cut_tiles(batch, grids[indices[0]], options)
-            for index, image_tiles, thumbnail in zip(indices, tiles, thumbnails, strict=True):
-                cut = math.prod(image_tiles.shape[:2])
-                _normalize_into(slots[index][:cut].unflatten(0, image_tiles.shape[:2]), image_tiles, options)
-                _normalize_into(slots[index][cut:], thumbnail, options)
+            done = 0
+            for grid in cuts[indices[0]]:
+                for index, tiles in zip(indices, _cut_tiles(batch, grid, options), strict=True):
+                    slot = slots[index][done : done + math.prod(grid)]
+                    _normalize_into(slot.unflatten(0, tiles.shape[:2]), tiles, options)
+                done += math.prod(grid)
         return pixel_values
 
     @classmethod
@@ -315,9 +346,14 @@ def _grid_of(width: int, height: int, options: SimpleNamespace) -> tuple[int, in
     return choose_tile_grid(width, height, *bounds, tile_size=options.tile_size)
 
 
-def _tile_count(grid: tuple[int, int], options: SimpleNamespace) -> int:
-    tiles = math.prod(grid)
-    return tiles + 1 if options.use_thumbnail and tiles > 1 else tiles
+def _cuts_of(grid: tuple[int, int], width: int, height: int, options: SimpleNamespace) -> list[tuple[int, int]]:
+    """The grids an image is cut into, one after the other: its own, the second of msac, 1 x 1 for the thumbnail."""
+    whole = [(1, 1)] if options.use_thumbnail or grid == (1, 1) else []
+    second = []
+    if options.msac and options.do_tile:
+        bounds = (options.min_tiles, options.max_tiles)
+        second = [choose_second_grid(grid, width, height, *bounds, tile_size=options.tile_size)]
+    return [*([grid] if grid != (1, 1) else []), *second, *whole]
 
 
 # Reading: whatever an image comes as -> (H, W, 3), uint8 or float32
@@ -454,17 +490,12 @@ def _groups(pictures: list[torch.Tensor], device: torch.device) -> list[list[int
     return list(groups.values())
 
 
-def _cut_tiles(
-    batch: torch.Tensor, grid: tuple[int, int], options: SimpleNamespace
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 3, H, W) -> tiles (B, rows, columns, 3, h, w) and thumbnails (B, 1 or 0, 3, h, w)."""
+def _cut_tiles(batch: torch.Tensor, grid: tuple[int, int], options: SimpleNamespace) -> torch.Tensor:
+    """(B, 3, H, W) -> tiles (B, rows, columns, 3, h, w)."""
     (columns, rows), (height, width) = grid, options.tile_size
     resize = _resize_with_pillow if options.resize_backend == "pil" else _resize_as_pillow
     canvas = resize(batch, (rows * height, columns * width), options)
-    tiles = rearrange(canvas, "b c (r h) (k w) -> b r k c h w", r=rows, k=columns)
-    if _tile_count(grid, options) == rows * columns:
-        return tiles, tiles[:, 0, :0]
-    return tiles, resize(batch, options.tile_size, options)[:, None]
+    return rearrange(canvas, "b c (r h) (k w) -> b r k c h w", r=rows, k=columns)
 
 
 def _resize_as_pillow(batch: torch.Tensor, size: tuple[int, int], options: SimpleNamespace) -> torch.Tensor:

@@ -56,9 +56,11 @@ def eight_bit(pixel_values: torch.Tensor) -> torch.Tensor:
 # The grid
 
 
-def exact_grid(width: int, height: int, maximum: int) -> tuple[int, int]:
-    """The released rule by brute force, its ratios from exact fractions."""
-    pairs = itertools.product(range(1, maximum + 1), repeat=2)
+def exact_grid(
+    width: int, height: int, maximum: int, pairs: list[tuple[int, int]] | None = None
+) -> tuple[int, int] | None:
+    """The released rule by brute force, its ratios from exact fractions, over all grids or some."""
+    pairs = itertools.product(range(1, maximum + 1), repeat=2) if pairs is None else pairs
     best, nearest = None, None
     for columns, rows in sorted((pair for pair in pairs if math.prod(pair) <= maximum), key=math.prod):
         distance = abs(float(Fraction(width, height)) - float(Fraction(columns, rows)))
@@ -139,6 +141,29 @@ def test_pil_backend_is_bit_equal_to_the_released_code(processor, photograph, si
     batch = processor(image, resize_backend="pil")
     expected = torch.stack([transform(tile) for tile in released_tiles(image, *batch["tile_grids"][0])])
     assert torch.equal(batch["pixel_values"], expected)
+
+
+def evaluated_tiles(image: Image.Image, maximum: int) -> list[Image.Image]:
+    """The tiles of msac as SAIL-VL is evaluated: a second cut goes in before the last tile of the first."""
+    first = exact_grid(*image.size, maximum)
+    pairs = itertools.product(range(1, maximum + 1), repeat=2)
+    others = [pair for pair in pairs if math.prod(pair) <= maximum and any(map(int.__mod__, first, pair))]
+    second = exact_grid(*image.size, maximum, others) or (1, 1)
+    tiles = released_tiles(image, *first)
+    return [*tiles[:-1], *released_tiles(image, *second, thumbnail=False), tiles[-1]]
+
+
+@pytest.mark.parametrize("size", [(300, 300), (1000, 640), (600, 1500), (448, 448), (2000, 700)])
+@pytest.mark.parametrize("maximum", [1, 2, 6, 10])
+def test_msac_cuts_a_second_time_as_the_evaluation_does(photograph, size, maximum):
+    processor = SAILViTImageProcessor(msac=True, max_tiles=maximum, resize_backend="pil")
+    image = photograph.resize(size)
+    expected = [T.functional.to_tensor(tile) for tile in evaluated_tiles(image, maximum)]
+    batch = processor(image)
+    assert processor.get_number_of_image_patches(size[1], size[0]) == len(expected) == len(batch["pixel_values"])
+    for tile, tensor in zip(batch["pixel_values"], expected, strict=True):
+        torch.testing.assert_close(tile, (tensor - MEAN) / STD, rtol=0, atol=1e-6)
+    assert processor.get_number_of_image_patches(size[1], size[0], {"do_tile": False}) == 1
 
 
 def test_without_tiling_it_is_the_cards_plain_resize(processor, photograph):

@@ -1,0 +1,296 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+SAIL-VL (arXiv 2507.01643, 2509.14033): a vision tower, a connector and a language model that reads text and tiles.
+
+    tiles -> tower -> tokens of the patches -> pixel shuffle (f x f) -> LayerNorm, Linear, GELU, Linear -> visual tokens
+    input_ids -> embeddings, the visual tokens in place of <IMG_CONTEXT> -> language model -> logits
+
+Any vision tower of transformers' AutoModel and any of its causal language models do. Parameter names are those of the
+released SAIL-VL checkpoints: vision_model, mlp1, language_model.
+
+Shapes: B prompts, S positions of a prompt, n tiles of all prompts together, h and w the pixels of a tile, N its visual
+tokens, D the width of the tower, f the pixel shuffle factor, E the width of the language model.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .chat_sailvl import SAILVLChat
+from .configuration_sailvl import SAILVLConfig
+from .modeling_sailvit import SAILViTModel, pixel_shuffle
+
+
+class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixin):
+    """The tower, the connector and the language model; `generate` writes, `chat` answers as the releases do."""
+
+    config_class = SAILVLConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules: list[str] = []  # the parts have theirs
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: SAILVLConfig):
+        super().__init__(config)
+        vision, text = config.vision_config, config.text_config
+        is_sailvit = vision.model_type == SAILViTModel.config_class.model_type
+        self.vision_model = SAILViTModel._from_config(vision) if is_sailvit else AutoModel.from_config(vision)
+        folded = config.pixel_shuffle_factor**2 * vision.hidden_size
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(folded),
+            nn.Linear(folded, text.hidden_size),
+            nn.GELU(),
+            nn.Linear(text.hidden_size, text.hidden_size),
+        )
+        self.language_model = AutoModelForCausalLM.from_config(text)
+        if isinstance(self.language_model._tied_weights_keys, list):  # transformers < 5, which asks the whole alone
+            self._tied_weights_keys = [f"language_model.{name}" for name in self.language_model._tied_weights_keys]
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, load_in_8bit: bool = False, **kwargs: Any) -> Any:
+        """
+        As transformers' own; harnesses still pass `load_in_8bit`, which transformers >= 5 has dropped.
+
+        Raises:
+            ValueError: A shard is missing.
+        """
+        if load_in_8bit:
+            kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}: the checkpoint is not whole, copy or download that file again") from error
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The connector's; the parts initialize themselves."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def img_context_token_id(self) -> int | None:
+        """`config.image_token_id`, under the name of the releases."""
+        return self.config.image_token_id
+
+    @img_context_token_id.setter
+    def img_context_token_id(self, value: int) -> None:
+        self.config.image_token_id = value
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The visual tokens of tiles. Outside training the tower sees `config.vision_batch_size` tiles at a time; while
+        training all at once, since its activations are kept anyway, and ranks must call it equally often.
+
+        Args:
+            pixel_values: (n, channels, h, w), floats of any type.
+
+        Returns:
+            (n, N, E).
+
+        Raises:
+            ValueError: The tiles are not of the shape and size that the tower was made for.
+        """
+        size = (self.config.vision_config.num_channels, *self._tile_size())
+        if tuple(pixel_values.shape[1:]) != size or not len(pixel_values) or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floats of shape (tiles, {', '.join(map(str, size))}), as the processor makes "
+                f"them; got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}"
+            )
+        batches = [pixel_values] if self.training else pixel_values.split(self.config.vision_batch_size)
+        return torch.cat([self._encode_tiles(batch) for batch in batches])
+
+    def _tile_size(self) -> tuple[int, int]:
+        rows, columns = self.config.grid_size
+        height, width = self.config.patch_size
+        return rows * height, columns * width
+
+    def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        layer, (rows, columns) = self.config.select_layer, self.config.grid_size
+        tiles = tiles.to(self.vision_model.device, self.vision_model.dtype)
+        output = self.vision_model(pixel_values=tiles, output_hidden_states=layer != -1, return_dict=True)
+        tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        tokens = tokens[:, tokens.shape[1] - rows * columns :]  # without a class token and registers, which come first
+        folded = pixel_shuffle(tokens, (rows, columns), self.config.pixel_shuffle_factor)
+        return self.mlp1(folded.to(self.mlp1[0].weight.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+        """
+        Args:
+            input_ids: (B, S), with `config.image_token_id` in the place of every visual token, tile after tile.
+            pixel_values: (n, channels, h, w), the tiles of all prompts, in order.
+            attention_mask, position_ids, past_key_values: As the language model takes them.
+            inputs_embeds: (B, S, E) instead of `input_ids`, with the embedding of `config.image_token_id` in the place
+                of every visual token.
+            labels: (B, S) token ids; those of visual tokens are ignored, as -100 is.
+            image_features: (n, N, E) instead of `pixel_values`: what `get_image_features` has returned.
+            kwargs: Whatever the language model takes: use_cache, logits_to_keep, num_items_in_batch, ...
+
+        Returns:
+            What the language model returns: loss, logits (B, S, vocabulary), past_key_values, ...
+
+        Raises:
+            ValueError: Another number of placeholders than of visual tokens; both ids and embeddings, or neither; tiles
+                of a wrong shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("give either pixel_values or image_features")
+        placeholders = self._placeholders(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values)
+        if image_features is not None or _is_empty(past_key_values):
+            inputs_embeds = self._with_visual_tokens(inputs_embeds, placeholders, image_features)
+        if labels is not None and placeholders is not None:
+            labels = labels.masked_fill(placeholders.to(labels.device), -100)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            **kwargs,
+        )
+
+    def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, S) booleans: where a visual token belongs; None if the id of the placeholder is not known."""
+        image_token_id = self.config.image_token_id
+        if image_token_id is None:
+            return None
+        if input_ids is not None:
+            return input_ids == image_token_id
+        token = torch.tensor(image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _with_visual_tokens(
+        self, inputs_embeds: torch.Tensor, placeholders: torch.Tensor | None, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        if placeholders is None:
+            if features is None:
+                return inputs_embeds
+            raise ValueError(
+                "config.image_token_id is not known: set it to tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>')"
+            )
+        self._check_count(placeholders.sum(), 0 if features is None else features.shape[:2].numel())
+        if features is None:
+            return inputs_embeds
+        visual = features.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(placeholders.to(inputs_embeds.device)[..., None], visual)
+
+    def _check_count(self, found: torch.Tensor, wanted: int) -> None:
+        message = f"visual tokens, but another number of placeholders ({self.config.image_token})"
+        if torch.compiler.is_compiling():  # a value cannot be read there; inductor on CPU aborts the process
+            torch._assert_async(found == wanted, f"{wanted} {message}")
+        elif found != wanted:
+            raise ValueError(
+                f"{found} placeholders ({self.config.image_token}, id {self.config.image_token_id}) in the input, "
+                f"{wanted} visual tokens: {self.config.image_seq_length} placeholders are wanted for every tile"
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers' own; images are shown once, and kept out of the steps that follow."""
+        if is_first_iteration is not None:  # transformers >= 5
+            kwargs["is_first_iteration"] = is_first_iteration
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if _is_empty(past_key_values) or is_first_iteration or self._continues_with_images(inputs, is_first_iteration):
+            inputs |= {"pixel_values": pixel_values, "image_features": image_features}
+        return inputs
+
+    def _continues_with_images(self, inputs: dict[str, Any], is_first_iteration: bool | None) -> bool:
+        """Whether a new turn with images follows a cache that was given; transformers >= 5 says so itself."""
+        input_ids = inputs.get("input_ids")
+        if is_first_iteration is not None or input_ids is None or input_ids.shape[1] == 1:
+            return False
+        return bool((input_ids == self.config.image_token_id).any())
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As transformers' own, for beams and several answers; images are encoded once, and repeated prompt by prompt,
+        since the tiles of a prompt must stay together."""
+        pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
+        if expand_size > 1 and (pixel_values is not None or features is not None):
+            features = self.get_image_features(pixel_values) if features is None else features
+            placeholders = self._placeholders(input_ids, model_kwargs.get("inputs_embeds"))
+            features = _repeat_by_prompt(features, placeholders, expand_size)
+            pixel_values = None
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "pixel_values": pixel_values, "image_features": features}
+
+
+def _is_empty(past_key_values: Any) -> bool:
+    return past_key_values is None or past_key_values.get_seq_length() == 0
+
+
+def _repeat_by_prompt(features: torch.Tensor, placeholders: torch.Tensor, times: int) -> torch.Tensor:
+    """(n, N, E), the tiles of prompts (B, S) -> (times * n, N, E): each prompt's tiles `times` times, in order."""
+    tiles = (placeholders.sum(1) // features.shape[1]).tolist()
+    return torch.cat([part for own in features.split(tiles) for part in [own] * times])
+
+
+SAILVLForConditionalGeneration.register_for_auto_class("AutoModel")
+SAILVLForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+SAILVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["SAILVLForConditionalGeneration"]

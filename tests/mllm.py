@@ -1,0 +1,209 @@
+"""Toy SAIL-VL releases, and the same weights in parts of transformers that are put together by hand."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import TINY_SHAPE, published_config, randomize
+from einops import rearrange
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import CONFIG_MAPPING, Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM
+
+from sailvit import SAILViTConfig, SAILViTModel
+from sailvit.convert.folder import transformers_config
+from sailvit.convert.layouts import convert_tensors
+
+
+IMAGE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+CORPUS = [
+    "What is the total?",
+    "Describe the image. Answer with one word.",
+    "The total is 42.",
+    "Image-1: Frame-1:",
+] * 8
+LANGUAGE = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+LANGUAGES = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+}
+
+
+def write_tokenizer(folder: Path, image_tokens: bool = True) -> Path:
+    """A byte-level BPE of a few hundred tokens, in the files that Qwen2 and the releases come with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.model.save(str(folder))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(IMAGE_TOKENS if image_tokens else [])]
+    first = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "added_tokens_decoder": {
+            str(first + index): {"content": token, **flags} for index, token in enumerate(special)
+        },
+        "additional_special_tokens": special[1:],
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "model_max_length": 8192,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps({token: first + i for i, token in enumerate(special)}))
+    return folder
+
+
+def released_config(language: str = "qwen2", tied: bool = False) -> dict:
+    """config.json as the releases have it: every field of theirs, old keys and all."""
+    old = {"_name_or_path": "/mnt/somebody/ckpt", "torch_dtype": "bfloat16", "transformers_version": "4.37.2"}
+    generation = {"max_length": 20, "do_sample": False, "temperature": 1.0, "top_k": 50, "num_beams": 1}
+    text = {**LANGUAGES[language], **LANGUAGE, **old, **generation, "tie_word_embeddings": tied, "use_cache": True}
+    vision = {
+        **published_config("sailvit"),
+        **old,
+        **generation,
+        "auto_map": {"AutoModel": "modeling_aimv2.AIMv2Model"},
+    }
+    return {
+        "architectures": ["SailVLModel"],
+        "auto_map": {"AutoConfig": "configuration_sailvl.SailVLConfig", "AutoModel": "modeling_sailvl.SailVLModel"},
+        "model_type": "internvl_chat",
+        "vision_config": {**vision, "attn_implementation": "flash_attention_2", "use_flash_attn": True},
+        "llm_config": {**text, "attn_implementation": "flash_attention_2"},
+        "downsample_ratio": 0.5,
+        "select_layer": -1,
+        "ps_version": "v2",
+        "template": "sailvl-chat",
+        "force_image_size": TINY_SHAPE.grid_size * TINY_SHAPE.patch_size,
+        "dynamic_image_size": True,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "use_thumbnail": True,
+        "pad2square": False,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": None,
+    }
+
+
+def released_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under the released names; a tied head is not among them."""
+    tower = randomize(SAILViTModel(SAILViTConfig(**_fields(config["vision_config"]))), seed)
+    language = randomize(_language_model(config["llm_config"]), seed + 1)
+    width, folded = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
+    connector = randomize(_connector(folded, width), seed + 2)
+    tensors = {}
+    for prefix, part in (("vision_model", tower), ("mlp1", connector), ("language_model", language)):
+        tensors |= {f"{prefix}.{name}": tensor.contiguous() for name, tensor in part.state_dict().items()}
+    if config["llm_config"]["tie_word_embeddings"]:
+        del tensors["language_model.lm_head.weight"]
+    return tensors
+
+
+def write_release(
+    folder: Path, language: str = "qwen2", tied: bool = False, shards: int = 2, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A release of SAIL-VL at toy size: weights in shards, config.json, tokenizer; no processor, no code."""
+    config = released_config(language, tied)
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.to(dtype) for name, tensor in released_tensors(config).items()}
+    names = sorted(tensors)  # language_model, mlp1, vision_model
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        own = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, file)
+    if shards > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _fields(config: dict) -> dict:
+    old = ("model_type", "architectures", "_name_or_path", "torch_dtype", "transformers_version", "auto_map")
+    return {key: value for key, value in config.items() if key in SAILViTConfig().to_dict() and key not in old}
+
+
+def _language_model(config: dict) -> nn.Module:
+    kept = {**{key: config[key] for key in LANGUAGE}, "tie_word_embeddings": config["tie_word_embeddings"]}
+    if "head_dim" in config:
+        kept["head_dim"] = config["head_dim"]
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**kept))
+
+
+def _connector(folded: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(folded), nn.Linear(folded, width), nn.GELU(), nn.Linear(width, width))
+
+
+class HandMade:
+    """The weights of a release in transformers' Aimv2VisionModel, an nn.Sequential and a causal language model."""
+
+    def __init__(self, config: dict, tensors: dict[str, torch.Tensor], image_token_id: int):
+        fields = {**_fields(config["vision_config"]), "pos_embed_type": "absolute"}
+        self.tower = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(fields))).eval()
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+        self.tower.load_state_dict(convert_tensors(own, "transformers"), strict=True)
+        width, folded = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
+        self.connector = _connector(folded, width)
+        self.connector.load_state_dict(_under(tensors, "mlp1."), strict=True)
+        self.language = _language_model(config["llm_config"]).eval()
+        weights = _under(tensors, "language_model.")
+        if config["llm_config"]["tie_word_embeddings"]:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        self.language.load_state_dict(weights, strict=True)
+        self.image_token_id = image_token_id
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        embeds = self.language.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeds
+        tokens = self.tower(pixel_values).last_hidden_state
+        side = round(tokens.shape[1] ** 0.5)
+        tokens = rearrange(tokens, "b (h p w q) c -> b (h w) (p q c)", h=side // 2, w=side // 2, p=2, q=2)
+        embeds = embeds.clone()
+        embeds[input_ids == self.image_token_id] = self.connector(tokens).flatten(0, 1)
+        return embeds
+
+    @torch.no_grad()
+    def logits(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.language(inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=mask).logits
+
+    def greedy(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, tokens: int) -> list[int]:
+        """Greedy tokens of one prompt, every step from its beginning: no cache, no generate."""
+        for _ in range(tokens):
+            following = self.logits(input_ids, pixel_values)[:, -1:].argmax(-1)
+            input_ids = torch.cat([input_ids, following], 1)
+        return input_ids[0, -tokens:].tolist()
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

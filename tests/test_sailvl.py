@@ -1,0 +1,441 @@
+"""SAIL-VL against the same weights in parts of transformers, and everything that transformers does with a model."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_pixels, randomize, relative_difference
+from mllm import LANGUAGE, HandMade, released_config, released_tensors, write_release
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+    TextIteratorStreamer,
+)
+
+from sailvit import SAILViTConfig, SAILVLConfig, SAILVLForConditionalGeneration
+
+
+IMAGE = 309  # <IMG_CONTEXT> in the toy tokenizer
+TILE = [IMAGE] * 4
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory):
+    return write_release(tmp_path_factory.mktemp("releases") / "toy")
+
+
+@pytest.fixture(scope="module")
+def model(release) -> SAILVLForConditionalGeneration:
+    loaded = SAILVLForConditionalGeneration.from_pretrained(release, dtype=torch.float32).eval()
+    loaded.img_context_token_id = IMAGE
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> HandMade:
+    config = released_config()
+    return HandMade(config, released_tensors(config), IMAGE)
+
+
+def prompt(tiles: int, seed: int = 0, length: int = 9) -> torch.Tensor:
+    """(1, S): some text, an image of that many tiles, more text."""
+    text = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.tensor([text[:4] + TILE * tiles + text[4:]])
+
+
+# Configuration
+
+
+def test_a_released_configuration_loads_as_it_is_and_is_stable(release, tmp_path):
+    config = SAILVLConfig.from_pretrained(release)
+    assert config.vision_config.model_type == "sailvit" and config.text_config.model_type == "qwen2"
+    assert config.llm_config is config.text_config and config.pixel_shuffle_factor == 2
+    assert (config.max_dynamic_patch, config.template, config.image_seq_length) == (12, "sailvl-chat", 4)
+    assert "flash_attention_2" not in json.dumps(config.to_dict()) and "/mnt" not in json.dumps(config.to_dict())
+    config.save_pretrained(tmp_path)
+    again = SAILVLConfig.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "twice")
+    texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "twice")]
+    assert texts[0] == texts[1] and again.architectures != ["SailVLModel"]
+    assert again.auto_map["AutoModelForImageTextToText"] == "modeling_sailvl.SAILVLForConditionalGeneration"
+
+
+def test_a_bare_configuration_is_sailvit_large_before_qwen2():
+    config = SAILVLConfig()
+    assert repr(config) and config.image_seq_length == 256 and config.vision_config.hidden_size == 1024
+    assert config.image_token_id is None or config.text_config.vocab_size > config.image_token_id == 151667
+
+
+def test_the_language_model_says_whether_embeddings_are_tied():
+    tied = SAILVLConfig(text_config={"model_type": "qwen2", "tie_word_embeddings": True}, tie_word_embeddings=False)
+    assert tied.tie_word_embeddings and SAILVLConfig.from_dict(tied.to_dict()).tie_word_embeddings
+
+
+BAD_FIELDS = [
+    ({"ps_version": "v1"}, "ps_version 'v1' is not supported"),
+    ({"select_layer": 25}, "select_layer 25 is out of range: a tower of 24 blocks has -25 to 24"),
+    ({"select_layer": -26}, "select_layer -26 is out of range"),
+    ({"downsample_ratio": 0.4}, "downsample_ratio must be 1 over a whole number"),
+    ({"pixel_shuffle_factor": 3}, "does not divide the 32 x 32 patches"),
+    ({"vision_batch_size": 0}, "vision_batch_size must be a positive integer"),
+    ({"force_image_size": 224}, "force_image_size is 224"),
+    (
+        {"text_config": {"model_type": "internlm2"}},
+        "'internlm2' is not known to the installed transformers: convert it",
+    ),
+    ({"text_config": {"model_type": "gpt-17"}}, "'gpt-17' is not known to the installed transformers: name one"),
+    ({"text_config": {"hidden_size": 8}}, "text_config.model_type None is not known"),
+    ({"vision_config": {"model_type": "intern_vit_6b"}}, "convert it to transformers' internvl_vision"),
+    ({"vision_config": {"model_type": "qwen2"}}, "'qwen2' is no vision tower: it has no image_size"),
+    ({"llm_config": {"model_type": "qwen2"}, "text_config": {"model_type": "llama"}}, "both given"),
+    ({"image_token": ""}, "must be texts"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_FIELDS)
+def test_a_bad_field_is_refused_with_what_would_do(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        SAILVLConfig(**fields)
+
+
+def test_an_override_at_loading_is_checked_with_the_other_fields(release):
+    assert SAILVLConfig.from_pretrained(release, select_layer=-2).select_layer == -2
+    with pytest.raises(ValueError, match="select_layer 9 is out of range"):
+        SAILVLConfig.from_pretrained(release, select_layer=9)
+
+
+# Parity
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("language", ["qwen2", "qwen3", "llama"])
+def test_logits_are_those_of_the_parts_put_together_by_hand(language, tied, tmp_path):
+    config = released_config(language, tied)
+    twin = HandMade(config, released_tensors(config), IMAGE)
+    path = write_release(tmp_path / "toy", language, tied)
+    model, report = SAILVLForConditionalGeneration.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, image_token_id=IMAGE
+    )
+    assert not any(report.values())
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    for tiles in (0, 1, 3):
+        pixels, ids = random_pixels(tiles, 3, 56, 56) if tiles else None, prompt(tiles)
+        with torch.no_grad():
+            assert relative_difference(model(ids, pixels).logits, twin.logits(ids, pixels)) < 1e-4
+        generated = model.generate(ids, pixel_values=pixels, do_sample=False, max_new_tokens=6, eos_token_id=None)
+        assert generated[0, ids.shape[1] :].tolist() == twin.greedy(ids, pixels, 6)
+    model.save_pretrained(tmp_path / "saved")
+    again = SAILVLForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_batch_of_left_padded_prompts_gives_what_each_gives_alone(model, by_hand):
+    counts, ids = (2, 0, 1), [prompt(tiles, seed, length) for tiles, seed, length in ((2, 1, 9), (0, 2, 7), (1, 3, 12))]
+    longest = max(row.shape[1] for row in ids)
+    batch = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in ids])
+    mask = torch.stack([torch.arange(longest) >= longest - row.shape[1] for row in ids]).long()
+    pixels = random_pixels(3, 3, 56, 56)
+    written = model.generate(
+        batch, attention_mask=mask, pixel_values=pixels, do_sample=False, max_new_tokens=5, eos_token_id=None
+    )
+    for row, own, answer in zip(ids, pixels.split(counts), written, strict=True):
+        assert answer[longest:].tolist() == by_hand.greedy(row, own if len(own) else None, 5)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams_see_the_images_of_their_own_prompt(model, options):
+    """Two prompts of two tiles each: expanding tile by tile would mix them."""
+    ids, pixels = torch.cat([prompt(2, 1), prompt(2, 2)]), random_pixels(4, 3, 56, 56)
+    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, **options}
+    together = model.generate(ids, pixel_values=pixels, **settings).split(options.get("num_return_sequences", 1))
+    embeds = model.get_input_embeddings()(ids).masked_scatter(
+        (ids == IMAGE)[..., None], model.get_image_features(pixels).flatten(0, 1)
+    )
+    alone = model.language_model.generate(
+        inputs_embeds=embeds, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings
+    )
+    assert torch.equal(torch.cat(together)[:, ids.shape[1] :], alone)
+
+
+def test_embeddings_instead_of_ids_give_the_same_tokens(model):
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    settings = {"pixel_values": pixels, "do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+    from_embeds = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings)
+    assert torch.equal(from_embeds, model.generate(ids, **settings)[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_every_cache_gives_the_same_tokens(model, by_hand, cache):
+    ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
+    options = {"use_cache": False} if cache is None else {"cache_implementation": cache, "disable_compile": True}
+    written = model.generate(ids, pixel_values=pixels, do_sample=False, max_new_tokens=5, eos_token_id=None, **options)
+    assert written[0, -5:].tolist() == by_hand.greedy(ids, pixels, 5)
+
+
+def test_assisted_and_streamed_generation_give_the_same_tokens(model, by_hand, release):
+    ids, pixels = prompt(1, seed=5), random_pixels(1, 3, 56, 56)
+    expected = by_hand.greedy(ids, pixels, 6)
+    settings = {"pixel_values": pixels, "do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
+    assert model.generate(ids, prompt_lookup_num_tokens=2, **settings)[0, -6:].tolist() == expected
+    assistant = copy.deepcopy(model)
+    assert model.generate(ids, assistant_model=assistant, **settings)[0, -6:].tolist() == expected
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    model.generate(ids, streamer=streamer, **settings)
+    assert "".join(streamer) == tokenizer.decode(expected)
+
+
+def test_a_turn_with_a_new_image_continues_a_cache(model):
+    first, second = prompt(1, 1), prompt(2, 2)
+    pixels = random_pixels(3, 3, 56, 56)
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    whole = model.generate(torch.cat([first, second], 1), pixel_values=pixels, **settings)
+    with torch.no_grad():
+        past = model(first, pixels[:1], use_cache=True).past_key_values
+    both = torch.cat([first, second], 1)
+    continued = model.generate(both, pixel_values=pixels[1:], past_key_values=past, **settings)
+    assert torch.equal(whole, continued)
+
+
+# The tower's side
+
+
+def test_micro_batches_of_tiles_give_the_features_of_all_at_once(model):
+    pixels = random_pixels(7, 3, 56, 56)
+    with torch.no_grad():
+        whole = model.get_image_features(pixels)
+        for size in (1, 3, 7):
+            model.config.vision_batch_size = size
+            torch.testing.assert_close(model.get_image_features(pixels), whole, rtol=1e-5, atol=1e-5)
+    model.config.vision_batch_size = 8
+    assert whole.shape == (7, 4, 64)
+
+
+def test_features_can_be_computed_once_and_given_instead_of_pixels(model):
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    with torch.no_grad():
+        features = model.get_image_features(pixels)
+        assert torch.equal(model(ids, image_features=features).logits, model(ids, pixels).logits)
+
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
+}  # fmt: skip
+TOWERS = {
+    "internvl_vision": InternVLVisionConfig(**VISION, image_size=[56, 56]),
+    "siglip": SiglipVisionConfig(**VISION, image_size=56),
+    "clip": CLIPVisionConfig(**VISION, image_size=56),
+}
+TEXTS = {
+    "qwen2": Qwen2Config(**LANGUAGE),
+    "qwen3": Qwen3Config(**LANGUAGE, head_dim=16),
+    "llama": LlamaConfig(**LANGUAGE),
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("layer", [-1, -2, 0, 2])
+def test_any_tower_composes_and_its_class_token_is_dropped(tower, layer, tmp_path):
+    config = SAILVLConfig(
+        vision_config=TOWERS[tower].to_dict(), text_config=TEXTS["qwen2"], image_token_id=IMAGE, select_layer=layer
+    )
+    model = randomize(SAILVLForConditionalGeneration(config)).eval()
+    pixels = random_pixels(2, 3, 56, 56)
+    with torch.no_grad():
+        output = model.vision_model(pixel_values=pixels, output_hidden_states=True)
+        tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        tokens = tokens[:, -16:].reshape(2, 4, 4, 32)  # without the class token of two of them
+        squares = [tokens[:, row : row + 2, column : column + 2] for row in (0, 2) for column in (0, 2)]
+        folded = torch.stack([square.reshape(2, 128) for square in squares], 1)
+        torch.testing.assert_close(model.get_image_features(pixels), model.mlp1(folded))
+    model.save_pretrained(tmp_path)
+    again = SAILVLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(prompt(2), pixels).logits, model(prompt(2), pixels).logits)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_language_model_composes(text):
+    config = SAILVLConfig(vision_config=SAILViTConfig(**{**VISION, "image_size": 56}), text_config=TEXTS[text])
+    config.image_token_id = IMAGE
+    model = SAILVLForConditionalGeneration(config).eval()
+    assert type(model.language_model).__name__.lower() == f"{text}forcausallm"
+    assert model(prompt(1), random_pixels(1, 3, 56, 56)).logits.shape == (1, 13, 384)
+
+
+def test_attention_is_set_part_by_part(release):
+    chosen = {"vision_config": "eager", "text_config": "sdpa"}
+    model = SAILVLForConditionalGeneration.from_pretrained(release, attn_implementation=chosen, image_token_id=IMAGE)
+    assert model.vision_model.config._attn_implementation == "eager"
+    assert model.language_model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation({"vision_config": "sdpa", "text_config": "eager"})
+    assert model.vision_model.config._attn_implementation == "sdpa"
+    assert model.language_model.config._attn_implementation == "eager"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("placeholders", "tiles", "message"), [
+    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: 4 placeholders are wanted for"),
+    (9, 2, "9 placeholders"),
+    (4, 0, "4 placeholders .* 0 visual tokens"),
+    (0, 1, "0 placeholders .* 4 visual tokens"),
+])  # fmt: skip
+def test_placeholders_that_do_not_match_the_tiles_are_refused(model, placeholders, tiles, message):
+    ids = torch.tensor([[1, 2, *[IMAGE] * placeholders, 3]])
+    with pytest.raises(ValueError, match=message):
+        model(ids, random_pixels(tiles, 3, 56, 56) if tiles else None)
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, pixel_values=random_pixels(tiles, 3, 56, 56) if tiles else None, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (3, 56, 56), (1, 2, 3, 56, 56), (1, 4, 56, 56), (0, 3, 56, 56)])
+def test_tiles_of_a_wrong_shape_are_refused(model, shape):
+    with pytest.raises(ValueError, match=r"pixel_values must be floats of shape \(tiles, 3, 56, 56\)"):
+        model(prompt(1), torch.zeros(shape))
+
+
+def test_images_without_a_known_placeholder_are_refused(release):
+    model = SAILVLForConditionalGeneration.from_pretrained(release)
+    assert model.config.image_token_id is None
+    with pytest.raises(ValueError, match=r"config\.image_token_id is not known: set it to"):
+        model(prompt(1), random_pixels(1, 3, 56, 56))
+
+
+def test_ids_and_embeddings_together_are_refused(model):
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="either pixel_values or image_features"):
+        model(prompt(1), random_pixels(1, 3, 56, 56), image_features=torch.zeros(1, 4, 64))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    release = write_release(tmp_path / "toy")
+    (release / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: the checkpoint is not whole"):
+        SAILVLForConditionalGeneration.from_pretrained(release)
+
+
+# Training
+
+
+def test_loss_counts_text_alone_and_is_the_language_models_own(model, by_hand):
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    everywhere = model(ids, pixels, labels=ids.clone()).loss
+    text_alone = ids.masked_fill(ids == IMAGE, -100)
+    assert torch.equal(everywhere, model(ids, pixels, labels=text_alone).loss)
+    logits = by_hand.logits(ids, pixels)[0, :-1]
+    torch.testing.assert_close(everywhere, torch.nn.functional.cross_entropy(logits, text_alone[0, 1:]))
+    count = (text_alone[0, 1:] != -100).sum()
+    spread = model(ids, pixels, labels=ids, num_items_in_batch=2 * count).loss
+    assert math.isclose(spread.item(), everywhere.item() / 2, rel_tol=1e-5)
+
+
+def test_only_the_logits_that_are_asked_for_are_computed(model):
+    ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
+    with torch.no_grad():
+        last = model(ids, pixels, logits_to_keep=1).logits
+        assert last.shape == (1, 1, 384)
+        torch.testing.assert_close(last, model(ids, pixels).logits[:, -1:])
+        assert isinstance(model(ids, pixels, return_dict=False), tuple)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renamed the method
+def test_gradient_checkpointing_changes_nothing_and_every_parameter_gets_a_gradient(model):
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    gradients = []
+    for checkpointed in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointed:
+            trained.gradient_checkpointing_enable({"use_reentrant": False})
+        trained(ids, pixels, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trained.named_parameters()})
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("part", ["vision_model.*(qkv|fc1)", "language_model.*(q_proj|v_proj)"])
+def test_lora_trains_the_part_it_is_put_on(model, part, tmp_path):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(target_modules=f".*{part}", task_type="CAUSAL_LM", r=2)
+    adapted = peft.get_peft_model(copy.deepcopy(model).train(), options)
+    ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
+    adapted(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert trained and all("lora_" in name and part.split(".")[0] in name for name in trained)
+    adapted.save_pretrained(tmp_path)
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).merge_and_unload()
+    assert torch.equal(merged(ids, pixels).logits, model(ids, pixels).logits)  # a fresh adapter adds nothing
+
+
+def test_embeddings_are_resized_where_the_language_model_has_them(model):
+    resized = copy.deepcopy(model)
+    resized.resize_token_embeddings(400)
+    assert resized.config.text_config.vocab_size == 400
+    with torch.no_grad():
+        logits = resized(prompt(1), random_pixels(1, 3, 56, 56)).logits
+    assert logits.shape[-1] == 400
+
+
+# Compiled, quantized, spread
+
+
+@pytest.mark.slow
+def test_compiled_gives_the_logits_of_eager(model):
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, pixels).logits, model(ids, pixels).logits, rtol=1e-4, atol=1e-4)
+        traced = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")  # inductor would abort
+        with pytest.raises(RuntimeError, match="another number of placeholders"):
+            traced(ids[:, 1:].clone().index_fill_(1, torch.tensor([5]), 7), pixels)
+
+
+@pytest.mark.slow
+def test_int8_weights_of_the_language_model_answer_nearly_alike(model):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    quantized = copy.deepcopy(model)
+    quantize_(quantized.language_model, Int8WeightOnlyConfig(version=2))
+    kinds = {type(module.weight).__name__ for module in quantized.language_model.model.layers[0].self_attn.children()
+             if hasattr(module, "weight")}  # fmt: skip
+    assert kinds == {"Int8Tensor"}
+    with torch.no_grad():
+        difference = relative_difference(quantized(ids, pixels).logits, model(ids, pixels).logits)
+    assert 0 < difference < 0.05
+    assert (
+        quantized.generate(ids, pixel_values=pixels, max_new_tokens=3, eos_token_id=None).shape[1] == ids.shape[1] + 3
+    )
+
+
+def test_parts_are_spread_over_devices_and_disk(release, model, tmp_path):
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    spread = SAILVLForConditionalGeneration.from_pretrained(
+        release,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": int(size * 0.6), "disk": 10 * size},
+        offload_folder=tmp_path,
+        image_token_id=IMAGE,
+    ).eval()
+    assert {"cpu", "disk"} == set(map(str, spread.hf_device_map.values()))
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(spread(ids, pixels).logits, model(ids, pixels).logits)
+
+
+def test_the_causal_language_model_class_loads_it_too(release):
+    config = SAILVLConfig.from_pretrained(release)
+    assert type(AutoModelForCausalLM.from_config(config)) is SAILVLForConditionalGeneration
