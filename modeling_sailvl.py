@@ -47,6 +47,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         vision, text = config.vision_config, config.text_config
         is_sailvit = vision.model_type == SAILViTModel.config_class.model_type
         self.vision_model = SAILViTModel._from_config(vision) if is_sailvit else AutoModel.from_config(vision)
+        if config.select_layer != -1:  # not every tower of transformers 4.57 takes it in a call
+            self.vision_model.config.output_hidden_states = True
         folded = config.pixel_shuffle_factor**2 * vision.hidden_size
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(folded),
@@ -138,7 +140,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
     def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         layer, (rows, columns) = self.config.select_layer, self.config.grid_size
         tiles = tiles.to(self.vision_model.device, self.vision_model.dtype)
-        output = self.vision_model(pixel_values=tiles, output_hidden_states=layer != -1, return_dict=True)
+        output = self.vision_model(pixel_values=tiles)
         tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         tokens = tokens[:, tokens.shape[1] - rows * columns :]  # without a class token and registers, which come first
         folded = pixel_shuffle(tokens, (rows, columns), self.config.pixel_shuffle_factor)
