@@ -99,7 +99,6 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     convert.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
     convert.add_argument(
         "--to-layout",
-        default="sailvit",
         choices=LAYOUTS,
         help="sailvit, the default, transformers and timm load it; for the others it is part of a model",
     )

@@ -18,7 +18,8 @@ from .writer import write_json
 
 
 if TYPE_CHECKING:
-    from .conversion import Conversion
+    from .aimv2 import TowerJob
+    from .job import Job
 
 PACKAGE = Path(__file__).parents[1]
 CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
@@ -40,11 +41,11 @@ class Runtime:
     title: str
     reads_shards: bool
     usage: str
-    write_configs: Callable[[Path, "Conversion"], None]
+    write_configs: Callable[[Path, "TowerJob"], None]
     objection: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
 
 
-def check_expressible(job: "Conversion") -> None:
+def check_expressible(job: "TowerJob") -> None:
     """
     Raises:
         CheckpointError: The tower has what the runtime cannot express, or its pictures are what none can.
@@ -56,7 +57,7 @@ def check_expressible(job: "Conversion") -> None:
     read_pictures(job.checkpoint)
 
 
-def write_folder(folder: Path, job: "Conversion") -> None:
+def write_folder(folder: Path, job: "TowerJob") -> None:
     """Writes all but the weights and the provenance; a layout without a runtime of its own gets the card alone."""
     runtime = RUNTIMES.get(job.layout.name)
     if runtime:
@@ -64,7 +65,7 @@ def write_folder(folder: Path, job: "Conversion") -> None:
     _write_card(folder, job, runtime)
 
 
-def _write_sailvit(folder: Path, job: "Conversion") -> None:
+def _write_sailvit(folder: Path, job: "TowerJob") -> None:
     config = read_json(PACKAGE / "config.json")
     config |= {key: value for key, value in job.fields.items() if key in config}
     write_json(folder / "config.json", {**config, "dtype": torch_name(job.dtype)})
@@ -76,7 +77,7 @@ def _write_sailvit(folder: Path, job: "Conversion") -> None:
         shutil.copyfile(PACKAGE / file, folder / file)
 
 
-def _write_transformers(folder: Path, job: "Conversion") -> None:
+def _write_transformers(folder: Path, job: "TowerJob") -> None:
     write_json(folder / "config.json", {**transformers_config(job.fields), "dtype": torch_name(job.dtype)})
     pictures, size = read_pictures(job.checkpoint), job.fields["image_size"]
     processor = {
@@ -107,7 +108,7 @@ def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_timm(folder: Path, job: "Conversion") -> None:
+def _write_timm(folder: Path, job: "TowerJob") -> None:
     mean, std = _normalisation(read_pictures(job.checkpoint))
     size, channels = job.fields["image_size"], job.fields["num_channels"]
     pretrained = {
@@ -236,7 +237,7 @@ def _normalisation(pictures: Mapping[str, Any]) -> tuple[list[float], list[float
     return [mean / scale for mean in pictures["image_mean"]], [std / scale for std in pictures["image_std"]]
 
 
-def _write_card(folder: Path, job: "Conversion", runtime: Runtime | None) -> None:
+def _write_card(folder: Path, job: "TowerJob", runtime: Runtime | None) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     source, name = job.checkpoint.source, folder.name.removeprefix(".").removesuffix(".part")
@@ -279,7 +280,7 @@ def _licence(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def write_provenance(
     folder: Path,
-    job: "Conversion",
+    job: "Job",
     asked: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
     digests: Mapping[str, str],
@@ -290,24 +291,19 @@ def write_provenance(
         files: Name -> sha256 and bytes of every file that was read.
         digests: Name -> sha256 of every tensor that was written.
     """
-    source, found = job.checkpoint.source, job.tower.found
+    source, record = job.checkpoint.source, job.record()
     before = job.checkpoint.document(PROVENANCE).get("source")
     provenance = {
         "source": {
             "name": _plain_name(source),
             "revision": source.revision,
-            "layout": found.layout.name,
-            "prefix": found.prefix,
-            "recognised": found.reason,
-            "dropped": {"heads": found.heads, "others": found.others},
+            **record.pop("source", {}),
             "files": files,
             **({"source": before} if before else {}),
         },
         "options": asked,
-        "layout": job.layout.name,
         "dtype": torch_name(job.dtype),
-        "tower": job.fields,
-        "positions": job.positions or "as in the source",
+        **record,
         "verification": job.verification,
         "versions": {"python": platform.python_version(), **_versions()},
         "files": {path.name: {"sha256": hash_file(path)} for path in sorted(folder.glob("*")) if _is_recorded(path)},

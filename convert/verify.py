@@ -18,7 +18,7 @@ from .values import compute_positions, load, torch_name
 if TYPE_CHECKING:
     import torch
 
-    from .conversion import Conversion
+    from .aimv2 import TowerJob
 
     Tokens = Callable[[torch.Tensor], torch.Tensor]  # pixels (1, C, H, W) -> tokens (1, N, D)
 
@@ -31,7 +31,7 @@ class VerificationError(RuntimeError):
     """The folder that was written does not do what its source does: a failure of this package."""
 
 
-def verify_folder(folder: Path, job: "Conversion") -> dict[str, Any]:
+def verify_folder(folder: Path, job: "TowerJob") -> dict[str, Any]:
     """
     Loads a folder in a fresh process and compares its tokens on a fixed picture with those of the source's weights, in
     code that is not the folder's, where there is any. Both run in float32, on weights rounded to the folder's dtype.
@@ -73,7 +73,7 @@ def _run_alone(folder: Path, scratch: Path) -> "dict[str, torch.Tensor]":
     return load_file(scratch / "tokens.safetensors")
 
 
-def _reference(job: "Conversion") -> "tuple[str, Tokens]":
+def _reference(job: "TowerJob") -> "tuple[str, Tokens]":
     """The source's weights in the code its names are of, or else in code that is not the folder's; and its name."""
     layout, fields = job.tower.found.layout, job.fields
     released, learned = layout.modules is RELEASED, job.learned is not None
@@ -86,7 +86,7 @@ def _reference(job: "Conversion") -> "tuple[str, Tokens]":
     return f"Aimv2VisionModel of transformers {version('transformers')}", _native_reference(job)
 
 
-def _timm_reference(job: "Conversion") -> "Tokens":
+def _timm_reference(job: "TowerJob") -> "Tokens":
     """timm reads Apple's names as it reads its own, and resamples positions, by its own code."""
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
@@ -100,7 +100,7 @@ def _timm_reference(job: "Conversion") -> "Tokens":
     return model.eval().forward_features
 
 
-def _native_reference(job: "Conversion") -> "Tokens":
+def _native_reference(job: "TowerJob") -> "Tokens":
     from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
     model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(_source_fields(job))))
@@ -111,7 +111,7 @@ def _native_reference(job: "Conversion") -> "Tokens":
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state
 
 
-def _sailvit_reference(job: "Conversion") -> "Tokens":
+def _sailvit_reference(job: "TowerJob") -> "Tokens":
     from ..configuration_sailvit import SAILViTConfig
     from ..modeling_sailvit import SAILViTModel
 
@@ -122,7 +122,7 @@ def _sailvit_reference(job: "Conversion") -> "Tokens":
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state
 
 
-def _ovis2_reference(job: "Conversion") -> "Tokens":
+def _ovis2_reference(job: "TowerJob") -> "Tokens":
     from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionModel
 
     fields = transformers_config(_source_fields(job))
@@ -133,21 +133,21 @@ def _ovis2_reference(job: "Conversion") -> "Tokens":
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state
 
 
-def _stored(job: "Conversion") -> "dict[str, torch.Tensor]":
+def _stored(job: "TowerJob") -> "dict[str, torch.Tensor]":
     """The source's tensors under its own names, without prefix, rounded to the dtype of the folder, in float32."""
     return {name: load(stored, job.dtype) for name, stored in job.tower.tensors.items()}
 
 
-def _source_fields(job: "Conversion") -> dict[str, Any]:
+def _source_fields(job: "TowerJob") -> dict[str, Any]:
     """The folder's fields, but with sine-cosine positions if the source has those, and the folder's written out."""
     return {**job.fields, "pos_embed_type": "absolute" if job.learned else "sincos"}
 
 
-def _position_name(job: "Conversion") -> str:
+def _position_name(job: "TowerJob") -> str:
     return job.tower.found.layout.names_of("preprocessor.pos_embed")[0]
 
 
-def _new_positions(job: "Conversion") -> "torch.Tensor":
+def _new_positions(job: "TowerJob") -> "torch.Tensor":
     return _rounded(compute_positions(job.learned, job.fields["hidden_size"], job.grid_size), job.dtype)
 
 

@@ -560,7 +560,7 @@ WRONG = [
     {"image_size": "56"},
     {"max_shard_size": None},
     {"max_shard_size": -1},
-    {"to_layout": None},
+    {"to_layout": ""},
     {"from_layout": "foo"},
 ]
 
