@@ -13,6 +13,7 @@ Shapes: B prompts, S positions of a prompt, n tiles of all prompts together, h a
 tokens, D the width of the tower, f the pixel shuffle factor, E the width of the language model.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,8 +130,20 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
                 f"pixel_values must be floats of shape (tiles, {', '.join(map(str, size))}), as the processor makes "
                 f"them; got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}"
             )
-        batches = [pixel_values] if self.training else pixel_values.split(self.config.vision_batch_size)
-        return torch.cat([self._encode_tiles(batch) for batch in batches])
+        if self.training or len(pixel_values) <= self.config.vision_batch_size:
+            return self._encode_tiles(pixel_values)
+        return self._encode_in_batches(pixel_values.split(self.config.vision_batch_size))
+
+    def _encode_in_batches(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One output that is filled: parts to be put together would take its memory twice."""
+        first = self._encode_tiles(batches[0])
+        features, end = first.new_empty(sum(map(len, batches)), *first.shape[1:]), len(first)
+        features[:end] = first
+        del first
+        for batch in batches[1:]:
+            features[end : end + len(batch)] = self._encode_tiles(batch)
+            end += len(batch)
+        return features
 
     def _tile_size(self) -> tuple[int, int]:
         rows, columns = self.config.grid_size

@@ -12,16 +12,17 @@ def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for counted in [False, *[True] * rounds]:
         for name, run in contenders.items():
-            _synchronize()
+            synchronize()
             started = time.perf_counter()
             run()
-            _synchronize()
+            synchronize()
             if counted:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Waits for the accelerator, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

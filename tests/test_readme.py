@@ -6,10 +6,15 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT
+from mllm import write_release, write_tokenizer
+from transformers import AutoTokenizer
+
+from sailvit import SAILViTImageProcessor, SAILVLForConditionalGeneration, SAILVLProcessor
 
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 
 
 def tracked_files() -> list[str]:
@@ -36,7 +41,7 @@ def test_tree_names_what_is_there():
 
 def test_usage_runs_as_written(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    first, card, batches = (text for kind, text in BLOCKS if kind == "python")
+    first, card, batches = (text for text in PYTHON if "sail-vl" not in text and "chat" not in text)
     scope = {}
     exec(first.replace("sailvit-demo/sailvit", str(folder)), scope)
     assert scope["tokens"].shape == (7, 4, 256)
@@ -48,6 +53,23 @@ def test_usage_runs_as_written(folder, monkeypatch):
     one_tile = scope["processor"](image, do_tile=False)["pixel_values"]
     torch.testing.assert_close(alone, scope["model"](one_tile).last_hidden_state.float(), rtol=0.1, atol=0.1)
     assert turned.shape == alone.shape == (1, 16, 64) and not torch.equal(turned, alone)
+
+
+def test_usage_of_the_multimodal_model_runs_as_written(tmp_path, monkeypatch, capsys):
+    model = SAILVLForConditionalGeneration.from_pretrained(write_release(tmp_path / "toy"), image_token_id=309)
+    size = model.config.vision_config.image_size
+    image_processor = SAILViTImageProcessor(size={"height": size, "width": size})
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "words"))
+    model.save_pretrained(tmp_path / "saved")
+    SAILVLProcessor(image_processor, tokenizer, model.config.image_seq_length).save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    first, chat = (text for text in PYTHON if "sail-vl" in text or "chat" in text)
+    scope = {}
+    exec(first.replace('"sail-vl"', repr(str(tmp_path / "saved"))), scope)
+    exec(chat, scope)
+    assert scope["tiles"].shape == (7, 3, size, size) and len(scope["history"]) == 1
+    assert scope["history"][0][1] == capsys.readouterr().out.strip()
 
 
 def test_ci_runs_the_readmes_test_command():
