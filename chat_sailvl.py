@@ -166,7 +166,8 @@ class SAILVLChat:
         answers = self._answer(tokenizer, prompts, pixel_values, num_patches_list, generation_config, tokens, verbose)
         if not return_history:
             return answers
-        return answers, [[*past, turn] for past, *turn in zip(pasts, zip(questions, answers, strict=True), strict=True)]
+        turns = zip(questions, answers, strict=True)
+        return answers, [[*past, turn] for past, turn in zip(pasts, turns, strict=True)]
 
     def _prompt(self, tokenizer: "PreTrainedTokenizerBase", past: list[tuple[str, str]], question: str) -> str:
         template = getattr(self.config, "template", None)

@@ -106,10 +106,12 @@ class SAILVLProcessor(ProcessorMixin):
             ValueError: Placeholders do not match the images or videos; truncation would cut off visual tokens.
             TypeError: An option that does not exist.
         """
-        if text is None:
-            raise ValueError(f"text is wanted, with a {self.image_token} for every image")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"text must be a prompt or a list of prompts, with a {self.image_token} for every image")
         image_options, text_options = self._sort_options(kwargs)
+        return_mm_token_type_ids |= text_options.pop("return_mm_token_type_ids", False)
+        num_frames = (kwargs.get("videos_kwargs") or {}).get("num_frames", num_frames)
         clips = [_read_frames(video, num_frames) for video in _flat_videos(videos)]
         self._check_counts(prompts, images, len(clips))
         visuals = [self._image(tiles) for tiles in self._cut(_flat_images(images), image_options)]
@@ -123,22 +125,24 @@ class SAILVLProcessor(ProcessorMixin):
         kwargs = {**kwargs.get("common_kwargs", {}), **kwargs}
         images, text = dict(kwargs.get("images_kwargs") or {}), {**TEXT_DEFAULTS, **(kwargs.get("text_kwargs") or {})}
         image_names = self.image_processor.valid_kwargs.__annotations__.keys() - {"return_tensors"}
-        text_names = {*TextKwargs.__annotations__, *TEXT_DEFAULTS, "return_tensors"}
+        text_names = {*TextKwargs.__annotations__, *TEXT_DEFAULTS, "return_tensors", "return_mm_token_type_ids"}
         for key, value in kwargs.items():
-            if key in image_names:
-                images[key] = value
-            elif key not in SERVICE_KEYS:
-                close = difflib.get_close_matches(key, {*image_names, *text_names}, n=1, cutoff=0.8)
-                if key not in text_names and close:
-                    raise TypeError(f"{type(self).__name__} has no option {key!r}; did you mean {close[0]}?")
-                text[key] = value
+            if key not in SERVICE_KEYS:
+                (images if key in image_names else text)[key] = value
+        for key in text.keys() - text_names:
+            close = difflib.get_close_matches(key, {*image_names, *text_names, "num_frames"}, n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"{type(self).__name__} has no option {key!r}{hint}")
         return images, text
 
     def _check_counts(self, prompts: list[str], images: Any, videos: int) -> None:
         """What is given against what the prompts have a place for, prompt by prompt where it is given so."""
         found, given = [prompt.count(self.image_token) for prompt in prompts], [len(_flat_images(images))]
         # transformers < 5 gives a list for every message, not for every prompt.
-        if isinstance(images, (list, tuple)) and len(images) == len(prompts) and not IS_V4:
+        by_prompt = isinstance(images, (list, tuple)) and all(
+            own is None or isinstance(own, (list, tuple)) for own in images
+        )
+        if by_prompt and len(images) == len(prompts) and not IS_V4:
             given = [len(_flat_images(own)) for own in images]
         if found != given and (len(given) > 1 or sum(found) != given[0]):
             raise ValueError(
@@ -183,9 +187,10 @@ class SAILVLProcessor(ProcessorMixin):
         tensor_type = options.pop("return_tensors", None)
         data = dict(self.tokenizer(prompts, **options))
         for prompt, ids in zip(prompts, data["input_ids"], strict=True):
-            if (kept := ids.count(self.image_token_id)) != prompt.count(self.image_token):
+            whole, kept = (self._image_tokens_of(own) for own in (prompt, ids))
+            if kept != whole:
                 raise ValueError(
-                    f"only {kept} of {prompt.count(self.image_token)} visual tokens are left of a prompt of max_length "
+                    f"only {kept} of {whole} tokens of images are left of a prompt of max_length "
                     f"{options.get('max_length')}: truncation would cut through an image; raise max_length, or lower "
                     "max_tiles"
                 )
@@ -194,6 +199,11 @@ class SAILVLProcessor(ProcessorMixin):
         if pixel_values is not None:
             data["pixel_values"] = pixel_values
         return BatchFeature(data=data, tensor_type=tensor_type)
+
+    def _image_tokens_of(self, prompt: str | list[int]) -> int:
+        """Start, placeholders and end of every image of a text, or of its ids."""
+        names = (self.image_start_token, self.image_token, self.image_end_token)
+        return sum(map(prompt.count, names if isinstance(prompt, str) else self.image_ids))
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As transformers' own, of which the older releases take no plain text for the content of a message."""

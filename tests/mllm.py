@@ -9,7 +9,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CONFIG_MAPPING, Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, AutoTokenizer
 
 from sailvit import SAILViTConfig, SAILViTModel
 from sailvit.convert.folder import transformers_config
@@ -17,6 +17,12 @@ from sailvit.convert.layouts import convert_tensors
 
 
 IMAGE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+# The first turn of every prompt, as the releases have it; what the toy model's prompt holds for one tile.
+SYSTEM = (
+    "<|im_start|>system\n"
+    "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。<|im_end|>"
+)
+TILE = "<IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT>"
 CORPUS = [
     "What is the total?",
     "Describe the image. Answer with one word.",
@@ -76,6 +82,30 @@ def write_tokenizer(folder: Path, image_tokens: bool = True) -> Path:
     return folder
 
 
+def load_tokenizer(folder: Path):
+    """
+    The toy tokenizer, but what it decodes is its tokens as its vocabulary writes them: a random model writes bytes that
+    are no text, which would all read "\ufffd", and so alike.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(folder))
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+class Recorder:
+    """A tokenizer that remembers the prompts it is called with."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.prompts = tokenizer, []
+
+    def __call__(self, prompts, **options):
+        self.prompts += prompts
+        return self.tokenizer(prompts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
 def released_config(language: str = "qwen2", tied: bool = False) -> dict:
     """config.json as the releases have it: every field of theirs, old keys and all."""
     old = {"_name_or_path": "/mnt/somebody/ckpt", "torch_dtype": "bfloat16", "transformers_version": "4.37.2"}
@@ -111,8 +141,11 @@ def released_config(language: str = "qwen2", tied: bool = False) -> dict:
     }
 
 
-def released_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under the released names; a tied head is not among them."""
+def released_tensors(config: dict, seed: int = 0, attentive: bool = False) -> dict[str, torch.Tensor]:
+    """
+    Random weights under the released names; a tied head is not among them. A random language model mostly looks at its
+    last token: an attentive one writes something else when an image changes, and only tokens that the tokenizer has.
+    """
     tower = randomize(SAILViTModel(SAILViTConfig(**_fields(config["vision_config"]))), seed)
     language = randomize(_language_model(config["llm_config"]), seed + 1)
     width, folded = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
@@ -122,17 +155,27 @@ def released_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
         tensors |= {f"{prefix}.{name}": tensor.contiguous() for name, tensor in part.state_dict().items()}
     if config["llm_config"]["tie_word_embeddings"]:
         del tensors["language_model.lm_head.weight"]
+    if attentive:
+        for name, tensor in tensors.items():
+            if name.startswith("language_model.") and ".self_attn." in name:
+                tensor.mul_(0 if name.endswith("bias") else 2)
+        tensors["language_model.lm_head.weight"][316:] = 0
     return tensors
 
 
 def write_release(
-    folder: Path, language: str = "qwen2", tied: bool = False, shards: int = 2, dtype: torch.dtype = torch.float32
+    folder: Path,
+    language: str = "qwen2",
+    tied: bool = False,
+    shards: int = 2,
+    dtype: torch.dtype = torch.float32,
+    attentive: bool = False,
 ) -> Path:
     """A release of SAIL-VL at toy size: weights in shards, config.json, tokenizer; no processor, no code."""
     config = released_config(language, tied)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: tensor.to(dtype) for name, tensor in released_tensors(config).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in released_tensors(config, attentive=attentive).items()}
     names = sorted(tensors)  # language_model, mlp1, vision_model
     weight_map = {}
     for shard in range(shards):
@@ -203,6 +246,14 @@ class HandMade:
             following = self.logits(input_ids, pixel_values)[:, -1:].argmax(-1)
             input_ids = torch.cat([input_ids, following], 1)
         return input_ids[0, -tokens:].tolist()
+
+    def answer(self, tokenizer, prompt: str, pixel_values: torch.Tensor | None = None, tokens: int = 6) -> str:
+        """The greedy tokens after a prompt, as text, up to the end of the turn."""
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        written = self.greedy(ids, pixel_values, tokens)
+        if (end := tokenizer.convert_tokens_to_ids("<|im_end|>")) in written:
+            written = written[: written.index(end)]
+        return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,441 @@
+"""The processor of SAIL-VL, against prompts that are written out here, the image processor, and the hand-made model."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHOTOGRAPH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mllm import (
+    SYSTEM,
+    TILE,
+    HandMade,
+    Recorder,
+    load_tokenizer,
+    released_config,
+    released_tensors,
+    write_release,
+    write_tokenizer,
+)
+from PIL import Image
+from test_hub_folder import run_stranger
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+
+from sailvit import SAILViTImageProcessor, SAILVLForConditionalGeneration, SAILVLProcessor
+
+
+START, END, CONTEXT, PAD = 307, 308, 309, 304
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    return load_tokenizer(tmp_path_factory.mktemp("tokenizers") / "toy")
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer) -> SAILVLProcessor:
+    return SAILVLProcessor(SAILViTImageProcessor(size=56, max_tiles=4), tokenizer, image_seq_length=4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory):
+    """A model and its processor in one folder."""
+    folder = tmp_path_factory.mktemp("saved") / "toy"
+    release = write_release(folder.with_name("release"), attentive=True)
+    model = SAILVLForConditionalGeneration.from_pretrained(release, dtype=torch.float32, image_token_id=CONTEXT)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(folder.with_name("tokenizer")))
+    SAILVLProcessor(SAILViTImageProcessor(size=56, max_tiles=4), tokenizer, image_seq_length=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> HandMade:
+    config = released_config()
+    return HandMade(config, released_tensors(config, attentive=True), CONTEXT)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def images_in(ids: list[int]) -> list[int]:
+    """The placeholders of every image of a prompt; none stand elsewhere."""
+    shorthand = "".join({START: "<", CONTEXT: "x", END: ">"}.get(token, ".") for token in ids)
+    images = re.findall("<(x+)>", shorthand)
+    assert re.sub("<x+>", "", shorthand).strip(".") == ""
+    return [len(image) for image in images]
+
+
+def tiles_of(processor: SAILVLProcessor, *pictures: Image.Image, **options) -> list[torch.Tensor]:
+    return [processor.image_processor(picture, **options)["pixel_values"] for picture in pictures]
+
+
+# The prompt
+
+
+def user(*parts: str) -> dict:
+    kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
+    return {"role": "user", "content": [kinds.get(part, {"type": "text", "text": part}) for part in parts]}
+
+
+RENDERINGS = {
+    "a text": ([{"role": "user", "content": "Why?"}], f"{SYSTEM}<|im_start|>user\nWhy?<|im_end|>"),
+    "a text in parts": ([user("Why", "?\n")], f"{SYSTEM}<|im_start|>user\nWhy?\n<|im_end|>"),
+    "a system of its own": (
+        [{"role": "system", "content": "Answer in one word."}, user("Why?")],
+        "<|im_start|>system\nAnswer in one word.<|im_end|><|im_start|>user\nWhy?<|im_end|>",
+    ),
+    "an image": ([user("<image>", "Why?")], f"{SYSTEM}<|im_start|>user\n<IMG_CONTEXT>\nWhy?<|im_end|>"),
+    "two images of a message": (
+        [user("<image>", "<image>", "Why?")],
+        f"{SYSTEM}<|im_start|>user\nImage-1: <IMG_CONTEXT>\nImage-2: <IMG_CONTEXT>\nWhy?<|im_end|>",
+    ),
+    "a video": ([user("<video>", "Why?")], f"{SYSTEM}<|im_start|>user\n<video>\nWhy?<|im_end|>"),
+    "two turns": (
+        [user("<image>", "Why?"), {"role": "assistant", "content": "So."}, user("<image>", "And here?")],
+        f"{SYSTEM}<|im_start|>user\n<IMG_CONTEXT>\nWhy?<|im_end|><|im_start|>assistant\nSo.<|im_end|>"
+        "<|im_start|>user\n<IMG_CONTEXT>\nAnd here?<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RENDERINGS)
+def test_the_template_renders_the_released_prompt_to_the_byte(case, processor):
+    messages, expected = RENDERINGS[case]
+    assert processor.apply_chat_template(messages, tokenize=False) == expected
+    expected += "<|im_start|>assistant\n"
+    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+
+
+def test_the_template_refuses_what_it_has_no_words_for(processor):
+    with pytest.raises(Exception, match="content of the type audio: image, video or text is wanted"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
+
+
+def test_chat_sends_the_same_tokens(processor, saved):
+    model = SAILVLForConditionalGeneration.from_pretrained(saved).eval()
+    pictures, recorder = [noise(60, 60), noise(130, 60, 1), noise(50, 90, 2)], Recorder(processor.tokenizer)
+    first, second, third = tiles_of(processor, *pictures)
+    asked = "Image-1: <image>\nImage-2: <image>\nWhy?"
+    model.chat(
+        recorder, torch.cat([first, second, third]), "<image>\nAnd here?", {"max_new_tokens": 1},
+        history=[(asked, "So.")], num_patches_list=[len(first), len(second), len(third)],
+    )  # fmt: skip
+    messages = [user("<image>", "<image>", "Why?"), {"role": "assistant", "content": "So."}]
+    messages.append(user("<image>", "And here?"))
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert processor(pictures, prompt)["input_ids"] == processor.tokenizer(recorder.prompts)["input_ids"]
+
+
+# Images
+
+
+def test_an_image_is_as_many_placeholders_as_its_tiles_have_tokens(processor):
+    for picture, tiles in [(noise(56, 56), 1), (noise(112, 56), 3), (noise(300, 290), 5)]:
+        batch = processor(picture, "Why? <IMG_CONTEXT>\nSo?")
+        expected = f"Why? <img>{TILE * tiles}</img>\nSo?"
+        assert batch["input_ids"] == [processor.tokenizer(expected)["input_ids"]]
+        assert torch.equal(batch["pixel_values"], *tiles_of(processor, picture))
+        assert len(batch["pixel_values"]) == tiles
+
+
+NESTINGS = {
+    "nested": lambda a, b, c: [[a], [], [b, c]],
+    "None for none": lambda a, b, c: [[a], None, [b, c]],
+    "flat": lambda a, b, c: [a, b, c],
+}
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_images_fill_the_prompts_of_a_batch_in_order(nesting, processor):
+    """Three images for three prompts, not one for each."""
+    pictures = [noise(56, 56), noise(112, 56, 1), noise(56, 168, 2)]
+    prompts = ["<IMG_CONTEXT>\nWhy?", "What is the total?", "Image-1: <IMG_CONTEXT>\nImage-2: <IMG_CONTEXT>\nWhy?"]
+    batch = processor(NESTINGS[nesting](*pictures), prompts)
+    tiles = tiles_of(processor, *pictures)
+    first, second, third = (4 * len(own) for own in tiles)
+    assert len({first, second, third}) == 3
+    assert [images_in(ids) for ids in batch["input_ids"]] == [[first], [], [second, third]]
+    assert torch.equal(batch["pixel_values"], torch.cat(tiles))
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_placeholders_tiles_and_the_counter_for_servers_agree(processor, width, height, max_tiles):
+    picture = np.zeros((height, width, 3), np.uint8)
+    options = {"return_mm_token_type_ids": True, "max_tiles": max_tiles, "input_data_format": "channels_last"}
+    batch = processor(picture, "Why? <IMG_CONTEXT>", **options)
+    counted = processor._get_num_multimodal_tokens([(height, width)], max_tiles=max_tiles)
+    assert images_in(batch["input_ids"][0]) == [4 * len(batch["pixel_values"])]
+    assert counted["num_image_patches"] == [len(batch["pixel_values"])]
+    assert counted["num_image_tokens"] == [sum(batch["mm_token_type_ids"][0])]
+
+
+def test_image_positions_are_marked_with_their_start_and_end(processor):
+    prompts = ["<IMG_CONTEXT>\nWhy?", "What is the total, and what is it in words?"]
+    batch = processor(noise(56, 56), prompts, padding=True, return_mm_token_type_ids=True, return_tensors="pt")
+    assert batch["mm_token_type_ids"].shape == batch["input_ids"].shape
+    assert torch.equal(batch["mm_token_type_ids"].bool(), torch.isin(batch["input_ids"], torch.tensor([307, 308, 309])))
+    assert batch["mm_token_type_ids"].sum(1).tolist() == [6, 0]
+
+
+# Videos
+
+
+def frames(*seeds: int) -> list[Image.Image]:
+    return [noise(80, 40, seed) for seed in seeds]
+
+
+def test_a_video_is_numbered_frames_of_one_tile_in_whatever_form_it_comes(processor, tmp_path):
+    clip, prompt = frames(1, 2, 3), "<video>\nWhy?"
+    expected = f"Frame-1: <img>{TILE}</img>\nFrame-2: <img>{TILE}</img>\nFrame-3: <img>{TILE}</img>\nWhy?"
+    tiles = torch.cat(tiles_of(processor, *clip, do_tile=False))
+    array = np.stack([np.asarray(frame) for frame in clip])
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for frame, path in zip(clip, paths, strict=True):
+        frame.save(path)
+    tensor = torch.from_numpy(array)
+    for video in (clip, [clip], [[clip]], array, [array], tensor, tensor.permute(0, 3, 1, 2), paths):
+        batch = processor(text=prompt, videos=video)
+        assert batch["input_ids"] == [processor.tokenizer(expected)["input_ids"]]
+        assert torch.equal(batch["pixel_values"], tiles)
+
+
+@pytest.mark.parametrize("order", ["<IMG_CONTEXT>\n<video>\nWhy?", "<video>\n<IMG_CONTEXT>\nWhy?"])
+def test_images_and_videos_keep_the_order_of_the_prompt(order, processor):
+    picture, clip = noise(112, 56), frames(1, 2)
+    batch = processor(picture, order, clip)
+    image, *film = tiles_of(processor, picture), *tiles_of(processor, *clip, do_tile=False)
+    parts = [*image, *film] if order.startswith("<IMG") else [*film, *image]
+    assert torch.equal(batch["pixel_values"], torch.cat(parts))
+    assert images_in(batch["input_ids"][0]) == [4 * len(part) for part in parts]
+
+
+def test_a_message_holds_a_video(processor):
+    clip = np.stack([np.asarray(frame) for frame in frames(1, 2)])
+    messages = [
+        {"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "Why?"}]},
+    ]
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    expected = f"{SYSTEM}<|im_start|>user\nFrame-1: <img>{TILE}</img>\nFrame-2: <img>{TILE}</img>\nWhy?<|im_end|>"
+    assert batch["input_ids"].tolist() == [processor.tokenizer(expected)["input_ids"]]
+    assert len(batch["pixel_values"]) == 2
+
+
+def test_frames_of_a_file_are_evenly_spaced(processor, tmp_path):
+    av = pytest.importorskip("av")
+    path = tmp_path / "grey.mp4"
+    with av.open(str(path), "w") as container:  # 10 frames, each brighter than the one before
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for level in range(0, 250, 25):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for count in (1, 3, 10):
+        for options in ({"num_frames": count}, {"videos_kwargs": {"num_frames": count}}):
+            batch = processor(text="<video>\nWhy?", videos=path, do_normalize=False, **options)
+            assert images_in(batch["input_ids"][0]) == [4] * count
+            levels = batch["pixel_values"].mean((1, 2, 3)) * 255
+            expected = torch.arange(0, count) * (10 / count) // 1 * 25
+            torch.testing.assert_close(levels, expected, rtol=0, atol=8)
+
+
+# The tokenizer's side
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left(processor):
+    prompts = ["Why?", "What is the total?"]
+    batch = processor(text=prompts, padding=True, return_tensors="pt")
+    short, long = (processor.tokenizer(prompt)["input_ids"] for prompt in prompts)
+    missing = len(long) - len(short)
+    assert missing and batch["input_ids"].tolist() == [[PAD] * missing + short, long]
+    assert batch["attention_mask"].tolist() == [[0] * missing + [1] * len(short), [1] * len(long)]
+    batch = processor(text=prompts, text_kwargs={"padding": True, "padding_side": "right"}, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [short + [PAD] * missing, long]
+
+
+def test_lists_come_back_unless_tensors_are_asked_for(processor):
+    plain, tensors = (processor(noise(56, 56), "<IMG_CONTEXT>", return_tensors=kind) for kind in (None, "pt"))
+    assert plain.keys() == tensors.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    assert isinstance(plain["input_ids"][0], list)
+    for key in ("input_ids", "attention_mask"):
+        assert tensors[key].dtype == torch.int64 and tensors[key].tolist() == plain[key]
+    arrays = processor(noise(56, 56), "<IMG_CONTEXT>", return_tensors="np")
+    assert isinstance(arrays["input_ids"], np.ndarray) and isinstance(arrays["pixel_values"], np.ndarray)
+
+
+def test_options_may_be_given_for_their_part(processor):
+    picture, prompt = noise(300, 300), "<IMG_CONTEXT>\nWhy?"
+    flat = processor(picture, prompt, max_tiles=2, use_thumbnail=False, padding="max_length", max_length=40)
+    parted = processor(
+        picture,
+        prompt,
+        images_kwargs={"max_tiles": 2, "use_thumbnail": False},
+        text_kwargs={"padding": "max_length", "max_length": 40},
+    )
+    assert torch.equal(flat["pixel_values"], parted["pixel_values"]) and len(flat["pixel_values"]) == 1
+    assert flat["input_ids"] == parted["input_ids"] and len(flat["input_ids"][0]) == 40
+
+
+MISSPELT = [
+    ({"max_tile": 2}, "no option 'max_tile'; did you mean max_tiles?"),
+    ({"images_kwargs": {"max_tile": 2}}, "no option 'max_tile'; did you mean max_tiles?"),
+    ({"paddin": True}, "no option 'paddin'; did you mean padding?"),
+    ({"text_kwargs": {"paddin": True}}, "no option 'paddin'; did you mean padding?"),
+    ({"num_frame": 2}, "no option 'num_frame'; did you mean num_frames?"),
+    ({"nonsense": 2}, "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISSPELT)
+def test_a_misspelt_option_is_refused_with_the_nearest(options, message, processor):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        processor(noise(56, 56), "<IMG_CONTEXT>", **options)
+
+
+# "<img>", 4 placeholders, "</img>", then 5 tokens of text
+@pytest.mark.parametrize(("length", "side"), [(5, "right"), (3, "right"), (9, "left"), (10, "left")])
+def test_truncation_through_an_image_is_refused(length, side, processor, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
+    with pytest.raises(ValueError, match=rf"max_length {length}: truncation would cut through an image"):
+        processor(noise(56, 56), "<IMG_CONTEXT>What is the total?", truncation=True, max_length=length)
+
+
+def test_truncation_of_text_alone_is_not(processor):
+    whole = processor(noise(56, 56), "<IMG_CONTEXT>What is the total?")["input_ids"][0]
+    cut = processor(noise(56, 56), "<IMG_CONTEXT>What is the total?", truncation=True, max_length=8)
+    assert cut["input_ids"] == [whole[:8]] and images_in(whole) == [4] and len(whole) == 11
+
+
+PICTURE = noise(56, 56)
+MISMATCHES = [
+    ("<IMG_CONTEXT> <IMG_CONTEXT>", PICTURE, None, "2 <IMG_CONTEXT> in the text, 1 images: one for each is wanted"),
+    ("Why?", PICTURE, None, "0 <IMG_CONTEXT> in the text, 1 images"),
+    ("<IMG_CONTEXT>", None, None, "1 <IMG_CONTEXT> in the text, 0 images"),
+    (["<IMG_CONTEXT>", "Why?"], [PICTURE] * 3, None, "1 + 0 <IMG_CONTEXT> in the text, 3 images"),
+    ("<video>", None, None, "1 <video> in the text, 0 videos: one for each is wanted"),
+    ("Why?", None, [[PICTURE]], "0 <video> in the text, 1 videos"),
+    (None, PICTURE, None, "text must be a prompt or a list of prompts"),
+    ("<video>", None, [np.zeros((0, 8, 8, 3), np.uint8)], "a video without frames"),
+]
+
+
+@pytest.mark.parametrize(("text", "images", "videos", "message"), MISMATCHES)
+def test_placeholders_and_pictures_that_do_not_match_are_refused(text, images, videos, message, processor):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        processor(images, text, videos)
+
+
+@pytest.mark.parametrize("token", ["image_token", "image_start_token", "image_end_token"])
+def test_a_tokenizer_that_lacks_a_token_is_refused(token, processor, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has no '<pic>': take the one .* or one that `sailvit compose`"
+    ):
+        SAILVLProcessor(processor.image_processor, processor.tokenizer, **{token: "<pic>"})
+    bare = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path, image_tokens=False))
+    with pytest.raises(ValueError, match="the tokenizer has no '<IMG_CONTEXT>'"):
+        SAILVLProcessor(processor.image_processor, bare)
+
+
+# Saved and loaded
+
+
+def test_saved_equals_loaded(processor, saved, tmp_path):
+    """Beside the model's configuration, which says of what class the image processor is."""
+    template = "{% for message in messages %}{{ message['content'][0]['text'] }}!{% endfor %}"
+    options = {"image_seq_length": 9, "image_start_token": "<quad>", "image_end_token": "</quad>"}
+    kept = SAILViTImageProcessor(size=56, max_tiles=3, use_thumbnail=False)
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer"))
+    SAILVLProcessor(kept, tokenizer, chat_template=template, **options).save_pretrained(tmp_path / "saved")
+    shutil.copy(saved / "config.json", tmp_path / "saved")
+    loaded = SAILVLProcessor.from_pretrained(tmp_path / "saved")
+    assert loaded.chat_template == template and loaded.apply_chat_template([user("Why?")], tokenize=False) == "Why?!"
+    assert {name: getattr(loaded, name) for name in options} == options
+    assert loaded.image_processor.to_dict() == kept.to_dict()
+    released = AutoProcessor.from_pretrained(saved)
+    assert type(released) is SAILVLProcessor and released.chat_template == processor.chat_template
+    assert released.image_seq_length == 4 and released.image_processor.max_tiles == 4
+
+
+def test_the_tokenizer_is_left_alone(saved):
+    text = f"{SYSTEM}<quad><img>{TILE}</img></quad>\n Why?  42\n<|im_end|>"
+    original = AutoTokenizer.from_pretrained(saved.with_name("tokenizer"))
+    for other in (AutoTokenizer.from_pretrained(saved), AutoProcessor.from_pretrained(saved).tokenizer):
+        assert other(text)["input_ids"] == original(text)["input_ids"] and len(other) == len(original)
+        assert other.special_tokens_map == original.special_tokens_map
+        assert other.all_special_ids == original.all_special_ids
+        assert (other.padding_side, other.model_max_length) == (original.padding_side, original.model_max_length)
+
+
+CARD = """
+import json, sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+path, photo = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True).eval()
+for part in (processor, processor.image_processor, model):
+    assert type(part).__module__.startswith("transformers_modules")
+assert not any(name.split(".")[0] == "sailvit" for name in sys.modules)
+messages = [
+    {"role": "user", "content": [{"type": "image", "path": photo}, {"type": "text", "text": "What is the total?"}]}
+]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+new = output[0, inputs["input_ids"].shape[1]:]
+print(json.dumps([inputs["input_ids"].tolist(), new.tolist(), processor.decode(new, skip_special_tokens=True)]))
+"""
+
+
+def asked_about_the_photograph(processor: SAILVLProcessor) -> tuple[str, torch.Tensor]:
+    """The prompt and the tiles of a question about the photograph."""
+    tiles = processor.image_processor(Image.open(PHOTOGRAPH))["pixel_values"]
+    image = f"<img>{TILE * len(tiles)}</img>"
+    prompt = f"{SYSTEM}<|im_start|>user\n{image}\nWhat is the total?<|im_end|><|im_start|>assistant\n"
+    return prompt, tiles
+
+
+def test_card_usage_with_remote_code_is_silent_and_writes_the_hand_made_models_tokens(saved, by_hand, tmp_path):
+    ids, tokens, answer = json.loads(run_stranger(CARD, saved, PHOTOGRAPH, home=tmp_path))
+    processor = SAILVLProcessor.from_pretrained(saved)
+    prompt, tiles = asked_about_the_photograph(processor)
+    expected = processor.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    assert ids == expected.tolist() and tokens == by_hand.greedy(expected, tiles, 6)
+    assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_the_pipeline_writes_the_hand_made_models_tokens(saved, by_hand):
+    """With the package imported, and so without remote code."""
+    answerer = pipeline("image-text-to-text", model=str(saved), device="cpu")
+    prompt, tiles = asked_about_the_photograph(answerer.processor)
+    ids = answerer.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    content = [{"type": "image", "image": str(PHOTOGRAPH)}, {"type": "text", "text": "What is the total?"}]
+    settings = {"do_sample": False, "max_new_tokens": 6}
+    options = {"text": [{"role": "user", "content": content}], "generate_kwargs": settings}
+    (written,) = answerer(**options, return_tensors=True)
+    expected = by_hand.greedy(ids, tiles, 6)
+    assert written["generated_token_ids"].tolist() == ids[0].tolist() + expected
+    (written,) = answerer(**options, return_full_text=False)
+    assert written["generated_text"] == answerer.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_batch_of_messages_writes_what_each_writes_alone(saved, by_hand):
+    processor, model = AutoProcessor.from_pretrained(saved), AutoModelForImageTextToText.from_pretrained(saved).eval()
+    prompt, tiles = asked_about_the_photograph(processor)
+    content = [{"type": "image", "path": str(PHOTOGRAPH)}, {"type": "text", "text": "What is the total?"}]
+    messages = [[{"role": "user", "content": "Why?"}], [{"role": "user", "content": content}]]
+    batch = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    output = model.generate(**batch, do_sample=False, max_new_tokens=6, pad_token_id=PAD)
+    alone = [(f"{SYSTEM}<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n", None), (prompt, tiles)]
+    for row, (text, own) in zip(output, alone, strict=True):
+        assert row[-6:].tolist() == by_hand.greedy(processor.tokenizer(text, return_tensors="pt")["input_ids"], own, 6)
