@@ -29,8 +29,10 @@ NOT_OF_A_PART = {
 }  # fmt: skip
 # Old configurations hold the defaults of generation too; the ids of special tokens are the model's.
 GENERATION_FIELDS = {key for key in GenerationConfig().to_dict() if not key.endswith("_token_id")} - {"use_cache"}
-TEXT_MENDS = {"internlm2": "convert it to Llama's names with `sailvit convert`"}
-VISION_MENDS = {"intern_vit_6b": "convert it to transformers' internvl_vision with `sailvit convert`"}
+TEXT_MENDS = {"internlm2": "convert it to Llama's names with `sailvit convert SRC OUT --part language`"}
+VISION_MENDS = {
+    "intern_vit_6b": "convert it to transformers' internvl_vision with `sailvit convert SRC OUT --part vision`"
+}
 
 
 class SAILVLConfig(PretrainedConfig):

@@ -50,12 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sailvit",
-        description="The SAILViT vision tower: convert, inspect, encode.",
+        description="The SAILViT vision tower and SAIL-VL: convert, compose, inspect, encode.",
         epilog="Exit codes: 0 done, 2 wrong usage or bad input, 130 interrupted, 1 a failure of this package.",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     _add_convert(verbs)
+    _add_compose(verbs)
     _add_inspect(verbs)
     _add_encode(verbs)
     demo = verbs.add_parser("demo", help="the first steps, without any download", description=_demo.__doc__)
@@ -98,16 +99,41 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     _add_source(convert)
     convert.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
     convert.add_argument(
+        "--part",
+        choices=("vision", "connector", "language", "all"),
+        help="what of a SAIL-VL is taken; default: all of it",
+    )
+    convert.add_argument("--insert-vision", metavar="TOWER", help="a tower to take the place of the SAIL-VL's")
+    convert.add_argument(
         "--to-layout",
         choices=LAYOUTS,
         help="sailvit, the default, transformers and timm load it; for the others it is part of a model",
     )
     convert.add_argument("--image-size", type=_positive_integer, metavar="PIXELS", help="resample learned positions")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
-    convert.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 200MB or 5GB, the default")
-    convert.add_argument("--no-verify", action="store_true", help="do not load the folder and compare its tokens")
+    convert.add_argument(
+        "--max-shard-size", metavar="SIZE", help="such as 200MB or 5GB, the default where weights are written anew"
+    )
+    convert.add_argument("--no-verify", action="store_true", help="do not load the folder and hold it to the source")
     convert.add_argument("--overwrite", action="store_true", help="replace all of OUT, if a conversion wrote it")
     convert.set_defaults(run=_convert)
+
+
+def _add_compose(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compose = verbs.add_parser(
+        "compose", help="a tower and a language model to a new model", description=_compose.__doc__
+    )
+    compose.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
+    compose.add_argument("--vision", required=True, metavar="TOWER", help="a file, a folder or a name on the Hub")
+    compose.add_argument("--language", required=True, metavar="LLM", help="a folder or a name on the Hub")
+    compose.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the language model's")
+    compose.add_argument("--seed", type=_count, default=0, metavar="N", help="of the fresh connector (0)")
+    compose.add_argument(
+        "--max-tiles", type=_positive_integer, metavar="N", help="tiles of an image, the thumbnail not counted"
+    )
+    compose.add_argument("--no-verify", action="store_true", help="do not load the folder in a fresh process")
+    compose.add_argument("--overwrite", action="store_true", help="replace all of OUT, if it was written here")
+    compose.set_defaults(run=_compose)
 
 
 def _add_inspect(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -208,20 +234,20 @@ def _processor(options: argparse.Namespace, image_size: int) -> "SAILViTImagePro
 
 
 def _convert(options: argparse.Namespace) -> int:
-    """Writes the tower of a checkpoint to a folder that loads by itself, and compares its tokens with the source's."""
+    """Writes a checkpoint, a tower, a SAIL-VL or a part of one, to a folder that loads by itself, and holds it against
+    the source."""
     _without_classes()
     from sailvit.convert import convert_checkpoint
-    from sailvit.convert.verify import describe
+    from sailvit.convert.multimodal import describe
 
-    for end in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        signal.signal(end, lambda number, frame: sys.exit(128 + number))  # so that what was begun is cleared away
+    _clear_away_when_ended()
     progress = _ByteProgress()
     try:
         done = convert_checkpoint(
             options.source,
             options.out,
-            **{key: vars(options)[key] for key in ("to_layout", "from_layout", "prefix", "image_size", "dtype",
-               "revision", "max_shard_size", "trust_pickle", "overwrite")},
+            **{key: vars(options)[key] for key in ("part", "insert_vision", "to_layout", "from_layout", "prefix",
+               "image_size", "dtype", "revision", "max_shard_size", "trust_pickle", "overwrite")},
             verify=not options.no_verify,
             say=lambda line: print(line, flush=True),
             progress=progress,
@@ -234,6 +260,36 @@ def _convert(options: argparse.Namespace) -> int:
         print("not verified" if options.no_verify else "not verified: nothing loads these tensors alone")
     print(f"{options.out}")
     return 0
+
+
+def _compose(options: argparse.Namespace) -> int:
+    """Makes a new multimodal model of a tower, a fresh connector and a language model, and loads it in a fresh process.
+    The connector has to be trained."""
+    _without_classes()
+    from transformers import logging
+
+    from sailvit.convert import compose_model
+    from sailvit.convert.multimodal import describe
+
+    logging.disable_progress_bar()
+    _clear_away_when_ended()
+    done = compose_model(
+        options.vision,
+        options.language,
+        options.out,
+        **{key: vars(options)[key] for key in ("dtype", "seed", "max_tiles", "overwrite")},
+        verify=not options.no_verify,
+        say=lambda line: print(line, flush=True),
+    )
+    print(describe(done.verification) if done.verification else "not verified")
+    print(f"{options.out}")
+    return 0
+
+
+def _clear_away_when_ended() -> None:
+    """Has a signal that ends the process clear away what was begun."""
+    for end in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(end, lambda number, frame: sys.exit(128 + number))
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -11,9 +11,9 @@ from .folder import RUNTIMES, check_expressible, crops_pictures, says_pictures, 
 from .job import DTYPES, Job, Options, stream
 from .layouts import Layout, Move, layout_named, plan_moves
 from .problems import CheckpointError, raise_first
-from .readers import PROVENANCE, TORCH_DTYPES, Checkpoint, StoredTensor
+from .readers import TORCH_DTYPES, Checkpoint, StoredTensor
 from .tower import Tower, find_tower
-from .values import cast, compute_positions, recorded_hashes, to_bytes, value_problems
+from .values import cast, check_values, compute_positions, to_bytes
 from .verify import verify_folder
 from .writer import NewTensor
 
@@ -119,7 +119,7 @@ def plan_tower(checkpoint: Checkpoint, asked: Options) -> TowerJob:
     check_expressible(job)
     job.positions = _how_positions(job)
     job.notes = [tower.found.reason, *_notes(job)]
-    _check_values(job)
+    check_values(checkpoint, {tower.found.names[name]: tensor for name, tensor in tower.tensors.items()})
     return job
 
 
@@ -152,11 +152,3 @@ def _notes(job: TowerJob) -> list[str]:
         grid = " x ".join(map(str, job.positions["to"]))
         notes.append(f"positions computed for {grid}: {job.positions['method']}")
     return notes
-
-
-def _check_values(job: TowerJob) -> None:
-    """Holds the source's tensors against its provenance.json, and against checksums of their files, where there are."""
-    hashes = recorded_hashes(job.checkpoint.document(PROVENANCE), "tensors")
-    stored = {job.tower.found.names[name]: tensor for name, tensor in job.tower.tensors.items()}
-    if hashes or any(tensor.mapped is not None for tensor in stored.values()):
-        raise_first(value_problems(stored, hashes), job.checkpoint.source.name)

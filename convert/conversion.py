@@ -10,24 +10,34 @@ from typing import Any
 
 from .aimv2 import plan_tower
 from .folder import write_provenance
-from .job import Job, Options
+from .internlm2 import finds_internlm2
+from .internvit import finds_internvit, plan_internvit
+from .job import SHARD_SIZE, Job, Options
+from .multimodal import finds_multimodal, plan_whole
+from .parts import has_other_tower, plan_connector, plan_language, plan_other_tower
 from .problems import CheckpointError
 from .readers import Checkpoint, hash_file
 from .sources import LocalFolder, Source, find_source
 from .writer import check_free, new_folder
 
 
+# What is asked of a tower alone, as attributes of Options.
+TOWER_OPTIONS = ("to_layout", "from_layout", "prefix", "image_size")
+
+
 def convert_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
+    part: str | None = None,
+    insert_vision: str | Path | None = None,
     to_layout: str | None = None,
     from_layout: str | None = None,
     prefix: str | None = None,
     image_size: int | None = None,
     dtype: str | None = None,
     revision: str | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     trust_pickle: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -40,13 +50,15 @@ def convert_checkpoint(
     Args:
         source: A file, a folder or a name on the Hub.
         out: The folder to be.
+        part: One of job.PARTS; if not given, all of a SAIL-VL, else the one part that the source is.
+        insert_vision: A file, a folder or a name on the Hub, whose tower takes the place of a SAIL-VL's.
         to_layout: A key of LAYOUTS, for a tower; "sailvit" if not given.
         from_layout: The layout of the source; recognised if not given.
         prefix: What stands before the tower's names, where more than one tower could be meant.
         image_size: Height and width in pixels; learned positions are resampled to it.
         dtype: One of job.DTYPES; the source's if not given.
         revision: Branch, tag or commit of a name on the Hub.
-        max_shard_size: In bytes, or as "5GB".
+        max_shard_size: In bytes, or as "5GB", the default where files are written anew; if it is given, they are.
         trust_pickle: Whether files of torch.save may run code of their own.
         overwrite: Whether `out` may be there already.
         verify: Whether the folder is loaded in a fresh process and held against the source.
@@ -57,28 +69,80 @@ def convert_checkpoint(
         CheckpointError: The source is not whole, or what is wanted of it cannot be; nothing was written.
         VerificationError: The folder is not what the source is; nothing is left of it.
     """
-    asked = Options(None, to_layout, from_layout, prefix, image_size, dtype, max_shard_size)
+    inserted = None if insert_vision is None else str(insert_vision)
+    asked = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted)
     asked.check()
     out, (origin, entry) = Path(out), find_source(str(source), revision)
     check_free(out, overwrite)
-    _keep_apart(origin, out)
+    keep_apart(origin, out)
     job = _plan(Checkpoint(origin, entry, trust_pickle), asked)
     for line in job.notes:
         say(line)
-    with new_folder(out, overwrite) as part, _hashing(job.checkpoint) as hashes:
-        digests = job.write_weights(part, max_shard_size, progress)
-        job.write_folder(part)
-        job.verification = job.verify(part) if verify else None
-        write_provenance(part, job, asdict(asked), hashes(), digests)
+    with new_folder(out, overwrite) as new, _hashing(job.checkpoint) as hashes:
+        digests = job.write_weights(new, SHARD_SIZE if max_shard_size is None else max_shard_size, progress)
+        job.write_folder(new)
+        job.verification = job.verify(new) if verify else None
+        write_provenance(new, job, _told(asked), hashes(), digests)
     return job
+
+
+def _told(asked: Options) -> dict[str, Any]:
+    """The options as provenance.json has them: without places on this machine."""
+    options = asdict(asked)
+    if asked.insert_vision and Path(asked.insert_vision).exists():
+        options["insert_vision"] = Path(asked.insert_vision).resolve().name
+    return options
 
 
 def _plan(checkpoint: Checkpoint, asked: Options) -> Job:
     """What is to be done, once it is sure that it can be."""
+    part = asked.part or _default_part(checkpoint)
+    _check_options(checkpoint, part, asked)
+    plans = {"vision": _plan_vision, "connector": plan_connector, "language": plan_language, "all": plan_whole}
+    return plans[part](checkpoint, asked)
+
+
+def _default_part(checkpoint: Checkpoint) -> str:
+    """All of a SAIL-VL; of anything else the part it is."""
+    if finds_multimodal(checkpoint):
+        return "all"
+    return "language" if finds_internlm2(checkpoint.weight_map) else "vision"
+
+
+def _check_options(checkpoint: Checkpoint, part: str, asked: Options) -> None:
+    """
+    Raises:
+        CheckpointError: Options that mean nothing together, or nothing for this source.
+    """
+    source, is_whole = checkpoint.source.name, finds_multimodal(checkpoint)
+    for name in () if part == "vision" or finds_internlm2(checkpoint.weight_map) else TOWER_OPTIONS:
+        if getattr(asked, name) is not None:
+            what = "all of a SAIL-VL: add --part vision" if part == "all" else f"--part {part}: leave it out"
+            raise CheckpointError(f"{source}: --{name.replace('_', '-')} is for a tower, not for {what}")
+    if asked.insert_vision is not None and asked.part not in (None, "all"):
+        raise CheckpointError(f"{source}: --insert-vision makes a whole model: leave out --part {asked.part}")
+    if not is_whole and (part in ("all", "connector") or asked.insert_vision is not None):
+        wanted = "--insert-vision" if asked.insert_vision is not None else f"--part {part}"
+        raise CheckpointError(
+            f"{source}: no SAIL-VL (vision_model.*, mlp1.*, language_model.*), as {wanted} wants; `sailvit compose` "
+            "makes one of a tower and a language model"
+        )
+
+
+def _plan_vision(checkpoint: Checkpoint, asked: Options) -> Job:
+    """An AIMv2 tower, an InternViT, or whatever other tower a SAIL-VL has."""
+    if asked.from_layout is None and finds_internvit(checkpoint.weight_map):
+        return plan_internvit(checkpoint, asked)
+    if asked.from_layout is None and has_other_tower(checkpoint):
+        return plan_other_tower(checkpoint, asked)
     return plan_tower(checkpoint, asked)
 
 
-def _keep_apart(origin: Source, out: Path) -> None:
+def keep_apart(origin: Source, out: Path) -> None:
+    """
+    Raises:
+        CheckpointError: `out` is the source, or holds it.
+    """
     if isinstance(origin, LocalFolder):
         source, target = origin.folder.resolve(), out.resolve()
         if source == target or target in source.parents:

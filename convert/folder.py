@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parents[1]
 CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
+CODE_OF_ALL = (
+    *CODE, "configuration_sailvl.py", "modeling_sailvl.py", "processing_sailvl.py", "chat_sailvl.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,22 @@ def _write_sailvit(folder: Path, job: "TowerJob") -> None:
 
 def _write_transformers(folder: Path, job: "TowerJob") -> None:
     write_json(folder / "config.json", {**transformers_config(job.fields), "dtype": torch_name(job.dtype)})
-    pictures, size = read_pictures(job.checkpoint), job.fields["image_size"]
-    processor = {
+    write_json(folder / "preprocessor_config.json", clip_settings(job.checkpoint, job.fields["image_size"]))
+
+
+def clip_settings(checkpoint: Checkpoint, image_size: int | list[int]) -> dict[str, Any]:
+    """preprocessor_config.json of transformers' CLIPImageProcessor, that resizes pictures to a square."""
+    pictures = read_pictures(checkpoint)
+    height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
+    return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": size, "width": size},
+        "size": {"height": height, "width": width},
         "resample": 3,
         "do_center_crop": False,
         **{key: pictures[key] for key in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")},
     }
-    write_json(folder / "preprocessor_config.json", processor)
 
 
 def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,6 +176,10 @@ LOAD_TRANSFORMERS = """from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = AutoModel.from_pretrained("{name}").eval()"""
+LOAD_LANGUAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").eval()"""
 LOAD_TIMM = """import timm
 
 model = timm.create_model("local-dir:{name}", pretrained=True).eval()
@@ -238,41 +250,62 @@ def _normalisation(pictures: Mapping[str, Any]) -> tuple[list[float], list[float
 
 
 def _write_card(folder: Path, job: "TowerJob", runtime: Runtime | None) -> None:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    source, name = job.checkpoint.source, folder.name.removeprefix(".").removesuffix(".part")
-    data = ModelCardData(
-        library_name="timm" if job.layout.name == "timm" else "transformers",
-        pipeline_tag="image-feature-extraction",
-        base_model=source.name if source.revision else None,
-        tags=["vision", "aimv2", *(["sailvit", "custom_code"] if job.layout.name == "sailvit" else [])],
-        **_licence(job.checkpoint),
-    )
     size = SIZE_NAMES.get(job.fields["hidden_size"], f"width {job.fields['hidden_size']}")
     lines = [
-        "---", data.to_yaml(), "---", f"# {name}", "",
         f"A vision tower, {size}, {job.fields['num_hidden_layers']} blocks, {job.fields['image_size']} pixels, "
         f"{torch_name(job.dtype)}, in the layout of {job.layout.title}.",
-    ]  # fmt: skip
-    if runtime:
-        lines += ["", "```python", runtime.usage.format(name=name), "```"]
-    else:
-        lines += ["", f"These are tensors for a larger model, under `{job.layout.prefix}`: nothing loads them alone."]
-    lines += [
         "",
-        f"Converted from {_plain_name(source)}; `{PROVENANCE}` says how, with the hashes of every file and tensor.",
     ]
-    ModelCard("\n".join(lines) + "\n").save(folder / "README.md")
+    if runtime:
+        lines += ["```python", runtime.usage.format(name=name_of(folder)), "```"]
+    else:
+        lines += [f"These are tensors for a larger model, under `{job.layout.prefix}`: nothing loads them alone."]
+    save_card(
+        folder,
+        job.checkpoint,
+        lines,
+        library_name="timm" if job.layout.name == "timm" else "transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["vision", "aimv2", *(["sailvit", "custom_code"] if job.layout.name == "sailvit" else [])],
+    )
 
 
-def _licence(checkpoint: Checkpoint) -> dict[str, Any]:
+def name_of(folder: Path) -> str:
+    """What a folder will be called once it is in its place."""
+    return folder.name.removeprefix(".").removesuffix(".part")
+
+
+def save_card(folder: Path, checkpoint: Checkpoint, lines: list[str], **data: Any) -> None:
+    """
+    Writes README.md of what was converted.
+
+    Args:
+        lines: Of its text, between the title and where it came from.
+        data: What the Hub is told, besides the licence and the name of the source.
+    """
+    source = checkpoint.source
+    record = f"`{PROVENANCE}` says how, with the hashes of every file and tensor."
+    origin = source.name if source.revision else None
+    lines = [*lines, "", f"Converted from {plain_name(source)}; {record}"]
+    write_card(folder, lines, base_model=origin, **data, **licence_of(source))
+
+
+def write_card(folder: Path, lines: list[str], **data: Any) -> None:
+    """README.md: what the Hub is told, a title, and text."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    text = ["---", ModelCardData(**data).to_yaml(), "---", f"# {name_of(folder)}", "", *lines]
+    ModelCard("\n".join(text) + "\n").save(folder / "README.md")
+
+
+def licence_of(source: Source) -> dict[str, Any]:
     """The licence that the source's card names."""
     from huggingface_hub import ModelCard
 
-    if "README.md" not in checkpoint.source.files:
+    if "README.md" not in source.files:
         return {}
     try:
-        data = ModelCard.load(checkpoint.source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard.load(source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
     except ValueError:  # no YAML in it
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
@@ -293,30 +326,47 @@ def write_provenance(
     """
     source, record = job.checkpoint.source, job.record()
     before = job.checkpoint.document(PROVENANCE).get("source")
-    provenance = {
-        "source": {
-            "name": _plain_name(source),
-            "revision": source.revision,
-            **record.pop("source", {}),
-            "files": files,
-            **({"source": before} if before else {}),
-        },
+    said = {
+        "name": plain_name(source),
+        "revision": source.revision,
+        **record.pop("source", {}),
+        "files": files,
+        **({"source": before} if before else {}),
+    }
+    kept = {name: {"sha256": files[original]["sha256"]} for name, original in record.pop("kept", {}).items()}
+    content = {
+        "source": said,
         "options": asked,
         "dtype": torch_name(job.dtype),
         **record,
         "verification": job.verification,
+    }
+    save_record(folder, content, kept, digests)
+
+
+def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """
+    Writes provenance.json: what is given, versions, and the hashes of what lies in the folder.
+
+    Args:
+        kept: Name -> {"sha256": ...} of files whose hashes are known.
+        digests: Name -> sha256 of every tensor that was written.
+    """
+    others = [path for path in sorted(folder.glob("*")) if _is_recorded(path)]
+    provenance = {
+        **content,
         "versions": {"python": platform.python_version(), **_versions()},
-        "files": {path.name: {"sha256": hash_file(path)} for path in sorted(folder.glob("*")) if _is_recorded(path)},
+        "files": {**{path.name: {"sha256": hash_file(path)} for path in others}, **kept},
         "tensors": {name: {"sha256": digest} for name, digest in digests.items()},
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_recorded(path: Path) -> bool:
-    return path.suffix in (".py", ".json") and path.name != PROVENANCE
+    return path.suffix in (".py", ".json", ".jinja", ".txt", ".model") and path.name != PROVENANCE
 
 
-def _plain_name(source: Source) -> str:
+def plain_name(source: Source) -> str:
     """A name on the Hub, or the last part of a path: where it lies here is nobody's business."""
     return source.name if source.revision else Path(source.name).resolve().name
 

@@ -1,5 +1,6 @@
 """The doctor: what a checkpoint is, and whether it is whole. It reads headers; with `deep`, the data too."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -7,7 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from .beside import text_fields
 from .folder import read_pictures
+from .internlm2 import finds_internlm2
+from .internvit import finds_internvit
+from .multimodal import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_names
+from .parts import has_other_tower, part_fields, part_problems
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
 from .sources import find_source, weight_files
@@ -15,6 +21,7 @@ from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
 
 
+PARTS = ("mlp1", "language_model")
 LEFTOVERS = (".part", ".tmp", ".incomplete", ".lock")
 
 
@@ -35,6 +42,7 @@ class Report:
         heads: Names of the tower's head.
         others: First segments of the other names -> how many there are.
         wrappers: Segments of names that tools left.
+        parts: Of a multimodal model: what its connector and its language model are, and a tower that is no AIMv2.
         provenance: Where it came from, by its provenance.json.
         deep: Whether the data were read.
         problems: What is wrong.
@@ -53,6 +61,7 @@ class Report:
     heads: list[str] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
     wrappers: list[str] = field(default_factory=list)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
     deep: bool = False
     problems: list[Problem] = field(default_factory=list)
@@ -100,8 +109,13 @@ def inspect_checkpoint(
     for look in (_look_for_strays, _look_for_code, _look_at_pictures, _look_at_record):
         with _noted(report):
             look(report, checkpoint)
+    parts: dict[str, tuple[str, Mapping[str, Any]]] = {}
     with _noted(report):
-        _look_at_tower(report, checkpoint, find_tower(checkpoint, from_layout, prefix))
+        parts = _find_parts(checkpoint)
+        _look_at_parts(report, checkpoint, parts)
+    if from_layout or prefix or parts.keys() in (set(), {"connector", "language"}):
+        with _noted(report):
+            _look_at_tower(report, checkpoint, find_tower(checkpoint, from_layout, prefix))
     if deep:
         with _noted(report):
             _look_at_values(report, checkpoint, progress)
@@ -128,10 +142,35 @@ def _look_at_tower(report: Report, checkpoint: Checkpoint, tower: Tower) -> None
     report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
     report.problems += tower.problems
     size, pixels = checkpoint.document("preprocessor_config.json").get("size"), tower.fields["image_size"]
-    is_sailvit = checkpoint.document("config.json").get("model_type") == "sailvit"
+    is_sailvit = checkpoint.document("config.json").get("model_type") in ("sailvit", "sailvl")
     if is_sailvit and size not in (None, pixels, {"height": pixels, "width": pixels}):
         what = f"has tiles of {size}, the positions are for {pixels} pixels"
         report.problems.append(Problem("config", "preprocessor_config.json", what))
+
+
+def _find_parts(checkpoint: Checkpoint) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Parts of a SAIL-VL, or the one that a conversion took out of it, or an InternViT or InternLM2 -> their prefix and
+    configuration. An AIMv2 tower is not among them."""
+    config, taken = checkpoint.document("config.json"), checkpoint.document(PROVENANCE).get("part")
+    if not finds_multimodal(checkpoint):
+        kinds = {"vision": finds_internvit, "language": finds_internlm2}
+        found = {part for part, finds in kinds.items() if finds(checkpoint.weight_map)}
+        return dict.fromkeys(found or {taken} & {"vision", "connector", "language"}, ("", config))
+    parts = {"connector": (CONNECTOR, config), "language": (LANGUAGE, text_fields(config))}
+    return {**parts, "vision": (VISION, config["vision_config"])} if has_other_tower(checkpoint) else parts
+
+
+def _look_at_parts(report: Report, checkpoint: Checkpoint, parts: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+    names = read_names(checkpoint.weight_map)
+    for part, (prefix, fields) in parts.items():
+        with _noted(report):
+            tensors = [checkpoint[place] for place in names.under(prefix).values()]
+            report.parts[part] = {
+                **part_fields(checkpoint, part, fields),
+                "parameters": sum(prod(tensor.shape) for tensor in tensors),
+                "dtypes": dict(Counter(torch_name(tensor.dtype) for tensor in tensors)),
+            }
+            report.problems += part_problems(checkpoint, part, prefix, fields)
 
 
 def _look_for_strays(report: Report, checkpoint: Checkpoint) -> None:
@@ -209,8 +248,9 @@ def table(report: Report) -> str:
             "parameters": f"{report.parameters / 1e6:.1f}M, {_counted(report.dtypes)}",
             "head": f"{len(report.heads)} tensors, not part of the tower" if report.heads else "none",
         }
-    if report.others:
-        rows["beside it"] = _counted(report.others)
+    rows |= {part: _told(fields) for part, fields in report.parts.items()}
+    if others := {name: count for name, count in report.others.items() if name not in PARTS or not report.parts}:
+        rows["beside it"] = _counted(others)
     if report.wrappers:
         rows["wrappers"] = ", ".join(report.wrappers)
     if report.provenance:
@@ -220,6 +260,13 @@ def table(report: Report) -> str:
     lines += [f"{problem.kind:<12} {problem}" for problem in report.problems]
     verdict = f"NOT WHOLE: {len(report.problems)} problems" if report.problems else "whole"
     return "\n".join([*lines, f"{verdict}{', data read' if report.deep else ', by its headers'}"])
+
+
+def _told(fields: Mapping[str, Any]) -> str:
+    """A part of a multimodal model, in a line."""
+    names = {key: key.removeprefix("num_hidden_").replace("_", " ") for key in fields.keys() - {"parameters", "dtypes"}}
+    said = [f"{names[key]} {value}" for key, value in fields.items() if key in names]
+    return ", ".join([*said, f"{fields['parameters'] / 1e6:.1f}M", _counted(fields["dtypes"])])
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -16,6 +16,7 @@ from .writer import NewTensor, check_space, split_in_shards, write_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("vision", "connector", "language", "all")
+SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Options:
         prefix: What stands before the names of the part, where several could be meant.
         image_size: Height and width in pixels; learned positions are resampled to it.
         dtype: One of DTYPES; the source's if not given.
-        max_shard_size: In bytes, or as "5GB".
+        max_shard_size: In bytes, or as "5GB", of files that are written anew; SHARD_SIZE if not given.
+        insert_vision: A checkpoint whose tower is to take the place of the source's.
     """
 
     part: str | None = None
@@ -39,7 +41,8 @@ class Options:
     prefix: str | None = None
     image_size: int | None = None
     dtype: str | None = None
-    max_shard_size: int | str = "5GB"
+    max_shard_size: int | str | None = None
+    insert_vision: str | None = None
 
     def check(self) -> None:
         """
@@ -52,7 +55,7 @@ class Options:
             raise CheckpointError(f"image size {self.image_size!r}: a whole number of pixels is wanted")
         if self.dtype not in (None, *DTYPES):
             raise CheckpointError(f"dtype {self.dtype!r}: one of {', '.join(DTYPES)} is wanted")
-        split_in_shards({}, self.max_shard_size)
+        split_in_shards({}, SHARD_SIZE if self.max_shard_size is None else self.max_shard_size)
 
 
 @dataclass(kw_only=True)

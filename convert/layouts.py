@@ -269,7 +269,7 @@ def recognise(names: Iterable[str], layout: str | None = None, prefix: str | Non
         prefix += "."
     if layout is not None:
         layout_named(layout)
-    cleaned, wrappers = _without_wrappers(names)
+    cleaned, wrappers = without_wrappers(names)
     ranked = _candidates(cleaned, layout, prefix)
     if not ranked:
         shown = ", ".join(sorted(cleaned)[:3]) or "none"
@@ -287,13 +287,23 @@ def recognise(names: Iterable[str], layout: str | None = None, prefix: str | Non
     return _sort_names(cleaned, wrappers, chosen, place)
 
 
-def _without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def strip_wrappers(name: str) -> str:
+    """A name without the segments that tools have put into it."""
+    return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+
+
+def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """
+    Name without wrappers -> name, and the wrappers there are.
+
+    Raises:
+        CheckpointError: Two names are one without them.
+    """
     cleaned: dict[str, str] = {}
     wrappers = set()
     for name in names:
-        segments = name.split(".")
-        wrappers |= WRAPPERS.intersection(segments)
-        short = ".".join(segment for segment in segments if segment not in WRAPPERS)
+        wrappers |= WRAPPERS.intersection(name.split("."))
+        short = strip_wrappers(name)
         if cleaned.setdefault(short, name) != name:
             raise CheckpointError(f"{name} and {cleaned[short]} are both {short}: one of them has to go")
     return cleaned, sorted(wrappers)

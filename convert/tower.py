@@ -44,7 +44,7 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
     """
     names = found.names
     empty = [name for name, shape in shapes.items() if prod(shape) == 0]
-    problems = [Problem("empty", names[name], _why_empty(shapes[name])) for name in empty]
+    problems = [Problem("empty", names[name], why_empty(shapes[name])) for name in empty]
     problems += [Problem("unexpected", name, _why_unmapped(name, found.layout)) for name in found.unmapped]
     try:
         shape = _shape_of(found.layout, shapes, found.prefix)
@@ -62,7 +62,7 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
     return shape, problems
 
 
-def _why_empty(shape: tuple[int, ...]) -> str:
+def why_empty(shape: tuple[int, ...]) -> str:
     return f"empty, {list(shape)}: saved under ZeRO-3 without gathering its parts? Save it whole"
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .problems import CheckpointError, Problem
-from .readers import FLOAT_BITS, PROVENANCE, TORCH_DTYPES, StoredTensor, broken_member
+from .problems import CheckpointError, Problem, raise_first
+from .readers import FLOAT_BITS, PROVENANCE, TORCH_DTYPES, Checkpoint, StoredTensor, broken_member
 
 
 if TYPE_CHECKING:
@@ -77,6 +77,21 @@ def recorded_hashes(provenance: Mapping[str, Any], what: str) -> dict[str, str]:
         return {name: entry["sha256"] for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{PROVENANCE}: its {what} are no map of hashes: remove the file") from error
+
+
+def check_values(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> None:
+    """
+    Holds tensors against the provenance.json beside them, and against checksums of their files, where there are.
+
+    Args:
+        stored: By their names in the checkpoint.
+
+    Raises:
+        CheckpointError: They are not what was recorded.
+    """
+    hashes = recorded_hashes(checkpoint.document(PROVENANCE), "tensors")
+    if hashes or any(tensor.mapped is not None for tensor in stored.values()):
+        raise_first(value_problems(stored, hashes), checkpoint.source.name)
 
 
 def value_problems(

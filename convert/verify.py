@@ -45,7 +45,7 @@ def verify_folder(folder: Path, job: "TowerJob") -> dict[str, Any]:
     import torch
 
     with tempfile.TemporaryDirectory() as scratch:
-        alone = _run_alone(folder, Path(scratch))
+        alone = run_alone(folder, Path(scratch))
     with torch.inference_mode():
         name, model = _reference(job)
         tokens = model(alone["pixel_values"])
@@ -61,7 +61,7 @@ def describe(figures: Mapping[str, Any]) -> str:
     return f"its tokens are {figures['relative_difference']:.1e} from those of {figures['reference']}, relative"
 
 
-def _run_alone(folder: Path, scratch: Path) -> "dict[str, torch.Tensor]":
+def run_alone(folder: Path, scratch: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     script = "import sys; exec(compile(open(sys.argv[1]).read(), sys.argv.pop(1), 'exec'))"

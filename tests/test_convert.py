@@ -558,7 +558,7 @@ WRONG = [
     {"dtype": "fp32"},
     {"image_size": 0},
     {"image_size": "56"},
-    {"max_shard_size": None},
+    {"max_shard_size": ""},
     {"max_shard_size": -1},
     {"to_layout": ""},
     {"from_layout": "foo"},
@@ -704,12 +704,12 @@ def test_memory_is_bounded_by_a_shard_not_by_the_checkpoint(tmp_path, suffix):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, apple, monkeypatch):
-    from sailvit.convert import conversion
+    from sailvit.convert import aimv2
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "write_folder", interrupted)
+    monkeypatch.setattr(aimv2, "write_folder", interrupted)
     run(apple, tmp_path / "out", code=130)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 

@@ -1,0 +1,255 @@
+"""What stands beside the weights of a SAIL-VL or of its language model: configuration, tokenizer, processor, code."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .folder import CODE_OF_ALL, PACKAGE, read_pictures
+from .problems import CheckpointError
+from .readers import Checkpoint, read_json
+from .tower import FIELDS
+from .values import torch_name
+from .writer import write_json
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..configuration_sailvl import SAILVLConfig
+    from ..processing_sailvl import SAILVLProcessor
+
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+END_OF_TURN = "<|im_end|>"
+# What the fields of a release are called in the image processor.
+TILING = {
+    "dynamic_image_size": "do_tile",
+    "min_dynamic_patch": "min_tiles",
+    "max_dynamic_patch": "max_tiles",
+    "use_thumbnail": "use_thumbnail",
+}
+LOAD_ALL = """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
+content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+written = model.generate(**inputs, max_new_tokens=256)
+print(processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
+
+
+def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the language model, in the config.json of a SAIL-VL: `llm_config` in releases."""
+    fields = config.get("llm_config") or config.get("text_config") or {}
+    return fields if isinstance(fields, Mapping) else {}
+
+
+def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A part's configuration as it was written, which every release of transformers reads, without what is not the part's
+    to say; what transformers >= 5 calls otherwise stands there under both names.
+    """
+    from ..configuration_sailvl import GENERATION_FIELDS, NOT_OF_A_PART
+
+    kept = {key: value for key, value in fields.items() if key not in NOT_OF_A_PART | GENERATION_FIELDS}
+    rope = kept.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        kept.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            kept.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    return kept
+
+
+def tower_config(config: "PretrainedConfig", fields: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a tower that transformers has, or of a SAILViT, as part of another."""
+    if config.model_type == "sailvit":
+        said = {key: getattr(config, key) for key in FIELDS}
+        return {"architectures": ["SAILViTModel"], "model_type": "sailvit", **said}
+    return {**portable(fields), "model_type": config.model_type}
+
+
+def write_config(
+    folder: Path, config: "SAILVLConfig", text: Mapping[str, Any], vision: Mapping[str, Any], dtype: str
+) -> None:
+    """
+    Args:
+        text, vision: The fields of the parts, as they were written.
+        dtype: Of the weights, a key of readers.ITEM_SIZES.
+    """
+    config.architectures = ["SAILVLForConditionalGeneration"]
+    content = json.loads(config.to_json_string())
+    content.pop("_name_or_path", None)
+    content |= {
+        "dtype": torch_name(dtype),
+        "text_config": {**portable(text), "model_type": config.text_config.model_type},
+        "vision_config": tower_config(config.vision_config, vision),
+    }
+    write_json(folder / "config.json", content)
+
+
+def copy_code(folder: Path) -> None:
+    for file in CODE_OF_ALL:
+        shutil.copyfile(PACKAGE / file, folder / file)
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """
+    Copies what there is of a tokenizer, without code of its own; returns the names of the files.
+
+    Raises:
+        CheckpointError: It cannot be loaded without that code.
+    """
+    files = [file for file in TOKENIZER_FILES if file in checkpoint.source.files]
+    for file in files:
+        shutil.copyfile(checkpoint.source.path(file), folder / file)
+    said = checkpoint.document("tokenizer_config.json")
+    if "auto_map" in said:
+        if "tokenizer.json" not in files:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: the tokenizer is code of its own (auto_map in tokenizer_config.json): put "
+                "a tokenizer.json beside it"
+            )
+        kept = {key: value for key, value in said.items() if key != "auto_map"}
+        write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    return files
+
+
+def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
+    """
+    The special and added tokens of the tokenizer that lies beside the weights.
+
+    Raises:
+        CheckpointError: There is none, or its files are not what a tokenizer's are.
+    """
+    source = checkpoint.source
+    if not VOCABULARIES & {*source.files}:
+        raise CheckpointError(
+            f"{source.name}: no tokenizer ({', '.join(sorted(VOCABULARIES))}): name the folder, with the tokenizer's "
+            "files in it"
+        )
+    try:
+        added = {
+            entry["content"]: entry["id"] for entry in checkpoint.document("tokenizer.json").get("added_tokens", [])
+        }
+        decoder = checkpoint.document("tokenizer_config.json").get("added_tokens_decoder", {})
+        added |= {entry["content"]: int(index) for index, entry in decoder.items()}
+        return {**checkpoint.document("added_tokens.json"), **added}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source.name}: the tokenizer's added tokens cannot be read: {error!r}") from error
+
+
+def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:
+    """
+    The id of the placeholder.
+
+    Raises:
+        CheckpointError: The tokenizer lacks one of the tokens of an image, or the language model a row for it.
+    """
+    tokens = token_ids(checkpoint)
+    for token in config.special_tokens:
+        if token not in tokens:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: the tokenizer has no {token}: take the one that was published with the "
+                "model; `sailvit compose` extends one for a new model"
+            )
+        if tokens[token] >= config.text_config.vocab_size:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: {token} has the id {tokens[token]}, the language model "
+                f"{config.text_config.vocab_size} rows: this is another model's tokenizer"
+            )
+    return tokens[config.image_token]
+
+
+def write_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """The source's; else where an answer ends and what pads, as the tokenizer has it."""
+    said = checkpoint.document("generation_config.json")
+    if not said:
+        tokens, pad = token_ids(checkpoint), checkpoint.document("tokenizer_config.json").get("pad_token")
+        pad = pad.get("content") if isinstance(pad, Mapping) else pad
+        said = {"eos_token_id": tokens.get(END_OF_TURN), "pad_token_id": tokens.get(pad, tokens.get(END_OF_TURN))}
+        said = {key: value for key, value in said.items() if value is not None}
+    write_json(folder / "generation_config.json", said)
+
+
+def picture_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
+    """
+    The options of the image processor: its own where the source has them, else those of the release's config.json.
+
+    Raises:
+        CheckpointError: The source says of its pictures what cannot be.
+    """
+    options, fields = read_json(PACKAGE / "preprocessor_config.json").keys(), checkpoint.document("config.json")
+    settings = {key: value for key, value in read_pictures(checkpoint).items() if key in options}
+    if "max_tiles" not in checkpoint.document("preprocessor_config.json"):
+        settings |= {option: fields[field] for field, option in TILING.items() if fields.get(field) is not None}
+    (rows, columns), (height, width) = config.grid_size, config.patch_size
+    return {**settings, "size": {"height": rows * height, "width": columns * width}}
+
+
+def build_processor(checkpoint: Checkpoint, config: "SAILVLConfig", **settings: Any) -> "SAILVLProcessor":
+    """
+    Args:
+        checkpoint: With a tokenizer that has the tokens of an image.
+        settings: Options of the image processor that go before the source's.
+
+    Raises:
+        CheckpointError: The tokenizer does not load, or an option is out of its range.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:  # without the source's config.json, and so without its code
+        copy_tokenizer(checkpoint, Path(scratch))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(scratch)
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: the tokenizer does not load: {first_line(error)}"
+            ) from error
+    options = {**picture_settings(checkpoint, config), **settings}
+    return new_processor(tokenizer, config, options, _own_template(checkpoint), checkpoint.source.name)
+
+
+def new_processor(
+    tokenizer: Any, config: "SAILVLConfig", options: Mapping[str, Any], template: str | None, where: str
+) -> "SAILVLProcessor":
+    from ..image_processing_sailvit import SAILViTImageProcessor
+    from ..processing_sailvl import SAILVLProcessor
+
+    tokens = dict(zip(("image_start_token", "image_token", "image_end_token"), config.special_tokens, strict=True))
+    try:
+        pictures = SAILViTImageProcessor(**options)
+        return SAILVLProcessor(
+            pictures, tokenizer, image_seq_length=config.image_seq_length, chat_template=template, **tokens
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {first_line(error)}") from error
+
+
+def _own_template(checkpoint: Checkpoint) -> str | None:
+    """The prompt of a folder that has a processor of ours; a release has its tokenizer's at most, without images."""
+    is_ours = checkpoint.document("processor_config.json").get("processor_class") == "SAILVLProcessor"
+    if not is_ours or "chat_template.jinja" not in checkpoint.source.files:
+        return None
+    return checkpoint.source.path("chat_template.jinja").read_text(encoding="utf-8")
+
+
+def write_processor(processor: "SAILVLProcessor", folder: Path) -> None:
+    """Its own files, without the tokenizer's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        processor.save_pretrained(scratch)
+        for file in PROCESSOR_FILES:
+            shutil.copyfile(Path(scratch) / file, folder / file)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
