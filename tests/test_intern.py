@@ -461,6 +461,7 @@ def test_the_card_runs_and_provenance_tells_the_kind(tmp_path, vit, lm, monkeypa
 # Verification
 
 
+@pytest.mark.slow
 def test_verification_holds_the_folder_against_the_original_names(tmp_path, lm):
     vit = write(tmp_path / "vit", random_weights(VIT_6B), VIT_6B_CONFIG)
     for source, shown in ((vit, "picture"), (lm, "text")):

@@ -139,8 +139,11 @@ torch.save([inputs["input_ids"], inputs["pixel_values"], logits], out)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("language", "tied"), [("qwen2", False), ("qwen3", True), ("llama", False)])
+SLOW = pytest.mark.slow
+CASES = [("qwen2", False), pytest.param("qwen3", True, marks=SLOW), pytest.param("llama", False, marks=SLOW)]
+
+
+@pytest.mark.parametrize(("language", "tied"), CASES)
 def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied):
     from test_hub_folder import run_stranger
 
@@ -292,7 +295,9 @@ def test_the_tower_taken_out_gives_its_tokens(toys, tmp_path, source):
         assert torch.equal(alone(pixels).last_hidden_state, expected)
 
 
-@pytest.mark.parametrize(("language", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize(
+    ("language", "tied"), [pytest.param("qwen2", True, marks=SLOW), ("qwen3", False), ("llama", False)]
+)
 def test_the_language_model_taken_out_loads_alone(tmp_path, language, tied):
     source = write_release(tmp_path / "source", language, tied)
     done = convert(source, tmp_path / "out", part="language", verify=language == "qwen2")
@@ -341,6 +346,7 @@ def write_tower(folder: Path, tower: str = "internvl_vision") -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_tower_of_transformers_is_taken_out_as_its_own(tmp_path, tower):
     compose(write_tower(tmp_path / "tower", tower), write_language(tmp_path / "language"), tmp_path / "all")
