@@ -157,7 +157,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         tokens = tokens[:, tokens.shape[1] - rows * columns :]  # without a class token and registers, which come first
         folded = pixel_shuffle(tokens, (rows, columns), self.config.pixel_shuffle_factor)
-        return self.mlp1(folded.to(self.mlp1[0].weight.dtype))
+        return self.mlp1(folded.to(next(self.mlp1.parameters()).dtype))
 
     def forward(
         self,

@@ -191,7 +191,7 @@ def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"config.json: auto_map is {auto_map!r}, not a map")
     for auto, target in auto_map.items():
         file = str(target).split(".")[0] + ".py"
-        unused = auto == "AutoImageProcessor" and "preprocessor_config.json" not in files
+        unused = auto in ("AutoImageProcessor", "AutoProcessor") and "preprocessor_config.json" not in files
         if "--" not in file and file not in files and not unused:
             report.problems.append(Problem("code", file, f"missing, but config.json's auto_map wants {target}"))
 

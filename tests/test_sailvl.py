@@ -366,6 +366,17 @@ def test_gradient_checkpointing_changes_nothing_and_every_parameter_gets_a_gradi
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_lora_on_the_language_model_with_the_connector_trained_whole(model):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(target_modules=".*language_model.*q_proj", modules_to_save=["mlp1"], r=2)
+    adapted = peft.get_peft_model(copy.deepcopy(model).train(), options)
+    ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
+    adapted(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert any("mlp1" in name for name in trained) and all("mlp1" in name or "lora_" in name for name in trained)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("part", ["vision_model.*(qkv|fc1)", "language_model.*(q_proj|v_proj)"])
 def test_lora_trains_the_part_it_is_put_on(model, part, tmp_path):
     peft = pytest.importorskip("peft")
