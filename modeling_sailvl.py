@@ -169,6 +169,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """
@@ -180,7 +181,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
                 of every visual token.
             labels: (B, S) token ids; those of visual tokens are ignored, as -100 is.
             image_features: (n, N, E) instead of `pixel_values`: what `get_image_features` has returned.
-            kwargs: Whatever the language model takes: use_cache, logits_to_keep, num_items_in_batch, ...
+            logits_to_keep: Of how many of the last positions, or of which, logits are wanted; 0 for all.
+            kwargs: Whatever the language model takes: use_cache, num_items_in_batch, ...
 
         Returns:
             What the language model returns: loss, logits (B, S, vocabulary), past_key_values, ...
@@ -202,6 +204,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             inputs_embeds = self._with_visual_tokens(inputs_embeds, placeholders, image_features)
         if labels is not None and placeholders is not None:
             labels = labels.masked_fill(placeholders.to(labels.device), -100)
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:  # some language models do not take it
+            kwargs["logits_to_keep"] = logits_to_keep
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -210,6 +214,9 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             labels=labels,
             **kwargs,
         )
+
+    def _supports_logits_to_keep(self) -> bool:
+        return self.language_model._supports_logits_to_keep()
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
         """(B, S) booleans: where a visual token belongs; None if the id of the placeholder is not known."""

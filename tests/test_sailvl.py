@@ -350,6 +350,15 @@ def test_only_the_logits_that_are_asked_for_are_computed(model):
         assert isinstance(model(ids, pixels, return_dict=False), tuple)
 
 
+def test_generate_computes_the_logits_of_one_position_a_step(model):
+    """All of a prompt's would cost more than the language model itself."""
+    seen = []
+    hook = model.language_model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+    model.generate(prompt(1), pixel_values=random_pixels(1, 3, 56, 56), max_new_tokens=3, min_new_tokens=3)
+    hook.remove()
+    assert seen == [1, 1, 1]
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renamed the method
 def test_gradient_checkpointing_changes_nothing_and_every_parameter_gets_a_gradient(model):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
