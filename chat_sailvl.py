@@ -153,6 +153,8 @@ class SAILVLChat:
         Raises:
             ValueError: As `chat` does, and if there are not as many histories as questions.
         """
+        if isinstance(questions, str):
+            raise ValueError("questions must be a list of questions; chat takes a single one")
         tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
         pasts = [list(past or []) for past in history or [None] * len(questions)]
         if not questions or len(pasts) != len(questions):
@@ -226,7 +228,7 @@ def _with_tiles(
     if images != len(tiles) or sum(tiles) != available or min(tiles, default=1) < 1:
         raise ValueError(
             f"{images} {IMAGE} in the prompt, num_patches_list {tiles} of {sum(tiles)} tiles, {available} tiles in "
-            "pixel_values: an entry for every image, and their sum, are wanted"
+            "pixel_values: an entry of at least one tile for every image, and their sum, are wanted"
         )
     rest = iter(tiles)
     filled = []
@@ -239,10 +241,17 @@ def _with_tiles(
 def _generation_options(
     generation_config: "Mapping[str, Any] | GenerationConfig | None", tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
-    """What `generate` is given; the end of a turn ends the answer, as in the releases."""
+    """
+    What `generate` is given; the end of a turn ends the answer, as in the releases.
+
+    Raises:
+        ValueError: It asks for what is no text.
+    """
     if generation_config is not None and not isinstance(generation_config, Mapping):
         generation_config = generation_config.to_diff_dict()
     options = {key: value for key, value in (generation_config or {}).items() if value is not None}
+    if options.get("num_return_sequences", 1) > 1 or options.get("return_dict_in_generate"):
+        raise ValueError("chat gives one answer a question, as text: for more build the prompt and call generate")
     options["eos_token_id"] = token_id(tokenizer, END_OF_TURN)
     padding = options["eos_token_id"] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {"pad_token_id": padding, **options}

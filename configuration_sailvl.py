@@ -124,11 +124,20 @@ class SAILVLConfig(PretrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As transformers' own; a release that calls itself "internvl_chat" is meant to be loaded here."""
+        """
+        As transformers' own; a release that calls itself "internvl_chat" is meant to be loaded here.
+
+        Raises:
+            ValueError: It is another model's.
+        """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config.get("model_type") == "internvl_chat":
-            config = {**config, "model_type": cls.model_type}
-        return config, unused
+        said = config.get("model_type", cls.model_type)
+        if said not in (cls.model_type, "internvl_chat"):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: its config.json is of a {said!r}, not of a SAIL-VL: load it with an "
+                "Auto class; `sailvit compose` makes a SAIL-VL of a tower and a language model"
+            )
+        return {**config, "model_type": cls.model_type}, unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

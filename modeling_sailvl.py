@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.generation import GenerationMixin
@@ -68,7 +69,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         As transformers' own; harnesses still pass `load_in_8bit`, which transformers >= 5 has dropped.
 
         Raises:
-            ValueError: A shard is missing.
+            ValueError: A shard is missing or broken, or it is no SAIL-VL.
         """
         if load_in_8bit:
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -76,6 +77,9 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             return super().from_pretrained(*args, **kwargs)
         except FileNotFoundError as error:
             raise ValueError(f"{error}: the checkpoint is not whole, copy or download that file again") from error
+        except SafetensorError as error:
+            what = f"{args[0] if args else cls.__name__}: a file of weights is broken ({error})"
+            raise ValueError(f"{what}: `sailvit inspect` says which; copy or download it again") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """The connector's; the parts initialize themselves."""
@@ -125,10 +129,16 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             ValueError: The tiles are not of the shape and size that the tower was made for.
         """
         size = (self.config.vision_config.num_channels, *self._tile_size())
-        if tuple(pixel_values.shape[1:]) != size or not len(pixel_values) or not pixel_values.is_floating_point():
+        if not (
+            isinstance(pixel_values, torch.Tensor)
+            and tuple(pixel_values.shape[1:]) == size
+            and len(pixel_values)
+            and pixel_values.is_floating_point()
+        ):
+            kind, shape = (getattr(pixel_values, key, "unknown") for key in ("dtype", "shape"))
             raise ValueError(
-                f"pixel_values must be floats of shape (tiles, {', '.join(map(str, size))}), as the processor makes "
-                f"them; got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}"
+                f"pixel_values must be a tensor of floats of shape (tiles, {', '.join(map(str, size))}), as the "
+                f"processor makes it; got a {type(pixel_values).__name__}, dtype {kind}, shape {shape}"
             )
         if self.training or len(pixel_values) <= self.config.vision_batch_size:
             return self._encode_tiles(pixel_values)
@@ -152,7 +162,12 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
     def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         layer, (rows, columns) = self.config.select_layer, self.config.grid_size
-        tiles = tiles.to(self.vision_model.device, self.vision_model.dtype)
+        device = self.vision_model.device
+        if (
+            device.type != "meta"
+        ):  # of weights that are kept elsewhere, and brought along with what they are called with
+            tiles = tiles.to(device)
+        tiles = tiles.to(self.vision_model.dtype)
         output = self.vision_model(pixel_values=tiles)
         tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         tokens = tokens[:, tokens.shape[1] - rows * columns :]  # without a class token and registers, which come first
@@ -223,7 +238,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         image_token_id = self.config.image_token_id
         if image_token_id is None:
             return None
-        if input_ids is not None:
+        if input_ids is not None and (inputs_embeds is None or input_ids.shape[1]):  # `generate` gives empty ones too
             return input_ids == image_token_id
         token = torch.tensor(image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
@@ -293,6 +308,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         if expand_size > 1 and (pixel_values is not None or features is not None):
             features = self.get_image_features(pixel_values) if features is None else features
             placeholders = self._placeholders(input_ids, model_kwargs.get("inputs_embeds"))
+            self._check_count(placeholders.sum(), features.shape[:2].numel())
             features = _repeat_by_prompt(features, placeholders, expand_size)
             pixel_values = None
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

@@ -104,11 +104,14 @@ class SAILVLProcessor(ProcessorMixin):
 
         Raises:
             ValueError: Placeholders do not match the images or videos; truncation would cut off visual tokens.
-            TypeError: An option that does not exist.
+            FileNotFoundError: There is no such video.
+            TypeError: An option that does not exist, or audio.
         """
         prompts = [text] if isinstance(text, str) else list(text or [])
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"text must be a prompt or a list of prompts, with a {self.image_token} for every image")
+        if kwargs.get("audio") is not None:
+            raise TypeError(f"{type(self).__name__} takes images and videos, not audio")
         image_options, text_options = self._sort_options(kwargs)
         return_mm_token_type_ids |= text_options.pop("return_mm_token_type_ids", False)
         num_frames = (kwargs.get("videos_kwargs") or {}).get("num_frames", num_frames)
@@ -146,10 +149,13 @@ class SAILVLProcessor(ProcessorMixin):
             given = [len(_flat_images(own)) for own in images]
         if found != given and (len(given) > 1 or sum(found) != given[0]):
             raise ValueError(
-                f"{_told(found)} {self.image_token} in the text, {_told(given)} images: one for each is wanted"
+                f"{_told(found)} {self.image_token} in the text, {_told(given)} images: one for each is wanted, none "
+                "elsewhere in the text"
             )
         if (scenes := sum(prompt.count(VIDEO) for prompt in prompts)) != videos:
-            raise ValueError(f"{scenes} {VIDEO} in the text, {videos} videos: one for each is wanted")
+            raise ValueError(
+                f"{scenes} {VIDEO} in the text, {videos} videos: one for each is wanted, and none elsewhere"
+            )
 
     def _cut(self, pictures: list[Any], options: dict[str, Any]) -> Iterator[torch.Tensor]:
         """The tiles (tiles, 3, h, w) of every picture."""
@@ -207,6 +213,8 @@ class SAILVLProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As transformers' own, of which the older releases take no plain text for the content of a message."""
+        if not conversation:
+            raise ValueError("the conversation is empty: a list of messages is wanted")
         batched = isinstance(conversation[0], (list, tuple))
         turns = [_as_parts(messages) for messages in (conversation if batched else [conversation])]
         return super().apply_chat_template(turns if batched else turns[0], chat_template, **kwargs)
@@ -276,6 +284,8 @@ def _is_picture(entry: Any) -> bool:
 
 def _read_frames(video: Any, num_frames: int) -> list[Any]:
     if isinstance(video, (str, Path)):
+        if "://" not in str(video) and not Path(video).is_file():
+            raise FileNotFoundError(f"{video}: no such video")
         video = load_video(str(video), num_frames=num_frames, backend="pyav")[0]
     if not len(video):
         raise ValueError("a video without frames")

@@ -190,6 +190,11 @@ def picture_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str
     """
     options, fields = read_json(PACKAGE / "preprocessor_config.json").keys(), checkpoint.document("config.json")
     settings = {key: value for key, value in read_pictures(checkpoint).items() if key in options}
+    if fields.get("pad2square"):
+        what = (
+            "config.json: pad2square pads pictures to a square, which nothing here does: set it to false if none were"
+        )
+        raise CheckpointError(f"{checkpoint.source.name}: {what}")
     if "max_tiles" not in checkpoint.document("preprocessor_config.json"):
         settings |= {option: fields[field] for field, option in TILING.items() if fields.get(field) is not None}
     (rows, columns), (height, width) = config.grid_size, config.patch_size

@@ -290,7 +290,10 @@ def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | 
     Raises:
         CheckpointError: There is none, or a file that holds it is missing or broken.
     """
-    found = recognise(checkpoint.weight_map, layout, prefix)
+    try:
+        found = recognise(checkpoint.weight_map, layout, prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.source.name}: {error}") from error
     tensors = {name: checkpoint[stored] for name, stored in found.names.items()}
     shape, problems = measure(found, {name: tensor.shape for name, tensor in tensors.items()})
     fields, contradictions = tower_fields(shape, read_source_config(checkpoint))

@@ -166,9 +166,11 @@ def test_beams_see_the_images_of_their_own_prompt(model, options):
     assert torch.equal(torch.cat(together)[:, ids.shape[1] :], alone)
 
 
-def test_embeddings_instead_of_ids_give_the_same_tokens(model):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_embeddings_instead_of_ids_give_the_same_tokens(beams, model):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     settings = {"pixel_values": pixels, "do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+    settings["num_beams"] = beams
     from_embeds = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings)
     assert torch.equal(from_embeds, model.generate(ids, **settings)[:, ids.shape[1] :])
 
@@ -301,7 +303,7 @@ def test_placeholders_that_do_not_match_the_tiles_are_refused(model, placeholder
 
 @pytest.mark.parametrize("shape", [(2, 3, 28, 28), (3, 56, 56), (1, 2, 3, 56, 56), (1, 4, 56, 56), (0, 3, 56, 56)])
 def test_tiles_of_a_wrong_shape_are_refused(model, shape):
-    with pytest.raises(ValueError, match=r"pixel_values must be floats of shape \(tiles, 3, 56, 56\)"):
+    with pytest.raises(ValueError, match=r"pixel_values must be a tensor of floats of shape \(tiles, 3, 56, 56\)"):
         model(prompt(1), torch.zeros(shape))
 
 
@@ -317,6 +319,25 @@ def test_ids_and_embeddings_together_are_refused(model):
         model()
     with pytest.raises(ValueError, match="either pixel_values or image_features"):
         model(prompt(1), random_pixels(1, 3, 56, 56), image_features=torch.zeros(1, 4, 64))
+
+
+def test_placeholders_are_counted_before_images_are_repeated_for_beams(model):
+    with pytest.raises(ValueError, match=r"8 placeholders .* 4 visual tokens"):
+        model.generate(prompt(2), pixel_values=random_pixels(1, 3, 56, 56), num_beams=2, max_new_tokens=2)
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its config.json is of a .qwen2., not of a SAIL"):
+        SAILVLForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_broken_shard_is_refused_with_what_would_do(tmp_path):
+    release = write_release(tmp_path / "toy")
+    shard = release / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"toy: a file of weights is broken .*`sailvit inspect` says which"):
+        SAILVLForConditionalGeneration.from_pretrained(release)
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -452,6 +473,15 @@ def test_parts_are_spread_over_devices_and_disk(release, model, tmp_path):
         image_token_id=IMAGE,
     ).eval()
     assert {"cpu", "disk"} == set(map(str, spread.hf_device_map.values()))
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(spread(ids, pixels).logits, model(ids, pixels).logits)
+
+
+def test_a_tower_on_disk_is_brought_along_tile_by_tile(release, model, tmp_path):
+    places = {"vision_model": "disk", "mlp1": "cpu", "language_model": "cpu"}
+    options = {"dtype": torch.float32, "device_map": places, "offload_folder": tmp_path, "image_token_id": IMAGE}
+    spread = SAILVLForConditionalGeneration.from_pretrained(release, **options).eval()
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     with torch.no_grad():
         torch.testing.assert_close(spread(ids, pixels).logits, model(ids, pixels).logits)

@@ -305,6 +305,14 @@ def test_another_prompt_than_the_releases_is_refused(model, tokenizer, monkeypat
         model.chat(tokenizer, None, "Why?", GREEDY)
 
 
+def test_what_chat_does_not_give_is_refused(model, tokenizer):
+    for asked in ({"num_return_sequences": 3, "do_sample": True}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="one answer a question, as text"):
+            model.chat(tokenizer, None, "hello", asked)
+    with pytest.raises(ValueError, match="questions must be a list of questions"):
+        model.batch_chat(tokenizer, None, "hello")
+
+
 @pytest.mark.parametrize(("questions", "histories"), [(["Why?"], [[], []]), ([], None)])
 def test_another_number_of_histories_than_of_questions_is_refused(questions, histories, model, tokenizer):
     with pytest.raises(ValueError, match=rf"{len(questions)} questions and {len(histories or [])} histories"):
