@@ -66,22 +66,28 @@ def inspect_sparse(folder: Path) -> None:
     shape = published_shape("3b")
     tower = [NewTensor(piece.name, "F32", piece.shape, iter) for piece in pieces(LAYOUTS["sailvit"], shape)]
     rest = [NewTensor(f"language_model.layers.{layer}.weight", "F32", (4096, 12288), iter) for layer in range(26)]
-    (folder / "sparse").mkdir()
-    (folder / "sparse" / "config.json").write_text(json.dumps({"vision_config": apple_config(shape)}))
     tensors = [NewTensor(f"vision_model.{tensor.name}", "F32", tensor.shape, iter) for tensor in tower] + rest
-    shards = [tensors[start::8] for start in range(8)]
+    total = write_sparse(folder / "sparse", tensors)
+    (folder / "sparse" / "config.json").write_text(json.dumps({"vision_config": apple_config(shape)}))
+    took = statistics.median(measure(*SAILVIT, "inspect", folder / "sparse")[0] for _ in range(5))
+    print(f"{took:6.2f} s  sailvit inspect of {total / 1e9:.1f} GB in 8 sparse shards")
+    print(f"{statistics.median(measure(*SAILVIT, '--help')[0] for _ in range(5)):6.2f} s  sailvit --help")
+
+
+def write_sparse(folder: Path, tensors: list[NewTensor], count: int = 8) -> int:
+    """Writes so many shards, each tensor a hole in one of them, and their index; returns their bytes."""
+    folder.mkdir()
     weight_map, total = {}, 0
-    for number, shard in enumerate(shards):
-        file, header = f"model-{number:05}.safetensors", safetensors_header(shard)
-        (folder / "sparse" / file).write_bytes(header)
+    for number in range(count):
+        shard, file = tensors[number::count], f"model-{number:05}.safetensors"
+        header = safetensors_header(shard)
+        (folder / file).write_bytes(header)
         size = len(header) + sum(tensor.nbytes for tensor in shard)
-        os.truncate(folder / "sparse" / file, size)
+        os.truncate(folder / file, size)
         weight_map |= {tensor.name: file for tensor in shard}
         total += size
-    (folder / "sparse" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    took = statistics.median(measure(*SAILVIT, "inspect", folder / "sparse")[0] for _ in range(5))
-    print(f"{took:6.2f} s  sailvit inspect of {total / 1e9:.1f} GB in {len(shards)} sparse shards")
-    print(f"{statistics.median(measure(*SAILVIT, '--help')[0] for _ in range(5)):6.2f} s  sailvit --help")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
 
 
 def main() -> None:

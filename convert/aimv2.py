@@ -1,6 +1,6 @@
 """An AIMv2 tower in any layout, resolution and precision to another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ class TowerJob(Job):
             )
             for move in moves
         ]
+
+    def inputs(self) -> Iterable[StoredTensor]:
+        return self.tower.tensors.values()
 
     def _chunks(self, move: Move) -> Iterator[np.ndarray]:
         """The bytes of a tensor to be written."""

@@ -22,7 +22,7 @@ from .beside import (
     write_processor,
 )
 from .conversion import convert_checkpoint, keep_apart
-from .folder import licence_of, name_of, plain_name, save_record, says_pictures, write_card
+from .folder import name_of, save_record, says_pictures, write_card
 from .internlm2 import finds_internlm2
 from .internvit import finds_internvit
 from .job import DTYPES
@@ -30,7 +30,7 @@ from .layouts import recognise
 from .multimodal import build_empty, describe_all, finds_multimodal, verify_all
 from .problems import CheckpointError
 from .readers import TORCH_DTYPES, Checkpoint, hash_file, read_json
-from .sources import find_source
+from .sources import find_source, licence_of, plain_name
 from .writer import check_free, new_folder, write_json
 
 

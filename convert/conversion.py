@@ -1,10 +1,12 @@
 """A checkpoint in, a folder out: the steps of `sailvit convert`, whatever kind of checkpoint it is."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ from .folder import write_provenance
 from .internlm2 import finds_internlm2
 from .internvit import finds_internvit, plan_internvit
 from .job import SHARD_SIZE, Job, Options
-from .multimodal import finds_multimodal, plan_whole
+from .multimodal import PREFIXES, finds_multimodal, plan_whole, read_names
 from .parts import has_other_tower, plan_connector, plan_language, plan_other_tower
 from .problems import CheckpointError
 from .readers import Checkpoint, hash_file
-from .sources import LocalFolder, Source, find_source
+from .sources import LocalFolder, Source
+from .trained import all_sources, default_dtype, open_trained, training_notes
 from .writer import check_free, new_folder
 
 
 # What is asked of a tower alone, as attributes of Options.
+# Files of weights are hashed if they are small, or if about all of them is taken.
+SMALL, WHOLE = 1 << 20, 0.9
 TOWER_OPTIONS = ("to_layout", "from_layout", "prefix", "image_size")
 
 
@@ -31,6 +36,8 @@ def convert_checkpoint(
     *,
     part: str | None = None,
     insert_vision: str | Path | None = None,
+    base: str | Path | None = None,
+    average: Sequence[str | Path] = (),
     to_layout: str | None = None,
     from_layout: str | None = None,
     prefix: str | None = None,
@@ -52,11 +59,14 @@ def convert_checkpoint(
         out: The folder to be.
         part: One of job.PARTS; if not given, all of a SAIL-VL, else the one part that the source is.
         insert_vision: A file, a folder or a name on the Hub, whose tower takes the place of a SAIL-VL's.
+        base: A file, a folder or a name on the Hub: what the training began with: it has what a stage left frozen and
+            did not save, or rounded, and an adapter is merged into it.
+        average: More checkpoints of the run of `source`: the mean of all of them is converted.
         to_layout: A key of LAYOUTS, for a tower; "sailvit" if not given.
         from_layout: The layout of the source; recognised if not given.
         prefix: What stands before the tower's names, where more than one tower could be meant.
         image_size: Height and width in pixels; learned positions are resampled to it.
-        dtype: One of job.DTYPES; the source's if not given.
+        dtype: One of job.DTYPES; the source's if not given, float32 where masters stand beside rounded tensors.
         revision: Branch, tag or commit of a name on the Hub.
         max_shard_size: In bytes, or as "5GB", the default where files are written anew; if it is given, they are.
         trust_pickle: Whether files of torch.save may run code of their own.
@@ -72,13 +82,18 @@ def convert_checkpoint(
     inserted = None if insert_vision is None else str(insert_vision)
     asked = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted)
     asked.check()
-    out, (origin, entry) = Path(out), find_source(str(source), revision)
+    out, begun = Path(out), None if base is None else str(base)
+    checkpoint = open_trained(
+        str(source), revision, base=begun, average=[str(other) for other in average], trust_pickle=trust_pickle
+    )
     check_free(out, overwrite)
-    keep_apart(origin, out)
-    job = _plan(Checkpoint(origin, entry, trust_pickle), asked)
+    for origin in all_sources(checkpoint):
+        keep_apart(origin, out)
+    job = _plan(checkpoint, asked)
+    job.notes += training_notes(checkpoint)
     for line in job.notes:
         say(line)
-    with new_folder(out, overwrite) as new, _hashing(job.checkpoint) as hashes:
+    with new_folder(out, overwrite) as new, _hashing(job) as hashes:
         digests = job.write_weights(new, SHARD_SIZE if max_shard_size is None else max_shard_size, progress)
         job.write_folder(new)
         job.verification = job.verify(new) if verify else None
@@ -98,6 +113,9 @@ def _plan(checkpoint: Checkpoint, asked: Options) -> Job:
     """What is to be done, once it is sure that it can be."""
     part = asked.part or _default_part(checkpoint)
     _check_options(checkpoint, part, asked)
+    if asked.dtype is None:
+        own = read_names(checkpoint.weight_map).under(PREFIXES[part]).values() if part in PREFIXES else ()
+        asked = replace(asked, dtype=default_dtype(checkpoint, own))
     plans = {"vision": _plan_vision, "connector": plan_connector, "language": plan_language, "all": plan_whole}
     return plans[part](checkpoint, asked)
 
@@ -150,18 +168,31 @@ def keep_apart(origin: Source, out: Path) -> None:
 
 
 @contextmanager
-def _hashing(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
-    """Hashes the files that are read, while other work is done; the card is read for its licence."""
-    stop = threading.Event()
+def _hashing(job: Job) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+    """
+    Hashes the files that are read, while other work is done; the card is read for its licence. Of files of weights
+    from which little is taken, only that is told: hashing them would mean reading all of them.
+    """
+    checkpoint, stop = job.checkpoint, threading.Event()
     asked = {*checkpoint.opened, *checkpoint.documents, checkpoint.entry, "README.md"}
-    files = sorted(asked & {*checkpoint.source.files})
+    paths = {file: checkpoint.source.path(file) for file in sorted(asked & {*checkpoint.source.files})}
+    taken: Counter[Path] = Counter()
+    for piece in chain.from_iterable(tensor.pieces() for tensor in job.inputs()):
+        taken[piece.file] += piece.nbytes
+    sizes = {file: path.stat().st_size for file, path in paths.items()}
+    large = {file for file in checkpoint.opened.keys() & paths.keys() if sizes[file] > SMALL}
+    partly = {file: taken[paths[file]] for file in large if taken[paths[file]] < WHOLE * sizes[file]}
     with ThreadPoolExecutor(1) as pool:
-        paths = {file: checkpoint.source.path(file) for file in files}
-        pending: dict[str, Future[str]] = {file: pool.submit(hash_file, path, stop) for file, path in paths.items()}
+        pending: dict[str, Future[str]] = {
+            file: pool.submit(hash_file, path, stop) for file, path in paths.items() if file not in partly
+        }
         try:
             yield lambda: {
-                file: {"sha256": digest.result(), "bytes": paths[file].stat().st_size}
-                for file, digest in pending.items()
+                file: {
+                    "bytes": size,
+                    **({"taken": partly[file]} if file in partly else {"sha256": pending[file].result()}),
+                }
+                for file, size in sizes.items()
             }
         finally:
             stop.set()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .problems import CheckpointError
 from .readers import PROVENANCE, Checkpoint, hash_file, read_json
-from .sources import Source
+from .sources import licence_of, plain_name
 from .tower import SIZE_NAMES
+from .trained import training_facts
 from .values import torch_name
 from .writer import write_json
 
@@ -298,19 +299,6 @@ def write_card(folder: Path, lines: list[str], **data: Any) -> None:
     ModelCard("\n".join(text) + "\n").save(folder / "README.md")
 
 
-def licence_of(source: Source) -> dict[str, Any]:
-    """The licence that the source's card names."""
-    from huggingface_hub import ModelCard
-
-    if "README.md" not in source.files:
-        return {}
-    try:
-        data = ModelCard.load(source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # no YAML in it
-        return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
-
-
 def write_provenance(
     folder: Path,
     job: "Job",
@@ -325,17 +313,19 @@ def write_provenance(
         digests: Name -> sha256 of every tensor that was written.
     """
     source, record = job.checkpoint.source, job.record()
-    before = job.checkpoint.document(PROVENANCE).get("source")
+    before, training = job.checkpoint.document(PROVENANCE).get("source"), training_facts(job.checkpoint)
     said = {
         "name": plain_name(source),
         "revision": source.revision,
         **record.pop("source", {}),
+        **licence_of(source),
         "files": files,
         **({"source": before} if before else {}),
     }
     kept = {name: {"sha256": files[original]["sha256"]} for name, original in record.pop("kept", {}).items()}
     content = {
         "source": said,
+        **({"training": training} if training else {}),
         "options": asked,
         "dtype": torch_name(job.dtype),
         **record,
@@ -364,11 +354,6 @@ def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any
 
 def _is_recorded(path: Path) -> bool:
     return path.suffix in (".py", ".json", ".jinja", ".txt", ".model") and path.name != PROVENANCE
-
-
-def plain_name(source: Source) -> str:
-    """A name on the Hub, or the last part of a path: where it lies here is nobody's business."""
-    return source.name if source.revision else Path(source.name).resolve().name
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from .multimodal import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_name
 from .parts import has_other_tower, part_fields, part_problems
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
-from .sources import find_source, weight_files
+from .sources import ENGINE_ENTRIES, find_source, weight_files
 from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
 
@@ -89,18 +89,18 @@ def inspect_checkpoint(
     Looks a checkpoint over.
 
     Args:
-        source: A file, a folder or a name on the Hub (whose weights are downloaded).
+        source: A file, a folder or a name on the Hub, of whose safetensors only the headers are downloaded.
         revision: Branch, tag or commit on the Hub.
         from_layout: The layout it has, if that is known.
         prefix: What stands before the tower's names, where more than one tower could be meant.
         trust_pickle: Whether files of torch.save may run code of their own.
-        deep: Whether to read the data: NaN, infinities, hashes against provenance.json.
+        deep: Whether to read the data, and so download it: NaN, infinities, hashes against provenance.json.
         progress: With `deep`, told the bytes that were read, and how many there are.
 
     Raises:
         CheckpointError: There is no such thing, or no weights in it. What is wrong with weights is in the report.
     """
-    origin, entry = find_source(str(source), revision)
+    origin, entry = find_source(str(source), revision, headers_only=not deep)
     checkpoint, report = Checkpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
     with _noted(report):
         report.problems += checkpoint.shard_problems()
@@ -140,7 +140,8 @@ def _look_at_tower(report: Report, checkpoint: Checkpoint, tower: Tower) -> None
     report.size, report.fields = size_name(tower.shape), tower.fields
     report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
     report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
-    report.problems += tower.problems
+    rounded = checkpoint.entry.endswith(ENGINE_ENTRIES)  # frozen parts are, beside float32 masters
+    report.problems += [problem for problem in tower.problems if not (rounded and problem.kind == "mixed")]
     size, pixels = checkpoint.document("preprocessor_config.json").get("size"), tower.fields["image_size"]
     is_sailvit = checkpoint.document("config.json").get("model_type") in ("sailvit", "sailvl")
     if is_sailvit and size not in (None, pixels, {"height": pixels, "width": pixels}):

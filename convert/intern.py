@@ -355,6 +355,9 @@ class InternJob(Job):
             for part in plan_parts(self.found.kind.modules, self.shape)
         ]
 
+    def inputs(self) -> Iterable[StoredTensor]:
+        return self.stored.values()
+
     def _chunks(self, part: Part) -> Iterator[np.ndarray]:
         """The bytes of a tensor to be written."""
         for name, start, stop in part.runs:

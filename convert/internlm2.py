@@ -3,11 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .folder import LOAD_LANGUAGE, name_of, save_card
 from .intern import (
@@ -30,7 +27,7 @@ from .job import Options
 from .problems import CheckpointError, Problem
 from .readers import Checkpoint, StoredTensor
 from .tokenizer import NewTokenizer, find_tokenizer
-from .values import torch_name
+from .values import is_same, torch_name
 from .writer import write_json
 
 
@@ -273,7 +270,7 @@ def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Job:
     found, tensors, said = read_model(checkpoint, LM, asked)
     shape, problems = measure_internlm2(found, tensors, said)
     if shape.tie_word_embeddings:
-        problems += _drop_tied_head(found, tensors)
+        problems += _drop_tied_head(checkpoint, found, tensors)
     config, odd = llama_config(shape, said)
     dtype = check_model(checkpoint, asked, found, tensors, shape, problems + odd)
     tokenizer, note = find_tokenizer(checkpoint)
@@ -285,13 +282,12 @@ def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Job:
     return job
 
 
-def _drop_tied_head(found: Found, tensors: dict[str, StoredTensor]) -> list[Problem]:
+def _drop_tied_head(checkpoint: Checkpoint, found: Found, tensors: dict[str, StoredTensor]) -> list[Problem]:
     """A head that is stored though it is tied is left out, if it is the embeddings."""
     if "output.weight" not in tensors or "model.tok_embeddings.weight" not in tensors:
         return []
     head, embeddings = tensors["output.weight"], tensors["model.tok_embeddings.weight"]
-    pairs = zip_longest(head.chunks(), embeddings.chunks(), fillvalue=np.empty(0, np.uint8))
-    if head.dtype != embeddings.dtype or not all(np.array_equal(one, other) for one, other in pairs):
+    if not checkpoint.headers_only and not is_same(head, embeddings):
         what = "is not model.tok_embeddings.weight, to which config.json ties it: correct tie_word_embeddings"
         return [Problem("config", found.names["output.weight"], what)]
     del tensors["output.weight"]

@@ -1,7 +1,7 @@
 """A conversion, planned: what every kind of it says and does, and what was asked for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,10 @@ class Job(ABC):
     @abstractmethod
     def tensors(self) -> list[NewTensor]:
         """What is to be written, in the order in which it shall lie in the files."""
+
+    @abstractmethod
+    def inputs(self) -> Iterable[StoredTensor]:
+        """The tensors of the source that are read."""
 
     @abstractmethod
     def write_folder(self, folder: Path) -> None:

@@ -11,12 +11,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from .aimv2 import TowerJob, plan_tower
 from .beside import (
@@ -31,13 +28,13 @@ from .beside import (
     write_generation_config,
     write_processor,
 )
-from .folder import name_of, plain_name, save_card, says_pictures
+from .folder import name_of, save_card, says_pictures
 from .job import Job, Options, common_dtype, stream
 from .layouts import without_wrappers
 from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint, StoredTensor, hash_file
-from .sources import WEIGHTS, find_source
-from .values import torch_name
+from .sources import WEIGHTS, find_source, licence_of, plain_name
+from .values import is_same, torch_name
 from .verify import VerificationError, run_alone
 from .writer import NewTensor, check_space, write_json, write_weights
 
@@ -162,8 +159,8 @@ def model_problems(
     problems = [*_shape_problems(names, found, wanted)]
     for name in wanted.keys() - found.keys() - twins.keys():
         problems.append(Problem("missing", prefix + name, f"missing; {list(wanted[name])} is wanted"))
-    for name, first in twins.items():
-        if name in found and first in found and not _same(found[name], found[first]):
+    for name, first in () if checkpoint.headers_only else twins.items():
+        if name in found and first in found and not is_same(found[name], found[first]):
             what = f"differs from {first}, to which config.json ties it: correct tie_word_embeddings"
             problems.append(Problem("values", names[name], what))
     for file in checkpoint.opened:
@@ -184,14 +181,6 @@ def _shape_problems(
             yield Problem("empty", names[name], what)
         elif tensor.shape != wanted[name]:
             yield Problem("shape", names[name], f"is {list(tensor.shape)}, by config.json {list(wanted[name])}")
-
-
-def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(
-        a is not None and b is not None and np.array_equal(a, b) for a, b in zip_longest(one.chunks(), other.chunks())
-    )
 
 
 def is_fused_on_load(model_type: str) -> bool:
@@ -217,6 +206,9 @@ class StoredJob(Job):
     def tensors(self) -> list[NewTensor]:
         return [self._tensor(name, place) for name, place in self.names.items()]
 
+    def inputs(self) -> Iterable[StoredTensor]:
+        return map(self.checkpoint.__getitem__, self.names.values())
+
     def _tensor(self, name: str, place: str) -> NewTensor:
         tensor = self.checkpoint[place]
         return NewTensor(name, self.dtype, tensor.shape, lambda: stream(tensor, place, self.dtype))
@@ -241,6 +233,9 @@ class WholeJob(StoredJob):
 
     def tensors(self) -> list[NewTensor]:
         return [*self._stored_tensors(), *self._tower_tensors()]
+
+    def inputs(self) -> Iterable[StoredTensor]:
+        return map(self.checkpoint.__getitem__, self.checkpoint.weight_map)
 
     def _stored_tensors(self) -> list[NewTensor]:
         return super().tensors()
@@ -326,6 +321,7 @@ class WholeJob(StoredJob):
             record["inserted"] = {
                 "name": plain_name(checkpoint.source),
                 "revision": checkpoint.source.revision,
+                **licence_of(checkpoint.source),
                 "layout": found.layout.name,
                 "prefix": found.prefix,
                 "files": {file: {"sha256": hash_file(checkpoint.source.path(file))}

@@ -15,7 +15,8 @@ class Problem:
 
     Attributes:
         kind: One of "missing", "unexpected", "empty", "shape", "dtype", "mixed", "values", "sha256" (of tensors),
-            "file", "shard", "stray", "code" (of files), "config", "layout".
+            "file", "shard", "stray", "code" (of files), "config", "layout"; of what is to be
+            published also "load", "tokens", "version", "secret", "path", "user", "card", "licence".
         where: The tensor, file or field.
         what: What is wrong with it, and the mend.
     """

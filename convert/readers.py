@@ -6,13 +6,14 @@ which are asked for are opened.
 """
 
 import hashlib
+import io
 import json
 import pickle
 import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from .problems import CheckpointError, Problem
+from .sources import ENGINE_ENTRIES, HubHeaders
 
 
 if TYPE_CHECKING:
@@ -75,6 +77,10 @@ class StoredTensor:
     def nbytes(self) -> int:
         return prod(self.shape) * ITEM_SIZES[self.dtype]
 
+    def pieces(self) -> Iterable["StoredTensor"]:
+        """Where it is read from: itself, or the tensors it is computed from."""
+        return (self,)
+
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Its elements from `start` to `stop`, as bytes (uint8), at most CHUNK of them at a time."""
         item = ITEM_SIZES[self.dtype]
@@ -111,15 +117,20 @@ def hash_file(path: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+def read_safetensors(path: Path, opened: BinaryIO | None = None) -> dict[str, StoredTensor]:
     """
     The tensors of a safetensors file, by its header alone.
+
+    Args:
+        path: Where the file is, or what to call it.
+        opened: The file, if it is elsewhere.
 
     Raises:
         CheckpointError: The header is not what the format asks for, or the file is shorter or longer than it says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened or path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: the file is cut short or no safetensors: copy or download it again")
@@ -266,10 +277,15 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weights, dict) or not weights or not all(isinstance(file, str) for file in weights.values()):
         raise CheckpointError(f"{path}: no index of shards: weight_map has to map names of tensors to names of files")
     for file in set(weights.values()):
-        parts = PurePosixPath(file).parts
-        if not parts or file.startswith("/") or ".." in parts or "\\" in file or ":" in file or "\0" in file:
+        if is_outside(file):
             raise CheckpointError(f"{path}: the shard {file!r} lies outside its folder: correct weight_map")
     return weights
+
+
+def is_outside(file: str) -> bool:
+    """Whether a name that stands in a file could lead out of the folder of that file."""
+    parts = PurePosixPath(file).parts
+    return not parts or file.startswith("/") or ".." in parts or "\\" in file or ":" in file or "\0" in file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -295,6 +311,7 @@ class Checkpoint:
         entry: Name of the file that stands for it: the one file of weights, or the index of the shards.
         opened: Every file of weights that was opened -> the tensors in it.
         documents: Every JSON file beside them that was asked for -> its content.
+        engine: What a training engine's files say of the training, once they are opened.
     """
 
     def __init__(self, source: "Source", entry: str, trust_pickle: bool = False):
@@ -303,6 +320,12 @@ class Checkpoint:
         self.trust_pickle = trust_pickle
         self.opened: dict[str, dict[str, StoredTensor]] = {}
         self.documents: dict[str, dict[str, Any]] = {}
+        self.engine: dict[str, Any] = {}
+
+    @property
+    def headers_only(self) -> bool:
+        """Whether no tensor can be read, but only what the headers say of it."""
+        return isinstance(self.source, HubHeaders)
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -323,10 +346,16 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is missing or broken.
         """
+        if file not in self.opened and file.endswith(ENGINE_ENTRIES):
+            from .engines import read_engine  # which knows this module
+
+            self.opened[file], self.engine = read_engine(self.source, file, self.trust_pickle)
         if file not in self.opened:
             path = self.source.path(file)
-            is_safe = file.endswith(".safetensors")
-            self.opened[file] = read_safetensors(path) if is_safe else read_pickle(path, self.trust_pickle)
+            if file.endswith(".safetensors"):
+                self.opened[file] = read_safetensors(path, self.source.open(file))
+            else:
+                self.opened[file] = read_pickle(path, self.trust_pickle)
         return self.opened[file]
 
     def document(self, file: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from .problems import CheckpointError
 
@@ -15,12 +15,20 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "pytorch_model_fsdp.bin",
 )
 # What else is read where one file of weights is named.
 BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json", "provenance.json", "README.md")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Files of training runs that end like weights.
-COMPANIONS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*")
+COMPANIONS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|pytorch_model_fsdp)[\w.-]*")
+# What stands for the weights where an engine saved them in pieces: DeepSpeed's files, torch's distributed checkpoint.
+STATES = "*_states.pt"
+ENGINE_ENTRIES = (STATES, ".metadata")
+HEADER = 1 << 17  # bytes that are asked for at a time, where only headers are wanted
+ADAPTER = "adapter_config.json"  # of peft
+# What a folder has if an engine's folder in it is one of its parts.
+ROOT = ("latest", "trainer_state.json", "config.json", ADAPTER)
 
 
 class Source(Protocol):
@@ -40,6 +48,9 @@ class Source(Protocol):
     def path(self, file: str) -> Path:
         """The local file, downloaded if need be."""
 
+    def open(self, file: str) -> BinaryIO:
+        """The file, of which parts may be read."""
+
 
 class LocalFolder:
     """A folder on this machine, or some of its files."""
@@ -57,6 +68,9 @@ class LocalFolder:
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing: copy or download it again")
         return path
+
+    def open(self, file: str) -> BinaryIO:
+        return self.path(file).open("rb")
 
 
 class HubRepository:
@@ -82,13 +96,33 @@ class HubRepository:
             raise CheckpointError(f"{self.name}: it was changed while it was downloaded: try again")
         return path
 
+    def open(self, file: str) -> BinaryIO:
+        return self.path(file).open("rb")
 
-def _from_hub(name: str, revision: str | None) -> Source:
+
+class HubHeaders(HubRepository):
+    """A model repository of which only the headers of safetensors are wanted: these are asked for by ranges."""
+
+    def path(self, file: str) -> Path:
+        """Of safetensors the name alone: there is no such file here."""
+        is_there = file.endswith(".safetensors") and file in self.files
+        return Path(self.name, file) if is_there else super().path(file)
+
+    def open(self, file: str) -> BinaryIO:
+        from huggingface_hub import HfFileSystem
+
+        if not file.endswith(".safetensors"):
+            return super().open(file)
+        with _hub_errors(self.name, self.revision):
+            return HfFileSystem().open(f"{self.name}/{file}", "rb", revision=self.revision, block_size=HEADER)
+
+
+def _from_hub(name: str, revision: str | None, headers_only: bool) -> Source:
     """A repository; where the Hub is not to be reached, what is cached of it."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return HubRepository(name, revision)
+        return HubHeaders(name, revision) if headers_only else HubRepository(name, revision)
     except CheckpointError as error:
         if not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             raise
@@ -122,9 +156,13 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{name}: no such folder here, and the Hub does not answer: {reason}") from error
 
 
-def find_source(source: str, revision: str | None = None) -> tuple[Source, str]:
+def find_source(source: str, revision: str | None = None, headers_only: bool = False) -> tuple[Source, str]:
     """
     A file, a folder or the name of a repository -> where its files are, and the file that stands for its weights.
+
+    Args:
+        revision: Branch, tag or commit of a repository.
+        headers_only: Whether nothing but the headers of a repository's safetensors will be read.
 
     Raises:
         CheckpointError: It does not exist, holds no weights, or several that nothing chooses between.
@@ -139,15 +177,37 @@ def find_source(source: str, revision: str | None = None) -> tuple[Source, str]:
         return LocalFolder(path.parent, beside), path.name
     if path.is_dir():
         found: Source = LocalFolder(path)
+        if entry := _inside_of(found):
+            return LocalFolder(path.resolve().parent), entry
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        found = _from_hub(source, revision)
+        found = _from_hub(source, revision, headers_only)
     else:
         raise CheckpointError(f"{source}: no such file or folder, and no name on the Hub (OWNER/MODEL)")
     return found, _choose_weights(found)
 
 
+def plain_name(source: Source) -> str:
+    """A name on the Hub, or the last part of a path: where it lies here is nobody's business."""
+    return source.name if source.revision else Path(source.name).resolve().name
+
+
+def licence_of(source: Source) -> dict[str, Any]:
+    """The licence that the source's card names."""
+    from huggingface_hub import ModelCard
+
+    if "README.md" not in source.files:
+        return {}
+    try:
+        data = ModelCard.load(source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # no YAML in it
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+
+
 def weight_files(source: Source) -> list[str]:
-    """Files at the top of a source that end like weights, those of training runs left out."""
+    """Files at the top of a source that end like weights, those of training runs left out; none beside an engine's."""
+    if find_engine(source):
+        return []
     return [
         file
         for file in source.files
@@ -155,13 +215,56 @@ def weight_files(source: Source) -> list[str]:
     ]
 
 
+def find_engine(source: Source) -> str | None:
+    """
+    What stands for the weights, if a training engine saved them in pieces: FOLDER/*_states.pt for DeepSpeed's files,
+    FOLDER/.metadata for a distributed checkpoint; at the top there is no FOLDER. Where the weights are there in one
+    piece too, those of the engine, which are not rounded, come first if they have the names that trainers give them.
+
+    Raises:
+        CheckpointError: There are several, or DeepSpeed's `latest` names none of them.
+    """
+    folders = {file.rpartition("/")[0] for file in source.files if file.endswith("_model_states.pt")}
+    tag = source.path("latest").read_text("utf-8", "replace").strip() if "latest" in source.files else None
+    if tag is not None and (folders or tag.startswith(("global_step", "/", "."))):
+        if tag not in folders:
+            what = f"its file `latest` names {tag!r}, which is no folder of DeepSpeed in it: copy that, or correct it"
+            raise CheckpointError(f"{source.name}: {what}")
+        return f"{tag}/{STATES}"
+    pieces = {file.rpartition("/")[0] for file in source.files if file.endswith(".distcp")}
+    if {*WEIGHTS} & {*source.files}:
+        folders, pieces = set(), {folder for folder in pieces if folder.startswith("pytorch_model_fsdp")}
+    entries = [f"{folder}/{STATES}".lstrip("/") for folder in folders]
+    entries += [f"{folder}/.metadata".lstrip("/") for folder in pieces if not folder.startswith("optim")]
+    if len(entries) > 1:
+        several = ", ".join(sorted(entry.rpartition("/")[0] or "." for entry in entries))
+        raise CheckpointError(f"{source.name}: several folders of training engines ({several}): name one")
+    return entries[0] if entries else None
+
+
+def _inside_of(source: LocalFolder) -> str | None:
+    """The entry in the folder above, if this one is the engine's part of what is saved there."""
+    entry = next((entry for entry in (find_engine(source),) if entry in ENGINE_ENTRIES), None)
+    above = source.folder.resolve()
+    if entry is None or {*ROOT} & {*source.files} or not any((above.parent / file).is_file() for file in ROOT):
+        return None
+    return f"{above.name}/{entry}"
+
+
 def _choose_weights(source: Source) -> str:
+    if engine := find_engine(source):
+        return engine
     for name in WEIGHTS:
         if name in source.files:
             return name
     indices = [file for file in source.files if "/" not in file and file.endswith(".index.json")]
     choices = indices or weight_files(source)
     if len(choices) != 1:
+        steps = sorted(
+            {file.split("/")[0] for file in source.files if re.match(r"(checkpoint|global_step)-?\d+/", file)}
+        )
+        if steps and not choices:
+            raise CheckpointError(f"{source.name}: a run with several steps ({', '.join(steps)}): name one of them")
         what = f"several ({', '.join(choices)}): name the file" if choices else "no weights"
         raise CheckpointError(f"{source.name}: {what}; {', '.join(WEIGHTS)} would be found by themselves")
     return choices[0]

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,11 @@ def cast(chunk: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
     """The bytes of a chunk in another dtype, rounded to nearest even."""
     if dtype == wanted:
         return chunk
+    if (dtype, wanted) == ("F32", "BF16") and is_finite(chunk, dtype):  # without torch, which is large
+        bits = chunk.view(np.uint32)
+        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16).view(np.uint8)
+    if (dtype, wanted) == ("BF16", "F32"):
+        return (chunk.view(np.uint16).astype(np.uint32) << 16).view(np.uint8)
     import torch
 
     numbers = torch.from_numpy(chunk).view(getattr(torch, torch_name(dtype)))
@@ -42,6 +48,15 @@ def to_bytes(tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def is_same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are equal, by their bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(
+        a is not None and b is not None and np.array_equal(a, b) for a, b in zip_longest(one.chunks(), other.chunks())
+    )
 
 
 def load(stored: StoredTensor, rounded_to: str = "F32") -> "torch.Tensor":

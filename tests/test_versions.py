@@ -29,7 +29,7 @@ def test_the_fast_tests_pass_on_transformers(version, tmp_path):
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"transformers=={version}"]
     install += OLDER[version]
     subprocess.run(install, check=True)
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "tests"]
+    command = [python, "-m", "pytest", "-q", "-n0", "-m", "not slow", "-p", "no:cacheprovider", "tests"]
     variables = {**os.environ, "SAILVIT_VERSION_RUN": version, "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
