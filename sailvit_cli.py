@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sailvit",
-        description="The SAILViT vision tower and SAIL-VL: convert, compose, inspect, encode.",
+        description="The SAILViT vision tower and SAIL-VL: convert, compose, inspect, push, encode.",
         epilog="Exit codes: 0 done, 2 wrong usage or bad input, 130 interrupted, 1 a failure of this package.",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(verbs)
     _add_compose(verbs)
     _add_inspect(verbs)
+    _add_push(verbs)
     _add_encode(verbs)
     demo = verbs.add_parser("demo", help="the first steps, without any download", description=_demo.__doc__)
     demo.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
@@ -103,6 +104,8 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         choices=("vision", "connector", "language", "all"),
         help="what of a SAIL-VL is taken; default: all of it",
     )
+    convert.add_argument("--base", metavar="BASE", help="what the training began with: has what a stage left frozen")
+    convert.add_argument("--average", nargs="+", default=(), metavar="SRC", help="take the mean of SRC and these")
     convert.add_argument("--insert-vision", metavar="TOWER", help="a tower to take the place of the SAIL-VL's")
     convert.add_argument(
         "--to-layout",
@@ -142,6 +145,21 @@ def _add_inspect(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     inspect.add_argument("--json", action="store_true", help="for a program")
     _add_source(inspect)
     inspect.set_defaults(run=_inspect)
+
+
+def _add_push(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    push = verbs.add_parser("push", help="a folder to the Hub, once it has passed the gate", description=_push.__doc__)
+    push.add_argument("folder", type=Path, metavar="FOLDER", help="what convert, compose or save_pretrained wrote")
+    push.add_argument("repo", metavar="OWNER/NAME", help="made if it is not there")
+    push.add_argument("--private", action="store_true", help="the repository is to be private")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request on a repository that is there")
+    push.add_argument("--branch", metavar="B", help="made from main if it is not there; default: main")
+    push.add_argument("--tag", metavar="T", help="put on the commit; the card pins it")
+    push.add_argument("--revision-note", metavar="TEXT", help="below the title of the commit")
+    push.add_argument(
+        "--all-versions", action="store_true", help="try the oldest and the newest supported transformers too"
+    )
+    push.set_defaults(run=_push)
 
 
 def _add_source(verb: argparse.ArgumentParser) -> None:
@@ -246,8 +264,9 @@ def _convert(options: argparse.Namespace) -> int:
         done = convert_checkpoint(
             options.source,
             options.out,
-            **{key: vars(options)[key] for key in ("part", "insert_vision", "to_layout", "from_layout", "prefix",
-               "image_size", "dtype", "revision", "max_shard_size", "trust_pickle", "overwrite")},
+            **{key: vars(options)[key] for key in ("part", "insert_vision", "base", "average", "to_layout",
+               "from_layout", "prefix", "image_size", "dtype", "revision", "max_shard_size", "trust_pickle",
+               "overwrite")},
             verify=not options.no_verify,
             say=lambda line: print(line, flush=True),
             progress=progress,
@@ -309,6 +328,35 @@ def _inspect(options: argparse.Namespace) -> int:
 
         print(table(report))
     return 0 if report.whole else 2
+
+
+def _push(options: argparse.Namespace) -> int:
+    """Publishes a folder in one commit: writes its card, has a clean process load a copy of it, uploads what the Hub
+    lacks, and compares what is there then. If it was cut off, calling it again finishes it."""
+    _without_classes()
+    from huggingface_hub.utils import disable_progress_bars
+
+    from sailvit.hub import GateError, push_folder
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    arguments = ("private", "create_pr", "branch", "tag", "revision_note", "all_versions")
+    try:
+        done = push_folder(
+            options.folder,
+            options.repo,
+            **{key: vars(options)[key] for key in arguments},
+            say=lambda line: print(line, flush=True),
+        )
+    except GateError as error:
+        for problem in error.problems:
+            print(f"{problem.kind:<12} {problem}", flush=True)
+        raise
+    print(
+        f"{len(done.uploaded)} files uploaded, {len(done.deleted)} taken away; every hash there is that of the folder"
+    )
+    print(f"{done.url}  revision {done.tag or done.commit}")
+    return 0
 
 
 def _without_classes() -> None:

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import TINY_SHAPE, make_checkpoint
-from hub import COMMIT, serve
+
+from hub import COMMIT, put, serve, serve_writable
 
 
 @pytest.fixture
@@ -60,6 +62,25 @@ def test_only_the_shards_that_hold_the_tower_are_downloaded(hub, tmp_path):
     assert any("model-00001" in request for request in asked) and not any(
         "llm.safetensors" in request for request in asked
     )
+
+
+def test_inspect_reads_headers_by_ranges_and_downloads_no_weights(tmp_path):
+    folder = make_checkpoint(tmp_path / "model", shape=replace(TINY_SHAPE, hidden_size=512), max_shard_size="5MB")
+    with serve_writable() as hub:
+        commit = put(hub, "apple/aimv2-large", folder)
+        done = sailvit(tmp_path, "inspect", "apple/aimv2-large", "--json", endpoint=hub.address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        report, here = json.loads(done.stdout), json.loads(sailvit(tmp_path, "inspect", folder, "--json").stdout)
+        different = {key for key in report if report[key] != here[key]}
+        assert report["revision"] == commit and different == {"source", "revision"}
+        shards = sorted(folder.glob("*.safetensors"))
+        assert len(shards) > 2 and all(path.stat().st_size > 2 << 20 for path in shards[:-1])
+        assert all(0 < hub.served[path.name] < 1 << 19 for path in shards)
+
+        content = hub.repositories["apple/aimv2-large"].commits[commit].files
+        content[shards[0].name] = content[shards[0].name][:-5]
+        cut = sailvit(tmp_path, "inspect", "apple/aimv2-large", endpoint=hub.address)
+        assert cut.returncode == 2 and f"{shards[0].name}: cut short" in cut.stdout, cut.stdout + cut.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,12 @@
+"""
+Folders to the Hub: a card is written, the gate tries the folder as a stranger would, and one commit publishes it.
+
+Importing it imports neither torch nor transformers.
+"""
+
+from .card import write_card
+from .gate import GateError, gate_folder
+from .push import Published, PushError, publish, push_folder
+
+
+__all__ = ["GateError", "Published", "PushError", "gate_folder", "publish", "push_folder", "write_card"]

@@ -1,0 +1,230 @@
+"""
+The gate: whether a folder may be published. Its files are looked over, and a copy of it is loaded by a stranger: in a
+clean process, offline, by the Auto classes of the installed transformers or of others too.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..convert.inspect import inspect_checkpoint
+from ..convert.multimodal import link_or_copy
+from ..convert.problems import CheckpointError, Problem
+from ..convert.readers import PROVENANCE, read_json
+from ..convert.verify import PICTURE, TOLERANCE
+from .card import card_problems
+from .contents import file_problems, published_files
+from .kinds import LANGUAGE, MULTIMODAL, Kind, kind_of
+from .versions import VersionError, is_installed, make_environment, newest, oldest
+
+
+if TYPE_CHECKING:
+    import torch
+
+    Shown = dict[str, torch.Tensor]
+
+STRANGER = Path(__file__).with_name("load_folder.py")
+HALF_TOLERANCE = 2e-2  # relative, where numbers of 16 bits are added up in another order
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+
+
+class GateError(ValueError):
+    """
+    A folder that must not be published.
+
+    Attributes:
+        problems: Why.
+    """
+
+    def __init__(self, folder: str, problems: list[Problem]):
+        self.problems = problems
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        super().__init__(f"{folder}: not published: {problems[0]}{more}")
+
+
+def gate_folder(
+    folder: str | Path,
+    repo: str | None = None,
+    *,
+    all_versions: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Problem]:
+    """
+    Everything that speaks against publishing a folder; nothing, if the list is empty.
+
+    Args:
+        folder: As it would be published, README.md included.
+        repo: OWNER/NAME that it would have.
+        all_versions: Whether it has to load on the oldest and the newest supported transformers too.
+        say: Told what was tried, line by line.
+
+    Raises:
+        CheckpointError: There is no such folder, or no config.json that can be read in it.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    kind = kind_of(read_json(folder / "config.json"))
+    problems = file_problems(folder, repo.split("/")[0] if repo else None)
+    problems += [*card_problems(folder), *_look_over(folder), *_unverified(folder)]
+    with tempfile.TemporaryDirectory(prefix=".gate-", dir=_room_beside(folder)) as scratch:
+        problems += _load_problems(folder, kind, Path(scratch), all_versions, say)
+    return list(dict.fromkeys(problems))
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Raises:
+        CheckpointError: There is no such folder, or no config.json in it.
+    """
+    if not (folder / "config.json").is_file():
+        what = "there is no config.json in it" if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}: give a folder that `sailvit convert` or save_pretrained wrote")
+
+
+def _room_beside(folder: Path) -> Path | None:
+    """Where hard links to a folder's files can be made; None for the usual place of temporary files."""
+    parent = folder.resolve().parent
+    return parent if os.access(parent, os.W_OK) else None
+
+
+def _look_over(folder: Path) -> list[Problem]:
+    try:
+        return inspect_checkpoint(folder, deep=True).problems
+    except CheckpointError as error:
+        return [Problem("layout", "weights", str(error))]
+
+
+def _unverified(folder: Path) -> Iterator[Problem]:
+    """A conversion that nobody has held against its source."""
+    record = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    if record and not record.get("verification"):
+        yield Problem("tokens", PROVENANCE, "it was never held against its source: convert again, without --no-verify")
+
+
+def _load_problems(
+    folder: Path, kind: Kind, scratch: Path, all_versions: bool, say: Callable[[str], None]
+) -> list[Problem]:
+    copy = scratch / "model"  # without a dot, which would be one of a module's name
+    for name, path in published_files(folder).items():
+        if path.is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path, copy / name)
+    here = f"transformers {version('transformers')}"
+    ours = read_json(copy / "config.json").get("model_type") in ("sailvit", "sailvl")
+    problems, shown = _try(copy, kind, sys.executable, here, *(["sailvit"] if ours else []))
+    if shown is None:
+        return problems
+    reference = {name.removeprefix("sailvit."): shown.pop(name) for name in [*shown] if name.startswith("sailvit.")}
+    name = "this package" if ours else here
+    measure = _Measure(reference or shown, name, _tolerance(copy, kind), say)
+    problems += measure.differences(shown, here)
+    for requirement in _requirements(problems) if all_versions and kind.library == "transformers" else ():
+        problems += _try_release(copy, kind, requirement, measure)
+    return problems
+
+
+def _requirements(problems: list[Problem]) -> Iterator[str]:
+    """The oldest and the newest supported release, without the installed one."""
+    for title, find in (("oldest", oldest), ("newest", newest)):
+        try:
+            requirement = find()
+        except VersionError as error:
+            problems.append(_untried(f"the {title} supported transformers", error))
+        else:
+            if not is_installed(requirement):
+                yield requirement
+
+
+def _untried(release: str, error: VersionError) -> Problem:
+    what = f"could not be tried: {_short(error)}: give pip a registry, or leave out --all-versions"
+    return Problem("version", release, what)
+
+
+def _try_release(copy: Path, kind: Kind, requirement: str, measure: "_Measure") -> list[Problem]:
+    measure.say(f"installing {requirement} to try it")
+    try:
+        python = make_environment(copy.with_name(re.sub(r"\W", "", requirement)), requirement)
+    except VersionError as error:
+        return [_untried(requirement, error)]
+    problems, shown = _try(copy, kind, python, requirement)
+    return problems if shown is None else measure.differences(shown, requirement)
+
+
+def _try(copy: Path, kind: Kind, python: str, who: str, *package: str) -> "tuple[list[Problem], Shown | None]":
+    """What a process of its own sees, or why it sees nothing."""
+    from safetensors import safe_open
+
+    scratch, out = copy.parent, copy.with_name("shown.safetensors")
+    out.unlink(missing_ok=True)
+    script = "import sys; exec(compile(open(sys.argv[1]).read(), sys.argv.pop(1), 'exec'))"  # without this folder
+    command = [python, "-c", script, str(STRANGER), str(copy), str(PICTURE), str(out), kind.auto_class, *package]
+    options = {"cwd": scratch, "env": _environment(scratch), "stdin": subprocess.DEVNULL, "capture_output": True}
+    done = subprocess.run(command, text=True, **options)
+    if done.returncode or not out.exists():
+        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        said = said.replace(str(copy), "the folder")
+        what = f"does not load it by {kind.auto_class} in a clean process: {said}: mend that, or convert again"
+        return [Problem("load", who, what)], None
+    with safe_open(out, "pt") as file:
+        return [], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """Offline, with caches of its own, and without a token."""
+    kept = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    home = {"HF_HOME": str(scratch / "home"), "HF_MODULES_CACHE": str(scratch / "modules")}
+    return {**kept, **home, "HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def _tolerance(copy: Path, kind: Kind) -> float:
+    config = read_json(copy / "config.json")
+    halves = kind in (MULTIMODAL, LANGUAGE) and config.get("dtype", config.get("torch_dtype")) != "float32"
+    return HALF_TOLERANCE if halves else TOLERANCE
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """
+    What every stranger has to see.
+
+    Attributes:
+        reference: The picture and what came of it, in float32.
+        name: Whose it is.
+        tolerance: Relative.
+        say: Told what was tried.
+    """
+
+    reference: "Shown"
+    name: str
+    tolerance: float
+    say: Callable[[str], None]
+
+    def differences(self, shown: "Shown", release: str) -> list[Problem]:
+        """Where a stranger sees something else than arithmetic explains."""
+        problems = []
+        for what, wanted in self.reference.items():
+            found = shown[what]
+            if found.shape != wanted.shape:
+                said = f"{what} of shape {list(found.shape)}, {list(wanted.shape)} by {self.name}: convert again"
+                problems.append(Problem("tokens", release, said))
+                continue
+            difference = ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+            if not difference <= self.tolerance:
+                said = f"{what} are {difference:.1e} from those of {self.name}, relative: convert again"
+                problems.append(Problem("tokens", release, said))
+            elif what == "tokens":
+                self.say(
+                    f"{release} loads it in a clean process, its tokens within {difference:.0e} of those of {self.name}"
+                )
+        return problems
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -1,0 +1,223 @@
+"""The card of a published model: made of what is recorded, with a person's text kept."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_SHAPE, make_checkpoint, published_config
+from huggingface_hub import ModelCard
+
+from sailvit.convert import CheckpointError, convert_checkpoint
+from sailvit.hub.card import CITATION, MARK, NO_LICENCE, card_problems, write_card
+from sailvit.hub.kinds import CLASSIFIER, LANGUAGE, MULTIMODAL, TIMM, TOWER
+
+
+APPLE = {"name": "apple/aimv2", "revision": "a" * 40, "license": "other", "license_name": "apple-amlr"}
+QWEN = {"name": "Qwen/Qwen2.5-0.5B", "revision": "b" * 40, "license": "apache-2.0"}
+CONFIG = {"model_type": "sailvit", "auto_map": {"AutoModel": "modeling_sailvit.SAILViTModel"}, "dtype": "bfloat16"}
+SCORE = {
+    "task_type": "image-classification",
+    "dataset_type": "imagenet-1k",
+    "dataset_name": "ImageNet-1k",
+    "metric_type": "accuracy",
+    "metric_value": 80.7,
+}
+
+
+def make_folder(folder: Path, config: dict = CONFIG, **record) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if record:
+        (folder / "provenance.json").write_text(json.dumps(record))
+    return folder
+
+
+def card_of(folder: Path, *arguments: str, **options: str) -> ModelCard:
+    write_card(folder, *(arguments or ("owner/tower", "v1")), **options)
+    assert card_problems(folder) == []
+    return ModelCard.load(folder / "README.md")
+
+
+def test_it_says_what_the_model_is_and_pins_its_revision(tmp_path):
+    card = card_of(make_folder(tmp_path, source=APPLE), "owner/tower", "v1.0")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-feature-extraction")
+    assert card.data.base_model == "apple/aimv2" and {"sailvit", "custom_code"} <= {*card.data.tags}
+    assert 'name, revision = "owner/tower", "v1.0"' in card.text and "revision=revision" in card.text
+    assert f"[apple/aimv2](https://huggingface.co/apple/aimv2) at commit `{'a' * 40}`" in card.text
+
+
+def test_it_cites_the_paper_as_the_readme_does(tmp_path):
+    readme = re.search(r"```bibtex\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert readme == CITATION and CITATION in card_of(make_folder(tmp_path)).text
+
+
+@pytest.mark.parametrize("kind", [TOWER, TIMM, CLASSIFIER, MULTIMODAL, LANGUAGE])
+def test_the_usage_of_every_kind_is_python(kind):
+    usage = kind.usage.format(name="owner/model", revision="v1", trust=", trust_remote_code=True")
+    compile(usage, kind.name, "exec")
+    assert "owner/model" in usage and "v1" in usage
+
+
+def test_the_licence_is_what_the_card_of_the_source_states(tmp_path):
+    source = make_checkpoint(tmp_path / "apple")
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: apple-amlr\nlicense_link: LICENSE\n---\n")
+    convert_checkpoint(source, tmp_path / "out", verify=False)
+    card = card_of(tmp_path / "out")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "apple-amlr", "LICENSE")
+    assert "- weights (apple): apple-amlr, as its own card states: LICENSE" in card.text
+    assert "- the Python files: apache-2.0" in card.text
+
+
+def test_a_licence_that_nobody_stated_is_not_guessed(tmp_path):
+    convert_checkpoint(make_checkpoint(tmp_path / "apple"), tmp_path / "out", verify=False)
+    card = card_of(tmp_path / "out")
+    assert card.data.license is None and f"- weights (apple): {NO_LICENCE}" in card.text
+
+
+def test_every_component_keeps_its_own_licence(tmp_path):
+    card = card_of(make_folder(tmp_path, source={"name": "both", "vision": APPLE, "language": QWEN}))
+    assert (card.data.license, card.data.license_name) == ("other", "by-component")
+    assert "- vision (apple/aimv2): apple-amlr, as" in card.text
+    assert "- language (Qwen/Qwen2.5-0.5B): apache-2.0, as" in card.text
+    assert card.data.base_model == ["apple/aimv2", "Qwen/Qwen2.5-0.5B"]
+    assert card.data.to_dict()["base_model_relation"] == "merge"
+
+
+def test_a_component_without_a_licence_leaves_the_whole_without(tmp_path):
+    unknown = {"name": "tower", "revision": None}
+    card = card_of(make_folder(tmp_path, source={"name": "both", "vision": unknown, "language": QWEN}))
+    assert card.data.license is None and f"- vision (tower): {NO_LICENCE}" in card.text
+
+
+def test_the_base_is_the_nearest_source_on_the_hub(tmp_path):
+    source = {"name": "converted", "revision": None, "source": {"name": "earlier", "revision": None, "source": APPLE}}
+    card = card_of(make_folder(tmp_path, source=source))
+    assert card.data.base_model == "apple/aimv2" and "weights: converted, from apple/aimv2" in card.text
+
+
+def test_what_was_trained_is_a_finetune_with_its_recipe(tmp_path):
+    stages = [{"stage": 1, "recipe": "stage1.yaml", "steps": 2000}, {"stage": 2, "recipe": "stage2.yaml", "tokens": 9}]
+    training = {"engine": "DeepSpeed ZeRO-3", "tokens_seen": 12, "base": APPLE, "stages": stages}
+    card = card_of(make_folder(tmp_path, source={"name": "checkpoint-9", "revision": None}, training=training))
+    assert card.data.base_model == "apple/aimv2" and card.data.to_dict()["base_model_relation"] == "finetune"
+    assert "- engine: DeepSpeed ZeRO-3\n- tokens seen: 12\n" in card.text
+    assert f"- base: apple/aimv2 at {'a' * 40}" in card.text
+    assert "| stage | recipe | steps | tokens |" in card.text and "| 1 | stage1.yaml | 2000 |  |" in card.text
+
+
+def test_the_same_weights_under_other_names_are_no_finetune(tmp_path):
+    assert "base_model_relation" not in card_of(make_folder(tmp_path, source=APPLE)).data.to_dict()
+
+
+def test_results_become_a_table_and_a_model_index(tmp_path):
+    folder = make_folder(tmp_path, source=APPLE)
+    (folder / "evaluation.json").write_text(json.dumps([SCORE, {**SCORE, "metric_value": 81.5, "dataset_split": "v2"}]))
+    card = card_of(folder)
+    assert [result.metric_value for result in card.data.eval_results] == [80.7, 81.5]
+    assert card.data.model_name == "tower"
+    assert "| image-classification | ImageNet-1k | accuracy | 80.7 |" in card.text
+    (folder / "evaluation.json").write_text(json.dumps([{**SCORE, "metric_value": 90.0}]))
+    assert [result.metric_value for result in card_of(folder).data.eval_results] == [90.0]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"task_type": "x"}]', '{"accuracy": 3}'])
+def test_results_in_another_form_are_refused_and_the_card_stays(tmp_path, content):
+    folder = make_folder(tmp_path)
+    (folder / "README.md").write_text("as it was")
+    (folder / "evaluation.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json: a list of maps with task_type"):
+        write_card(folder)
+    assert (folder / "README.md").read_text() == "as it was"
+
+
+def test_a_persons_text_below_the_mark_survives(tmp_path):
+    folder = make_folder(tmp_path, source=APPLE)
+    write_card(folder, "owner/tower", "v1")
+    with (folder / "README.md").open("a") as file:
+        file.write("\n## Notes\n\nMine.\n")
+    for revision in ("v2", "v3"):
+        text = card_of(folder, "owner/tower", revision).content
+        assert text.endswith(f"{MARK}\n\n## Notes\n\nMine.\n") and text.count("Mine.") == 1 and revision in text
+
+
+def test_the_card_of_a_conversion_is_replaced_and_what_was_added_to_it_stays(tmp_path):
+    convert_checkpoint(make_checkpoint(tmp_path / "apple"), tmp_path / "out", verify=False)
+    with (tmp_path / "out" / "README.md").open("a") as file:
+        file.write("\nMine.\n")
+    text = card_of(tmp_path / "out").content
+    assert text.endswith(f"{MARK}\n\nMine.\n") and "says how, with the hashes" not in text
+
+
+def test_a_card_that_is_all_a_persons_is_kept_below(tmp_path):
+    folder = make_folder(tmp_path)
+    (folder / "README.md").write_text("---\nlanguage: en\ntags:\n- ocr\n---\n# By hand\n\nMine.\n")
+    card = card_of(folder)
+    assert card.content.endswith(f"{MARK}\n\n# By hand\n\nMine.\n")
+    assert card.data.language == "en" and {"ocr", "sailvit"} <= {*card.data.tags}
+
+
+def test_what_was_written_on_the_hub_is_kept_where_the_folder_has_nothing(tmp_path):
+    folder = make_folder(tmp_path)
+    theirs = f"---\nlicense: mit\n---\nold\n{MARK}\nOn the Hub.\n"
+    card = card_of(folder, "owner/tower", "v1", published=theirs)
+    assert card.content.endswith(f"{MARK}\n\nOn the Hub.\n") and card.data.license == "mit"
+    assert "- weights: mit, as its own card states" in card.text and NO_LICENCE not in card.text
+    (folder / "README.md").write_text(f"{MARK}\nHere.\n")
+    assert write_card(folder, published=theirs) == "On the Hub."
+    assert (folder / "README.md").read_text().endswith("\nHere.\n")
+
+
+def test_writing_it_twice_changes_nothing(tmp_path):
+    folder = make_folder(tmp_path, source=APPLE)
+    first = card_of(folder).content
+    assert card_of(folder).content == first and not [*folder.glob(".*")]
+
+
+@pytest.mark.parametrize(
+    ("config", "tag", "library"),
+    [
+        (published_config("transformers"), "image-feature-extraction", "transformers"),
+        (published_config("timm"), "image-feature-extraction", "timm"),
+        ({"model_type": "sailvl", "vision_config": {"hidden_size": 64}}, "image-text-to-text", "transformers"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "text-generation", "transformers"),
+        ({**CONFIG, "architectures": ["SAILViTForImageClassification"]}, "image-classification", "transformers"),
+    ],
+)
+def test_every_kind_of_folder_has_its_task_and_library(tmp_path, config, tag, library):
+    card = card_of(make_folder(tmp_path, config))
+    assert (card.data.pipeline_tag, card.data.library_name) == (tag, library)
+    assert ("trust_remote_code" in card.text) == ("auto_map" in config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "missing"),
+        ("# no YAML", "has no YAML"),
+        ("---\nlicense: [\n---\n", "its YAML is broken"),
+        ("---\n- a\n---\n", "its YAML is no map"),
+        ("---\nlicense: mit\npipeline_tag: image-feature-extraction\n---\n", "library_name is None"),
+        ("---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n", "pipeline_tag is"),
+        ("---\nbase_model: /home/me/aimv2\nlicense: mit\n---\n", "is no name on the Hub"),
+        ("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---\n", "names no licence"),
+        ("---\nlicense: other\n---\n", "without a license_name"),
+        ("---\nlicense: mit\n---\n", "license is 'mit', the sources' cards state 'other'"),
+        ("---\nlicense: mit\nmodel-index: 3\n---\n", "is not what the Hub takes"),
+    ],
+)
+def test_a_card_that_is_wrong_is_told(tmp_path, text, message):
+    folder = make_folder(tmp_path, source=APPLE)
+    if text is not None:
+        (folder / "README.md").write_text(text)
+    assert any(message in problem.what for problem in card_problems(folder)), card_problems(folder)
+
+
+def test_a_bracket_in_a_recipe_breaks_no_table(tmp_path):
+    record = {"source": APPLE, "training": [{"recipe": "a | b\nc", "steps": [1, 2]}]}
+    assert "| a \\| b c | [1, 2] |" in card_of(make_folder(tmp_path, **record)).text
+
+
+def test_a_published_shape_is_described(tmp_path):
+    config = {**CONFIG, **published_config("sailvit"), "model_type": "sailvit"}
+    assert f"width {TINY_SHAPE.hidden_size}, layers 3, 56 pixels" in card_of(make_folder(tmp_path, config)).text

@@ -1,0 +1,249 @@
+"""What may be published: what the gate lets pass, and what it names."""
+
+import getpass
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, make_checkpoint, randomize
+from mllm import write_release
+from safetensors.torch import load_file, save_file
+
+from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
+from sailvit.convert import CheckpointError, convert_checkpoint
+from sailvit.hub import gate_folder, write_card
+from sailvit.hub import versions as versions_of
+from sailvit.hub.card import card_problems
+from sailvit.hub.contents import code_files, file_problems, published_files
+
+
+SECRET = "hf_" + "a1B2" * 8
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """A tower as `sailvit convert` writes it, held against its source, with a card."""
+    folder = tmp_path_factory.mktemp("gate") / "tower"
+    convert_checkpoint(make_checkpoint(folder.with_name("apple")), folder)
+    write_card(folder, "owner/tower", "v1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gate") / "vl"
+    convert_checkpoint(write_release(folder.with_name("release")), folder)
+    write_card(folder, "owner/vl", "v1")
+    return folder
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """For what is seen without loading the folder."""
+    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+
+
+@pytest.fixture
+def tower(converted, tmp_path) -> Path:
+    """A copy, to be spoiled."""
+    return Path(shutil.copytree(converted, tmp_path / "tower"))
+
+
+def kinds(problems) -> set[str]:
+    return {problem.kind for problem in problems}
+
+
+def write(file: str, text: str):
+    def change(folder: Path) -> None:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text)
+
+    return change
+
+
+def append(file: str, text: str):
+    return lambda folder: (folder / file).write_text((folder / file).read_text() + text)
+
+
+def field(file: str, **fields):
+    return lambda folder: (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **fields}))
+
+
+def metadata(**said):
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **said})
+
+    return change
+
+
+@pytest.mark.parametrize("which", ["converted", "multimodal"])
+def test_the_files_of_a_conversion_are_clean(request, which):
+    folder = request.getfixturevalue(which)
+    assert file_problems(folder, "owner") == []
+    assert {*published_files(folder)} == {path.name for path in folder.iterdir()}
+
+
+def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
+    assert code_files(multimodal) == {path.name for path in multimodal.glob("*.py")}
+    assert len(code_files(multimodal)) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "where", "message"),
+    [
+        (write("optimizer.pt", "x"), "stray", "optimizer.pt", "remove it"),
+        (write("training_args.bin", "x"), "stray", "training_args.bin", "remove it"),
+        (write("__pycache__/a.pyc", "x"), "stray", "__pycache__/a.pyc", "remove it"),
+        (write("notes.txt", "x"), "stray", "notes.txt", "remove it"),
+        (write(".env", "x"), "stray", ".env", "remove it"),
+        (write("extra.py", "x"), "stray", "extra.py", "remove it"),
+        (lambda folder: (folder / "modeling_sailvit.py").unlink(), "code", "modeling_sailvit.py", "missing"),
+        (append("modeling_sailvit.py", "\nfrom .helper import x\n"), "code", "helper.py", "missing"),
+        (lambda folder: (folder / "photo.png").symlink_to("gone"), "file", "photo.png", "leads nowhere"),
+        (write("generation_config.json", "{"), "file", "generation_config.json", "JSON"),
+        (field("config.json", _name_or_path="/mnt/bn/x/ckpt"), "path", "config.json", "/mnt/bn"),
+        (field("config.json", out="/opt2/x/y"), "path", "config.json", "/opt2/x/y"),
+        (field("provenance.json", options={"out": "/home/me/out"}), "path", "provenance.json", "/home/me"),
+        (append("README.md", "see C:\\Users\\me\\x"), "path", "README.md", "C:\\Users"),
+        (append("README.md", "see file:///x/y"), "path", "README.md", "file:///x"),
+        (metadata(source="/data/me/ckpt"), "path", "model.safetensors", "/data/me"),
+        (append("README.md", f"token {SECRET}"), "secret", "README.md", "a token of the Hub in line"),
+        (field("config.json", key="sk-" + "a" * 30), "secret", "config.json", "an API key"),
+        (field("config.json", key="AKIA" + "A" * 16), "secret", "config.json", "an access key of AWS"),
+        (field("config.json", url="https://me:word@host/x"), "secret", "config.json", "a password in an address"),
+        (append("modeling_sailvit.py", "# ghp_" + "a" * 36), "secret", "modeling_sailvit.py", "a token of GitHub"),
+        (append("README.md", "-----BEGIN RSA PRIVATE KEY-----"), "secret", "README.md", "a private key"),
+        (metadata(key=SECRET), "secret", "model.safetensors", "a token of the Hub"),
+        (append("README.md", "made by jdoe42."), "user", "README.md", "names jdoe42"),
+        (append("README.md", "key word-of-this-machine"), "secret", "README.md", "the token that this machine has"),
+    ],
+)
+def test_what_must_not_leave_this_machine_is_named(tower, monkeypatch, change, kind, where, message):
+    monkeypatch.setattr(getpass, "getuser", lambda: "jdoe42")
+    monkeypatch.setenv("HF_TOKEN", "word-of-this-machine")
+    change(tower)
+    found = [problem for problem in file_problems(tower, "owner") if problem.where == where]
+    assert [problem.kind for problem in found] == [kind] and message in found[0].what, found
+    assert "a1B2" not in str(found[0])
+
+
+def test_what_only_looks_like_a_place_or_a_name_passes(tower, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "owner")
+    text = "https://host/data/x, a/home/b, n/a, and/or, owner/tower, 1/2, `/v1`, ~/data, #!/usr/bin/env python\n"
+    append("README.md", text)(tower)
+    assert file_problems(tower, "owner") == []
+
+
+def test_words_of_a_tokenizer_are_no_places(multimodal, tmp_path):
+    folder = Path(shutil.copytree(multimodal, tmp_path / "vl"))
+    (folder / "merges.txt").write_text((folder / "merges.txt").read_text() + "/home/x /tmp/y\n")
+    assert file_problems(folder, "owner") == []
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(CheckpointError, match="give a folder that"):
+            gate_folder(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["converted", "multimodal"])
+def test_a_conversion_passes_and_is_left_as_it_was(request, which):
+    folder, said = request.getfixturevalue(which), []
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    assert gate_folder(folder, f"owner/{folder.name}", say=said.append) == []
+    assert len(said) == 1 and "its tokens within 0e+00 of those of this package" in said[0]
+    after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    assert after == before and not [*folder.parent.glob(".gate-*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [SAILViTModel, SAILViTForImageClassification])
+def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
+    folder = tmp_path / "saved.v1"
+    randomize(cls(SAILViTConfig(**TINY))).save_pretrained(folder)
+    SAILViTImageProcessor(size=56).save_pretrained(folder)
+    assert [problem.where for problem in card_problems(folder)] == ["README.md"]
+    write_card(folder, "owner/saved", "v1")
+    assert gate_folder(folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["transformers", "timm"])
+def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path, layout):
+    convert_checkpoint(converted, tmp_path / "out", to_layout=layout)
+    write_card(tmp_path / "out", "owner/out", "v1")
+    assert gate_folder(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (append("modeling_sailvit.py", "\nimport sailvit\n"), "imports the package sailvit"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
+        (field("config.json", num_hidden_layers=2), "not loaded strictly"),
+    ],
+)
+def test_what_does_not_load_for_a_stranger_is_told(tower, change, message):
+    (tower / "provenance.json").unlink()
+    change(tower)
+    found = [problem for problem in gate_folder(tower) if problem.kind == "load"]
+    assert len(found) == 1 and message in found[0].what and str(tower.parent) not in found[0].what, found
+
+
+@pytest.mark.slow
+def test_code_that_makes_other_tokens_is_told(tower):
+    (tower / "provenance.json").unlink()
+    append(
+        "modeling_sailvit.py",
+        "\n\nplain = SAILViTModel.forward\n\n\ndef forward(self, *arguments, **options):\n"
+        "    output = plain(self, *arguments, **options)\n"
+        "    output.last_hidden_state = output.last_hidden_state * 1.01\n"
+        "    return output\n\n\nSAILViTModel.forward = forward\n",
+    )(tower)
+    found = [problem for problem in gate_folder(tower) if problem.kind == "tokens"]
+    assert len(found) == 1 and "tokens are 1.0e-02 from those of this package" in found[0].what
+
+
+def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):
+    tensors = load_file(tower / "model.safetensors")
+    name = min(tensors)
+    tensors[name] = torch.full_like(tensors[name], 0.5)
+    save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    assert kinds(gate_folder(tower)) == {"sha256"}
+
+
+def test_a_conversion_that_nobody_verified_is_told(tower, unloaded):
+    field("provenance.json", verification=None)(tower)
+    assert [problem.where for problem in gate_folder(tower)] == ["provenance.json"]
+
+
+@pytest.mark.slow
+def test_a_release_that_cannot_be_had_is_a_failure_not_a_skip(converted, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    found = gate_folder(converted, all_versions=True)
+    tried = versions_of.is_installed(versions_of.oldest())
+    assert kinds(found) == {"version"} and len(found) == (1 if tried else 2), found
+    for problem in found:
+        assert "could not be tried" in problem.what and "give pip a registry" in problem.what
+
+
+def test_the_oldest_release_is_the_one_that_the_package_asks_for(monkeypatch):
+    monkeypatch.setattr(versions_of, "requires", lambda name: ["torch>=2.6", "transformers!=5.2.*,>=4.56; x"])
+    assert versions_of.oldest() == "transformers==4.56.*"
+
+
+@pytest.mark.slow
+@pytest.mark.versions
+def test_the_oldest_and_the_newest_release_load_it_too(multimodal):
+    if "SAILVIT_VERSION_RUN" in os.environ:
+        pytest.skip("already inside a run of another release")
+    said: list[str] = []
+    assert gate_folder(multimodal, all_versions=True, say=said.append) == []
+    assert any("transformers==4.56.* loads it" in line for line in said), said
