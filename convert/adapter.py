@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engines import MASTERS, read_bytes
+from .fragments import read_bytes
 from .layouts import strip_wrappers
 from .problems import CheckpointError
 from .readers import CHUNK, Checkpoint, StoredTensor
 from .sources import ADAPTER
 from .values import cast, load, to_bytes
 from .woven import Woven
+from .zero import MASTERS
 
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import Merged
-from .engines import MASTERS
 from .problems import CheckpointError
 from .readers import PROVENANCE, Checkpoint
 from .sources import ADAPTER, ENGINE_ENTRIES, Source, find_source, licence_of, plain_name
 from .values import torch_name
 from .woven import TRAINER_STATE, Average, Overlay, Woven
+from .zero import MASTERS
 
 
 def open_trained(

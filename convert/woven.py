@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .engines import read_bytes
+from .fragments import read_bytes
 from .layouts import strip_wrappers
 from .problems import CheckpointError, Problem
 from .readers import CHUNK, FLOAT_BITS, ITEM_SIZES, PROVENANCE, Checkpoint, StoredTensor
