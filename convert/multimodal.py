@@ -109,7 +109,7 @@ def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
     if not text_fields(fields):
         raise CheckpointError(
             f"{checkpoint.source.name}: config.json {'says nothing of a language model' if fields else 'is missing'}: "
-            "put the one of the model beside its weights"
+            "put the one of the model beside its weights, or convert with --base"
         )
     try:
         return SAILVLConfig.from_dict({**fields, **changes, "model_type": SAILVLConfig.model_type})

@@ -235,7 +235,8 @@ def _with_heads(
     if said is None and _is_published(shape):
         said = width // HEAD_WIDTH
     if type(said) is not int or said < 1 or width % said:
-        what = f"is {said!r}, for a width of {width}: tensors do not show it, so say it in config.json"
+        mend = "say it in config.json, or convert with --base"
+        what = f"is {said!r}, for a width of {width}, and tensors do not show it: {mend}"
         problems.append(Problem("config", "num_attention_heads", what))
     elif _is_published(shape) and said != width // HEAD_WIDTH:
         what = f"config.json says {said}, but AIMv2 {SIZE_NAMES[width]} has {width // HEAD_WIDTH}: correct config.json"
