@@ -103,14 +103,13 @@ def _own_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     state = checkpoint.document(TRAINER_STATE)
     if state:
         facts.setdefault("engine", "transformers Trainer")
-    told = {"step": "global_step", "epoch": "epoch", "tokens_seen": "num_input_tokens_seen"}
-    for fact, key in told.items():
+    for fact, key in {"step": "global_step", "epoch": "epoch", "tokens_seen": "num_input_tokens_seen"}.items():
         value = state.get(key)
         if type(value) in (int, float) and math.isfinite(value) and (value or fact != "tokens_seen"):
             facts[fact] = value
     adapted = checkpoint.document(ADAPTER).get("base_model_name_or_path")
     base = adapted or checkpoint.document("config.json").get("_name_or_path")
-    if isinstance(base, str) and base:
+    if facts and isinstance(base, str) and base:  # alone it is where a copy was loaded from
         facts["trained_from"] = _bare_name(base)
     return facts
 
