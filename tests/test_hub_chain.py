@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PHOTOGRAPH, ROOT
-from hub import OWNER, TOKEN, serve_writable
 from mllm import write_release
 from safetensors.torch import load_file
+
+from hub import OWNER, TOKEN, serve_writable
 
 
 TRAIN = """

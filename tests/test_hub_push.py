@@ -15,6 +15,7 @@ import torch
 from conftest import PHOTOGRAPH, make_checkpoint
 from huggingface_hub import HfApi, constants
 
+import sailvit_cli
 from hub import OWNER, TOKEN, Commit, Fault, serve_writable
 from sailvit import SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import convert_checkpoint
@@ -425,6 +426,25 @@ def test_what_the_gate_finds_is_not_published(hub, tmp_path, monkeypatch):
     with pytest.raises(GateError, match=r"tower: not published: provenance\.json: it was never held") as raised:
         push_folder(folder, REPO, api=HfApi(endpoint=hub.address, token=TOKEN))
     assert len(raised.value.problems) == 1 and hub.repositories == {}
+
+
+def test_the_command_tells_every_problem_and_publishes_nothing(hub, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "tower"
+    convert_checkpoint(make_checkpoint(tmp_path / "apple"), folder)
+    (folder / "notes.txt").write_text("to do")
+    (folder / "optimizer.pt").write_bytes(b"")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    assert sailvit_cli.main(["push", str(folder), REPO]) == 2
+    said = capsys.readouterr()
+    assert "stray        notes.txt: no file of a published model" in said.out and "optimizer.pt" in said.out
+    assert said.err.startswith(f"sailvit push: {folder}: not published: ") and said.err.count("\n") == 1
+    assert hub.repositories == {}
+    for name in ("notes.txt", "optimizer.pt"):
+        (folder / name).unlink()
+    assert sailvit_cli.main(["push", str(folder), REPO, "--branch", "next", "--revision-note", "a note"]) == 0
+    assert hub.repositories[REPO].commits[hub.repositories[REPO].refs["next"]].body == "a note"
+    assert " 0 taken away; every hash there is that of the folder" in capsys.readouterr().out
 
 
 def test_text_that_was_written_on_the_hub_stays_in_the_card(hub, folder, monkeypatch):
