@@ -352,9 +352,8 @@ def _push(options: argparse.Namespace) -> int:
         for problem in error.problems:
             print(f"{problem.kind:<12} {problem}", flush=True)
         raise
-    print(
-        f"{len(done.uploaded)} files uploaded, {len(done.deleted)} taken away; every hash there is that of the folder"
-    )
+    counts = f"files uploaded: {len(done.uploaded)}, taken away: {len(done.deleted)}"
+    print(f"{counts}; every hash there is that of the folder")
     print(f"{done.url}  revision {done.tag or done.commit}")
     return 0
 

@@ -64,6 +64,9 @@ class MergedTensor(StoredTensor):
         import torch
 
         low, high = load(self.low), load(self.high)
+        for matrix, stored in ((low, self.low), (high, self.high)):
+            if not matrix.isfinite().all():
+                raise CheckpointError(f"{stored.file}: the adapter holds NaN or infinity: it is broken")
         if self.kind == "convolution" and self.shape[2:] != (1, 1):
             product = torch.nn.functional.conv2d(low.permute(1, 0, 2, 3), high).permute(1, 0, 2, 3)
         else:
@@ -179,5 +182,5 @@ def _check_adapter(source: str, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{source}: {what}")
     patterns = config.get("alpha_pattern") or {}
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else (patterns,))]
-    if not all(type(alpha) in (int, float) for alpha in alphas):
+    if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
         raise CheckpointError(f"{source}: {ADAPTER}: lora_alpha is {alphas[0]!r}, not a number")

@@ -40,7 +40,9 @@ def read_distributed(source: Source, folder: str, trust: bool) -> tuple[dict[str
     for index, info in storage.items():
         places[index.state["fqn"], tuple(index.state.get("offset") or ())] = _storage_info(path, info)
     names = _model_names(path, entries, state.get("planner_data") or {})
-    boxed = {name: _boxed(source, folder, path, entry, entries[entry].state, places) for name, entry in names.items()}
+    boxed = {
+        name: _boxed(source, folder, path, entry, entries[entry].state, places, trust) for name, entry in names.items()
+    }
     files = {box.info[0] for tensor in boxed.values() for box in tensor.boxes}
     ranks = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}
     for file in sorted(files):
@@ -89,6 +91,7 @@ def _boxed(
     name: str,
     described: Mapping[str, Any],
     places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
+    trust: bool,
 ) -> BoxedTensor:
     properties = described["properties"].state
     dtype = properties[""][0] if "" in properties else properties.get("dtype")
@@ -105,7 +108,7 @@ def _boxed(
     if not _fill(boxes, shape):
         raise CheckpointError(f"{path}: {name}: its parts do not make {list(shape)}: save it again")
     where = source.path(folder + ".metadata")
-    return BoxedTensor(where, dtype, shape, boxes=tuple(boxes), source=source, folder=folder)
+    return BoxedTensor(where, dtype, shape, boxes=tuple(boxes), source=source, folder=folder, trust=trust)
 
 
 def _fill(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:

@@ -63,12 +63,14 @@ class BoxedTensor(StoredTensor):
     Attributes:
         boxes: None of them empty.
         source, folder: Where their files are.
+        trust: Whether the pickles in these may name what is no tensor.
         opened: The boxes that were looked for -> where their elements lie.
     """
 
     boxes: tuple[Box, ...] = field(default=(), repr=False, compare=False)
     source: Source | None = field(default=None, repr=False, compare=False)
     folder: str = ""
+    trust: bool = False
     opened: dict[Box, StoredTensor] = field(default_factory=dict, repr=False, compare=False)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -101,7 +103,7 @@ class BoxedTensor(StoredTensor):
             return self.opened[box]
         file, start, length = box.info
         path = self.source.path(self.folder + file)
-        stored = read_saved(path, start=start, length=length)
+        stored = read_saved(path, trust=self.trust, start=start, length=length)
         found = (stored.dtype, stored.shape) if isinstance(stored, StoredTensor) else type(stored).__name__
         if found != (self.dtype, box.sizes):
             what = f"at byte {start} is {found}, not {(self.dtype, box.sizes)} as .metadata says"

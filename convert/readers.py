@@ -77,6 +77,10 @@ class StoredTensor:
     def nbytes(self) -> int:
         return prod(self.shape) * ITEM_SIZES[self.dtype]
 
+    def __setstate__(self, state: Any) -> None:
+        """What a pickle says of a tensor is checked when its place is found; it may not be changed thereafter."""
+        raise pickle.UnpicklingError("a tensor has no state")
+
     def pieces(self) -> Iterable["StoredTensor"]:
         """Where it is read from: itself, or the tensors it is computed from."""
         return (self,)

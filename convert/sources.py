@@ -233,7 +233,8 @@ def find_engine(source: Source) -> str | None:
         return f"{tag}/{STATES}"
     pieces = {file.rpartition("/")[0] for file in source.files if file.endswith(".distcp")}
     if {*WEIGHTS} & {*source.files}:
-        folders, pieces = set(), {folder for folder in pieces if folder.startswith("pytorch_model_fsdp")}
+        folders = {folder for folder in folders if re.fullmatch(r"global_step\d+", folder)}
+        pieces = {folder for folder in pieces if folder.startswith("pytorch_model_fsdp")}
     entries = [f"{folder}/{STATES}".lstrip("/") for folder in folders]
     entries += [f"{folder}/.metadata".lstrip("/") for folder in pieces if not folder.startswith("optim")]
     if len(entries) > 1:

@@ -1,6 +1,7 @@
 """What a stage of training left: opened, with its base and its adapter, and what it tells of the training."""
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _own_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         checkpoint.open(checkpoint.entry)
     told = checkpoint.document(PROVENANCE).get("training")  # by who trained it, or an earlier conversion
     facts = dict(told) if isinstance(told, Mapping) else {"stages": told} if told else {}
-    facts |= {key: value for key, value in checkpoint.engine.items() if value is not None and key != MASTERS}
+    facts |= {key: value for key, value in checkpoint.engine.items() if key != MASTERS and _is_plain(value)}
     state = checkpoint.document(TRAINER_STATE)
     if state:
         facts.setdefault("engine", "transformers Trainer")
@@ -112,6 +113,11 @@ def _own_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     if facts and isinstance(base, str) and base:  # alone it is where a copy was loaded from
         facts["trained_from"] = _bare_name(base)
     return facts
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number or a short text, such as a version: engines' files may say anything."""
+    return type(value) in (int, float) or (isinstance(value, str) and bool(re.fullmatch(r"[\w.+ -]{1,40}", value)))
 
 
 def training_notes(checkpoint: Checkpoint) -> list[str]:
@@ -127,6 +133,8 @@ def training_notes(checkpoint: Checkpoint) -> list[str]:
         how = "merged into" if "adapter" in facts else "what it lacks comes from"
         exact = f", and {base['exact']} rounded tensors exact" if base.get("exact") else ""
         notes.append(f"{how} {base['name']}{exact}")
+        if "adapter" in facts and facts.get("trained_from") not in (None, base["name"]):
+            notes.append(f"the adapter says that it was trained on {facts['trained_from']}")
     if rounded := (base or {}).get("rounded"):
         notes.append(f"not the base's, so as the engine rounded them: {len(rounded)} tensors ({rounded[0]}, ...)")
     return notes

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, zip_longest
 from typing import Any
 
-from .fragments import JoinedTensor, Run
+from .fragments import JoinedTensor, Run, read_bytes
 from .pickles import Record, read_saved
 from .problems import CheckpointError
-from .readers import StoredTensor
+from .readers import FLOAT_BITS, StoredTensor
 from .sources import Source
+from .values import cast
 
 
 MASTERS = "masters"  # in Checkpoint.engine: the names of what was trained, where the engine says so
@@ -25,6 +26,7 @@ DEEPSPEED = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+SAMPLE = 64  # masters of a run that are held against the model's weights
 OPTIMIZER_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
@@ -63,6 +65,7 @@ class ZeroFolder:
         tensors = self._rest(models, stage)
         masters = self._masters_of_3(first, optimizers) if stage == 3 else {}
         masters |= self._masters_of_2(first, optimizers) if stage == 2 else {}
+        self._check_rounded(masters, first["module"])
         tensors |= masters
         for twin, name in (first.get("shared_params") or {}).items():
             if name in tensors:
@@ -135,9 +138,30 @@ class ZeroFolder:
             if isinstance(counts, list) and len(set(counts)) > 1:
                 raise CheckpointError(f"{self.name}: experts are partitioned otherwise than the rest: not read here")
             states.append({**state, "groups": state[key]})
-        if len({len(state["groups"]) for state in states}) > 1:
+        if len({(len(state["groups"]), _stage_of(state)) for state in states}) > 1:
             raise CheckpointError(f"{self.name}: its *_optim_states.pt are not of one run: copy them again")
         return states
+
+    def _check_rounded(self, masters: Mapping[str, JoinedTensor], module: Mapping[str, Any]) -> None:
+        """
+        Holds the beginning of every run of masters against the weights that the model's files have of them.
+
+        Raises:
+            CheckpointError: They are not the same, rounded.
+        """
+        equal = total = 0
+        for name, master in masters.items():
+            held, at = module.get(name), 0
+            if not isinstance(held, StoredTensor) or held.shape != master.shape or held.dtype not in FLOAT_BITS:
+                continue  # as under ZeRO-3, which has no weights there
+            for run in master.runs:
+                stop, bits = at + min(run.count, SAMPLE), FLOAT_BITS[held.dtype][0]
+                own = cast(read_bytes(master, at, stop), master.dtype, held.dtype).view(bits)
+                equal += int((own == read_bytes(held, at, stop).view(bits)).sum())
+                total, at = total + len(own), at + run.count
+        if equal < 0.9 * total:
+            what = f"{total - equal} of {total} masters that were looked at are not the model's weights before rounding"
+            raise CheckpointError(f"{self.name}: {what}: files of several runs, or of exchanged ranks? Copy them again")
 
     def _rest(self, models: Mapping[int, dict[str, Any]], stage: int) -> dict[str, StoredTensor]:
         """What has no master: buffers, and frozen parameters as the engine holds them."""
@@ -206,10 +230,13 @@ class ZeroFolder:
 
 def _zero_title(stage: int, optimizers: Sequence[Mapping[str, Any]]) -> str:
     """ZeRO-1 and ZeRO-2 lie alike, but for the number; an optimizer that has none is of stage 1."""
-    if stage == 2:
-        said = optimizers[0].get("zero_stage", 1)
-        stage = said.made[0] if isinstance(said, Record) and said.made else said
+    stage = _stage_of(optimizers[0]) if stage == 2 else stage
     return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
+
+
+def _stage_of(optimizer: Mapping[str, Any]) -> Any:
+    said = optimizer.get("zero_stage", 1)
+    return said.made[0] if isinstance(said, Record) and said.made else said
 
 
 def _are_flat(groups: Any) -> bool:

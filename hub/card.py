@@ -50,6 +50,7 @@ class Component:
         revision: Commit on the Hub, if it came from there.
         licence: What its own card states, of LICENCE_KEYS.
         base: The model on the Hub that it goes back to, if there is one.
+        is_own: Whether the licence is what the folder's own card says, not what the source's does.
     """
 
     role: str
@@ -57,6 +58,7 @@ class Component:
     revision: str | None
     licence: Mapping[str, Any]
     base: str | None
+    is_own: bool = False
 
     def licence_name(self) -> str | None:
         return self.licence.get("license_name") or self.licence.get("license")
@@ -84,6 +86,8 @@ def write_card(folder: Path, name: str | None = None, revision: str = "main", pu
     own, text = split_card(path.read_text(encoding="utf-8") if path.exists() else "", str(path))
     try:
         theirs, their_text = split_card(published, "README.md on the Hub")
+        if their_text and MARK not in published:  # of another model, for all that is known
+            theirs = {}
     except CheckpointError:  # it is replaced by one that is right
         theirs, their_text = {}, ""
     text = text or their_text
@@ -131,11 +135,11 @@ def components(record: Mapping[str, Any], own: Mapping[str, Any]) -> list[Compon
 
     Args:
         record: Its provenance.json.
-        own: The YAML of its card, where a conversion put the licence that the source's card names.
+        own: The YAML of its card, whose licence is taken where no source states one.
     """
     source = record.get("source")
     if not isinstance(source, Mapping):
-        return [Component("weights", "", None, _licence(own), None)]
+        return [Component("weights", "", None, _licence(own), None, is_own=True)]
     parts = {role: source[role] for role in ("vision", "connector", "language") if isinstance(source.get(role), dict)}
     if parts:
         return [_component(role, part, {}) for role, part in parts.items()]
@@ -148,8 +152,9 @@ def components(record: Mapping[str, Any], own: Mapping[str, Any]) -> list[Compon
 
 
 def _component(role: str, record: Mapping[str, Any], own: Mapping[str, Any]) -> Component:
-    licence = _licence(record) or _licence(own)
-    return Component(role, str(record.get("name", "")), record.get("revision"), licence, _base(record))
+    stated = _licence(record)
+    licence = stated or _licence(own)
+    return Component(role, str(record.get("name", "")), record.get("revision"), licence, _base(record), not stated)
 
 
 def _licence(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,7 +372,8 @@ def _licences(folder: Path, parts: list[Component]) -> Iterator[str]:
         stated = part.licence_name()
         whose = f" ({part.name})" if part.name else ""
         link = part.licence.get("license_link")
-        said = f"{stated}, as its own card states" + (f": {link}" if link else "") if stated else NO_LICENCE
+        who = "whoever publishes this model" if part.is_own else "its own card"
+        said = f"{stated}, as {who} states" + (f": {link}" if link else "") if stated else NO_LICENCE
         yield f"- {part.role}{whose}: {said}"
     if any(folder.glob("*.py")):
         yield "- the Python files: apache-2.0"

@@ -20,8 +20,9 @@ BESIDE = re.compile(r"README\.md|\.gitattributes|(LICENSE|NOTICE)[\w.-]*|(assets
 # Other files of a model: such as this package or its neighbours write, and nobody by hand.
 OLD = re.compile(r"(configuration|modeling|image_processing|processing|chat)_\w+\.py|pytorch_model[\w.-]*")
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}  # words like any others
-TEXTS = (".py", ".json", ".md", ".jinja", ".txt", ".svg", "")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 LONGEST_TEXT = 1 << 26  # bytes
+BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 SECRETS = {
     "a token of the Hub": r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}",
@@ -35,7 +36,9 @@ SECRETS = {
 }
 ROOTS = "home|root|Users|mnt|media|data|tmp|var|opt|srv|scratch|work|workspace|nfs|gpfs|lustre|private|content|kaggle"
 PATHS = re.compile(
-    rf"(?<![\w/:.~%$)-])/(?:{ROOTS})/[\w.+-]+|\bfile:///?\S+|(?<![\w])[A-Za-z]:\\{{1,2}}[\w .-]+\\{{1,2}}\w"
+    rf"(?<![\w/:.~%$)<-])/(?!path/to/|usr/)(?:(?:{ROOTS})/[\w.+-]+|[\w.+-]+(?:/[\w.+-]+){{2,}})"
+    r"|\b(?:file|s3|gs|hdfs|oss|tos|nfs|smb)://\S+"
+    r"|(?<![\w])[A-Za-z]:\\{1,2}[\w .-]+\\{1,2}\w"
 )
 JSON_PATH = re.compile(r'"(/[\w.+-]+(?:/[\w.+ -]+)+/?)"')
 COMMON_NAMES = {"root", "user", "admin", "ubuntu", "debian", "runner", "jovyan", "nobody", "sailvit", "model", "hub"}
@@ -121,7 +124,7 @@ def _broken(name: str, path: Path) -> Iterator[Problem]:
 
 
 def _text_of(path: Path) -> str:
-    """Of a file of text, all; of weights, what their header says beside the tensors."""
+    """Of weights, what their header says beside the tensors; of any other file, all."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -130,9 +133,10 @@ def _text_of(path: Path) -> str:
             return json.dumps(json.loads(header or b"{}").get("__metadata__", {}))
         except (ValueError, AttributeError):  # told by the doctor
             return ""
-    if path.suffix in TEXTS and path.stat().st_size < LONGEST_TEXT:
-        return path.read_text(encoding="utf-8", errors="replace")
-    return ""
+    if path.stat().st_size > LONGEST_TEXT:
+        return ""
+    content = path.read_bytes()
+    return content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8"), errors="replace")
 
 
 def _spoken(name: str, text: str, owner: str | None) -> Iterator[Problem]:
@@ -143,7 +147,7 @@ def _spoken(name: str, text: str, owner: str | None) -> Iterator[Problem]:
             yield Problem("secret", name, f"{what} in line {line}: take it out, and have it revoked")
     if (token := _own_token()) and token in text:
         yield Problem("secret", name, "the token that this machine has for the Hub: take it out, and have it revoked")
-    if name in VOCABULARIES:
+    if name in VOCABULARIES or name.endswith(PICTURES):
         return
     for found in _places(name, text):
         yield Problem("path", name, f"names a place on a machine, {found}: take it out")

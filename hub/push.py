@@ -28,6 +28,7 @@ MAIN = "main"
 TITLE = "Upload by sailvit"
 TOKENS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]+")
 AGAIN = "run the same command again: what has arrived is not sent twice"
+PUBLIC = "{repo}: it is public: make it private in its settings, or leave out --private"
 # What to do about an answer of the Hub.
 ADVICE = {
     401: "the Hub does not accept the token: `hf auth login` with one that may write",
@@ -191,8 +192,28 @@ def _target(
         raise PushError(f"{repo}: --create-pr goes with neither --branch, nor --tag, nor --private: leave these out")
     unnamed = Target(api, repo, branch, create_pr, private, tag, note)
     with _told(unnamed):
-        author = api.whoami()["name"]
+        author = _who_may_write(unnamed)
     return Target(api, repo, branch, create_pr, private, tag, note, author)
+
+
+def _who_may_write(target: Target) -> str:
+    """
+    Who the token belongs to. What would be refused after all the work is refused before it.
+
+    Raises:
+        PushError: The token only reads, or the repository is public and should be private.
+    """
+    who = target.api.whoami()
+    if who.get("auth", {}).get("accessToken", {}).get("role") == "read" and not target.create_pr:
+        raise PushError(f"{target.repo}: {ADVICE[403]}")
+    if target.private:
+        try:
+            is_private = target.api.model_info(target.repo).private
+        except errors.RepositoryNotFoundError:
+            is_private = True
+        if not is_private:
+            raise PushError(PUBLIC.format(repo=target.repo))
+    return who["name"]
 
 
 def _published_card(target: Target) -> str:
@@ -220,9 +241,14 @@ def _publish(target: Target, folder: Path, say: Callable[[str], None]) -> Publis
     if not uploads and not deletions:
         say("the repository has all of it already")
         commit = head
+    elif target.create_pr and (found := _find_pull_request(target, local)):
+        say(f"{found[1]} holds all of it already")
+        (commit, url), uploads, deletions = found, [], []
     else:
-        say(f"{len(uploads)} files to upload, {len(deletions)} to take away")
-        commit, url = _commit(target, local, head, uploads, deletions, say) or (head, url)
+        say(
+            f"files to upload: {len(uploads)}; to take away, which the folder has not: {', '.join(deletions) or 'none'}"
+        )
+        commit, url = _commit(target, local, head, uploads, deletions, say)
     compare(local, target.files(commit), target.repo, commit)
     if target.tag and not has_tag:
         target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
@@ -265,7 +291,7 @@ def _prepare(target: Target) -> None:
         target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
         info = target.api.model_info(target.repo)
     if target.private and not info.private:
-        raise PushError(f"{target.repo}: it is public: make it private in its settings, or leave out --private")
+        raise PushError(PUBLIC.format(repo=target.repo))
     if target.branch != MAIN:
         target.api.create_branch(target.repo, branch=target.branch, exist_ok=True)
 
@@ -292,9 +318,6 @@ def _commit(
     say: Callable[[str], None],
 ) -> tuple[str, str]:
     """The commit that holds the folder, made or found; and an address to look at it."""
-    if target.create_pr and (found := _find_pull_request(target, local)):
-        say(f"{found[1]} holds all of it already")
-        return found
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(local[name].path)) for name in uploads
     ]

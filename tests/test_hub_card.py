@@ -162,10 +162,16 @@ def test_what_was_written_on_the_hub_is_kept_where_the_folder_has_nothing(tmp_pa
     theirs = f"---\nlicense: mit\n---\nold\n{MARK}\nOn the Hub.\n"
     card = card_of(folder, "owner/tower", "v1", published=theirs)
     assert card.content.endswith(f"{MARK}\n\nOn the Hub.\n") and card.data.license == "mit"
-    assert "- weights: mit, as its own card states" in card.text and NO_LICENCE not in card.text
+    assert "- weights: mit, as whoever publishes this model states" in card.text and NO_LICENCE not in card.text
     (folder / "README.md").write_text(f"{MARK}\nHere.\n")
     assert write_card(folder, published=theirs) == "On the Hub."
     assert (folder / "README.md").read_text().endswith("\nHere.\n")
+
+
+def test_the_licence_of_another_model_on_the_hub_is_not_taken(tmp_path):
+    theirs = "---\nlicense: mit\ntags: [llama]\n---\n# Another model\n"
+    card = card_of(make_folder(tmp_path), "owner/tower", "v1", published=theirs)
+    assert card.data.license is None and NO_LICENCE in card.text and "llama" not in card.data.tags
 
 
 def test_writing_it_twice_changes_nothing(tmp_path):

@@ -56,6 +56,10 @@ def kinds(problems) -> set[str]:
     return {problem.kind for problem in problems}
 
 
+def encoded(file: str, text: str, encoding: str):
+    return lambda folder: (folder / file).write_text(text, encoding=encoding)
+
+
 def write(file: str, text: str):
     def change(folder: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True)
@@ -108,6 +112,11 @@ def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
         (field("config.json", _name_or_path="/mnt/bn/x/ckpt"), "path", "config.json", "/mnt/bn"),
         (field("config.json", out="/opt2/x/y"), "path", "config.json", "/opt2/x/y"),
         (field("provenance.json", options={"out": "/home/me/out"}), "path", "provenance.json", "/home/me"),
+        (append("README.md", "see /cpfs01/shared/me/run"), "path", "README.md", "/cpfs01/shared"),
+        (append("README.md", "see s3://bucket/run"), "path", "README.md", "s3://bucket"),
+        (write("LICENSE-2.0", f"token {SECRET}"), "secret", "LICENSE-2.0", "a token of the Hub"),
+        (write("photo.png", f"token {SECRET}"), "secret", "photo.png", "a token of the Hub"),
+        (encoded("NOTICE.txt", f"token {SECRET}", "utf-16"), "secret", "NOTICE.txt", "a token of the Hub"),
         (append("README.md", "see C:\\Users\\me\\x"), "path", "README.md", "C:\\Users"),
         (append("README.md", "see file:///x/y"), "path", "README.md", "file:///x"),
         (metadata(source="/data/me/ckpt"), "path", "model.safetensors", "/data/me"),
@@ -134,6 +143,7 @@ def test_what_must_not_leave_this_machine_is_named(tower, monkeypatch, change, k
 def test_what_only_looks_like_a_place_or_a_name_passes(tower, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "owner")
     text = "https://host/data/x, a/home/b, n/a, and/or, owner/tower, 1/2, `/v1`, ~/data, #!/usr/bin/env python\n"
+    text += "/path/to/your/model, </a/b/c>"
     append("README.md", text)(tower)
     assert file_problems(tower, "owner") == []
 

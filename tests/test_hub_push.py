@@ -207,6 +207,7 @@ def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub, folder):
     second = push(hub, folder, create_pr=True)
     refs = hub.repositories[REPO].refs
     assert [ref for ref in refs if ref.startswith("refs/pr/")] == ["refs/pr/1"]
+    assert second.uploaded == [] and first.uploaded == ["README.md"]
     assert first.url == second.url == f"{hub.address}/{REPO}/discussions/1" and first.commit == refs["refs/pr/1"]
     assert published(hub, "refs/pr/1") == content(folder) != published(hub)
 
@@ -444,7 +445,7 @@ def test_the_command_tells_every_problem_and_publishes_nothing(hub, tmp_path, mo
         (folder / name).unlink()
     assert sailvit_cli.main(["push", str(folder), REPO, "--branch", "next", "--revision-note", "a note"]) == 0
     assert hub.repositories[REPO].commits[hub.repositories[REPO].refs["next"]].body == "a note"
-    assert " 0 taken away; every hash there is that of the folder" in capsys.readouterr().out
+    assert "taken away: 0; every hash there is that of the folder" in capsys.readouterr().out
 
 
 def test_text_that_was_written_on_the_hub_stays_in_the_card(hub, folder, monkeypatch):

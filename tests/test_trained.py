@@ -224,6 +224,30 @@ def test_stage_1_saves_frozen_parameters_in_the_model_alone(tmp_path, deepspeed)
     }  # fmt: skip
 
 
+def test_masters_of_other_weights_are_refused(tmp_path, deepspeed):
+    tensors = {"a": torch.randn(400), "b": torch.randn(300)}
+    root = write_zero2(tmp_path / "run", [tensors], {}, 2) / "global_step7"
+    other = write_zero2(tmp_path / "other", [{name: t + 1 for name, t in tensors.items()}], {}, 2) / "global_step7"
+    files = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    for damage in ([(root / files[1], root / files[0])], [(other / files[1], root / files[1])]):
+        kept = {file: (root / file).read_bytes() for file in files}
+        for source, target in damage:
+            target.write_bytes(source.read_bytes())
+        with pytest.raises(CheckpointError, match="are not the model's weights before rounding"):
+            opened(root.parent).weight_map  # noqa: B018
+        for file, content in kept.items():
+            (root / file).write_bytes(content)
+    (root.parent / "latest").unlink()  # the masters are found all the same
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, root.parent / "model.safetensors")
+    assert_same(opened(root.parent), tensors)
+
+
+def test_what_a_file_says_of_its_training_is_told_if_it_is_plain(tmp_path, deepspeed):
+    for version in ({1, 2}, "x" * 99, "a\nb", "/home/me"):
+        root = write_zero2(tmp_path / str(hash(str(version))), [{"a": torch.ones(4)}], {}, 1, ds_version=version)
+        assert "engine_version" not in training_facts(opened(root))
+
+
 def test_deepspeed_without_zero_is_read(tmp_path):
     (tmp_path / "step").mkdir()
     state = {"module": {"a": torch.ones(3)}, "param_shapes": None, "dp_world_size": 2, "global_steps": 1}
@@ -435,6 +459,23 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 def test_crafted_programs_come_to_nothing(tmp_path, program):
     raw_pickle(tmp_path / "mp_rank_00_model_states.pt", program)
     with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt"):
+        opened(tmp_path).weight_map  # noqa: B018
+
+
+class Moved:
+    """A tensor with a state, which would put it elsewhere in its file."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __reduce__(self):
+        return *self.tensor.__reduce_ex__(2)[:2], {"offset": -400}
+
+
+def test_a_tensor_is_not_moved_by_what_follows_it(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": {"a": Moved(torch.arange(6.0))}, "param_shapes": None}, path)
+    with pytest.raises(CheckpointError, match="a tensor has no state"):
         opened(tmp_path).weight_map  # noqa: B018
 
 
