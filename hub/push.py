@@ -245,9 +245,8 @@ def _publish(target: Target, folder: Path, say: Callable[[str], None]) -> Publis
         say(f"{found[1]} holds all of it already")
         (commit, url), uploads, deletions = found, [], []
     else:
-        say(
-            f"files to upload: {len(uploads)}; to take away, which the folder has not: {', '.join(deletions) or 'none'}"
-        )
+        gone = f"; to take away, as the folder has none such: {', '.join(deletions)}" if deletions else ""
+        say(f"files to upload: {len(uploads)}{gone}")
         commit, url = _commit(target, local, head, uploads, deletions, say)
     compare(local, target.files(commit), target.repo, commit)
     if target.tag and not has_tag:
