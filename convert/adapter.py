@@ -117,6 +117,8 @@ class Merged(Woven):
                 what = f"{name} belongs to {target}, which {self.base.source.name} does not have: is it the base?"
                 raise CheckpointError(f"{self.adapter.source.name}: {what}")
             changes.setdefault(place, {})[role] = name
+        if not changes:
+            raise CheckpointError(f"{self.adapter.source.name}: there is nothing in it to merge: copy it again")
         return changes
 
     @cached_property
@@ -181,6 +183,11 @@ def _check_adapter(source: str, config: Mapping[str, Any]) -> None:
         what = f"it began as {begun}, which changes the base: save it with path_initial_model_for_weight_conversion"
         raise CheckpointError(f"{source}: {what}")
     patterns = config.get("alpha_pattern") or {}
-    alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else (patterns,))]
+    try:
+        alphas = [config.get("lora_alpha"), *patterns.values()]
+        for pattern in patterns:
+            re.compile(pattern)
+    except (AttributeError, TypeError, re.error) as error:
+        raise CheckpointError(f"{source}: {ADAPTER}: alpha_pattern is {patterns!r}: {error}") from error
     if not all(type(alpha) in (int, float) and math.isfinite(alpha) for alpha in alphas):
         raise CheckpointError(f"{source}: {ADAPTER}: lora_alpha is {alphas[0]!r}, not a number")

@@ -16,7 +16,7 @@ from .multimodal import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_name
 from .parts import has_other_tower, part_fields, part_problems
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
-from .sources import ENGINE_ENTRIES, find_source, weight_files
+from .sources import ADAPTER, ENGINE_ENTRIES, find_source, weight_files
 from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
 
@@ -109,6 +109,10 @@ def inspect_checkpoint(
     for look in (_look_for_strays, _look_for_code, _look_at_pictures, _look_at_record):
         with _noted(report):
             look(report, checkpoint)
+    if ADAPTER in origin.files:
+        what = "an adapter of peft, no model: `sailvit convert ADAPTER OUT --base BASE` merges it"
+        report.problems.append(Problem("layout", ADAPTER, what))
+        return report
     parts: dict[str, tuple[str, Mapping[str, Any]]] = {}
     with _noted(report):
         parts = _find_parts(checkpoint)

@@ -203,6 +203,9 @@ def build_part(source: str, part: str, fields: Mapping[str, Any]) -> "tuple[Pret
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
     kind, auto = fields.get("model_type"), AutoModel if part == "vision" else AutoModelForCausalLM
+    if not fields:
+        what = f"config.json says nothing of the {part} model: put the one of the model there, or convert with --base"
+        raise CheckpointError(f"{source}: {what}")
     if kind not in CONFIG_MAPPING:
         what = f"config.json: the {part} model is {kind!r}, which the installed transformers does not know"
         raise CheckpointError(f"{source}: {what}: install a newer one, or correct model_type")

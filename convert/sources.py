@@ -152,6 +152,10 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{name}: no such folder here, and the Hub is not reached (offline)") from error
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise CheckpointError(
+                f"{name}: the Hub does not let this token, or none, see it: `hf auth login`"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{name}: no such folder here, and the Hub does not answer: {reason}") from error
 

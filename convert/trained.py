@@ -38,6 +38,8 @@ def open_trained(
     """
     checkpoint = _open_one(source, revision, base, trust_pickle)
     if average:
+        if len({_bare_path(each) for each in (source, *average)}) <= len(average):
+            raise CheckpointError(f"{source}: --average is of different checkpoints: one is named twice")
         others = [_open_one(other, None, base, trust_pickle) for other in average]
         return Average([checkpoint, *others])
     return checkpoint
@@ -49,6 +51,10 @@ def _open_one(source: str, revision: str | None, base: str | None, trust: bool) 
         base = base or _local_base(checkpoint)
         return Merged(checkpoint, Checkpoint(*find_source(base), trust))
     return Overlay(checkpoint, Checkpoint(*find_source(base), trust)) if base else checkpoint
+
+
+def _bare_path(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _local_base(checkpoint: Checkpoint) -> str:
@@ -110,7 +116,7 @@ def _own_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             facts[fact] = value
     adapted = checkpoint.document(ADAPTER).get("base_model_name_or_path")
     base = adapted or checkpoint.document("config.json").get("_name_or_path")
-    if facts and isinstance(base, str) and base:  # alone it is where a copy was loaded from
+    if (facts or adapted) and isinstance(base, str) and base:  # a model's alone is where a copy was loaded from
         facts["trained_from"] = _bare_name(base)
     return facts
 

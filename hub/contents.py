@@ -110,9 +110,16 @@ def file_problems(folder: Path, owner: str | None = None) -> list[Problem]:
         if not path.is_file():
             problems.append(Problem("file", name, "a link that leads nowhere: put the file there"))
             continue
+        if path.is_symlink() and not _is_inside(path.resolve(), folder.resolve()):
+            problems.append(Problem("file", name, "a link to a file elsewhere: put the file there, or remove it"))
         problems += _broken(name, path)
         problems += _spoken(name, _text_of(path), owner)
     return problems
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, or among the blobs of a cache of the Hub, to which its snapshots are links."""
+    return folder in path.parents or path.parent == folder.parents[1] / "blobs"
 
 
 def _broken(name: str, path: Path) -> Iterator[Problem]:

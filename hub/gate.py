@@ -5,10 +5,12 @@ clean process, offline, by the Auto classes of the installed transformers or of 
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,8 +75,8 @@ def gate_folder(
     kind = kind_of(read_json(folder / "config.json"))
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
     problems += [*card_problems(folder), *_look_over(folder), *_unverified(folder)]
-    with tempfile.TemporaryDirectory(prefix=".gate-", dir=_room_beside(folder)) as scratch:
-        problems += _load_problems(folder, kind, Path(scratch), all_versions, say)
+    with _room_beside(folder) as scratch:
+        problems += _load_problems(folder, kind, scratch, all_versions, say)
     return list(dict.fromkeys(problems))
 
 
@@ -88,10 +90,30 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {what}: give a folder that `sailvit convert` or save_pretrained wrote")
 
 
-def _room_beside(folder: Path) -> Path | None:
-    """Where hard links to a folder's files can be made; None for the usual place of temporary files."""
-    parent = folder.resolve().parent
-    return parent if os.access(parent, os.W_OK) else None
+@contextmanager
+def _room_beside(folder: Path) -> Iterator[Path]:
+    """A folder where hard links to a folder's files can be made, if possible. What a kill has left is cleared away."""
+    parent, prefix = folder.resolve().parent, f".{folder.resolve().name}.gate-"
+    parent = parent if os.access(parent, os.W_OK) else Path(tempfile.gettempdir())
+    for left in parent.iterdir():
+        if left.name.startswith(prefix) and not _is_running(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = parent / f"{prefix}{os.getpid()}"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def _look_over(folder: Path) -> list[Problem]:

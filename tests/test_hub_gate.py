@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_checkpoint, randomize
+from conftest import PHOTOGRAPH, TINY, make_checkpoint, randomize
 from mllm import write_release
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +108,7 @@ def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
         (lambda folder: (folder / "modeling_sailvit.py").unlink(), "code", "modeling_sailvit.py", "missing"),
         (append("modeling_sailvit.py", "\nfrom .helper import x\n"), "code", "helper.py", "missing"),
         (lambda folder: (folder / "photo.png").symlink_to("gone"), "file", "photo.png", "leads nowhere"),
+        (lambda folder: (folder / "NOTICE").symlink_to(PHOTOGRAPH), "file", "NOTICE", "a link to a file elsewhere"),
         (write("generation_config.json", "{"), "file", "generation_config.json", "JSON"),
         (field("config.json", _name_or_path="/mnt/bn/x/ckpt"), "path", "config.json", "/mnt/bn"),
         (field("config.json", out="/opt2/x/y"), "path", "config.json", "/opt2/x/y"),
@@ -154,6 +155,14 @@ def test_words_of_a_tokenizer_are_no_places(multimodal, tmp_path):
     assert file_problems(folder, "owner") == []
 
 
+def test_what_a_killed_gate_left_is_cleared_away(tower, monkeypatch):
+    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    for process in (2**22 + 1, os.getppid()):  # the first is more than there can be
+        (tower.parent / f".tower.gate-{process}" / "model").mkdir(parents=True)
+    gate_folder(tower)
+    assert [path.name for path in tower.parent.glob(".*")] == [f".tower.gate-{os.getppid()}"]
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(CheckpointError, match="give a folder that"):
@@ -168,7 +177,7 @@ def test_a_conversion_passes_and_is_left_as_it_was(request, which):
     assert gate_folder(folder, f"owner/{folder.name}", say=said.append) == []
     assert len(said) == 1 and "its tokens within 0e+00 of those of this package" in said[0]
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert after == before and not [*folder.parent.glob(".gate-*")]
+    assert after == before and not [*folder.parent.glob(".*gate*")]
 
 
 @pytest.mark.slow

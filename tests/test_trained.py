@@ -750,6 +750,8 @@ def test_there_is_no_mean_of_different_models(tmp_path, other, message):
     one, two = write_base(tmp_path / "one", {"a": torch.ones(2)}), write_base(tmp_path / "two", other)
     with pytest.raises(CheckpointError, match=message):
         open_trained(str(one), average=[str(two)])["a"]
+    with pytest.raises(CheckpointError, match="one is named twice"):
+        open_trained(str(one), average=[str(two), f"{one}/"])
 
 
 # Adapters
@@ -816,6 +818,20 @@ def test_a_base_layer_that_was_saved_with_the_adapter_takes_the_place_of_the_bas
     assert_same(open_trained(str(adapter), base=str(base)), truth | {"embed.weight": grown})
 
 
+def test_nan_in_an_adapter_is_the_adapters(tmp_path):
+    base, adapter, _ = save_adapter(tmp_path)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: t * float("nan") for name, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: the adapter holds NaN"):
+        read(open_trained(str(adapter), base=str(base))["model.up.weight"])
+
+
+def test_an_adapter_alone_is_told_to_be_one(tmp_path):
+    _, adapter, _ = save_adapter(tmp_path)
+    (problem,) = inspect_checkpoint(adapter).problems
+    assert "an adapter of peft, no model" in problem.what
+
+
 def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
     base, adapter, truth = save_adapter(tmp_path)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -823,6 +839,11 @@ def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": said}))
         with pytest.raises(CheckpointError, match=message):
             open_trained(str(adapter))
+    with_base = open_trained(str(adapter), base=str(base))
+    assert "the adapter says that it was trained on owner/other" not in training_notes(with_base)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/other"}))
+    with_base = open_trained(str(adapter), base=str(base))
+    assert "the adapter says that it was trained on owner/other" in training_notes(with_base)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     assert_same(open_trained(str(adapter)), truth)
 
@@ -834,6 +855,9 @@ def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
         ({"use_dora": True}, "with use_dora"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"lora_alpha": "much"}, "not a number"),
+        ({"lora_alpha": float("nan")}, "not a number"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern is"),
+        ({"alpha_pattern": ["up"]}, "alpha_pattern is"),
     ],
 )
 def test_other_adapters_are_refused(tmp_path, change, message):
