@@ -1,6 +1,8 @@
+import logging
 import os
 
 
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torch 2.15 on how torchao registers its enums
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; the workers share the cores
