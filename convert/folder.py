@@ -285,7 +285,7 @@ def save_card(folder: Path, checkpoint: Checkpoint, lines: list[str], **data: An
         data: What the Hub is told, besides the licence and the name of the source.
     """
     source = checkpoint.source
-    record = f"`{PROVENANCE}` says how, with the hashes of every file and tensor."
+    record = f"`{PROVENANCE}` says how, with the hashes of what was read and written."
     origin = source.name if source.revision else None
     lines = [*lines, "", f"Converted from {plain_name(source)}; {record}"]
     write_card(folder, lines, base_model=origin, **data, **licence_of(source))

@@ -23,7 +23,7 @@ RESULTS = "evaluation.json"  # a list of maps, each with the arguments of huggin
 FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
 # What a conversion or a composition writes.
 FIRST_CARD = re.compile(
-    r"# .*?(?:`provenance\.json` says how, with the hashes of every file and tensor\."
+    r"# .*?(?:`provenance\.json` says how, with the hashes of what was read and written\."
     r"|The connector is fresh: .*?```python\n.*?\n```)[ \t]*(?:\n|\Z)",
     re.DOTALL,
 )
@@ -311,7 +311,7 @@ def _origin(record: Mapping[str, Any], parts: list[Component]) -> Iterator[str]:
         link = f"[{part.name}](https://huggingface.co/{part.name})" if part.revision else part.name
         yield f"- {part.role}: {link}{at}" + (f", from {part.base}" if part.base and part.base != part.name else "")
     yield ""
-    yield f"`{PROVENANCE}` says how it was made, with the hashes of every file and tensor.{_verified(record)}"
+    yield f"`{PROVENANCE}` says how it was made, with the hashes of what was read and written.{_verified(record)}"
 
 
 def _verified(record: Mapping[str, Any]) -> str:
