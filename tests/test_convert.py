@@ -216,6 +216,17 @@ def test_provenance_tells_where_every_byte_came_from(tmp_path, apple):
     assert json.loads((tmp_path / "again" / "provenance.json").read_text())["source"]["source"]["name"] == "apple"
 
 
+def test_a_large_file_of_which_little_is_taken_is_not_hashed_but_told(tmp_path):
+    source = make_checkpoint(tmp_path / "ovis", "ovis2")
+    tensors = load_file(source / "model.safetensors")
+    taken = sum(tensor.nbytes for tensor in tensors.values())
+    save_file({**tensors, "llm.weight": torch.zeros(1_000_000)}, source / "model.safetensors")
+    convert_checkpoint(source, tmp_path / "out", verify=False)
+    files = json.loads((tmp_path / "out" / "provenance.json").read_text())["source"]["files"]
+    assert files["model.safetensors"] == {"bytes": (source / "model.safetensors").stat().st_size, "taken": taken}
+    assert "sha256" in files["config.json"]
+
+
 def test_the_card_of_a_folder_runs(tmp_path, apple, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for target in RUNTIMES:
