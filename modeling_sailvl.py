@@ -162,12 +162,9 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
     def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         layer, (rows, columns) = self.config.select_layer, self.config.grid_size
-        device = self.vision_model.device
-        if (
-            device.type != "meta"
-        ):  # of weights that are kept elsewhere, and brought along with what they are called with
-            tiles = tiles.to(device)
         tiles = tiles.to(self.vision_model.dtype)
+        if self.vision_model.device.type != "meta":  # an offloaded tower takes its input along by itself
+            tiles = tiles.to(self.vision_model.device)
         output = self.vision_model(pixel_values=tiles)
         tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         tokens = tokens[:, tokens.shape[1] - rows * columns :]  # without a class token and registers, which come first

@@ -35,17 +35,22 @@ TILING = {
     "max_dynamic_patch": "max_tiles",
     "use_thumbnail": "use_thumbnail",
 }
-LOAD_ALL = """from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
-content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
+# The last lines of the usage of a SAIL-VL, for str.format.
+ASK = """content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
 written = model.generate(**inputs, max_new_tokens=256)
 print(processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
+LOAD_ALL = (
+    """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
+"""
+    + ASK
+)
 
 
 def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:

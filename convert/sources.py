@@ -249,9 +249,12 @@ def find_engine(source: Source) -> str | None:
 
 def _inside_of(source: LocalFolder) -> str | None:
     """The entry in the folder above, if this one is the engine's part of what is saved there."""
-    entry = next((entry for entry in (find_engine(source),) if entry in ENGINE_ENTRIES), None)
-    above = source.folder.resolve()
-    if entry is None or {*ROOT} & {*source.files} or not any((above.parent / file).is_file() for file in ROOT):
+    entry, above = find_engine(source), source.folder.resolve()
+    if (
+        entry not in ENGINE_ENTRIES
+        or {*ROOT} & {*source.files}
+        or not any((above.parent / file).is_file() for file in ROOT)
+    ):
         return None
     return f"{above.name}/{entry}"
 

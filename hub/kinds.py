@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..convert.beside import ASK
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -49,18 +51,15 @@ batch = processor(Image.open("picture.jpg").convert("RGB"), do_tile=False, retur
 with torch.inference_mode():
     logits = model(pixel_values=batch["pixel_values"]).logits
 print(model.config.id2label[int(logits.argmax())])"""
-USE_MULTIMODAL = """from transformers import AutoModelForImageTextToText, AutoProcessor
+USE_MULTIMODAL = (
+    """from transformers import AutoModelForImageTextToText, AutoProcessor
 
 name, revision = "{name}", "{revision}"
 processor = AutoProcessor.from_pretrained(name, revision=revision{trust})
 model = AutoModelForImageTextToText.from_pretrained(name, revision=revision{trust}, dtype="auto").eval()
-content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+"""
+    + ASK
 )
-written = model.generate(**inputs, max_new_tokens=256)
-print(processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
 USE_LANGUAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name, revision = "{name}", "{revision}"
