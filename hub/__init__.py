@@ -6,7 +6,7 @@ Importing it imports neither torch nor transformers.
 
 from .card import write_card
 from .gate import GateError, gate_folder
-from .push import Published, PushError, publish, push_folder
+from .push import Published, PushError, push_folder
 
 
-__all__ = ["GateError", "Published", "PushError", "gate_folder", "publish", "push_folder", "write_card"]
+__all__ = ["GateError", "Published", "PushError", "gate_folder", "push_folder", "write_card"]

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
@@ -149,7 +149,7 @@ def push_folder(
     """
     folder = Path(folder)
     check_folder(folder)
-    target = _target(api or HfApi(), repo, branch or MAIN, create_pr, private, tag, revision_note)
+    target = find_target(api or HfApi(), repo, branch, create_pr, private, tag, revision_note)
     with _told(target):
         published = _published_card(target)
     if write_card(folder, repo, tag or target.branch, published):
@@ -157,43 +157,39 @@ def push_folder(
     if problems := gate_folder(folder, repo, all_versions=all_versions, say=say):
         raise GateError(str(folder), problems)
     say("the gate is passed")
+    return publish(target, folder, say)
+
+
+def publish(target: Target, folder: Path, say: Callable[[str], None] = lambda line: None) -> Published:
+    """The last step of push_folder: a folder as it is. Nothing outside asks for it without the gate."""
     with _told(target):
         return _publish(target, folder, say)
 
 
-def publish(
-    folder: str | Path,
+def find_target(
+    api: HfApi,
     repo: str,
-    *,
-    private: bool = False,
-    create_pr: bool = False,
     branch: str | None = None,
+    create_pr: bool = False,
+    private: bool = False,
     tag: str | None = None,
     revision_note: str | None = None,
-    api: HfApi | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Published:
-    """The last step of push_folder: publishes a folder as it is, without asking the gate."""
-    target = _target(api or HfApi(), repo, branch or MAIN, create_pr, private, tag, revision_note)
-    with _told(target):
-        return _publish(target, Path(folder), say)
-
-
-def _target(
-    api: HfApi, repo: str, branch: str, create_pr: bool, private: bool, tag: str | None, note: str | None
 ) -> Target:
     """
+    Takes what push_folder takes.
+
     Raises:
         PushError: What was asked for does not go together, or nobody is logged in.
     """
+    branch = branch or MAIN
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise PushError(f"{repo}: no name of a repository: OWNER/NAME is wanted")
     if create_pr and (tag or private or branch != MAIN):
         raise PushError(f"{repo}: --create-pr goes with neither --branch, nor --tag, nor --private: leave these out")
-    unnamed = Target(api, repo, branch, create_pr, private, tag, note)
+    unnamed = Target(api, repo, branch, create_pr, private, tag, revision_note)
     with _told(unnamed):
         author = _who_may_write(unnamed)
-    return Target(api, repo, branch, create_pr, private, tag, note, author)
+    return replace(unnamed, author=author)
 
 
 def _who_may_write(target: Target) -> str:

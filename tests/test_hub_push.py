@@ -20,8 +20,9 @@ from hub import OWNER, TOKEN, Commit, Fault, serve_writable
 from sailvit import SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.verify import VerificationError
-from sailvit.hub import GateError, PushError, publish, push_folder
+from sailvit.hub import GateError, PushError, push_folder
 from sailvit.hub.card import MARK
+from sailvit.hub.push import find_target, publish
 
 
 REPO = f"{OWNER}/tower"
@@ -70,8 +71,8 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def push(hub, folder: Path, repo: str = REPO, token: str | bool = TOKEN, **options):
-    return publish(folder, repo, api=HfApi(endpoint=hub.address, token=token), **options)
+def push(hub, folder: Path, repo: str = REPO, token: str | bool = TOKEN, say=lambda line: None, **options):
+    return publish(find_target(HfApi(endpoint=hub.address, token=token), repo, **options), folder, say)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -214,7 +215,8 @@ def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub, folder):
 
 def test_a_killed_push_is_finished_by_the_next(hub, folder, tmp_path):
     hub.faults = [Fault(f"PUT /lfs/{'.' * 64}", "", times=1), Fault("PUT", "hang")]
-    script = "import sys; from sailvit.hub import publish; publish(*sys.argv[1:])"
+    script = "import sys; from pathlib import Path; from huggingface_hub import HfApi; from sailvit.hub.push import *"
+    script += "; publish(find_target(HfApi(), sys.argv[2]), Path(sys.argv[1]))"
     settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     running = subprocess.Popen(
         [sys.executable, "-c", script, folder, REPO], env={**os.environ, **settings, "HF_HUB_DISABLE_XET": "1"}
@@ -381,7 +383,7 @@ def test_being_offline_is_told(hub, folder, monkeypatch):
 
 def test_a_hub_that_is_not_there_is_one_line(folder):
     with pytest.raises(PushError, match="the connection broke"):
-        publish(folder, REPO, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+        publish(find_target(HfApi(endpoint="http://127.0.0.1:9", token=TOKEN), REPO), folder)
 
 
 def test_a_folder_with_nothing_in_it_is_refused(hub, tmp_path):
