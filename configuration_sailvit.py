@@ -157,7 +157,7 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         for field, low, high in (
             ("attention_dropout", 0.0, 1.0),
             ("projection_dropout", 0.0, 1.0),
-            ("rms_norm_eps", 0.0, 1.0),
+            ("rms_norm_eps", 0.0, float("inf")),
             ("initializer_range", 0.0, float("inf")),
         ):
             value = getattr(self, field)

@@ -104,6 +104,11 @@ class SAILVLConfig(PretrainedConfig):
         return self.text_config
 
     @property
+    def downsample_ratio(self) -> float:
+        """Side of the grid of visual tokens as a fraction of the patches', under the name of the releases."""
+        return 1 / self.pixel_shuffle_factor
+
+    @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width in pixels of a patch of the tower."""
         return _pair(self.vision_config.patch_size)
@@ -142,7 +147,7 @@ class SAILVLConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers' own, but overrides of fields are checked with the others, not set one by one afterwards."""
-        fields = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+        fields = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"} | {"downsample_ratio"}
         overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in fields}
         for part in overrides.keys() & cls.sub_configs.keys():
             if isinstance(overrides[part], Mapping) and isinstance(config_dict.get(part), Mapping):

@@ -362,23 +362,37 @@ class SAILViTModel(SAILViTPreTrainedModel):
         )
         return output if as_dict else output.to_tuple()
 
-    def get_image_features(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> torch.Tensor | BaseModelOutputWithPooling:
         """
         Tokens ready for a connector: `last_hidden_state` after `pixel_shuffle` by `config.pixel_shuffle_factor` f.
 
         Args:
             pixel_values: (B, channels, H, W), as `forward` takes them.
             interpolate_pos_encoding: As `forward` takes it.
+            return_dict: Return what `forward` returns, these tokens as its pooler_output, as transformers' own models
+                do.
+            output_hidden_states, output_attentions: Return those too, in that object.
 
         Returns:
-            (B, N / f^2, f^2 * D).
+            (B, N / f^2, f^2 * D), or that object.
 
         Raises:
             ValueError: As `forward` and `pixel_shuffle` do.
         """
-        tokens = self(pixel_values, interpolate_pos_encoding, return_dict=True).last_hidden_state
+        output = self(pixel_values, interpolate_pos_encoding, output_hidden_states, output_attentions, return_dict=True)
         grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
-        return pixel_shuffle(tokens, grid, self.config.pixel_shuffle_factor)
+        tokens = pixel_shuffle(output.last_hidden_state, grid, self.config.pixel_shuffle_factor)
+        if not (return_dict or output_hidden_states or output_attentions):
+            return tokens
+        output.pooler_output = tokens
+        return output
 
 
 class SAILViTBackbone(BackboneMixin, SAILViTPreTrainedModel):

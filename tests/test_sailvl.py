@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
+    CompileConfig,
+    DynamicCache,
     InternVLVisionConfig,
     LlamaConfig,
     Qwen2Config,
@@ -19,8 +21,10 @@ from transformers import (
     SiglipVisionConfig,
     TextIteratorStreamer,
 )
+from transformers.modeling_utils import PreTrainedModel
 
-from sailvit import SAILViTConfig, SAILVLConfig, SAILVLForConditionalGeneration
+from sailvit import SAILViTConfig, SAILVLConfig, SAILVLForConditionalGeneration, modeling_sailvl
+from sailvit.modeling_sailvl import CACHE
 
 
 IMAGE = 309  # <IMG_CONTEXT> in the toy tokenizer
@@ -202,14 +206,109 @@ def test_a_turn_with_a_new_image_continues_a_cache(model):
     pixels = random_pixels(3, 3, 56, 56)
     settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
     whole = model.generate(torch.cat([first, second], 1), pixel_values=pixels, **settings)
-    with torch.no_grad():
-        past = model(first, pixels[:1], use_cache=True).past_key_values
     both = torch.cat([first, second], 1)
-    continued = model.generate(both, pixel_values=pixels[1:], past_key_values=past, **settings)
-    assert torch.equal(whole, continued)
+    for name in ("past_key_values", "cache"):
+        with torch.no_grad():
+            past = model(first, pixels[:1], use_cache=True)[CACHE]
+        continued = model.generate(both, pixel_values=pixels[1:], **{name: past}, **settings)
+        assert torch.equal(whole, continued)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_taken_by_either_of_its_names(model, name):
+    ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
+    with torch.no_grad():
+        whole = model(ids, pixels, use_cache=True)
+        cache = model(ids[:, :-1], pixels, use_cache=True)[CACHE]
+        last = model(ids[:, -1:], **{name: cache}, use_cache=True)
+        read = model.base_model(ids[:, :-1], pixels, use_cache=True)[CACHE]
+        state = model.base_model(ids[:, -1:], **{name: read}).last_hidden_state
+    torch.testing.assert_close(last.logits, whole.logits[:, -1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.language_model.lm_head(state), last.logits, rtol=1e-5, atol=1e-5)
+    assert last.keys() == model.language_model(ids, use_cache=True).keys()
+
+
+def test_a_cache_under_both_names_is_refused(model):
+    caches = {"past_key_values": DynamicCache(), "cache": DynamicCache()}
+    for call in (model, model.base_model, model.generate):
+        with pytest.raises(ValueError, match="two names of one argument"):
+            call(prompt(0), **caches)
+
+
+def test_the_length_of_a_static_cache_is_read_for_the_prompt_alone(model, by_hand, monkeypatch):
+    """It is a tensor: on an accelerator each step would wait for it, and a compiled graph would break."""
+    read, is_empty = [], modeling_sailvl._is_empty
+    monkeypatch.setattr(modeling_sailvl, "_is_empty", lambda cache: read.append(cache) or is_empty(cache))
+    ids, pixels = prompt(1, 3), random_pixels(1, 3, 56, 56)
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "cache_implementation": "static"}
+    written = model.generate(ids, pixel_values=pixels, **settings)
+    assert written[0, -4:].tolist() == by_hand.greedy(ids, pixels, 4) and len(read) <= 2
+
+
+def test_the_whole_output_of_the_processor_can_be_passed(model):
+    ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
+    kinds = {"mm_token_type_ids": (ids == IMAGE).long(), "attention_mask": torch.ones_like(ids)}
+    settings = {"pixel_values": pixels, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **kinds, **settings), model.generate(ids, **settings))
+    assert torch.equal(model(ids, pixels, **kinds).logits, model(ids, pixels).logits)
+
+
+# Without the head
+
+
+def test_the_base_model_is_the_model_without_its_head(model):
+    ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
+    base = model.base_model
+    with torch.no_grad():
+        state = base(ids, pixel_values=pixels, use_cache=False).last_hidden_state
+        assert torch.equal(model.language_model.lm_head(state), model(ids, pixels).logits)
+    own = {name: parameter for name, parameter in model.named_parameters() if "lm_head" not in name}
+    assert {*map(id, base.parameters())} == {*map(id, own.values())} and model.model is not model
+    assert all("base_model" not in name and ".whole" not in name for name in model.state_dict())
+    base.train()
+    assert model.vision_model.training and not model.training
+    model.eval()
+    with pytest.raises(ValueError, match=r"8 placeholders .* 4 visual tokens"):
+        base(ids, pixel_values=pixels[:1])
 
 
 # The tower's side
+
+
+def test_image_features_come_as_transformers_returns_them(model):
+    pixels = random_pixels(3, 3, 56, 56)
+    with torch.no_grad():
+        features, tower = model.get_image_features(pixels), model.vision_model(pixels, output_hidden_states=True)
+        for size in (2, 8):
+            model.config.vision_batch_size = size
+            output = model.get_image_features(pixels, return_dict=True)
+            assert output.keys() == {"last_hidden_state", "pooler_output"}
+            torch.testing.assert_close(output.pooler_output, features, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(output.last_hidden_state, tower.last_hidden_state, rtol=1e-5, atol=1e-5)
+            states = model.get_image_features(pixels, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(states, tower.hidden_states, rtol=1e-5, atol=1e-5)
+    model.config.vision_batch_size = 8
+
+
+def test_callers_of_internvl_find_what_their_cards_name(release, model):
+    loaded = SAILVLForConditionalGeneration.from_pretrained(release, use_flash_attn=False, load_in_8bit=False)
+    assert loaded.num_image_token == 4 and loaded.config.downsample_ratio == 0.5
+    pixels = random_pixels(2, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.equal(model.extract_feature(pixels), model.get_image_features(pixels))
+    config = SAILVLConfig.from_pretrained(release, downsample_ratio=0.25)
+    assert (config.pixel_shuffle_factor, config.downsample_ratio, config.image_seq_length) == (4, 0.25, 1)
+
+
+def test_flash_attention_that_is_asked_for_is_used_where_it_is_installed(release, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        PreTrainedModel, "from_pretrained", classmethod(lambda cls, path, **options: asked.append(options))
+    )
+    for installed in (True, False):
+        monkeypatch.setattr(modeling_sailvl, "is_flash_attn_2_available", lambda found=installed: found)
+        SAILVLForConditionalGeneration.from_pretrained(release, use_flash_attn=True)
+    assert asked == [{"attn_implementation": "flash_attention_2"}, {}]
 
 
 def test_micro_batches_of_tiles_give_the_features_of_all_at_once(model):
@@ -336,14 +435,14 @@ def test_a_broken_shard_is_refused_with_what_would_do(tmp_path):
     release = write_release(tmp_path / "toy")
     shard = release / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"toy: a file of weights is broken .*`sailvit inspect` says which"):
+    with pytest.raises(ValueError, match=r"toy: a file of weights is corrupt .*`sailvit inspect` names it"):
         SAILVLForConditionalGeneration.from_pretrained(release)
 
 
 def test_a_missing_shard_is_named(tmp_path):
     release = write_release(tmp_path / "toy")
     (release / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: the checkpoint is not whole"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: the checkpoint is incomplete"):
         SAILVLForConditionalGeneration.from_pretrained(release)
 
 
@@ -442,6 +541,18 @@ def test_compiled_gives_the_logits_of_eager(model):
         traced = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")  # inductor would abort
         with pytest.raises(RuntimeError, match="another number of placeholders"):
             traced(ids[:, 1:].clone().index_fill_(1, torch.tensor([5]), 7), pixels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [0, 1])
+def test_generate_with_a_static_cache_compiles_without_a_graph_break(model, images):
+    ids, pixels = prompt(images, 3), random_pixels(1, 3, 56, 56)
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "cache_implementation": "static"}
+    compile_config = CompileConfig(fullgraph=True, mode="default")
+    compile_config._compile_all_devices = True
+    inputs = {"inputs": ids, **({"pixel_values": pixels} if images else {}), **settings}
+    eager = copy.deepcopy(model).generate(**inputs)
+    assert torch.equal(copy.deepcopy(model).generate(**inputs, compile_config=compile_config), eager)
 
 
 @pytest.mark.slow

@@ -140,6 +140,15 @@ def test_image_features_are_shuffled_tokens(tower, pixels):
     assert torch.equal(features, pixel_shuffle(tower(pixels).last_hidden_state, (4, 4), 2))
 
 
+def test_image_features_come_as_transformers_returns_them(tower, pixels):
+    features, whole = tower.get_image_features(pixels), tower(pixels, output_hidden_states=True)
+    output = tower.get_image_features(pixels, return_dict=True)
+    assert torch.equal(output.pooler_output, features) and output.hidden_states is None
+    assert torch.equal(output.last_hidden_state, whole.last_hidden_state)
+    asked = tower.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(asked.hidden_states[1], whole.hidden_states[1]) and len(asked.attentions) == 3
+
+
 def test_hidden_states_are_the_embeddings_and_every_block(tower, pixels):
     output = tower(pixels, output_hidden_states=True)
     assert len(output.hidden_states) == 4
@@ -418,6 +427,7 @@ def test_default_feature_map_is_the_last_block_of_the_loaded_depth(tmp_path):
 
 def test_config_without_arguments_and_its_repr_work():
     assert "SAILViTConfig" in repr(SAILViTConfig()) and SAILViTConfig().grid_size == 32
+    assert SAILViTConfig(rms_norm_eps=1.0).rms_norm_eps == 1.0
 
 
 @pytest.mark.parametrize(
