@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -224,7 +225,7 @@ class SAILViTMLP(nn.Module):
         return F.dropout(output, self.config.projection_dropout, self.training)
 
 
-class SAILViTBlock(nn.Module):
+class SAILViTBlock(GradientCheckpointingLayer):
     """One pre-norm block: attention, then SwiGLU, each added to what came in."""
 
     def __init__(self, config: SAILViTConfig):
@@ -249,7 +250,6 @@ class SAILViTTransformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(SAILViTBlock(config) for _ in range(config.num_hidden_layers))
         self.post_trunk_norm = SAILViTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False  # set by gradient_checkpointing_enable()
 
     def forward(
         self, hidden_states: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
@@ -257,7 +257,7 @@ class SAILViTTransformer(nn.Module):
         """(B, N, D) -> tokens after the final norm; on request the embeddings and every block's output; the weights."""
         states, attentions = [hidden_states] if output_hidden_states else [], []
         for block in self.blocks:
-            hidden_states, weights = self._run_block(block, hidden_states, output_attentions)
+            hidden_states, weights = block(hidden_states, output_attentions)
             if output_hidden_states:
                 states.append(hidden_states)
             if output_attentions:
@@ -267,13 +267,6 @@ class SAILViTTransformer(nn.Module):
             tuple(states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
-
-    def _run_block(
-        self, block: SAILViTBlock, hidden_states: torch.Tensor, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(block.__call__, hidden_states, output_attentions)
-        return block(hidden_states, output_attentions)
 
 
 class SAILViTPreTrainedModel(PreTrainedModel):
@@ -324,6 +317,9 @@ class SAILViTModel(SAILViTPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.preprocessor.patchifier
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.preprocessor.patchifier = value
 
     def forward(
         self,
@@ -409,6 +405,9 @@ class SAILViTBackbone(BackboneMixin, SAILViTPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.preprocessor.patchifier
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.preprocessor.patchifier = value
 
     def forward(
         self,
