@@ -259,7 +259,7 @@ def test_the_oldest_release_is_the_one_that_the_package_asks_for(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.versions
+@pytest.mark.nightly
 def test_the_oldest_and_the_newest_release_load_it_too(multimodal):
     if "SAILVIT_VERSION_RUN" in os.environ:
         pytest.skip("already inside a run of another release")

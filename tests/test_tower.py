@@ -1,6 +1,7 @@
 """What the tower can do, one test a capability; other people's code is the judge of its numbers."""
 
 import copy
+import inspect
 import math
 from pathlib import Path
 
@@ -295,7 +296,7 @@ def test_gradient_checkpointing_changes_nothing(pixels, reentrant):
     for checkpointing in (False, True):
         tower = make().train()
         calls = []
-        tower.trunk.blocks[1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        tower.trunk.blocks[1].attn.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
             enable = "activation_checkpointing_enable"  # its name since transformers 5.2x
             if not hasattr(tower, enable):
@@ -307,6 +308,15 @@ def test_gradient_checkpointing_changes_nothing(pixels, reentrant):
     assert counts == [1, 2]
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_gradient_checkpointing_of_every_second_block():
+    tower = make()
+    enable = getattr(tower, "activation_checkpointing_enable", None)
+    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
+        pytest.skip("this transformers checkpoints every block")
+    enable(every_n_layers=2)
+    assert [block.gradient_checkpointing for block in tower.trunk.blocks] == [True, False, True]
 
 
 def test_dropout_runs_in_training_alone(pixels):
