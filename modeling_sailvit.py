@@ -175,7 +175,7 @@ class SAILViTPreprocessor(nn.Module):
 
 
 class SAILViTAttention(nn.Module):
-    """Full self-attention of (B, N, D) tokens, through whichever implementation transformers is asked for."""
+    """Full self-attention of (B, N, D) tokens, dispatched to the configured attention implementation."""
 
     is_causal = False  # read by transformers' attention functions
 

@@ -1,13 +1,13 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-SAIL-VL (arXiv 2507.01643, 2509.14033): a vision tower, a connector and a language model that reads text and tiles.
+SAIL-VL (arXiv 2507.01643, 2509.14033): a vision tower (the vision encoder), a connector and a language model.
 
     tiles -> tower -> tokens of the patches -> pixel shuffle (f x f) -> LayerNorm, Linear, GELU, Linear -> visual tokens
     input_ids -> embeddings, the visual tokens in place of <IMG_CONTEXT> -> language model -> logits
 
-Any vision tower of transformers' AutoModel and any of its causal language models do. Parameter names are those of the
-released SAIL-VL checkpoints: vision_model, mlp1, language_model.
+Works with any vision encoder of AutoModel and any AutoModelForCausalLM. Parameter names are those of the released SAIL-VL
+checkpoints: vision_model, mlp1, language_model.
 
 Shapes: B prompts, S positions of a prompt, n tiles of all prompts together, h and w the pixels of a tile, N its visual
 tokens, D the width of the tower, f the pixel shuffle factor, E the width of the language model.
@@ -55,13 +55,13 @@ def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixin):
-    """The tower, the connector and the language model; `generate` writes, `chat` answers as the releases do."""
+    """Vision tower, connector and language model. `generate` is transformers' own, `chat` the API of the releases."""
 
     config_class = SAILVLConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules: list[str] = []  # the parts have theirs
+    _no_split_modules: list[str] = []  # inherited from submodules
     _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -122,7 +122,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             raise ValueError(f"{what}: `sailvit inspect` names it; download it again") from error
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The connector's; the parts initialize themselves."""
+        """Initialize the connector; vision tower and language model initialize themselves."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             nn.init.zeros_(module.bias)
@@ -217,7 +217,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         return self._encode_in_batches(batches)
 
     def _encode_in_batches(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One output that is filled: parts to be put together would take its memory twice."""
+        """Fill one output tensor: concatenating the micro-batches would take its memory twice."""
         first = self._encode_tiles(batches[0])
         features, end = first.new_empty(sum(map(len, batches)), *first.shape[1:]), len(first)
         features[:end] = first
@@ -287,8 +287,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
                 of a wrong shape.
         """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
-        placeholders = self._placeholders(input_ids, inputs_embeds)
-        if labels is not None and placeholders is not None:
+        if labels is not None and (placeholders := self._placeholders(input_ids, inputs_embeds)) is not None:
             labels = labels.masked_fill(placeholders.to(labels.device), -100)
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:  # some language models do not take it
             kwargs["logits_to_keep"] = logits_to_keep
@@ -310,9 +309,9 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
     ) -> torch.Tensor:
         """What the language model reads, (B, S, E): the embeddings, visual tokens in the place of the placeholders."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds")
         if pixel_values is not None and image_features is not None:
-            raise ValueError("give either pixel_values or image_features")
+            raise ValueError("pass either pixel_values or image_features")
         placeholders = self._placeholders(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -357,7 +356,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         elif found != wanted:
             raise ValueError(
                 f"{found} placeholders ({self.config.image_token}, id {self.config.image_token_id}) in the input, "
-                f"{wanted} visual tokens: {self.config.image_seq_length} placeholders are wanted for every tile"
+                f"{wanted} visual tokens: expected {self.config.image_seq_length} placeholders for every tile"
             )
 
     @functools.wraps(GenerationMixin.generate)
@@ -454,7 +453,7 @@ def _is_first_step(cache: Any, length: int) -> bool:
 
 
 def _concatenate_outputs(outputs: Sequence[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
-    """Micro-batches of tiles -> one output of all tiles."""
+    """Concatenate the outputs of micro-batches of tiles."""
     joined = {}
     for name in outputs[0]:
         parts = [output[name] for output in outputs]

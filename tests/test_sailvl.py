@@ -387,7 +387,7 @@ def test_attention_is_set_part_by_part(release):
 
 
 @pytest.mark.parametrize(("placeholders", "tiles", "message"), [
-    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: 4 placeholders are wanted for"),
+    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: expected 4 placeholders for"),
     (9, 2, "9 placeholders"),
     (4, 0, "4 placeholders .* 0 visual tokens"),
     (0, 1, "0 placeholders .* 4 visual tokens"),
