@@ -6,8 +6,8 @@ SAIL-VL (arXiv 2507.01643, 2509.14033): a vision tower (the vision encoder), a c
     tiles -> tower -> tokens of the patches -> pixel shuffle (f x f) -> LayerNorm, Linear, GELU, Linear -> visual tokens
     input_ids -> embeddings, the visual tokens in place of <IMG_CONTEXT> -> language model -> logits
 
-Works with any vision encoder of AutoModel and any AutoModelForCausalLM. Parameter names are those of the released SAIL-VL
-checkpoints: vision_model, mlp1, language_model.
+Works with any vision encoder of AutoModel and any AutoModelForCausalLM. Parameter names are those of the released
+SAIL-VL checkpoints: vision_model, mlp1, language_model.
 
 Shapes: B prompts, S positions of a prompt, n tiles of all prompts together, h and w the pixels of a tile, N its visual
 tokens, D the width of the tower, f the pixel shuffle factor, E the width of the language model.
