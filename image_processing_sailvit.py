@@ -12,6 +12,7 @@ Shapes: n tiles of all images together, one image after the other; H and W the p
 import difflib
 import http.client
 import io
+import json
 import math
 import urllib.request
 from collections import defaultdict
@@ -199,6 +200,19 @@ class SAILViTImageProcessor(TorchvisionBackend):
         saved = self.valid_kwargs.__annotations__.keys() - {"device", "return_tensors"}  # these belong to a call
         return {key: value for key, value in super().to_dict().items() if key in saved and value is not None}
 
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """
+        As transformers' own. Where no config.json beside the file says of what class the image processor is, as in the
+        folder of an adapter, the file says it.
+        """
+        fields = json.loads(self.to_json_string())
+        if not _names_image_processor(Path(json_file_path).with_name("config.json")):
+            name = type(self).__name__
+            auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{name}"}
+            fields |= {"auto_map": auto_map, "image_processor_type": name}
+        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """
         Args:
@@ -316,6 +330,11 @@ def _check_options(options: SimpleNamespace) -> None:
         )
     if not (options.image_std != 0).all():
         raise ValueError(f"image_std must not be zero, got {options.image_std.flatten().tolist()}")
+
+
+def _names_image_processor(config: Path) -> bool:
+    """Whether a config.json says where transformers finds the image processor."""
+    return config.is_file() and "AutoImageProcessor" in json.loads(config.read_text("utf-8")).get("auto_map", {})
 
 
 def _is_integer(value: Any) -> bool:
