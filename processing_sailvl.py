@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,9 +262,7 @@ class SAILVLProcessor(ProcessorMixin):
 
     def _check_count(self, prompts: list[str], token: str, what: str, given: list[list[Any]]) -> None:
         found, counts = [_count(token, prompt) for prompt in prompts], [len(own) for own in given]
-        if len(counts) != len(found):
-            found, counts = [sum(found)], [sum(counts)]
-        if found != counts:
+        if found != counts if len(found) == len(counts) else sum(found) != sum(counts):
             raise ValueError(
                 f"{_sum_of(found)} {token} in the text, {_sum_of(counts)} {what}: the number of {token} tokens in the "
                 f"prompts should be the same as the number of {what}"
@@ -369,7 +368,8 @@ class SAILVLProcessor(ProcessorMixin):
             raise ValueError("the conversation is empty: expected a list of messages")
         options = dict(kwargs.pop("processor_kwargs", None) or {})
         names = self._option_names()
-        names = ({*names, "common_kwargs", "audio_kwargs"} | set().union(*names.values())) - {"return_tensors"}
+        names = {*names, "common_kwargs", "audio_kwargs"}.union(*names.values())
+        names -= signature(ProcessorMixin.apply_chat_template).parameters.keys()
         flat = {key: kwargs.pop(key) for key in names & kwargs.keys()}
         if twice := flat.keys() & options.keys():
             raise ValueError(f"{', '.join(sorted(twice))}: given twice, in processor_kwargs and outside of it")
@@ -455,8 +455,10 @@ class SAILVLProcessor(ProcessorMixin):
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """As transformers' own, without the parts: they have files of their own, which every release reads."""
-        own = ("auto_map", "image_end_token", "image_seq_length", "image_start_token", "image_token", "processor_class")
-        return {key: value for key, value in super().to_dict(**kwargs).items() if key in own}
+        own = ("image_end_token", "image_seq_length", "image_start_token", "image_token", "processor_class")
+        fields = {key: value for key, value in super().to_dict(**kwargs).items() if key in own}
+        name = type(self).__name__
+        return {**fields, "auto_map": {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{name}"}}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
         """As transformers' own, and preprocessor_config.json on every release, so that the older ones find it."""

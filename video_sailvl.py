@@ -173,7 +173,7 @@ def _choose(times: _Times, name: str, options: SimpleNamespace) -> list[int]:
     count = max(1, math.floor(length * options.fps + 1e-6))
     step = (times.starts[-1] - times.starts[0]) / (total - 1)
     slack = min(times.tick, step / 4) + 1e-6
-    late = [start - times.starts[0] - index * step for index, start in enumerate(times.starts)]
+    late = [start - times.starts[0] - index * step for index, start in enumerate([*times.starts, times.end])]
     if count >= total or max(map(abs, late)) <= slack:
         return _evenly(total, count)
     moments = [times.starts[0] + index * length / count + slack / 2 for index in range(count)]
@@ -271,7 +271,8 @@ def _open_source(video: str, name: str) -> str | io.BytesIO:
                 return path
         except (OSError, ValueError):  # no path at all: too long, or with a zero byte
             pass
-        raise FileNotFoundError(f"{name}: no such video")
+        known = "; of URLs http, https, file and data are read" if "://" in video else ""
+        raise FileNotFoundError(f"{name}: no such video{known}")
     try:
         request = urllib.request.Request(video, headers={"User-Agent": "sailvit"})
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -302,14 +303,14 @@ def _open_animation(source: str | io.BytesIO) -> _Film | None:
         return None
 
     def decode() -> Iterator[_Frame]:
-        start = 0.0
+        start = 0.0  # in milliseconds
         with Image.open(_rewound(source)) as image:
             for index, frame in enumerate(ImageSequence.Iterator(image)):
                 if index >= skipped:
                     frame.load()
-                    seconds = frame.info.get("duration", 0) / 1000
-                    yield _Frame(start, seconds, frame.copy)
-                    start += seconds
+                    length = frame.info.get("duration", 0)
+                    yield _Frame(start / 1000, length / 1000, frame.copy)
+                    start += length
 
     return _Film(decode, frames, 0.0, 0.001, "pillow")
 
