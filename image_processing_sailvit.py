@@ -200,19 +200,6 @@ class SAILViTImageProcessor(TorchvisionBackend):
         saved = self.valid_kwargs.__annotations__.keys() - {"device", "return_tensors"}  # these belong to a call
         return {key: value for key, value in super().to_dict().items() if key in saved and value is not None}
 
-    def to_json_file(self, json_file_path: str | Path) -> None:
-        """
-        As transformers' own. Where no config.json beside the file says of what class the image processor is, as in the
-        folder of an adapter, the file says it.
-        """
-        fields = json.loads(self.to_json_string())
-        if not _names_image_processor(Path(json_file_path).with_name("config.json")):
-            name = type(self).__name__
-            auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{name}"}
-            fields |= {"auto_map": auto_map, "image_processor_type": name}
-        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-        Path(json_file_path).write_text(text, encoding="utf-8")
-
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """
         Args:
@@ -263,6 +250,19 @@ class SAILViTImageProcessor(TorchvisionBackend):
         self._refuse_unknown(images_kwargs or {})
         options = self._options(images_kwargs or {})
         return sum(map(math.prod, _cuts_of(_grid_of(width, height, options), width, height, options)))
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """
+        As transformers' own. Where no config.json beside the file says of what class the image processor is, as in the
+        folder of an adapter, the file says it.
+        """
+        fields = json.loads(self.to_json_string())
+        if not _names_image_processor(Path(json_file_path).with_name("config.json")):
+            name = type(self).__name__
+            auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{name}"}
+            fields |= {"auto_map": auto_map, "image_processor_type": name}
+        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
 
     def _fill_tiles(
         self,
@@ -330,11 +330,6 @@ def _check_options(options: SimpleNamespace) -> None:
         )
     if not (options.image_std != 0).all():
         raise ValueError(f"image_std must not be zero, got {options.image_std.flatten().tolist()}")
-
-
-def _names_image_processor(config: Path) -> bool:
-    """Whether a config.json says where transformers finds the image processor."""
-    return config.is_file() and "AutoImageProcessor" in json.loads(config.read_text("utf-8")).get("auto_map", {})
 
 
 def _is_integer(value: Any) -> bool:
@@ -555,6 +550,11 @@ def _normalize_into(target: torch.Tensor, tiles: torch.Tensor, options: SimpleNa
         target.mul_(scale / std).sub_(mean / std)
     elif options.do_rescale:
         target.mul_(scale)
+
+
+def _names_image_processor(config: Path) -> bool:
+    """Whether a config.json says where transformers finds the image processor."""
+    return config.is_file() and "AutoImageProcessor" in json.loads(config.read_text("utf-8")).get("auto_map", {})
 
 
 SAILViTImageProcessor.register_for_auto_class()
