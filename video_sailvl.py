@@ -230,9 +230,8 @@ def _read_film(film: _Film, name: str, options: SimpleNamespace, known: dict[str
     indices = choose(times)
     if not images.keys() >= set(indices):
         _, images = _decode(film, set(indices), name)
-    total, length = len(times.starts), times.end - times.starts[0]
-    first = images[indices[0]]
-    found = {"total_num_frames": total, "fps": rate or (total / length if length > 0 else None)}
+    total, first = len(times.starts), images[indices[0]]
+    found = {"total_num_frames": total, "fps": rate or (total / times.end if times.end > 0 else None)}
     found |= {"width": first.width, "height": first.height, "video_backend": film.backend}
     found["duration"] = total / found["fps"] if found["fps"] else None
     metadata = VideoMetadata(**{**found, **known, "frames_indices": indices})
@@ -252,14 +251,14 @@ def _decode(film: _Film, wanted: set[int], name: str) -> tuple[_Times, dict[int,
         raise ValueError(f"{name}: cannot be decoded: {str(error)[:300]}") from error
     if not starts:
         raise ValueError(f"{name}: a video without frames")
-    starts.sort()
-    count = len(starts)
+    count, begin = len(starts), min(starts)
+    starts = sorted(start - begin for start in starts)
     if not seconds:
-        seconds = (starts[-1] - starts[0]) / (count - 1) if count > 1 else 1 / (film.rate or math.inf)
-    length = starts[-1] + seconds - starts[0]
-    if film.rate and abs(length * film.rate / count - 1) < 0.01:  # the rate is exact where the times are rounded
-        length = count / film.rate
-    return _Times(starts, starts[0] + length, film.tick), images
+        seconds = starts[-1] / (count - 1) if count > 1 else 1 / (film.rate or math.inf)
+    end = starts[-1] + seconds
+    if film.rate and abs(end * film.rate / count - 1) < 0.01:  # the rate is exact where the times are rounded
+        end = count / film.rate
+    return _Times(starts, end, film.tick), images
 
 
 def _open_source(video: str, name: str) -> str | io.BytesIO:
@@ -282,7 +281,7 @@ def _open_source(video: str, name: str) -> str | io.BytesIO:
 
 
 def _local_path(path: str) -> str:
-    return urllib.request.url2pathname(urlparse(path).path) if path.startswith("file://") else path
+    return urllib.request.url2pathname(urlparse(path).path) if path.startswith("file:/") else path
 
 
 def _rewound(source: str | io.BytesIO) -> str | io.BytesIO:
