@@ -12,6 +12,7 @@ Shapes: n tiles of all images together, one image after the other; H and W the p
 import difflib
 import http.client
 import io
+import json
 import math
 import urllib.request
 from collections import defaultdict
@@ -249,6 +250,19 @@ class SAILViTImageProcessor(TorchvisionBackend):
         self._refuse_unknown(images_kwargs or {})
         options = self._options(images_kwargs or {})
         return sum(map(math.prod, _cuts_of(_grid_of(width, height, options), width, height, options)))
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """
+        As transformers' own. Where no config.json beside the file says of what class the image processor is, as in the
+        folder of an adapter, the file says it.
+        """
+        fields = json.loads(self.to_json_string())
+        if not _names_image_processor(Path(json_file_path).with_name("config.json")):
+            name = type(self).__name__
+            auto_map = {self._auto_class: f"{type(self).__module__.rpartition('.')[2]}.{name}"}
+            fields |= {"auto_map": auto_map, "image_processor_type": name}
+        text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
 
     def _fill_tiles(
         self,
@@ -536,6 +550,11 @@ def _normalize_into(target: torch.Tensor, tiles: torch.Tensor, options: SimpleNa
         target.mul_(scale / std).sub_(mean / std)
     elif options.do_rescale:
         target.mul_(scale)
+
+
+def _names_image_processor(config: Path) -> bool:
+    """Whether a config.json says where transformers finds the image processor."""
+    return config.is_file() and "AutoImageProcessor" in json.loads(config.read_text("utf-8")).get("auto_map", {})
 
 
 SAILViTImageProcessor.register_for_auto_class()

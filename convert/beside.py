@@ -259,6 +259,9 @@ def write_processor(processor: "SAILVLProcessor", folder: Path) -> None:
         processor.save_pretrained(scratch)
         for file in PROCESSOR_FILES:
             shutil.copyfile(Path(scratch) / file, folder / file)
+    processor.image_processor.to_json_file(
+        folder / "preprocessor_config.json"
+    )  # beside config.json, which names the class
 
 
 def first_line(error: BaseException) -> str:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parents[1]
 CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
 CODE_OF_ALL = (
-    *CODE, "configuration_sailvl.py", "modeling_sailvl.py", "processing_sailvl.py", "chat_sailvl.py",
+    *CODE, "configuration_sailvl.py", "modeling_sailvl.py", "processing_sailvl.py", "video_sailvl.py",
+    "chat_sailvl.py",
 )  # fmt: skip
 
 

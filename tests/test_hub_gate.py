@@ -93,7 +93,7 @@ def test_the_files_of_a_conversion_are_clean(request, which):
 
 def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
     assert code_files(multimodal) == {path.name for path in multimodal.glob("*.py")}
-    assert len(code_files(multimodal)) == 7
+    assert len(code_files(multimodal)) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """The processor of SAIL-VL, against prompts that are written out here, the image processor, and the hand-made model."""
 
+import base64
 import json
 import re
 import shutil
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +27,13 @@ from mllm import (
 )
 from PIL import Image
 from test_hub_folder import run_stranger
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers.pipelines.image_text_to_text import Chat
 
 from sailvit import SAILViTImageProcessor, SAILVLForConditionalGeneration, SAILVLProcessor
 
 
+RELEASE = tuple(int(number) for number in version("transformers").split(".")[:2])
 START, END, CONTEXT, PAD = 307, 308, 309, 304
 
 
@@ -217,36 +223,6 @@ def test_images_and_videos_keep_the_order_of_the_prompt(order, processor):
     assert images_in(batch["input_ids"][0]) == [4 * len(part) for part in parts]
 
 
-def test_a_message_holds_a_video(processor):
-    clip = np.stack([np.asarray(frame) for frame in frames(1, 2)])
-    messages = [
-        {"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "Why?"}]},
-    ]
-    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    expected = f"{SYSTEM}<|im_start|>user\nFrame-1: <img>{TILE}</img>\nFrame-2: <img>{TILE}</img>\nWhy?<|im_end|>"
-    assert batch["input_ids"].tolist() == [processor.tokenizer(expected)["input_ids"]]
-    assert len(batch["pixel_values"]) == 2
-
-
-def test_frames_of_a_file_are_evenly_spaced(processor, tmp_path):
-    av = pytest.importorskip("av")
-    path = tmp_path / "grey.mp4"
-    with av.open(str(path), "w") as container:  # 10 frames, each brighter than the one before
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for level in range(0, 250, 25):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    for count in (1, 3, 10):
-        for options in ({"num_frames": count}, {"videos_kwargs": {"num_frames": count}}):
-            batch = processor(text="<video>\nWhy?", videos=path, do_normalize=False, **options)
-            assert images_in(batch["input_ids"][0]) == [4] * count
-            levels = batch["pixel_values"].mean((1, 2, 3)) * 255
-            expected = torch.arange(0, count) * (10 / count) // 1 * 25
-            torch.testing.assert_close(levels, expected, rtol=0, atol=8)
-
-
 # The tokenizer's side
 
 
@@ -259,6 +235,55 @@ def test_prompts_of_a_batch_are_padded_on_the_left(processor):
     assert batch["attention_mask"].tolist() == [[0] * missing + [1] * len(short), [1] * len(long)]
     batch = processor(text=prompts, text_kwargs={"padding": True, "padding_side": "right"}, return_tensors="pt")
     assert batch["input_ids"].tolist() == [short + [PAD] * missing, long]
+
+
+def sides(processor: SAILVLProcessor, **options) -> str:
+    """Where the padding of a batch is."""
+    ids = processor(text=["Why?", "What is the total?"], padding=True, **options)["input_ids"][0]
+    assert (ids[0] == PAD) != (ids[-1] == PAD)
+    return "left" if ids[0] == PAD else "right"
+
+
+def test_the_padding_side_is_left_unless_somebody_says_otherwise(tokenizer, processor, tmp_path):
+    folder = write_tokenizer(tmp_path / "toy")
+    build = partial(SAILVLProcessor, processor.image_processor, image_seq_length=4)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "padding_side" not in config and AutoTokenizer.from_pretrained(folder).padding_side == "right"
+    assert sides(build(AutoTokenizer.from_pretrained(folder))) == "left"
+    assert sides(build(AutoTokenizer.from_pretrained(folder, padding_side="right"))) == "right"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "right"}))
+    assert sides(build(AutoTokenizer.from_pretrained(folder))) == "right"
+
+
+def test_a_padding_side_that_is_set_is_followed_and_saved(processor, tmp_path):
+    own = SAILVLProcessor(
+        processor.image_processor, AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "toy")), image_seq_length=4
+    )
+    own.save_pretrained(tmp_path / "left")
+    own.tokenizer.padding_side = "right"
+    assert sides(own) == "right" and sides(own, padding_side="left") == "left"
+    assert sides(own, text_kwargs={"padding_side": "left"}) == "left"
+    own.save_pretrained(tmp_path / "right")
+    for side in ("left", "right"):
+        loaded = SAILVLProcessor.from_pretrained(tmp_path / side)
+        assert sides(loaded) == side == AutoTokenizer.from_pretrained(tmp_path / side).padding_side
+        loaded.save_pretrained(tmp_path / "again")
+        assert sides(SAILVLProcessor.from_pretrained(tmp_path / "again")) == side
+
+
+def test_options_that_the_tokenizer_was_loaded_with_are_followed(processor, tmp_path):
+    """As transformers' own processors do."""
+    folder = write_tokenizer(tmp_path / "toy")
+    own = SAILVLProcessor(
+        processor.image_processor, AutoTokenizer.from_pretrained(folder, padding="max_length", max_length=20)
+    )
+    assert [len(ids) for ids in own(text=["Why?", "So?"])["input_ids"]] == [20, 20]
+    assert len(own(text="Why?", padding=False)["input_ids"][0]) < 20
+    assert "token_type_ids" not in own(text="Why?")
+    assert "token_type_ids" in own(text="Why?", return_token_type_ids=True)
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    own = SAILVLProcessor(processor.image_processor, AutoTokenizer.from_pretrained(folder, model_input_names=names))
+    assert "token_type_ids" in own(text="Why?")
 
 
 def test_lists_come_back_unless_tensors_are_asked_for(processor):
@@ -291,13 +316,69 @@ MISSPELT = [
     ({"text_kwargs": {"paddin": True}}, "no option 'paddin'; did you mean padding?"),
     ({"num_frame": 2}, "no option 'num_frame'; did you mean num_frames?"),
     ({"nonsense": 2}, "nonsense"),
+    ({"common_kwargs": {"max_tile": 2}}, "no option 'max_tile'; did you mean max_tiles?"),
+    ({"text_kwargs": {"max_tiles": 2}}, "no option 'max_tiles'; it belongs in images_kwargs"),
+    ({"images_kwargs": {"padding": True}}, "no option 'padding'; it belongs in text_kwargs"),
+    ({"audio_kwargs": {"sampling_rate": 16000}}, "takes no audio"),
+    ({"audio": np.zeros(8)}, "takes images and videos, not audio"),
+    ({"audios": [np.zeros(8)]}, "takes images and videos, not audios"),
+    ({"y" * 9999: 2}, "no option 'yyyy"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), MISSPELT)
 def test_a_misspelt_option_is_refused_with_the_nearest(options, message, processor):
-    with pytest.raises(TypeError, match=re.escape(message)):
+    with pytest.raises(TypeError, match=re.escape(message)) as caught:
         processor(noise(56, 56), "<IMG_CONTEXT>", **options)
+    assert len(str(caught.value)) < 400
+    conversation = [{"role": "user", "content": [{"type": "image", "image": noise(56, 56)}]}]
+    if options.keys() - {"audio", "audios"}:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            processor.apply_chat_template(conversation, tokenize=True, **options)
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]], [None], ()])
+def test_nothing_of_a_kind_that_is_not_taken_is_nothing(nothing, processor):
+    expected = processor(text="Why?", return_tensors="pt")
+    for media in ({"audio": nothing}, {"audios": nothing}, {"images": nothing}, {"videos": nothing}):
+        batch = processor(text="Why?", return_tensors="pt", audio_kwargs={}, **media)
+        assert batch.keys() == expected.keys() and torch.equal(batch["input_ids"], expected["input_ids"])
+
+
+TWICE = [
+    {"max_tiles": 2, "images_kwargs": {"max_tiles": 2}},
+    {"padding": True, "text_kwargs": {"padding": False}},
+    {"return_tensors": "pt", "text_kwargs": {"return_tensors": "pt"}},
+    {"size": 56, "videos_kwargs": {"size": 56}},
+]
+
+
+@pytest.mark.parametrize("options", TWICE)
+def test_an_option_that_is_given_twice_is_refused(options, processor):
+    with pytest.raises(ValueError, match=r"given twice, in .*_kwargs and outside of it"):
+        processor(text="Why?", **options)
+    conversation, (name, *_) = [user("Why?")], options
+    with pytest.raises(ValueError, match="given twice"):
+        processor.apply_chat_template(conversation, tokenize=True, processor_kwargs=options)
+    if name != "return_tensors":
+        with pytest.raises(ValueError, match=f"{name}: given twice, in processor_kwargs and outside of it"):
+            processor.apply_chat_template(
+                conversation, tokenize=True, processor_kwargs={name: 1}, **{name: options[name]}
+            )
+
+
+def test_common_options_are_for_every_part_and_give_way(processor):
+    common = {"return_tensors": "np", "max_tiles": 1}
+    batch = processor(noise(300, 300), "<IMG_CONTEXT>", common_kwargs=common)
+    assert isinstance(batch["pixel_values"], np.ndarray) and isinstance(batch["input_ids"], np.ndarray)
+    assert len(batch["pixel_values"]) == 1
+    batch = processor(noise(300, 300), "<IMG_CONTEXT>", common_kwargs=common, return_tensors="pt")
+    assert isinstance(batch["pixel_values"], torch.Tensor)
+
+
+def test_pixels_may_be_of_a_type_of_their_own(processor):
+    batch = processor(noise(56, 56), "<IMG_CONTEXT>", images_kwargs={"return_tensors": "np"})
+    assert isinstance(batch["pixel_values"], np.ndarray) and isinstance(batch["input_ids"], list)
 
 
 # "<img>", 4 placeholders, "</img>", then 5 tokens of text
@@ -316,11 +397,18 @@ def test_truncation_of_text_alone_is_not(processor):
 
 PICTURE = noise(56, 56)
 MISMATCHES = [
-    ("<IMG_CONTEXT> <IMG_CONTEXT>", PICTURE, None, "2 <IMG_CONTEXT> in the text, 1 images: one for each is wanted"),
+    (
+        "<IMG_CONTEXT> <IMG_CONTEXT>",
+        PICTURE,
+        None,
+        "2 <IMG_CONTEXT> in the text, 1 images: the number of <IMG_CONTEXT>",
+    ),
     ("Why?", PICTURE, None, "0 <IMG_CONTEXT> in the text, 1 images"),
     ("<IMG_CONTEXT>", None, None, "1 <IMG_CONTEXT> in the text, 0 images"),
     (["<IMG_CONTEXT>", "Why?"], [PICTURE] * 3, None, "1 + 0 <IMG_CONTEXT> in the text, 3 images"),
-    ("<video>", None, None, "1 <video> in the text, 0 videos: one for each is wanted"),
+    ("<video>", None, None, "1 <video> in the text, 0 videos: the number of <video>"),
+    (["<IMG_CONTEXT>", "<IMG_CONTEXT>"], [[PICTURE] * 2, []], None, "1 + 1 <IMG_CONTEXT> in the text, 2 + 0 images"),
+    (["<IMG_CONTEXT>"] * 500, [PICTURE], None, "500 <IMG_CONTEXT> in the text, 1 images"),
     ("Why?", None, [[PICTURE]], "0 <video> in the text, 1 videos"),
     (None, PICTURE, None, "text must be a prompt or a list of prompts"),
     ("<video>", None, [np.zeros((0, 8, 8, 3), np.uint8)], "a video without frames"),
@@ -371,7 +459,45 @@ def test_the_tokenizer_is_left_alone(saved):
         assert other(text)["input_ids"] == original(text)["input_ids"] and len(other) == len(original)
         assert other.special_tokens_map == original.special_tokens_map
         assert other.all_special_ids == original.all_special_ids
-        assert (other.padding_side, other.model_max_length) == (original.padding_side, original.model_max_length)
+        assert (other.padding_side, other.model_max_length) == ("left", original.model_max_length)
+
+
+ALONE = """
+import json, sys
+from transformers import AutoImageProcessor, AutoProcessor
+from transformers.utils import logging
+logging.set_verbosity_error()  # transformers < 5.4 has something to say on fast and slow ones
+both, pictures = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(both, trust_remote_code=True)
+parts = [AutoImageProcessor.from_pretrained(folder, trust_remote_code=True) for folder in (both, pictures)]
+parts.append(processor.image_processor)
+assert not any(name.split(".")[0] == "sailvit" for name in sys.modules)
+print(json.dumps([type(processor).__name__, processor.image_seq_length, *(part.to_dict() for part in parts)]))
+"""
+
+
+def test_a_processor_without_a_model_loads_from_its_folder(processor, tmp_path):
+    """As beside an adapter: no config.json says of what class the image processor is."""
+    both, pictures = tmp_path / "both", tmp_path / "pictures"
+    processor.save_pretrained(both)
+    processor.image_processor.save_pretrained(pictures)
+    expected = processor.image_processor.to_dict()
+    for options in ({}, {"trust_remote_code": True}):
+        for loaded in (
+            SAILVLProcessor.from_pretrained(both, **options),
+            AutoProcessor.from_pretrained(both, **options),
+        ):
+            assert loaded.to_dict() == processor.to_dict() and loaded.image_processor.to_dict() == expected
+        for folder in (both, pictures):
+            assert AutoImageProcessor.from_pretrained(folder, **options).to_dict() == expected
+    loaded = json.loads(run_stranger(ALONE, both, pictures, home=tmp_path))
+    assert loaded == ["SAILVLProcessor", 4, *[json.loads(json.dumps(expected))] * 3]
+
+
+def test_beside_a_model_its_configuration_alone_names_classes(saved, processor):
+    named = {"auto_map", "image_processor_type"}
+    assert not named & json.loads((saved / "preprocessor_config.json").read_text()).keys()
+    assert not named & processor.image_processor.to_dict().keys()
 
 
 CARD = """
@@ -439,3 +565,123 @@ def test_a_batch_of_messages_writes_what_each_writes_alone(saved, by_hand):
     alone = [(f"{SYSTEM}<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n", None), (prompt, tiles)]
     for row, (text, own) in zip(output, alone, strict=True):
         assert row[-6:].tolist() == by_hand.greedy(processor.tokenizer(text, return_tensors="pt")["input_ids"], own, 6)
+
+
+def test_a_pipeline_writes_the_same_in_batches_as_one_by_one(saved):
+    """The tokenizer's own files name no padding side."""
+    image = {"type": "image", "image": str(PHOTOGRAPH)}
+    questions = ("Why?", "What is the total?", "Describe the image. Answer with one word.")
+    chats = [[{"role": "user", "content": [image, {"type": "text", "text": text}]}] for text in questions]
+    answerer = pipeline("image-text-to-text", model=str(saved), device="cpu")
+    options = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 6}, "return_full_text": False}
+    alone, together = (
+        [written[0]["generated_text"] for written in answerer(text=chats, batch_size=size, **options)]
+        for size in (1, 3)
+    )
+    assert together == alone and len(set(alone)) > 1
+
+
+@pytest.mark.skipif(RELEASE < (5, 23), reason="the pipeline drops the options of a chat")
+def test_a_pipeline_hands_on_the_options_of_a_call(saved):
+    answerer = pipeline("image-text-to-text", model=str(saved), device="cpu")
+    video = [noise(60, 60, seed) for seed in range(6)]
+    chat = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "Why?"}]}]
+    for options in ({"num_frames": 2}, {"processor_kwargs": {"num_frames": 2}}):
+        preprocess, *_ = answerer._sanitize_parameters(**options)
+        assert len(answerer.preprocess(Chat(chat), **preprocess)["pixel_values"]) == 2
+
+
+# Messages
+
+
+def image_forms(path: Path, picture: Image.Image) -> dict[str, dict]:
+    picture.save(path)
+    content = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "a picture": {"image": picture},
+        "an array": {"image": np.asarray(picture)},
+        "a path": {"path": str(path)},
+        "a path as an image": {"image": str(path)},
+        "a path as a URL": {"url": str(path)},
+        "a file URL": {"url": path.as_uri()},
+        "a data URL": {"url": f"data:image/png;base64,{content}"},
+        "base64": {"base64": content},
+        "base64 as an image": {"image": content},
+        "a data URL as base64": {"base64": f"data:image/png;base64,{content}"},
+    }
+
+
+def test_a_message_takes_an_image_in_every_form(processor, tmp_path):
+    (tiles,) = tiles_of(processor, noise(130, 60))
+    for name, form in image_forms(tmp_path / "noise.png", noise(130, 60)).items():
+        parts = [{"type": "image", **form}, {"type": "text", "text": "Why?"}]
+        messages = [{"role": "system", "content": "Answer."}, {"role": "user", "content": parts}]
+        for conversation, rows in (messages, 1), ([messages, messages], 2):
+            batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+            assert torch.equal(batch["pixel_values"], torch.cat([tiles] * rows)), name
+            assert [images_in(ids) for ids in batch["input_ids"].tolist()] == [[4 * len(tiles)]] * rows
+
+
+def test_openais_image_url_is_an_image(processor):
+    noise_url = {"type": "image_url", "image_url": {"url": str(PHOTOGRAPH)}}
+    options = {"tokenize": True, "return_dict": True}
+    ours = processor.apply_chat_template([{"role": "user", "content": [noise_url]}], **options)
+    image = {"type": "image", "path": str(PHOTOGRAPH)}
+    expected = processor.apply_chat_template([{"role": "user", "content": [image]}], **options)
+    assert ours["input_ids"] == expected["input_ids"] and torch.equal(ours["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("form", [{"base64": "A" * 100_000}, {"image": "A" * 100_000}, {"url": "B" * 9000}])
+def test_a_picture_that_cannot_be_read_is_not_written_out(form, processor):
+    with pytest.raises(ValueError, match="cannot be opened") as caught:
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image", **form}]}], tokenize=True)
+    assert len(str(caught.value)) < 600
+
+
+# What servers and training frameworks ask for
+
+
+def test_placeholders_are_found_by_servers(processor):
+    assert (processor.image_token, processor.image_token_id) == ("<IMG_CONTEXT>", CONTEXT)
+    assert sorted(processor.image_token_ids) == [START, END, CONTEXT] and processor.video_token == "<video>"
+    assert processor.tokenizer.convert_tokens_to_ids("<video>") in (None, processor.tokenizer.unk_token_id)
+
+
+def test_ms_swift_expands_an_image_as_a_call_does(processor):
+    """What its template sail_vl2 does: the ids around a placeholder, and as many of it as there are tiles."""
+    picture = noise(130, 60)
+    tiles = len(processor.image_processor(picture)["pixel_values"])
+    context = processor.encode("<IMG_CONTEXT>", add_special_tokens=False) * processor.num_image_token * tiles
+    before, after = (processor.encode(text, add_special_tokens=False) for text in ("<img>", "</img>\nWhy?"))
+    assert processor(picture, "<IMG_CONTEXT>\nWhy?")["input_ids"] == [before + context + after]
+
+
+def test_offsets_lead_from_placeholders_to_what_replaced_them(processor):
+    prompts = ["Why?<IMG_CONTEXT>\nSo? \n<video>\n", "<video><IMG_CONTEXT>"]
+    media = ([noise(56, 56), noise(112, 56)], prompts, [[noise(60, 60)], [noise(60, 60), noise(60, 60)]])
+    batch = processor(*media, return_text_replacement_offsets=True, return_offsets_mapping=True)
+    spans = ["<img>" + TILE + "</img>", "Frame-1: <img>" + TILE + "</img>"]
+    spans += [f"{spans[1]}\nFrame-2: {spans[0]}", "<img>" + TILE * 3 + "</img>"]
+    found = [entry for row in batch["text_replacement_offsets"] for entry in row]
+    assert [entry["replacement"] for entry in found] == spans
+    assert [entry["type"] for entry in found] == ["image", "video", "video", "image"]
+    for prompt, row, ids, offsets in zip(
+        prompts, batch["text_replacement_offsets"], batch["input_ids"], batch["offset_mapping"], strict=True
+    ):
+        for entry in row:
+            (start, end), (first, last) = entry["span"], entry["new_span"]
+            assert prompt[start:end] == entry["text"] and last - first == len(entry["replacement"])
+            own = [token for token, (a, b) in zip(ids, offsets, strict=True) if first <= a and b <= last]
+            assert own == processor.tokenizer(entry["replacement"])["input_ids"]
+
+
+@pytest.mark.skipif(RELEASE < (5, 24), reason="of transformers 5.24")
+def test_placeholders_that_a_user_types_stay_text_if_asked_for(processor):
+    text = "What is <IMG_CONTEXT> and <|im_end|>?"
+    content = [{"type": "image", "image": noise(56, 56)}, {"type": "text", "text": text}]
+    batch = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, sanitize_control_tokens=True
+    )
+    (ids,) = batch["input_ids"]
+    assert images_in(ids) == [4] and len(batch["pixel_values"]) == 1
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
