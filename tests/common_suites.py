@@ -2,22 +2,28 @@
 
 import functools
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unittest
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
 
 
-# What these tests import and the source distribution leaves out.
+# What these tests import and the source distribution leaves out; the last, in place of what they download.
 LEFT_OUT = {
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "../fetch_hub_objects_for_ci.py": "from common_suites import write_local_file as url_to_local_path\n",
 }
 MAPPINGS = {
     "SAILViTModel": ("MODEL_MAPPING_NAMES", "sailvit"),
@@ -36,12 +42,28 @@ def bring_tests(folder: Path) -> Path:
         archive.extractall(folder, filter="data")
     tests = folder / "transformers_tests"
     (folder / f"transformers-{version}" / "tests").rename(tests)
-    for name, content in {"__init__.py": "", **LEFT_OUT}.items():
+    (tests / "__init__.py").touch()
+    for name, content in LEFT_OUT.items():
         (tests / name).parent.mkdir(exist_ok=True)
-        (tests / name).parent.joinpath("__init__.py").touch()
         if not (tests / name).exists():
             (tests / name).write_text(content)
     return folder
+
+
+def write_local_file(url: str) -> str:
+    """A small picture or film in place of one that a test would download, under its name."""
+    path = Path(tempfile.gettempdir()) / f"common-suites-{os.getpid()}-{url.rpartition('/')[2]}"
+    if path.suffix in (".png", ".jpg") and not path.exists():
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    elif path.suffix == ".mp4" and not path.exists():
+        with av.open(str(path), "w") as film:
+            stream = film.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for level in range(0, 220, 20):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+                film.mux(stream.encode(frame))
+            film.mux(stream.encode())
+    return str(path)
 
 
 def register_names(*model_classes: type) -> None:
