@@ -2,11 +2,9 @@
 
 import functools
 import importlib.metadata
-import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import unittest
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -51,8 +49,8 @@ def bring_tests(folder: Path) -> Path:
 
 
 def write_local_file(url: str) -> str:
-    """A small picture or film in place of one that a test would download, under its name."""
-    path = Path(tempfile.gettempdir()) / f"common-suites-{os.getpid()}-{url.rpartition('/')[2]}"
+    """Write a small picture or film, in place of one that a test would download, to the current folder."""
+    path = Path(url.rpartition("/")[2]).resolve()
     if path.suffix in (".png", ".jpg") and not path.exists():
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
     elif path.suffix == ".mp4" and not path.exists():
