@@ -53,12 +53,6 @@ model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=
 )
 
 
-def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the language model, in the config.json of a SAIL-VL: `llm_config` in releases."""
-    fields = config.get("llm_config") or config.get("text_config") or {}
-    return fields if isinstance(fields, Mapping) else {}
-
-
 def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     A part's configuration as it was written, which every release of transformers reads, without what is not the part's

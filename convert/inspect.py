@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .beside import text_fields
+from .adapter import is_wrapped
 from .folder import read_pictures
 from .internlm2 import finds_internlm2
 from .internvit import finds_internvit
@@ -17,6 +17,7 @@ from .parts import has_other_tower, part_fields, part_problems
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
 from .sources import ADAPTER, ENGINE_ENTRIES, find_source, weight_files
+from .ties import text_fields
 from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
 
@@ -113,6 +114,11 @@ def inspect_checkpoint(
         what = "an adapter of peft, no model: `sailvit convert ADAPTER OUT --base BASE` merges it"
         report.problems.append(Problem("layout", ADAPTER, what))
         return report
+    with _noted(report):
+        if is_wrapped(checkpoint.weight_map):
+            what = "a model with LoRA in it, as peft wraps its parts: `sailvit convert SRC OUT` merges it"
+            report.problems.append(Problem("layout", entry, what))
+            return report
     parts: dict[str, tuple[str, Mapping[str, Any]]] = {}
     with _noted(report):
         parts = _find_parts(checkpoint)

@@ -23,7 +23,6 @@ from .beside import (
     copy_tokenizer,
     find_image_token,
     first_line,
-    text_fields,
     write_config,
     write_generation_config,
     write_processor,
@@ -34,6 +33,7 @@ from .layouts import without_wrappers
 from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint, StoredTensor, hash_file
 from .sources import WEIGHTS, find_source, licence_of, plain_name
+from .ties import text_fields
 from .values import is_same, torch_name
 from .verify import VerificationError, run_alone
 from .writer import NewTensor, check_space, write_json, write_weights
@@ -363,7 +363,7 @@ def whole_problems(checkpoint: Checkpoint, names: Names, config: "SAILVLConfig")
     model = build_empty(config, checkpoint.source.name)
     problems = model_problems(checkpoint, names.stored, model, names.prefix)
     if is_fused_on_load(config.text_config.model_type):
-        problems = [problem for problem in problems if LANGUAGE not in problem.where]
+        problems = [problem for problem in problems if LANGUAGE not in problem.where or problem.kind == "values"]
     return problems
 
 

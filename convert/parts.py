@@ -11,7 +11,6 @@ from .beside import (
     copy_tokenizer,
     first_line,
     portable,
-    text_fields,
     tower_config,
     write_generation_config,
 )
@@ -33,6 +32,7 @@ from .multimodal import (
 )
 from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint
+from .ties import text_fields
 from .values import load, torch_name
 from .verify import PICTURE, TOLERANCE, VerificationError, run_alone
 from .writer import write_json
@@ -176,7 +176,9 @@ def part_problems(checkpoint: Checkpoint, part: str, prefix: str, fields: Mappin
 
 
 def _problems_of(checkpoint: Checkpoint, own: Mapping[str, str], model: "nn.Module", prefix: str) -> list[Problem]:
-    return [] if is_fused_on_load(model.config.model_type) else model_problems(checkpoint, own, model, prefix)
+    problems = model_problems(checkpoint, own, model, prefix)
+    fused = is_fused_on_load(model.config.model_type)
+    return [problem for problem in problems if not fused or problem.kind == "values"]
 
 
 def part_fields(checkpoint: Checkpoint, part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
