@@ -117,6 +117,9 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     convert.add_argument(
         "--max-shard-size", metavar="SIZE", help="such as 200MB or 5GB, the default where weights are written anew"
     )
+    convert.add_argument(
+        "--link", action="store_true", help="files that stay as they are may be hard links: writing to them changes SRC"
+    )
     convert.add_argument("--no-verify", action="store_true", help="do not load the folder and hold it to the source")
     convert.add_argument("--overwrite", action="store_true", help="replace all of OUT, if a conversion wrote it")
     convert.set_defaults(run=_convert)
@@ -266,7 +269,7 @@ def _convert(options: argparse.Namespace) -> int:
             options.out,
             **{key: vars(options)[key] for key in ("part", "insert_vision", "base", "average", "to_layout",
                "from_layout", "prefix", "image_size", "dtype", "revision", "max_shard_size", "trust_pickle",
-               "overwrite")},
+               "link", "overwrite")},
             verify=not options.no_verify,
             say=lambda line: print(line, flush=True),
             progress=progress,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import is_wrapped
+from .copying import is_hard_link
 from .folder import read_pictures
 from .internlm2 import finds_internlm2
 from .internvit import finds_internvit
@@ -16,7 +17,7 @@ from .multimodal import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_name
 from .parts import has_other_tower, part_fields, part_problems
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
-from .sources import ADAPTER, ENGINE_ENTRIES, find_source, weight_files
+from .sources import ADAPTER, ENGINE_ENTRIES, LocalFolder, find_source, weight_files
 from .ties import text_fields
 from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
@@ -45,6 +46,7 @@ class Report:
         wrappers: Segments of names that tools left.
         parts: Of a multimodal model: what its connector and its language model are, and a tower that is no AIMv2.
         provenance: Where it came from, by its provenance.json.
+        linked: Files of weights that have other names on this disk.
         deep: Whether the data were read.
         problems: What is wrong.
     """
@@ -64,6 +66,7 @@ class Report:
     wrappers: list[str] = field(default_factory=list)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
+    linked: list[str] = field(default_factory=list)
     deep: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -107,6 +110,8 @@ def inspect_checkpoint(
         report.problems += checkpoint.shard_problems()
     for file, tensors in checkpoint.opened.items():
         report.files[file] = {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
+    if isinstance(origin, LocalFolder):
+        report.linked = [file for file in report.files if is_hard_link(origin.folder / file)]
     for look in (_look_for_strays, _look_for_code, _look_at_pictures, _look_at_record):
         with _noted(report):
             look(report, checkpoint)
@@ -267,6 +272,8 @@ def table(report: Report) -> str:
     if report.provenance:
         origin = report.provenance.get("source", {})
         rows["provenance"] = f"converted from {origin.get('name')} ({origin.get('layout')})"
+    if report.linked:
+        rows["hard links"] = f"{', '.join(report.linked)}: writing into them in place changes what they are linked to"
     lines = [f"{key:<12} {value}" for key, value in rows.items()]
     lines += [f"{problem.kind:<12} {problem}" for problem in report.problems]
     verdict = f"NOT WHOLE: {len(report.problems)} problems" if report.problems else "whole"

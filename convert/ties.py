@@ -37,7 +37,7 @@ class Ends:
 
 
 def find_ends(names: Iterable[str]) -> Ends | None:
-    """The embeddings among the names of a checkpoint, behind whatever prefix, and their head; None if there are none."""
+    """The embeddings among the names of a checkpoint, behind whatever prefix, and their head; None without these."""
     places = {strip_wrappers(name): name for name in names}
     for short, name in places.items():
         for embeddings, head in ENDS:

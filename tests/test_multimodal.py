@@ -1,8 +1,11 @@
 """SAIL-VL through `sailvit convert`, `compose` and `inspect`: whole, in parts, and put together anew."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +155,7 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     figures = done.verification
     assert figures["placeholders"] == figures["tiles"] * 4 == 13 * 4
     for file in source.glob("*.safetensors"):
-        assert (tmp_path / "out" / file.name).stat().st_ino == file.stat().st_ino
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "out" / INDEX).read_bytes() == (source / INDEX).read_bytes()
     run_stranger(STRANGER, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
     ids, pixels, logits = torch.load(tmp_path / "logits.pt")
@@ -178,27 +181,113 @@ def test_what_stands_beside_the_weights_is_the_releases(toys):
     assert record["source"]["files"].keys() >= {"config.json", INDEX, "tokenizer.json"}
 
 
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def write_in_place(folder: Path) -> None:
+    """Saves over files of weights as safetensors before 0.8 did: into the file that is there."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.truncate(0)
+            opened.write(b"another model")
+
+
+def put_in_cache(release: Path, cache: Path) -> Path:
+    """A release as it lies in a cache of the Hub, its files links to blobs."""
+    snapshot, blobs = cache / "models--douyin--toy" / "snapshots" / "0123", cache / "models--douyin--toy" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in release.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    return snapshot
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_saved_into_the_folder_leaves_its_source_as_it_is(release, tmp_path, cached):
+    source = put_in_cache(release, tmp_path / "hub") if cached else release
+    before, told = weights_of(source), []
+    done = convert(source, tmp_path / "out", progress=lambda count, total: told.append((count, total)))
+    assert weights_of(tmp_path / "out") == before and not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
+    placed = read(tmp_path / "out" / "provenance.json")["placed"]
+    assert placed.keys() == before.keys() and {*placed.values()} <= {"copied", "reflinked"}
+    assert any("stay as they are: 2 copied" in note or "2 reflinked" in note for note in done.notes)
+    if "copied" in placed.values():
+        size = sum(map(len, before.values()))
+        assert told[-1] == (size, size) and done.copied == size
+    write_in_place(tmp_path / "out")
+    assert weights_of(source) == before
+
+
+def test_hard_links_are_made_on_request_and_told(toys, tmp_path, capsys):
+    command = ["convert", str(toys / "release"), str(tmp_path / "out"), "--link", "--no-verify"]
+    assert sailvit_cli.main(command) == 0
+    if "reflinked" not in (said := capsys.readouterr().out):
+        assert "2 hard links: whatever writes into them in place changes the source too" in said
+        for file in (toys / "release").glob("*.safetensors"):
+            assert (tmp_path / "out" / file.name).stat().st_ino == file.stat().st_ino
+        assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"hard-linked"}
+        assert sailvit_cli.main(["inspect", str(tmp_path / "out")]) == 0
+        assert "hard links" in capsys.readouterr().out
+
+
+def test_a_cache_of_the_hub_is_never_linked_to(release, tmp_path):
+    snapshot = put_in_cache(release, tmp_path / "hub")
+    before = weights_of(snapshot)
+    done = convert(snapshot, tmp_path / "out", link=True)
+    if not any("reflinked" in note for note in done.notes):
+        assert any("copied" in note and "a cache of the Hub is never linked to" in note for note in done.notes)
+    write_in_place(tmp_path / "out")
+    assert weights_of(snapshot) == before
+
+
 def test_where_no_link_can_be_the_files_are_copied(toys, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError("another file system")
 
     monkeypatch.setattr("os.link", refuse)
-    convert(toys / "release", tmp_path / "out")
-    for file in (toys / "release").glob("*.safetensors"):
-        assert (tmp_path / "out" / file.name).stat().st_ino != file.stat().st_ino
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+    done = convert(toys / "release", tmp_path / "out", link=True)
+    assert weights_of(tmp_path / "out") == weights_of(toys / "release")
+    assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"copied"}
+    assert any("no link can be made there" in note for note in done.notes)
 
 
-def test_a_link_of_the_hubs_cache_is_followed(release, tmp_path):
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for file in release.glob("*.safetensors"):
-        file.rename(blobs / file.name)
-        file.symlink_to(blobs / file.name)
-    convert(release, tmp_path / "out")
-    for blob in blobs.iterdir():
-        assert not (tmp_path / "out" / blob.name).is_symlink()
-        assert (tmp_path / "out" / blob.name).stat().st_ino == blob.stat().st_ino
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no reflinks are made")
+@pytest.mark.parametrize("link", [False, True])
+def test_reflinks_come_first(toys, tmp_path, monkeypatch, link):
+    """A file system that has them is acted."""
+
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409  # FICLONE of linux/fs.h
+        return os.sendfile(target, source, 0, os.fstat(source).st_size)
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))  # they take no room
+    done = convert(toys / "release", tmp_path / "out", link=link)
+    assert weights_of(tmp_path / "out") == weights_of(toys / "release")
+    assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"reflinked"}
+    assert any("2 reflinked: no room taken" in note for note in done.notes) and done.copied == 0
+
+
+def test_copies_without_room_are_refused_before_they_are_begun(toys, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError("no such request")
+
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"MB are to be written, 0\.0 MB are free"):
+        convert(toys / "release", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_where_nothing_could_be_one_are_refused(toys, tmp_path):
+    for options in ({"dtype": "bfloat16"}, {"part": "language"}, {"max_shard_size": "1GB"}):
+        with pytest.raises(CheckpointError, match="--link: no file of weights stays as it is"):
+            convert(toys / "release", tmp_path / "out", link=True, **options)
+    with pytest.raises(CheckpointError, match="--link: no file"):
+        convert(toys / "vision", tmp_path / "out", link=True)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"max_shard_size": "400KB"}, {"max_shard_size": "5GB"}])
@@ -215,8 +304,7 @@ def test_weights_are_written_anew_where_they_are_to_be_other(toys, tmp_path, opt
 
 def test_the_dtype_that_the_source_has_moves_nothing(toys, tmp_path):
     convert(toys / "release", tmp_path / "out", dtype="float32")
-    for file in (toys / "release").glob("*.safetensors"):
-        assert (tmp_path / "out" / file.name).stat().st_ino == file.stat().st_ino
+    assert read(tmp_path / "out" / "provenance.json")["placed"].keys() == weights_of(toys / "release").keys()
 
 
 @pytest.mark.parametrize("source", ["pytorch_model.bin", "wrapped", "without format"])
@@ -359,7 +447,7 @@ def test_a_tower_of_transformers_is_taken_out_as_its_own(tmp_path, tower):
 
 
 @pytest.mark.slow
-def test_what_lies_on_the_hub_is_linked_and_composed(tmp_path):
+def test_what_lies_on_the_hub_is_converted_and_composed(tmp_path):
     from test_hub_source import sailvit
 
     from hub import COMMIT, serve
@@ -375,7 +463,7 @@ def test_what_lies_on_the_hub_is_linked_and_composed(tmp_path):
         assert done.returncode == 0, done.stderr
     blobs = {blob.stat().st_ino for blob in (tmp_path / "hf").rglob("blobs/*")}
     files = [*(tmp_path / "out").glob("*.safetensors")]
-    assert len(files) == 2 and all(file.stat().st_ino in blobs and not file.is_symlink() for file in files)
+    assert len(files) == 2 and not any(file.stat().st_ino in blobs or file.is_symlink() for file in files)
     assert "base_model: douyin/toy" in (tmp_path / "out" / "README.md").read_text()
     card, record = (tmp_path / "new" / "README.md").read_text(), read(tmp_path / "new" / "provenance.json")
     assert "base_model:\n- douyin/toy\n- qwen/toy" in card and "license:" not in card.split("---")[1]
@@ -392,9 +480,9 @@ def test_a_tower_put_back_changes_no_bit(toys, tmp_path):
     assert torch.equal(logits_of(tmp_path / "out"), before)
     assert equal(tensors_of(tmp_path / "out"), tensors_of(toys / "release"))
     first, second = sorted((toys / "release").glob("*.safetensors"))  # no tower in the first
-    assert (tmp_path / "out" / first.name).stat().st_ino == first.stat().st_ino
-    assert (tmp_path / "out" / second.name).stat().st_ino != second.stat().st_ino
     record = read(tmp_path / "out" / "provenance.json")
+    assert (tmp_path / "out" / first.name).read_bytes() == first.read_bytes()
+    assert record["placed"].keys() == {first.name} and second.exists()
     assert record["inserted"]["name"] == "vision" == record["options"]["insert_vision"]
     assert record["inserted"]["files"].keys() >= {"model.safetensors", "config.json"}
     assert inspect_checkpoint(tmp_path / "out", deep=True).whole
