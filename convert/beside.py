@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .folder import CODE_OF_ALL, PACKAGE, read_pictures
 from .problems import CheckpointError
 from .readers import Checkpoint, read_json
+from .tokenizer import mark_tokenizer
 from .tower import FIELDS
 from .values import torch_name
 from .writer import write_json
@@ -103,7 +104,8 @@ def copy_code(folder: Path) -> None:
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """
-    Copies what there is of a tokenizer, without code of its own; returns the names of the files.
+    Copies what there is of a tokenizer, without code of its own, for a model that writes; returns the names of the
+    files.
 
     Raises:
         CheckpointError: It cannot be loaded without that code.
@@ -120,6 +122,8 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
             )
         kept = {key: value for key, value in said.items() if key != "auto_map"}
         write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if VOCABULARIES & {*files}:
+        mark_tokenizer(folder)
     return files
 
 

@@ -34,6 +34,7 @@ from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint, StoredTensor, hash_file
 from .sources import WEIGHTS, find_source, licence_of, plain_name
 from .ties import text_fields
+from .tokenizer import mark_tokenizer, padding_notes
 from .values import is_same, torch_name
 from .verify import VerificationError, run_alone
 from .writer import NewTensor, check_space, write_json, write_weights
@@ -326,6 +327,7 @@ class WholeJob(StoredJob):
         fields = self.checkpoint.document("config.json")
         write_config(folder, self.config, text_fields(fields), fields.get("vision_config") or {}, self.dtype)
         copy_tokenizer(self.checkpoint, folder)
+        mark_tokenizer(folder, self.config.image_token)
         write_generation_config(self.checkpoint, folder)
         write_processor(self.processor, folder)
         copy_code(folder)
@@ -454,6 +456,7 @@ def _notes(job: WholeJob, names: Names) -> list[str]:
         notes.append(f"not of the model, left: {len(names.others)} tensors ({names.others[0]}, ...)")
     if job.kept:
         notes.append(f"{len(job.kept)} of {len(job.checkpoint.files)} files of weights stay as they are")
+    notes += padding_notes(job.checkpoint)
     if not says_pictures(job.checkpoint):
         notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
     if fields.get("template", TEMPLATE) != TEMPLATE:

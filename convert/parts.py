@@ -33,6 +33,7 @@ from .multimodal import (
 from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint
 from .ties import text_fields
+from .tokenizer import padding_notes
 from .values import load, torch_name
 from .verify import PICTURE, TOLERANCE, VerificationError, run_alone
 from .writer import write_json
@@ -109,6 +110,7 @@ def plan_language(checkpoint: Checkpoint, asked: Options) -> Job:
     job = _plan_part(checkpoint, asked, "language", LANGUAGE, text_fields(checkpoint.document("config.json")))
     if not VOCABULARIES & {*checkpoint.source.files}:
         job.notes.append("there is no tokenizer beside the weights: none is written")
+    job.notes += padding_notes(checkpoint)
     return job
 
 

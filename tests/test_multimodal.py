@@ -31,6 +31,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     InternVLVisionConfig,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 
@@ -173,12 +174,71 @@ def test_what_stands_beside_the_weights_is_the_releases(toys):
     assert config["architectures"] == ["SAILVLForConditionalGeneration"]
     assert config["auto_map"]["AutoProcessor"] == "processing_sailvl.SAILVLProcessor"
     assert read(out / "generation_config.json") == {"eos_token_id": 306, "pad_token_id": 304}
-    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"):
+    for file in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"):
         assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert read(out / "tokenizer_config.json") == {**read(source / "tokenizer_config.json"), **MARKS}
     card, record = (out / "README.md").read_text(), read(out / "provenance.json")
     assert "pipeline_tag: image-text-to-text" in card and "AutoModelForImageTextToText" in card
     assert record["tensors"] == {} and record["files"].keys() >= {*(path.name for path in out.glob("*.safetensors"))}
     assert record["source"]["files"].keys() >= {"config.json", INDEX, "tokenizer.json"}
+
+
+MARKS = {
+    "padding_side": "left",
+    "image_token": "<IMG_CONTEXT>",
+    "extra_special_tokens": {"image_token": "<IMG_CONTEXT>"},
+}
+TEXTS = ["What is the total?", "<img><IMG_CONTEXT><IMG_CONTEXT></img>\nDescribe.<|im_end|> <quad> image"]
+
+
+def as_written_by_transformers_5(folder: Path, side: str | None) -> None:
+    """tokenizer_config.json in the words of transformers >= 5; `side` may be told."""
+    content = read(folder / "tokenizer_config.json")
+    content["extra_special_tokens"] = content.pop("additional_special_tokens")
+    content |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True}
+    content |= {"padding_side": side} if side else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("new", [False, True], ids=["as released", "as transformers 5 writes it"])
+def test_tokenizers_pad_left_and_name_the_placeholder(release, tmp_path, side, new):
+    plain = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "plain"))
+    if new:
+        as_written_by_transformers_5(release, side)
+        plain = PreTrainedTokenizerFast(tokenizer_file=str(release / "tokenizer.json"))
+    elif side:
+        change(release / "tokenizer_config.json", padding_side=side)
+    language = write_language(tmp_path / "lm")
+    for file in TOKENIZER:
+        (language / file).write_bytes((release / file).read_bytes())
+    done = convert(release, tmp_path / "all")
+    assert any("pads at the right" in note for note in done.notes) == (side == "right")
+    convert(release, tmp_path / "language", part="language")
+    compose(release, language, tmp_path / "composed")
+    for name in ("all", "language", "composed"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.padding_side == "left" and tokenizer.get_vocab() == plain.get_vocab(), name
+        for text in TEXTS:
+            ids = tokenizer(text).input_ids
+            assert ids == plain(text).input_ids, name
+            assert tokenizer.decode(ids, skip_special_tokens=True) == plain.decode(ids, skip_special_tokens=True)
+        padded = tokenizer(TEXTS, padding=True).input_ids
+        assert padded[0][0] == tokenizer.pad_token_id and padded[0][-1] == plain(TEXTS[0]).input_ids[-1]
+        if name != "language":
+            assert (tokenizer.image_token, tokenizer.image_token_id) == ("<IMG_CONTEXT>", IMAGE)
+            processor = AutoProcessor.from_pretrained(tmp_path / name)
+            assert processor.tokenizer.image_token_id == processor.image_token_id == IMAGE
+            tokenizer.save_pretrained(tmp_path / "saved" / name)
+            again = AutoTokenizer.from_pretrained(tmp_path / "saved" / name)
+            assert (again.padding_side, again.image_token_id) == ("left", IMAGE)
+
+
+def test_a_tokenizer_without_settings_is_marked_too(release, tmp_path):
+    (release / "tokenizer_config.json").unlink()
+    convert(release, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.padding_side, tokenizer.image_token_id) == ("left", IMAGE)
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -691,8 +751,9 @@ def test_a_seed_gives_the_same_bits_and_another_only_another_connector(toys, tmp
 def test_a_tokenizer_that_has_the_tokens_is_left_as_it_is(toys, tmp_path):
     source = write_language(tmp_path / "language", image_tokens=True, tie_word_embeddings=True)
     compose(toys / "release", source, tmp_path / "out", dtype="bfloat16")
-    for file in TOKENIZER:
+    for file in {*TOKENIZER} - {"tokenizer_config.json"}:
         assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
+    assert read(tmp_path / "out" / "tokenizer_config.json") == {**read(source / "tokenizer_config.json"), **MARKS}
     assert read(tmp_path / "out" / "preprocessor_config.json")["max_tiles"] == 12  # as the release says
     model = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16 == model.mlp1[0].weight.dtype == model.vision_model.dtype
