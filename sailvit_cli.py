@@ -98,7 +98,12 @@ def _add_encode(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = verbs.add_parser("convert", help="a checkpoint in any layout to a folder", description=_convert.__doc__)
     _add_source(convert)
-    convert.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
+    convert.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the folder to be")
+    convert.add_argument(
+        "--refresh-code",
+        action="store_true",
+        help="instead of all else: this package's code in the place of that in the folder SRC, weights untouched",
+    )
     convert.add_argument(
         "--part",
         choices=("vision", "connector", "language", "all"),
@@ -258,6 +263,10 @@ def _convert(options: argparse.Namespace) -> int:
     """Writes a checkpoint, a tower, a SAIL-VL or a part of one, to a folder that loads by itself, and holds it against
     the source."""
     _without_classes()
+    if options.refresh_code:
+        return _refresh(options)
+    if options.out is None:
+        raise ValueError(f"{options.source}: OUT, the folder to be, is missing")
     from sailvit.convert import convert_checkpoint
     from sailvit.convert.multimodal import describe
 
@@ -281,6 +290,25 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         print("not verified" if options.no_verify else "not verified: nothing loads these tensors alone")
     print(f"{options.out}")
+    return 0
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    """The code of a folder in place; what else convert is asked for means nothing then."""
+    from sailvit.convert import refresh_code
+
+    plain = vars(_parser().parse_args(["convert", options.source]))
+    fits = ("refresh_code", "overwrite", "no_verify")
+    if wrong := [key for key, value in vars(options).items() if value != plain[key] and key not in fits]:
+        name = "OUT" if wrong[0] == "out" else f"--{wrong[0].replace('_', '-')}"
+        raise ValueError(f"--refresh-code renews the code of {options.source} in place: leave out {name}")
+    done = refresh_code(
+        options.source,
+        overwrite=options.overwrite,
+        verify=not options.no_verify,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"{options.source}: code of version {done.after}, before {done.before}; files written: {len(done.files)}")
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .code import is_old_template
 from .folder import CODE_OF_ALL, PACKAGE, read_pictures
 from .problems import CheckpointError
 from .readers import Checkpoint, read_json
@@ -248,7 +249,8 @@ def _own_template(checkpoint: Checkpoint) -> str | None:
     is_ours = checkpoint.document("processor_config.json").get("processor_class") == "SAILVLProcessor"
     if not is_ours or "chat_template.jinja" not in checkpoint.source.files:
         return None
-    return checkpoint.source.path("chat_template.jinja").read_text(encoding="utf-8")
+    template = checkpoint.source.path("chat_template.jinja").read_text(encoding="utf-8")
+    return None if is_old_template(template) else template
 
 
 def write_processor(processor: "SAILVLProcessor", folder: Path) -> None:

@@ -18,7 +18,7 @@ CONFIGS = {"config.json", "generation_config.json", PROVENANCE, RESULTS, *PROCES
 WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?")
 BESIDE = re.compile(r"README\.md|\.gitattributes|(LICENSE|NOTICE)[\w.-]*|(assets/)?[\w.-]+\.(png|jpe?g|webp|gif|svg)")
 # Other files of a model: such as this package or its neighbours write, and nobody by hand.
-OLD = re.compile(r"(configuration|modeling|image_processing|processing|chat)_\w+\.py|pytorch_model[\w.-]*")
+OLD = re.compile(r"(configuration|modeling|image_processing|processing|video|chat)_\w+\.py|pytorch_model[\w.-]*")
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}  # words like any others
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 LONGEST_TEXT = 1 << 26  # bytes
