@@ -292,10 +292,11 @@ class WholeJob(StoredJob):
         if self.link:
             cached = any(is_cached(self.checkpoint.source.path(file)) for file in self.kept)
             why = "a cache of the Hub is never linked to" if cached else "no link can be made there"
+        size = f"{self.copied / 1e9:.1f} GB" if self.copied > 1e9 else f"{self.copied / 1e6:.1f} MB"
         told = {
             REFLINKED: "reflinked: no room taken, and writing into one side leaves the other as it is",
             LINKED: "hard links: whatever writes into them in place changes the source too",
-            COPIED: f"copied, {self.copied / 1e9:.3g} GB: {why}",
+            COPIED: f"copied, {size}: {why}",
         }
         return [f"files of weights that stay as they are: {count} {told[how]}" for how, count in sorted(counts.items())]
 

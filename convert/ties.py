@@ -7,12 +7,11 @@ from typing import Any
 from .layouts import strip_wrappers
 
 
-# What language models call their embeddings and their head: most of them, InternLM2, GPT-2, GPT-NeoX, BLOOM.
+# What language models call their embeddings and their head: most of them, InternLM2, GPT-2, BLOOM.
 ENDS = (
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("model.tok_embeddings.weight", "output.weight"),
     ("transformer.wte.weight", "lm_head.weight"),
-    ("gpt_neox.embed_in.weight", "embed_out.weight"),
     ("transformer.word_embeddings.weight", "lm_head.weight"),
 )
 SECTIONS = ("llm_config", "text_config")

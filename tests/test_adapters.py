@@ -16,11 +16,12 @@ from mllm import write_release
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import sailvit_cli
 from sailvit import SAILVLForConditionalGeneration
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
+from sailvit.convert.ties import find_ends, is_tied, untied
 
 
 IMAGE = 309  # <IMG_CONTEXT> in the toy tokenizer
@@ -163,6 +164,24 @@ def test_the_mean_of_untied_adapters_is_untied(tmp_path, tied):
     assert relative_difference(found[TABLE], (tables[0] + tables[1]) / 2) < 1e-6
     assert torch.equal(found[HEAD], before[TABLE])
     load(tmp_path / "out")
+
+
+KINDS = ["qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "phi3", "olmo2", "gpt2", "bloom"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ends_of_language_models_are_known_and_whether_they_are_tied(kind):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](num_hidden_layers=1))
+    names = {id(parameter): [] for parameter in model.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append("language_model." + name)
+    table, head = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    ends = find_ends(name for both in names.values() for name in both)
+    assert ends.embeddings in names[id(table)] and ends.head in names[id(head)]
+    fields = {"model_type": kind}
+    assert is_tied(fields) == is_tied({"llm_config": fields}) == (table is head)
+    assert not is_tied(untied({"text_config": fields})) and is_tied({"llm_config": {"tie_word_embeddings": True}})
 
 
 # What a training saved, over its base
