@@ -37,7 +37,7 @@ SECRETS = {
 ROOTS = "home|root|Users|mnt|media|data|tmp|var|opt|srv|scratch|work|workspace|nfs|gpfs|lustre|private|content|kaggle"
 PATHS = re.compile(
     rf"(?<![\w/:.~%$)<-])/(?!path/to/|usr/)(?:(?:{ROOTS})/[\w.+-]+|[\w.+-]+(?:/[\w.+-]+){{2,}})"
-    r"|\b(?:file|s3|gs|hdfs|oss|tos|nfs|smb)://\S+"
+    r"|\b(?:file|s3|gs|hdfs|oss|tos|nfs|smb)://[\w/.~%-]\S*"
     r"|(?<![\w])[A-Za-z]:\\{1,2}[\w .-]+\\{1,2}\w"
 )
 JSON_PATH = re.compile(r'"(/[\w.+-]+(?:/[\w.+ -]+)+/?)"')
