@@ -22,6 +22,8 @@ SIZES = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 24},
 }
 
+# Of all the code in a folder; raised where folders that were written before want newer code.
+CODE_VERSION = 2
 # What each Auto class of transformers loads from a folder that holds these files.
 AUTO_MAP = {
     "AutoConfig": "configuration_sailvit.SAILViTConfig",

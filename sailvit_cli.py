@@ -98,7 +98,12 @@ def _add_encode(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = verbs.add_parser("convert", help="a checkpoint in any layout to a folder", description=_convert.__doc__)
     _add_source(convert)
-    convert.add_argument("out", type=Path, metavar="OUT", help="the folder to be")
+    convert.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the folder to be")
+    convert.add_argument(
+        "--refresh-code",
+        action="store_true",
+        help="instead of all else: this package's code in the place of that in the folder SRC, weights untouched",
+    )
     convert.add_argument(
         "--part",
         choices=("vision", "connector", "language", "all"),
@@ -116,6 +121,9 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the source's")
     convert.add_argument(
         "--max-shard-size", metavar="SIZE", help="such as 200MB or 5GB, the default where weights are written anew"
+    )
+    convert.add_argument(
+        "--link", action="store_true", help="files that stay as they are may be hard links: writing to them changes SRC"
     )
     convert.add_argument("--no-verify", action="store_true", help="do not load the folder and hold it to the source")
     convert.add_argument("--overwrite", action="store_true", help="replace all of OUT, if a conversion wrote it")
@@ -255,6 +263,10 @@ def _convert(options: argparse.Namespace) -> int:
     """Writes a checkpoint, a tower, a SAIL-VL or a part of one, to a folder that loads by itself, and holds it against
     the source."""
     _without_classes()
+    if options.refresh_code:
+        return _refresh(options)
+    if options.out is None:
+        raise ValueError(f"{options.source}: OUT, the folder to be, is missing")
     from sailvit.convert import convert_checkpoint
     from sailvit.convert.multimodal import describe
 
@@ -266,7 +278,7 @@ def _convert(options: argparse.Namespace) -> int:
             options.out,
             **{key: vars(options)[key] for key in ("part", "insert_vision", "base", "average", "to_layout",
                "from_layout", "prefix", "image_size", "dtype", "revision", "max_shard_size", "trust_pickle",
-               "overwrite")},
+               "link", "overwrite")},
             verify=not options.no_verify,
             say=lambda line: print(line, flush=True),
             progress=progress,
@@ -278,6 +290,25 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         print("not verified" if options.no_verify else "not verified: nothing loads these tensors alone")
     print(f"{options.out}")
+    return 0
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    """The code of a folder in place; what else convert is asked for means nothing then."""
+    from sailvit.convert import refresh_code
+
+    plain = vars(_parser().parse_args(["convert", options.source]))
+    fits = ("refresh_code", "overwrite", "no_verify")
+    if wrong := [key for key, value in vars(options).items() if value != plain[key] and key not in fits]:
+        name = "OUT" if wrong[0] == "out" else f"--{wrong[0].replace('_', '-')}"
+        raise ValueError(f"--refresh-code renews the code of {options.source} in place: leave out {name}")
+    done = refresh_code(
+        options.source,
+        overwrite=options.overwrite,
+        verify=not options.no_verify,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"{options.source}: code of version {done.after}, before {done.before}; files written: {len(done.files)}")
     return 0
 
 

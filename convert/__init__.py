@@ -10,6 +10,15 @@ from .conversion import convert_checkpoint
 from .inspect import inspect_checkpoint
 from .layouts import LAYOUTS, convert_tensors
 from .problems import CheckpointError
+from .refresh import refresh_code
 
 
-__all__ = ["LAYOUTS", "CheckpointError", "compose_model", "convert_checkpoint", "convert_tensors", "inspect_checkpoint"]
+__all__ = [
+    "LAYOUTS",
+    "CheckpointError",
+    "compose_model",
+    "convert_checkpoint",
+    "convert_tensors",
+    "inspect_checkpoint",
+    "refresh_code",
+]

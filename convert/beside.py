@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .code import is_old_template
 from .folder import CODE_OF_ALL, PACKAGE, read_pictures
 from .problems import CheckpointError
 from .readers import Checkpoint, read_json
+from .tokenizer import mark_tokenizer
 from .tower import FIELDS
 from .values import torch_name
 from .writer import write_json
@@ -51,12 +53,6 @@ model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=
 """
     + ASK
 )
-
-
-def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the language model, in the config.json of a SAIL-VL: `llm_config` in releases."""
-    fields = config.get("llm_config") or config.get("text_config") or {}
-    return fields if isinstance(fields, Mapping) else {}
 
 
 def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +105,8 @@ def copy_code(folder: Path) -> None:
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """
-    Copies what there is of a tokenizer, without code of its own; returns the names of the files.
+    Copies what there is of a tokenizer, without code of its own, for a model that writes; returns the names of the
+    files.
 
     Raises:
         CheckpointError: It cannot be loaded without that code.
@@ -126,6 +123,8 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
             )
         kept = {key: value for key, value in said.items() if key != "auto_map"}
         write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if VOCABULARIES & {*files}:
+        mark_tokenizer(folder)
     return files
 
 
@@ -250,7 +249,8 @@ def _own_template(checkpoint: Checkpoint) -> str | None:
     is_ours = checkpoint.document("processor_config.json").get("processor_class") == "SAILVLProcessor"
     if not is_ours or "chat_template.jinja" not in checkpoint.source.files:
         return None
-    return checkpoint.source.path("chat_template.jinja").read_text(encoding="utf-8")
+    template = checkpoint.source.path("chat_template.jinja").read_text(encoding="utf-8")
+    return None if is_old_template(template) else template
 
 
 def write_processor(processor: "SAILVLProcessor", folder: Path) -> None:

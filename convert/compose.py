@@ -31,6 +31,7 @@ from .multimodal import build_empty, describe_all, finds_multimodal, verify_all
 from .problems import CheckpointError
 from .readers import TORCH_DTYPES, Checkpoint, hash_file, read_json
 from .sources import find_source, licence_of, plain_name
+from .tokenizer import generation_settings, mark_tokenizer, padding_notes
 from .writer import check_free, new_folder, write_json
 
 
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
 
     from ..configuration_sailvl import SAILVLConfig
 
+IMAGE_TOKEN = "<IMG_CONTEXT>"
 # What the prompts of SAIL-VL are made of, in the order in which its releases added them to Qwen2.5's tokenizer.
 SPECIAL_TOKENS = (
-    "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
+    "<img>", "</img>", IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
     "<|im_start|>", END_OF_TURN,
 )  # fmt: skip
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
@@ -278,6 +280,8 @@ def _extend_tokenizer(checkpoint: Checkpoint, scratch: Path, notes: list[str]) -
     if added:
         add_tokens(folder, added)
         notes.append(f"added to the tokenizer: {', '.join(f'{token} {index}' for token, index in added.items())}")
+    notes += padding_notes(checkpoint)
+    mark_tokenizer(folder, IMAGE_TOKEN)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -290,13 +294,11 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     decoder = {str(entry["id"]): {key: entry[key] for key in ("content", *flags)} for entry in content["added_tokens"]}
-    named = list(config.get("additional_special_tokens") or [])
-    if isinstance(config.get("extra_special_tokens"), list):  # transformers >= 5, and no other reads it
-        named += config.pop("extra_special_tokens")
+    config = generation_settings(config)
+    named = config.get("additional_special_tokens") or []
     config |= {"added_tokens_decoder": decoder, "additional_special_tokens": [*named, *added]}
     config["pad_token"] = config.get("pad_token") or END_OF_TURN
-    if config.get("tokenizer_class") in (None, "TokenizersBackend"):  # the name of transformers >= 5
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["tokenizer_class"] = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
     write_json(folder / "tokenizer_config.json", config)
     if (folder / "added_tokens.json").exists():
         write_json(folder / "added_tokens.json", {**read_json(folder / "added_tokens.json"), **added})
@@ -322,7 +324,7 @@ def _assemble(tower: Part, text: Part, tokenizer: "PreTrainedTokenizerBase", see
         config = SAILVLConfig(
             vision_config=tower.model.config,
             text_config=text.model.config,
-            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{tower.checkpoint.source.name}: {first_line(error)}") from error

@@ -46,6 +46,7 @@ def convert_checkpoint(
     revision: str | None = None,
     max_shard_size: int | str | None = None,
     trust_pickle: bool = False,
+    link: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -70,6 +71,8 @@ def convert_checkpoint(
         revision: Branch, tag or commit of a name on the Hub.
         max_shard_size: In bytes, or as "5GB", the default where files are written anew; if it is given, they are.
         trust_pickle: Whether files of torch.save may run code of their own.
+        link: Whether files of weights that stay as they are may be hard links to the source's, where reflinks cannot
+            be made; else they are copied. What writes into a hard link in place changes the source too.
         overwrite: Whether `out` may be there already.
         verify: Whether the folder is loaded in a fresh process and held against the source.
         say: Told what was found and done, line by line.
@@ -80,7 +83,7 @@ def convert_checkpoint(
         VerificationError: The folder is not what the source is; nothing is left of it.
     """
     inserted = None if insert_vision is None else str(insert_vision)
-    asked = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted)
+    asked = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
     asked.check()
     out, begun = Path(out), None if base is None else str(base)
     checkpoint = open_trained(
@@ -90,11 +93,16 @@ def convert_checkpoint(
     for origin in all_sources(checkpoint):
         keep_apart(origin, out)
     job = _plan(checkpoint, asked)
+    if link and not job.kept:
+        raise CheckpointError(f"{source}: --link: no file of weights stays as it is, to be linked: leave it out")
     job.notes += training_notes(checkpoint)
     for line in job.notes:
         say(line)
     with new_folder(out, overwrite) as new, _hashing(job) as hashes:
         digests = job.write_weights(new, SHARD_SIZE if max_shard_size is None else max_shard_size, progress)
+        for line in job.write_notes():
+            job.notes.append(line)
+            say(line)
         job.write_folder(new)
         job.verification = job.verify(new) if verify else None
         write_provenance(new, job, _told(asked), hashes(), digests)

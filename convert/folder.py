@@ -346,7 +346,7 @@ def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any
     others = [path for path in sorted(folder.glob("*")) if _is_recorded(path)]
     provenance = {
         **content,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "files": {**{path.name: {"sha256": hash_file(path)} for path in others}, **kept},
         "tensors": {name: {"sha256": digest} for name, digest in digests.items()},
     }
@@ -357,11 +357,12 @@ def _is_recorded(path: Path) -> bool:
     return path.suffix in (".py", ".json", ".jinja", ".txt", ".model") and path.name != PROVENANCE
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of the packages that what is written depends on."""
+    found = {}
     for package in ("sailvit", "torch", "transformers", "timm", "huggingface_hub", "numpy"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found

@@ -8,7 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .beside import text_fields
+from .adapter import is_wrapped
+from .code import Code, find_code
+from .copying import is_hard_link
 from .folder import read_pictures
 from .internlm2 import finds_internlm2
 from .internvit import finds_internvit
@@ -16,7 +18,8 @@ from .multimodal import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_name
 from .parts import has_other_tower, part_fields, part_problems
 from .problems import CheckpointError, Problem
 from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
-from .sources import ADAPTER, ENGINE_ENTRIES, find_source, weight_files
+from .sources import ADAPTER, ENGINE_ENTRIES, LocalFolder, find_source, weight_files
+from .ties import text_fields
 from .tower import Tower, find_tower, size_name
 from .values import recorded_hashes, torch_name, value_problems
 
@@ -44,6 +47,8 @@ class Report:
         wrappers: Segments of names that tools left.
         parts: Of a multimodal model: what its connector and its language model are, and a tower that is no AIMv2.
         provenance: Where it came from, by its provenance.json.
+        linked: Files of weights that have other names on this disk.
+        code: Of this package, in the folder: its version and the installed one's, and what it lacks.
         deep: Whether the data were read.
         problems: What is wrong.
     """
@@ -63,6 +68,8 @@ class Report:
     wrappers: list[str] = field(default_factory=list)
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
+    linked: list[str] = field(default_factory=list)
+    code: Code | None = None
     deep: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -106,6 +113,8 @@ def inspect_checkpoint(
         report.problems += checkpoint.shard_problems()
     for file, tensors in checkpoint.opened.items():
         report.files[file] = {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
+    if isinstance(origin, LocalFolder):
+        report.linked = [file for file in report.files if is_hard_link(origin.folder / file)]
     for look in (_look_for_strays, _look_for_code, _look_at_pictures, _look_at_record):
         with _noted(report):
             look(report, checkpoint)
@@ -113,6 +122,11 @@ def inspect_checkpoint(
         what = "an adapter of peft, no model: `sailvit convert ADAPTER OUT --base BASE` merges it"
         report.problems.append(Problem("layout", ADAPTER, what))
         return report
+    with _noted(report):
+        if is_wrapped(checkpoint.weight_map):
+            what = "a model with LoRA in it, as peft wraps its parts: `sailvit convert SRC OUT` merges it"
+            report.problems.append(Problem("layout", entry, what))
+            return report
     parts: dict[str, tuple[str, Mapping[str, Any]]] = {}
     with _noted(report):
         parts = _find_parts(checkpoint)
@@ -190,7 +204,7 @@ def _look_for_strays(report: Report, checkpoint: Checkpoint) -> None:
 
 
 def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
-    """Code that config.json names; a processor's only where there is a processor."""
+    """Code that config.json names, a processor's only where there is a processor; and how old it is."""
     files, auto_map = checkpoint.source.files, checkpoint.document("config.json").get("auto_map") or {}
     if not isinstance(auto_map, Mapping):
         raise CheckpointError(f"config.json: auto_map is {auto_map!r}, not a map")
@@ -199,6 +213,10 @@ def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
         unused = auto in ("AutoImageProcessor", "AutoProcessor") and "preprocessor_config.json" not in files
         if "--" not in file and file not in files and not unused:
             report.problems.append(Problem("code", file, f"missing, but config.json's auto_map wants {target}"))
+    report.code = find_code(checkpoint.source, checkpoint.document("config.json"))
+    for lack in report.code.lacks if report.code else ():
+        what = f"version {report.code.version} cannot {lack}: `sailvit convert FOLDER --refresh-code` renews it"
+        report.problems.append(Problem("code", "the folder's code", what))
 
 
 def _look_at_pictures(report: Report, checkpoint: Checkpoint) -> None:
@@ -261,10 +279,21 @@ def table(report: Report) -> str:
     if report.provenance:
         origin = report.provenance.get("source", {})
         rows["provenance"] = f"converted from {origin.get('name')} ({origin.get('layout')})"
+    if report.code:
+        rows["code"] = _told_of_code(report.code)
+    if report.linked:
+        rows["hard links"] = f"{', '.join(report.linked)}: writing into them in place changes what they are linked to"
     lines = [f"{key:<12} {value}" for key, value in rows.items()]
     lines += [f"{problem.kind:<12} {problem}" for problem in report.problems]
     verdict = f"NOT WHOLE: {len(report.problems)} problems" if report.problems else "whole"
     return "\n".join([*lines, f"{verdict}{', data read' if report.deep else ', by its headers'}"])
+
+
+def _told_of_code(code: Code) -> str:
+    if code.version == code.package:
+        edited = f", but for {', '.join(code.other)}" if code.other else ""
+        return f"version {code.version}, as the installed package's{edited}"
+    return f"version {code.version}, the installed package's is {code.package}"
 
 
 def _told(fields: Mapping[str, Any]) -> str:

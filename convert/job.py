@@ -33,6 +33,7 @@ class Options:
         dtype: One of DTYPES; the source's if not given.
         max_shard_size: In bytes, or as "5GB", of files that are written anew; SHARD_SIZE if not given.
         insert_vision: A checkpoint whose tower is to take the place of the source's.
+        link: Whether files of weights that stay as they are may be hard links to the source's.
     """
 
     part: str | None = None
@@ -43,6 +44,7 @@ class Options:
     dtype: str | None = None
     max_shard_size: int | str | None = None
     insert_vision: str | None = None
+    link: bool = False
 
     def check(self) -> None:
         """
@@ -90,6 +92,15 @@ class Job(ABC):
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """What provenance.json says of this kind of conversion; under "source", what it says of the source."""
+
+    def write_notes(self) -> list[str]:
+        """What there is to say of weights once they are written, line by line."""
+        return []
+
+    @property
+    def kept(self) -> list[str]:
+        """Files of weights of the source that stay as they are."""
+        return []
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         """Loads the folder and holds it against the source; None where nothing loads it."""

@@ -53,10 +53,12 @@ def run_timm(folder: str, image: Image.Image, config: dict) -> tuple[torch.Tenso
 
 
 def run_transformers(folder: str, image: Image.Image, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+    is_classifier = "ForImageClassification" in str(config.get("architectures"))
+    auto = AutoModelForImageClassification if is_classifier else AutoModel
     options = {"trust_remote_code": True} if "auto_map" in config else {}
-    model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    model, report = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         raise SystemExit(f"not loaded strictly: {wrong}")
@@ -64,7 +66,8 @@ def run_transformers(folder: str, image: Image.Image, config: dict) -> tuple[tor
         options["do_tile"] = False
     processor = AutoImageProcessor.from_pretrained(folder, **options)
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
-    return pixel_values, model.eval()(pixel_values).last_hidden_state
+    output = model.eval()(pixel_values)
+    return pixel_values, output.logits if is_classifier else output.last_hidden_state
 
 
 def run_multimodal(folder: str, image: Image.Image) -> dict[str, torch.Tensor]:

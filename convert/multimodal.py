@@ -1,10 +1,9 @@
 """
 SAIL-VL as a whole: a tower, a connector and a language model to a folder that loads. Files of weights that are right
-as they are become hard links; what has to be other is written anew.
+as they are stay so, as reflinks, copies or, on request, hard links; what has to be other is written anew.
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,17 +22,19 @@ from .beside import (
     copy_tokenizer,
     find_image_token,
     first_line,
-    text_fields,
     write_config,
     write_generation_config,
     write_processor,
 )
+from .copying import COPIED, LINKED, REFLINKED, copy_file, is_cached, link_files
 from .folder import name_of, save_card, says_pictures
 from .job import Job, Options, common_dtype, stream
 from .layouts import without_wrappers
 from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint, StoredTensor, hash_file
 from .sources import WEIGHTS, find_source, licence_of, plain_name
+from .ties import text_fields
+from .tokenizer import mark_tokenizer, padding_notes
 from .values import is_same, torch_name
 from .verify import VerificationError, run_alone
 from .writer import NewTensor, check_space, write_json, write_weights
@@ -224,12 +225,18 @@ class WholeJob(StoredJob):
         processor: Likewise.
         keeps_files: Whether files of weights stay as they are, those of another tower apart.
         tower: What is to take the place of the source's tower.
+        link: Whether files that stay as they are may be hard links.
+        placed: Name of a file that stayed as it is -> how it got there: REFLINKED, LINKED or COPIED.
+        copied: Bytes that were copied.
     """
 
     config: "SAILVLConfig"
     processor: "SAILVLProcessor"
     keeps_files: bool
     tower: TowerJob | None = None
+    link: bool = False
+    placed: dict[str, str] = field(default_factory=dict)
+    copied: int = 0
 
     def tensors(self) -> list[NewTensor]:
         return [*self._stored_tensors(), *self._tower_tensors()]
@@ -259,25 +266,12 @@ class WholeJob(StoredJob):
     ) -> dict[str, str]:
         if not self.keeps_files:
             return super().write_weights(folder, max_shard_size, progress)
-        for file in self.kept:
-            link_or_copy(self.checkpoint.source.path(file), folder / self._file_name(file))
-        written = self._write_shards(folder, progress) if self.tower else {}
-        if self.checkpoint.entry.endswith(".index.json"):
-            self._write_index(folder, written)
-        return {name: digest for digests in written.values() for name, digest in digests.items()}
-
-    def _file_name(self, file: str) -> str:
-        return file if self.checkpoint.entry.endswith(".index.json") else WEIGHTS[0]
-
-    def _write_shards(self, folder: Path, progress: Callable[[int, int], None]) -> dict[str, dict[str, str]]:
-        """Anew, those that held the tower before; the first of them holds the new one. File -> name -> sha256."""
-        changed = [file for file in self.checkpoint.files if file not in self.kept]
-        shards: dict[str, list[NewTensor]] = {file: [] for file in changed}
-        for tensor in self._stored_tensors():
-            if (file := self.checkpoint.weight_map[self.names[tensor.name]]) in shards:
-                shards[file].append(tensor)
-        shards[changed[0]] += self._tower_tensors()
-        total, done = sum(tensor.nbytes for shard in shards.values() for tensor in shard), 0
+        kept = {folder / self._file_name(file): self.checkpoint.source.path(file) for file in self.kept}
+        linked = link_files(kept, self.link)
+        copies, shards = {target: kept[target] for target in kept if target not in linked}, self._changed_shards()
+        self.placed = {target.name: linked.get(target, COPIED) for target in kept}
+        self.copied = sum(source.stat().st_size for source in copies.values())
+        total, done = self.copied + sum(tensor.nbytes for shard in shards.values() for tensor in shard), 0
 
         def count(written: int) -> None:
             nonlocal done
@@ -285,8 +279,40 @@ class WholeJob(StoredJob):
             progress(done, total)
 
         check_space(folder, total)
-        paths = {file: folder / self._file_name(file) for file in changed}
-        return {file: _write_shard(paths[file], shard, count) for file, shard in shards.items() if shard}
+        for target, source in copies.items():
+            copy_file(source, target, count)
+        written = {file: _write_shard(folder / self._file_name(file), shard, count) for file, shard in shards.items()}
+        if self.checkpoint.entry.endswith(".index.json"):
+            self._write_index(folder, written)
+        return {name: digest for digests in written.values() for name, digest in digests.items()}
+
+    def write_notes(self) -> list[str]:
+        counts = Counter(self.placed.values())
+        why = "this file system has no reflinks between the two (--link makes hard links)"
+        if self.link:
+            cached = any(is_cached(self.checkpoint.source.path(file)) for file in self.kept)
+            why = "a cache of the Hub is never linked to" if cached else "no link can be made there"
+        size = f"{self.copied / 1e9:.1f} GB" if self.copied > 1e9 else f"{self.copied / 1e6:.1f} MB"
+        told = {
+            REFLINKED: "reflinked: no room taken, and writing into one side leaves the other as it is",
+            LINKED: "hard links: whatever writes into them in place changes the source too",
+            COPIED: f"copied, {size}: {why}",
+        }
+        return [f"files of weights that stay as they are: {count} {told[how]}" for how, count in sorted(counts.items())]
+
+    def _file_name(self, file: str) -> str:
+        return file if self.checkpoint.entry.endswith(".index.json") else WEIGHTS[0]
+
+    def _changed_shards(self) -> dict[str, list[NewTensor]]:
+        """File -> what is written into it anew: those that held the tower before; the first of them holds the new."""
+        changed = [file for file in self.checkpoint.files if file not in self.kept] if self.tower else []
+        shards: dict[str, list[NewTensor]] = {file: [] for file in changed}
+        for tensor in self._stored_tensors() if changed else ():
+            if (file := self.checkpoint.weight_map[self.names[tensor.name]]) in shards:
+                shards[file].append(tensor)
+        if changed:
+            shards[changed[0]] += self._tower_tensors()
+        return {file: shard for file, shard in shards.items() if shard}
 
     def _write_index(self, folder: Path, written: Mapping[str, Mapping[str, str]]) -> None:
         target = folder / WEIGHTS[1]
@@ -302,6 +328,7 @@ class WholeJob(StoredJob):
         fields = self.checkpoint.document("config.json")
         write_config(folder, self.config, text_fields(fields), fields.get("vision_config") or {}, self.dtype)
         copy_tokenizer(self.checkpoint, folder)
+        mark_tokenizer(folder, self.config.image_token)
         write_generation_config(self.checkpoint, folder)
         write_processor(self.processor, folder)
         copy_code(folder)
@@ -315,6 +342,7 @@ class WholeJob(StoredJob):
             "source": {"layout": "sailvl"},
             "part": "all",
             "kept": {self._file_name(file): file for file in self.kept},
+            **({"placed": self.placed} if self.placed else {}),
         }
         if self.tower:
             found, checkpoint = self.tower.tower.found, self.tower.checkpoint
@@ -353,6 +381,7 @@ def plan_whole(checkpoint: Checkpoint, asked: Options) -> WholeJob:
         processor=build_processor(checkpoint, config),
         keeps_files=_keeps_files(checkpoint, names, asked, dtype),
         tower=tower,
+        link=asked.link,
     )
     job.notes = _notes(job, names)
     return job
@@ -363,7 +392,7 @@ def whole_problems(checkpoint: Checkpoint, names: Names, config: "SAILVLConfig")
     model = build_empty(config, checkpoint.source.name)
     problems = model_problems(checkpoint, names.stored, model, names.prefix)
     if is_fused_on_load(config.text_config.model_type):
-        problems = [problem for problem in problems if LANGUAGE not in problem.where]
+        problems = [problem for problem in problems if LANGUAGE not in problem.where or problem.kind == "values"]
     return problems
 
 
@@ -427,7 +456,8 @@ def _notes(job: WholeJob, names: Names) -> list[str]:
     if names.others:
         notes.append(f"not of the model, left: {len(names.others)} tensors ({names.others[0]}, ...)")
     if job.kept:
-        notes.append(f"{len(job.kept)} of {len(job.checkpoint.files)} files of weights stay as they are: hard links")
+        notes.append(f"{len(job.kept)} of {len(job.checkpoint.files)} files of weights stay as they are")
+    notes += padding_notes(job.checkpoint)
     if not says_pictures(job.checkpoint):
         notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
     if fields.get("template", TEMPLATE) != TEMPLATE:
@@ -439,16 +469,6 @@ def _notes(job: WholeJob, names: Names) -> list[str]:
             before = ", ".join(torch_name(dtype) for dtype in rounded)
             notes.append(f"inserted: {before} became {torch_name(job.dtype)}, as the rest of the model is")
     return notes
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, where the file system can; a link in the Hub's cache is followed first."""
-    source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
-        check_space(target.parent, source.stat().st_size)
-        shutil.copyfile(source, target)
 
 
 def _write_shard(path: Path, tensors: list[NewTensor], progress: Callable[[int], None]) -> dict[str, str]:

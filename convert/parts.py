@@ -11,7 +11,6 @@ from .beside import (
     copy_tokenizer,
     first_line,
     portable,
-    text_fields,
     tower_config,
     write_generation_config,
 )
@@ -33,6 +32,8 @@ from .multimodal import (
 )
 from .problems import CheckpointError, Problem, raise_first
 from .readers import Checkpoint
+from .ties import text_fields
+from .tokenizer import padding_notes
 from .values import load, torch_name
 from .verify import PICTURE, TOLERANCE, VerificationError, run_alone
 from .writer import write_json
@@ -109,6 +110,7 @@ def plan_language(checkpoint: Checkpoint, asked: Options) -> Job:
     job = _plan_part(checkpoint, asked, "language", LANGUAGE, text_fields(checkpoint.document("config.json")))
     if not VOCABULARIES & {*checkpoint.source.files}:
         job.notes.append("there is no tokenizer beside the weights: none is written")
+    job.notes += padding_notes(checkpoint)
     return job
 
 
@@ -176,7 +178,9 @@ def part_problems(checkpoint: Checkpoint, part: str, prefix: str, fields: Mappin
 
 
 def _problems_of(checkpoint: Checkpoint, own: Mapping[str, str], model: "nn.Module", prefix: str) -> list[Problem]:
-    return [] if is_fused_on_load(model.config.model_type) else model_problems(checkpoint, own, model, prefix)
+    problems = model_problems(checkpoint, own, model, prefix)
+    fused = is_fused_on_load(model.config.model_type)
+    return [problem for problem in problems if not fused or problem.kind == "values"]
 
 
 def part_fields(checkpoint: Checkpoint, part: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter import Merged
+from .adapter import Adapted, Merged, Unwrapped, unwrap
 from .problems import CheckpointError
 from .readers import PROVENANCE, Checkpoint
 from .sources import ADAPTER, ENGINE_ENTRIES, Source, find_source, licence_of, plain_name
@@ -49,8 +49,9 @@ def _open_one(source: str, revision: str | None, base: str | None, trust: bool) 
     checkpoint = Checkpoint(*find_source(source, revision), trust)
     if ADAPTER in checkpoint.source.files:
         base = base or _local_base(checkpoint)
-        return Merged(checkpoint, Checkpoint(*find_source(base), trust))
-    return Overlay(checkpoint, Checkpoint(*find_source(base), trust)) if base else checkpoint
+        return Merged(checkpoint, unwrap(Checkpoint(*find_source(base), trust)))
+    checkpoint = unwrap(checkpoint)
+    return Overlay(checkpoint, unwrap(Checkpoint(*find_source(base), trust))) if base else checkpoint
 
 
 def _bare_path(source: str) -> str:
@@ -76,7 +77,10 @@ def training_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     if isinstance(checkpoint, Average):
         return {"mean_of": [_called(part) | training_facts(part) for part in checkpoint.parts.values()]}
-    facts = _own_facts(checkpoint.parts[""] if isinstance(checkpoint, Woven) else checkpoint)
+    own = checkpoint.parts[""] if isinstance(checkpoint, (Overlay, Merged)) else checkpoint
+    facts = _own_facts(own)
+    if isinstance(own, Unwrapped):
+        facts["merged"] = {part: {"r": rank, "lora_alpha": 2 * rank} for part, rank in own.ranks.items()}
     if isinstance(checkpoint, (Overlay, Merged)):
         facts["base"] = _called(checkpoint.base) | training_facts(checkpoint.base)
         before = checkpoint.base.document(PROVENANCE).get("source")
@@ -87,6 +91,7 @@ def training_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         facts["base"] |= {"rounded": kept} if kept else {}
     if isinstance(checkpoint, Merged):
         facts["adapter"] = {key: checkpoint.config.get(key) for key in ("peft_type", "r", "lora_alpha")}
+        facts["adapter"] |= {"of": checkpoint.prefix.rstrip(".")} if checkpoint.prefix else {}
     return facts
 
 
@@ -141,6 +146,13 @@ def training_notes(checkpoint: Checkpoint) -> list[str]:
         notes.append(f"{how} {base['name']}{exact}")
         if "adapter" in facts and facts.get("trained_from") not in (None, base["name"]):
             notes.append(f"the adapter says that it was trained on {facts['trained_from']}")
+    if isinstance(checkpoint, Merged) and checkpoint.prefix:
+        notes.append(f"the adapter was trained on {checkpoint.prefix.rstrip('.')} alone")
+    own = checkpoint.trained if isinstance(checkpoint, Overlay) else checkpoint
+    for part, rank in own.ranks.items() if isinstance(own, Unwrapped) else ():
+        notes.append(f"{part} was saved with LoRA in it, merged: rank {rank}, alpha {2 * rank} as InternVL has it")
+    if isinstance(checkpoint, Adapted) and checkpoint.is_untied:
+        notes.append("embeddings and head, tied in the base, were trained apart: both are written, and not tied")
     if rounded := (base or {}).get("rounded"):
         notes.append(f"not the base's, so as the engine rounded them: {len(rounded)} tensors ({rounded[0]}, ...)")
     return notes
@@ -154,9 +166,9 @@ def default_dtype(checkpoint: Checkpoint, names: Collection[str] = ()) -> str | 
     Args:
         names: Those that are to be written; all if there are none.
     """
-    if isinstance(checkpoint, Merged):
-        return torch_name(checkpoint.base[next(iter(checkpoint.changes))].dtype)
     trained = checkpoint.trained if isinstance(checkpoint, Overlay) else checkpoint
+    if isinstance(trained, Adapted):
+        return torch_name(trained.dtype)
     if not trained.entry.endswith(ENGINE_ENTRIES):
         return None
     tensors = trained.open(trained.entry)

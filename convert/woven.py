@@ -15,6 +15,7 @@ from .layouts import strip_wrappers
 from .problems import CheckpointError, Problem
 from .readers import CHUNK, FLOAT_BITS, ITEM_SIZES, PROVENANCE, Checkpoint, StoredTensor
 from .sources import ADAPTER, WEIGHT_SUFFIXES, Source
+from .ties import find_ends, is_tied, untied
 from .values import cast
 
 
@@ -107,7 +108,19 @@ class Overlay(Woven):
     @cached_property
     def from_base(self) -> dict[str, str]:
         """Name, as the trained checkpoint would have it -> name in the base, for all that the base has."""
-        return _match_names(self.trained, self.base)
+        return self._with_ends(_match_names(self.trained, self.base))
+
+    def _with_ends(self, lent: dict[str, str]) -> dict[str, str]:
+        """As config.json ties embeddings and head, or not: what was trained is not paired with what it was before."""
+        ends = find_ends([*lent, *self.trained.weight_map])
+        if ends is None or ends.head in self.trained.weight_map:
+            return lent
+        tied = is_tied(self.document("config.json"))
+        if tied and ends.embeddings in self.trained.weight_map:
+            return {name: place for name, place in lent.items() if name != ends.head}
+        if not tied and ends.head not in lent and is_tied(self.base.document("config.json")):
+            return {**lent, ends.head: lent[ends.embeddings]}  # the base's head is its embeddings
+        return lent
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -213,6 +226,13 @@ class Average(Woven):
     @cached_property
     def weight_map(self) -> dict[str, str]:
         return {name: f"mean/{file}" for name, file in self.parts[""].weight_map.items()}
+
+    def document(self, file: str) -> dict[str, Any]:
+        """config.json ties embeddings and head only if it does in all of them."""
+        content = super().document(file)
+        if file != "config.json" or not any(isinstance(part, Woven) for part in self.parts.values()):
+            return content
+        return content if all(is_tied(part.document(file)) for part in self.parts.values()) else untied(content)
 
     def __getitem__(self, name: str) -> StoredTensor:
         tensors = [part[name] for part in self.parts.values()]

@@ -18,7 +18,7 @@ CONFIGS = {"config.json", "generation_config.json", PROVENANCE, RESULTS, *PROCES
 WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?")
 BESIDE = re.compile(r"README\.md|\.gitattributes|(LICENSE|NOTICE)[\w.-]*|(assets/)?[\w.-]+\.(png|jpe?g|webp|gif|svg)")
 # Other files of a model: such as this package or its neighbours write, and nobody by hand.
-OLD = re.compile(r"(configuration|modeling|image_processing|processing|chat)_\w+\.py|pytorch_model[\w.-]*")
+OLD = re.compile(r"(configuration|modeling|image_processing|processing|video|chat)_\w+\.py|pytorch_model[\w.-]*")
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"}  # words like any others
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 LONGEST_TEXT = 1 << 26  # bytes
@@ -37,7 +37,7 @@ SECRETS = {
 ROOTS = "home|root|Users|mnt|media|data|tmp|var|opt|srv|scratch|work|workspace|nfs|gpfs|lustre|private|content|kaggle"
 PATHS = re.compile(
     rf"(?<![\w/:.~%$)<-])/(?!path/to/|usr/)(?:(?:{ROOTS})/[\w.+-]+|[\w.+-]+(?:/[\w.+-]+){{2,}})"
-    r"|\b(?:file|s3|gs|hdfs|oss|tos|nfs|smb)://\S+"
+    r"|\b(?:file|s3|gs|hdfs|oss|tos|nfs|smb)://[\w/.~%-]\S*"
     r"|(?<![\w])[A-Za-z]:\\{1,2}[\w .-]+\\{1,2}\w"
 )
 JSON_PATH = re.compile(r'"(/[\w.+-]+(?:/[\w.+ -]+)+/?)"')

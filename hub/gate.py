@@ -16,11 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..convert.copying import copy_file, link_files
 from ..convert.inspect import inspect_checkpoint
-from ..convert.multimodal import link_or_copy
 from ..convert.problems import CheckpointError, Problem
 from ..convert.readers import PROVENANCE, read_json
 from ..convert.verify import PICTURE, TOLERANCE
+from ..convert.writer import check_space
 from .card import card_problems
 from .contents import file_problems, published_files
 from .kinds import LANGUAGE, MULTIMODAL, Kind, kind_of
@@ -92,7 +93,7 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def _room_beside(folder: Path) -> Iterator[Path]:
-    """A folder where hard links to a folder's files can be made, if possible. What a kill has left is cleared away."""
+    """A folder where links to a folder's files can be made, if possible. What a kill has left is cleared away."""
     parent, prefix = folder.resolve().parent, f".{folder.resolve().name}.gate-"
     parent = parent if os.access(parent, os.W_OK) else Path(tempfile.gettempdir())
     for left in parent.iterdir():
@@ -137,7 +138,9 @@ def _load_problems(
     for name, path in published_files(folder).items():
         if path.is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(path, copy / name)
+            if not link_files({copy / name: path}, hard=True):  # it is only read, and gone thereafter
+                check_space(scratch, path.stat().st_size)
+                copy_file(path, copy / name)
     here = f"transformers {version('transformers')}"
     ours = read_json(copy / "config.json").get("model_type") in ("sailvit", "sailvl")
     problems, shown = _try(copy, kind, sys.executable, here, *(["sailvit"] if ours else []))

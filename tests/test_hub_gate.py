@@ -144,7 +144,7 @@ def test_what_must_not_leave_this_machine_is_named(tower, monkeypatch, change, k
 def test_what_only_looks_like_a_place_or_a_name_passes(tower, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "owner")
     text = "https://host/data/x, a/home/b, n/a, and/or, owner/tower, 1/2, `/v1`, ~/data, #!/usr/bin/env python\n"
-    text += "/path/to/your/model, </a/b/c>"
+    text += '/path/to/your/model, </a/b/c>, ("http://", "file://"), "s3://"'
     append("README.md", text)(tower)
     assert file_problems(tower, "owner") == []
 

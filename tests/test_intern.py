@@ -680,6 +680,7 @@ def test_the_tokenizer_gives_the_ids_of_sentencepiece(tmp_path, lm, pieces):
     first, truth = with_tokenizer(lm, pieces), sentencepiece.SentencePieceProcessor(model_file=str(pieces))
     convert(lm, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.padding_side == "left"
     for text in [*TEXTS, *CODE.read_text().split("\n\n")]:
         ids = tokenizer(text)["input_ids"]
         assert ids == [1, *truth.encode(text)], text

@@ -1,8 +1,11 @@
 """SAIL-VL through `sailvit convert`, `compose` and `inspect`: whole, in parts, and put together anew."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     InternVLVisionConfig,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 
@@ -152,7 +156,7 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     figures = done.verification
     assert figures["placeholders"] == figures["tiles"] * 4 == 13 * 4
     for file in source.glob("*.safetensors"):
-        assert (tmp_path / "out" / file.name).stat().st_ino == file.stat().st_ino
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "out" / INDEX).read_bytes() == (source / INDEX).read_bytes()
     run_stranger(STRANGER, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
     ids, pixels, logits = torch.load(tmp_path / "logits.pt")
@@ -170,12 +174,132 @@ def test_what_stands_beside_the_weights_is_the_releases(toys):
     assert config["architectures"] == ["SAILVLForConditionalGeneration"]
     assert config["auto_map"]["AutoProcessor"] == "processing_sailvl.SAILVLProcessor"
     assert read(out / "generation_config.json") == {"eos_token_id": 306, "pad_token_id": 304}
-    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"):
+    for file in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"):
         assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert read(out / "tokenizer_config.json") == {**read(source / "tokenizer_config.json"), **MARKS}
     card, record = (out / "README.md").read_text(), read(out / "provenance.json")
     assert "pipeline_tag: image-text-to-text" in card and "AutoModelForImageTextToText" in card
     assert record["tensors"] == {} and record["files"].keys() >= {*(path.name for path in out.glob("*.safetensors"))}
     assert record["source"]["files"].keys() >= {"config.json", INDEX, "tokenizer.json"}
+
+
+MARKS = {
+    "padding_side": "left",
+    "image_token": "<IMG_CONTEXT>",
+    "extra_special_tokens": {"image_token": "<IMG_CONTEXT>"},
+}
+TEXTS = ["What is the total?", "<img><IMG_CONTEXT><IMG_CONTEXT></img>\nDescribe.<|im_end|> <quad> image"]
+
+
+def as_written_by_transformers_5(folder: Path, side: str | None) -> None:
+    """tokenizer_config.json in the words of transformers >= 5; `side` may be told."""
+    content = read(folder / "tokenizer_config.json")
+    content["extra_special_tokens"] = content.pop("additional_special_tokens")
+    content |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True}
+    content |= {"padding_side": side} if side else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("new", [False, True], ids=["as released", "as transformers 5 writes it"])
+def test_tokenizers_pad_left_and_name_the_placeholder(release, tmp_path, side, new):
+    plain = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "plain"))
+    if new:
+        as_written_by_transformers_5(release, side)
+        plain = PreTrainedTokenizerFast(tokenizer_file=str(release / "tokenizer.json"))
+    elif side:
+        change(release / "tokenizer_config.json", padding_side=side)
+    language = write_language(tmp_path / "lm")
+    for file in TOKENIZER:
+        (language / file).write_bytes((release / file).read_bytes())
+    done = convert(release, tmp_path / "all")
+    assert any("pads at the right" in note for note in done.notes) == (side == "right")
+    convert(release, tmp_path / "language", part="language")
+    compose(release, language, tmp_path / "composed")
+    for name in ("all", "language", "composed"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer.padding_side == "left" and tokenizer.get_vocab() == plain.get_vocab(), name
+        for text in TEXTS:
+            ids = tokenizer(text).input_ids
+            assert ids == plain(text).input_ids, name
+            assert tokenizer.decode(ids, skip_special_tokens=True) == plain.decode(ids, skip_special_tokens=True)
+        padded = tokenizer(TEXTS, padding=True).input_ids
+        assert padded[0][0] == tokenizer.pad_token_id and padded[0][-1] == plain(TEXTS[0]).input_ids[-1]
+        if name != "language":
+            assert (tokenizer.image_token, tokenizer.image_token_id) == ("<IMG_CONTEXT>", IMAGE)
+            processor = AutoProcessor.from_pretrained(tmp_path / name)
+            assert processor.tokenizer.image_token_id == processor.image_token_id == IMAGE
+            tokenizer.save_pretrained(tmp_path / "saved" / name)
+            again = AutoTokenizer.from_pretrained(tmp_path / "saved" / name)
+            assert (again.padding_side, again.image_token_id) == ("left", IMAGE)
+
+
+def test_a_tokenizer_without_settings_is_marked_too(release, tmp_path):
+    (release / "tokenizer_config.json").unlink()
+    convert(release, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.padding_side, tokenizer.image_token_id) == ("left", IMAGE)
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def write_in_place(folder: Path) -> None:
+    """Saves over files of weights as safetensors before 0.8 did: into the file that is there."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.truncate(0)
+            opened.write(b"another model")
+
+
+def put_in_cache(release: Path, cache: Path) -> Path:
+    """A release as it lies in a cache of the Hub, its files links to blobs."""
+    snapshot, blobs = cache / "models--douyin--toy" / "snapshots" / "0123", cache / "models--douyin--toy" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in release.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    return snapshot
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_saved_into_the_folder_leaves_its_source_as_it_is(release, tmp_path, cached):
+    source = put_in_cache(release, tmp_path / "hub") if cached else release
+    before, told = weights_of(source), []
+    done = convert(source, tmp_path / "out", progress=lambda count, total: told.append((count, total)))
+    assert weights_of(tmp_path / "out") == before and not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
+    placed = read(tmp_path / "out" / "provenance.json")["placed"]
+    assert placed.keys() == before.keys() and {*placed.values()} <= {"copied", "reflinked"}
+    assert any("stay as they are: 2 copied" in note or "2 reflinked" in note for note in done.notes)
+    if "copied" in placed.values():
+        size = sum(map(len, before.values()))
+        assert told[-1] == (size, size) and done.copied == size
+    write_in_place(tmp_path / "out")
+    assert weights_of(source) == before
+
+
+def test_hard_links_are_made_on_request_and_told(toys, tmp_path, capsys):
+    command = ["convert", str(toys / "release"), str(tmp_path / "out"), "--link", "--no-verify"]
+    assert sailvit_cli.main(command) == 0
+    if "reflinked" not in (said := capsys.readouterr().out):
+        assert "2 hard links: whatever writes into them in place changes the source too" in said
+        for file in (toys / "release").glob("*.safetensors"):
+            assert (tmp_path / "out" / file.name).stat().st_ino == file.stat().st_ino
+        assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"hard-linked"}
+        assert sailvit_cli.main(["inspect", str(tmp_path / "out")]) == 0
+        assert "hard links" in capsys.readouterr().out
+
+
+def test_a_cache_of_the_hub_is_never_linked_to(release, tmp_path):
+    snapshot = put_in_cache(release, tmp_path / "hub")
+    before = weights_of(snapshot)
+    done = convert(snapshot, tmp_path / "out", link=True)
+    if not any("reflinked" in note for note in done.notes):
+        assert any("copied" in note and "a cache of the Hub is never linked to" in note for note in done.notes)
+    write_in_place(tmp_path / "out")
+    assert weights_of(snapshot) == before
 
 
 def test_where_no_link_can_be_the_files_are_copied(toys, tmp_path, monkeypatch):
@@ -183,22 +307,47 @@ def test_where_no_link_can_be_the_files_are_copied(toys, tmp_path, monkeypatch):
         raise OSError("another file system")
 
     monkeypatch.setattr("os.link", refuse)
-    convert(toys / "release", tmp_path / "out")
-    for file in (toys / "release").glob("*.safetensors"):
-        assert (tmp_path / "out" / file.name).stat().st_ino != file.stat().st_ino
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+    done = convert(toys / "release", tmp_path / "out", link=True)
+    assert weights_of(tmp_path / "out") == weights_of(toys / "release")
+    assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"copied"}
+    assert any("no link can be made there" in note for note in done.notes)
 
 
-def test_a_link_of_the_hubs_cache_is_followed(release, tmp_path):
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for file in release.glob("*.safetensors"):
-        file.rename(blobs / file.name)
-        file.symlink_to(blobs / file.name)
-    convert(release, tmp_path / "out")
-    for blob in blobs.iterdir():
-        assert not (tmp_path / "out" / blob.name).is_symlink()
-        assert (tmp_path / "out" / blob.name).stat().st_ino == blob.stat().st_ino
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no reflinks are made")
+@pytest.mark.parametrize("link", [False, True])
+def test_reflinks_come_first(toys, tmp_path, monkeypatch, link):
+    """A file system that has them is acted."""
+
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409  # FICLONE of linux/fs.h
+        return os.sendfile(target, source, 0, os.fstat(source).st_size)
+
+    monkeypatch.setattr("fcntl.ioctl", clone)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))  # they take no room
+    done = convert(toys / "release", tmp_path / "out", link=link)
+    assert weights_of(tmp_path / "out") == weights_of(toys / "release")
+    assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"reflinked"}
+    assert any("2 reflinked: no room taken" in note for note in done.notes) and done.copied == 0
+
+
+def test_copies_without_room_are_refused_before_they_are_begun(toys, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError("no such request")
+
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"MB are to be written, 0\.0 MB are free"):
+        convert(toys / "release", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_where_nothing_could_be_one_are_refused(toys, tmp_path):
+    for options in ({"dtype": "bfloat16"}, {"part": "language"}, {"max_shard_size": "1GB"}):
+        with pytest.raises(CheckpointError, match="--link: no file of weights stays as it is"):
+            convert(toys / "release", tmp_path / "out", link=True, **options)
+    with pytest.raises(CheckpointError, match="--link: no file"):
+        convert(toys / "vision", tmp_path / "out", link=True)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"max_shard_size": "400KB"}, {"max_shard_size": "5GB"}])
@@ -215,8 +364,7 @@ def test_weights_are_written_anew_where_they_are_to_be_other(toys, tmp_path, opt
 
 def test_the_dtype_that_the_source_has_moves_nothing(toys, tmp_path):
     convert(toys / "release", tmp_path / "out", dtype="float32")
-    for file in (toys / "release").glob("*.safetensors"):
-        assert (tmp_path / "out" / file.name).stat().st_ino == file.stat().st_ino
+    assert read(tmp_path / "out" / "provenance.json")["placed"].keys() == weights_of(toys / "release").keys()
 
 
 @pytest.mark.parametrize("source", ["pytorch_model.bin", "wrapped", "without format"])
@@ -359,7 +507,7 @@ def test_a_tower_of_transformers_is_taken_out_as_its_own(tmp_path, tower):
 
 
 @pytest.mark.slow
-def test_what_lies_on_the_hub_is_linked_and_composed(tmp_path):
+def test_what_lies_on_the_hub_is_converted_and_composed(tmp_path):
     from test_hub_source import sailvit
 
     from hub import COMMIT, serve
@@ -375,7 +523,7 @@ def test_what_lies_on_the_hub_is_linked_and_composed(tmp_path):
         assert done.returncode == 0, done.stderr
     blobs = {blob.stat().st_ino for blob in (tmp_path / "hf").rglob("blobs/*")}
     files = [*(tmp_path / "out").glob("*.safetensors")]
-    assert len(files) == 2 and all(file.stat().st_ino in blobs and not file.is_symlink() for file in files)
+    assert len(files) == 2 and not any(file.stat().st_ino in blobs or file.is_symlink() for file in files)
     assert "base_model: douyin/toy" in (tmp_path / "out" / "README.md").read_text()
     card, record = (tmp_path / "new" / "README.md").read_text(), read(tmp_path / "new" / "provenance.json")
     assert "base_model:\n- douyin/toy\n- qwen/toy" in card and "license:" not in card.split("---")[1]
@@ -392,9 +540,9 @@ def test_a_tower_put_back_changes_no_bit(toys, tmp_path):
     assert torch.equal(logits_of(tmp_path / "out"), before)
     assert equal(tensors_of(tmp_path / "out"), tensors_of(toys / "release"))
     first, second = sorted((toys / "release").glob("*.safetensors"))  # no tower in the first
-    assert (tmp_path / "out" / first.name).stat().st_ino == first.stat().st_ino
-    assert (tmp_path / "out" / second.name).stat().st_ino != second.stat().st_ino
     record = read(tmp_path / "out" / "provenance.json")
+    assert (tmp_path / "out" / first.name).read_bytes() == first.read_bytes()
+    assert record["placed"].keys() == {first.name} and second.exists()
     assert record["inserted"]["name"] == "vision" == record["options"]["insert_vision"]
     assert record["inserted"]["files"].keys() >= {"model.safetensors", "config.json"}
     assert inspect_checkpoint(tmp_path / "out", deep=True).whole
@@ -603,8 +751,9 @@ def test_a_seed_gives_the_same_bits_and_another_only_another_connector(toys, tmp
 def test_a_tokenizer_that_has_the_tokens_is_left_as_it_is(toys, tmp_path):
     source = write_language(tmp_path / "language", image_tokens=True, tie_word_embeddings=True)
     compose(toys / "release", source, tmp_path / "out", dtype="bfloat16")
-    for file in TOKENIZER:
+    for file in {*TOKENIZER} - {"tokenizer_config.json"}:
         assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
+    assert read(tmp_path / "out" / "tokenizer_config.json") == {**read(source / "tokenizer_config.json"), **MARKS}
     assert read(tmp_path / "out" / "preprocessor_config.json")["max_tiles"] == 12  # as the release says
     model = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16 == model.mlp1[0].weight.dtype == model.vision_model.dtype

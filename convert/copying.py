@@ -1,0 +1,94 @@
+"""
+Whole files into a folder, so that nothing written there reaches the originals: their blocks shared until one side is
+written (a reflink), where the file system can, else copied. Hard links are two names of one file, and made on request.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+from .readers import CHUNK
+
+
+REFLINKED, LINKED, COPIED = "reflinked", "hard-linked", "copied"
+FICLONE = 0x40049409  # of linux/fs.h: the open file gets the blocks of another
+COPY_CHUNK = 16 * CHUNK  # bytes
+
+
+def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str]:
+    """
+    Makes files that take no room.
+
+    Args:
+        files: Those to be -> those there are; links are followed.
+        hard: Whether hard links may be made; never to what lies in a cache of the Hub, which all its users share.
+
+    Returns:
+        REFLINKED or LINKED of those that were made; the others are to be copied.
+    """
+    made = {}
+    for target, source in files.items():
+        source = source.resolve()
+        if _reflink(source, target):
+            made[target] = REFLINKED
+        elif hard and not is_cached(source) and _hard_link(source, target):
+            made[target] = LINKED
+    return made
+
+
+def copy_file(source: Path, target: Path, progress: Callable[[int], None] = lambda count: None) -> None:
+    """
+    Args:
+        progress: Told the bytes that were written since it was last told.
+    """
+    with source.open("rb", buffering=0) as before, target.open("wb", buffering=0) as after:
+        for chunk in _chunks(before):
+            while chunk:
+                written = after.write(chunk)
+                progress(written)
+                chunk = chunk[written:]
+
+
+def is_cached(path: Path) -> bool:
+    """Whether a file, or what it is a link to, lies in a cache of the Hub."""
+    parts = path.resolve().parts
+    return any(
+        part.startswith(("models--", "datasets--", "spaces--")) and inside in ("blobs", "snapshots")
+        for part, inside in pairwise(parts)
+    )
+
+
+def is_hard_link(path: Path) -> bool:
+    """Whether a file has other names on this disk; a link to a file has not."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        with source.open("rb") as before, target.open("wb") as after:
+            fcntl.ioctl(after.fileno(), FICLONE, before.fileno())
+    except OSError:  # another file system, or one that cannot
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _chunks(file: BinaryIO) -> Iterable[memoryview]:
+    buffer = memoryview(bytearray(COPY_CHUNK))
+    while got := file.readinto(buffer):
+        yield buffer[:got]
