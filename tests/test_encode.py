@@ -19,12 +19,12 @@ import pytest
 import torch
 from conftest import PHOTOGRAPH, ROOT
 from PIL import Image
+from random_tower import make_random_tower
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sailvit_cli
 from sailvit import SAILViTImageProcessor, SAILViTModel
-from sailvit.encode.demo import make_random_tower
 from sailvit.encode.figure import principal_colours, stitch_tokens
 from sailvit.encode.stream import encode_images, find_images
 
