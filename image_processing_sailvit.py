@@ -244,8 +244,8 @@ class SAILViTImageProcessor(TorchvisionBackend):
             and rows. `num_patches_list` is answered too: num_tiles as a list.
 
         Warns:
-            UserWarning: The samples of a 16-bit picture use the lower bits alone, and the file does not say so: it comes
-                out dark.
+            UserWarning: The samples of a 16-bit picture use the lower bits alone, and its file does not say so: it is
+                read too dark. Or of samples that the file says use fewer bits, Pillow reads the upper 8 of 16.
 
         Raises:
             ValueError: An image cannot be read or tiled, or an option is out of range; the message names it.

@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -214,7 +215,9 @@ def _encode(options: argparse.Namespace) -> int:
     for image in encode_images(list(targets), model, processor, options.batch_size, options.workers):
         if image.error:
             broken += 1
-            progress.step(f"broken: {image.error}", to=sys.stderr)
+            # The processor's messages name its options as a call in Python takes them.
+            advice = re.sub(r"\bpass (\w+=\w+)", r"give --image-option \1", image.error)
+            progress.step(f"broken: {advice}", to=sys.stderr)
             if options.strict:
                 break
             continue
@@ -259,9 +262,11 @@ def _processor(options: argparse.Namespace, image_size: int) -> "SAILViTImagePro
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(options.model, **_image_options(options))
-    if (processor.size["height"], processor.size["width"]) != (image_size, image_size):
+    height, width = processor.size["height"], processor.size["width"]
+    if (height, width) != (image_size, image_size):
         raise ValueError(
-            f"{options.model}: preprocessor_config.json has tiles of {processor.size}, the model {image_size}"
+            f"{options.model}: the image processor has tiles of {height} x {width} pixels, the model of {image_size}: "
+            "mend size in preprocessor_config.json, or give no other --image-option size"
         )
     return processor
 
