@@ -9,12 +9,15 @@ Photographs in, normalized 448-pixel tiles out, as the released SAIL-VL code cut
 Shapes: n tiles of all images together, one image after the other; H and W the pixels of an image, h and w of a tile.
 """
 
+import base64
 import difflib
+import errno
 import http.client
 import io
 import json
 import math
 import urllib.request
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -46,6 +49,13 @@ TENSOR_FILTERS = {
 }
 # Since 13.0 Pillow resizes an image that loses much more height than width vertically first (its pull request 9549).
 PILLOW_CHOOSES_PASS = int(PIL.__version__.split(".")[0]) >= 13
+# A picture of 16-bit samples that needs no more bits than this is likely one of fewer bits, and would come out dark.
+SUSPECT_BITS = 14
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What begins a URL; any other text is a path, or base64.
+URL_SCHEMES = ("http://", "https://", "file://", "data:")
+# Options that are True or False; None, which transformers keeps where it is given at construction, is False.
+SWITCHES = ("do_tile", "use_thumbnail", "msac", "do_exif_transpose", "do_rescale", "do_normalize")
 # More tiles than this are a mistake: 1,024 of 448 pixels are a 14,336-pixel square, and 2.4 GB.
 MOST_TILES = 1024
 # Keys that transformers itself writes into preprocessor_config.json or passes to from_pretrained.
@@ -137,6 +147,24 @@ class SAILViTImageProcessorKwargs(TypedDict, total=False):
     return_tensors: str | None
 
 
+class SAILViTBatchFeature(BatchFeature):
+    """A BatchFeature that also answers to `num_patches_list`, by which InternVL's templates ask for the tiles of each
+    image, as a list of numbers. It is no key of its own, so that `model(**batch)` does not pass it on."""
+
+    @property
+    def num_patches_list(self) -> list[int]:
+        return [int(count) for count in self.data["num_tiles"]]
+
+    def __getitem__(self, item: str) -> Any:
+        return self.num_patches_list if item == "num_patches_list" else super().__getitem__(item)
+
+    def __contains__(self, item: object) -> bool:
+        return super().__contains__("num_tiles" if item == "num_patches_list" else item)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return self.num_patches_list if key == "num_patches_list" else super().pop(key, *default)
+
+
 class SAILViTImageProcessor(TorchvisionBackend):
     r"""
     Tiles images for SAILViT. Every option is given at construction or per call; an unknown one is refused.
@@ -192,25 +220,33 @@ class SAILViTImageProcessor(TorchvisionBackend):
         """As transformers' own, and an override that misspells an option is refused, not dropped. Others must pass: the
         pipelines send here what they also send to the model."""
         cls._refuse_unknown({key: None for key in kwargs if cls._nearest_option(key)})
-        return super().from_dict(image_processor_dict, **kwargs)
+        own = {key: kwargs.pop(key) for key in cls.valid_kwargs.__annotations__.keys() & kwargs.keys()}
+        return super().from_dict({**image_processor_dict, **own}, **kwargs)  # transformers < 5 would not check them
 
     def to_dict(self) -> dict[str, Any]:
-        """The options alone. Where the class is found stands in config.json: beside the options, transformers < 5.4
-        would warn about slow and fast twins that do not exist, and ask for trust where the package is imported."""
+        """The options alone, None where that is not the default. Where the class is found stands in config.json: beside
+        the options, transformers < 5.4 would warn about slow and fast twins that do not exist, and ask for trust where
+        the package is imported."""
         saved = self.valid_kwargs.__annotations__.keys() - {"device", "return_tensors"}  # these belong to a call
-        return {key: value for key, value in super().to_dict().items() if key in saved and value is not None}
+        options = {key: value for key, value in super().to_dict().items() if key in saved}
+        return {key: value for key, value in options.items() if not (value is None is getattr(type(self), key))}
 
-    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+    def preprocess(self, images: Any, **kwargs: Any) -> SAILViTBatchFeature:
         """
         Args:
             images: One image or any nesting of lists of them: PIL images of any mode, arrays or tensors (H, W),
-                (H, W, channels), (channels, H, W) or a batch of these, paths, URLs. Integers run from 0 to 255, floats
-                likewise, or from 0 to 1 with `do_rescale=False`. Alpha is dropped, as the released code drops it.
+                (H, W, channels), (channels, H, W) or a batch of these, paths, URLs (http, https, file, data), base64.
+                Integers run from 0 to 255, floats likewise, or from 0 to 1 with `do_rescale=False`; 16-bit files are
+                scaled, by fewer bits where they say so. Alpha is dropped, as the released code drops it.
             kwargs: Any option of the class, for this call alone.
 
         Returns:
             pixel_values (n, 3, h, w) float32; num_tiles (images), thumbnails included; tile_grids (images, 2), columns
-            and rows.
+            and rows. `num_patches_list` is answered too: num_tiles as a list.
+
+        Warns:
+            UserWarning: The samples of a 16-bit picture use the lower bits alone, and its file does not say so: it is
+                read too dark. Or of samples that the file says use fewer bits, Pillow reads the upper 8 of 16.
 
         Raises:
             ValueError: An image cannot be read or tiled, or an option is out of range; the message names it.
@@ -232,7 +268,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
             "num_tiles": torch.tensor(counts),
             "tile_grids": torch.tensor(grids),
         }
-        return BatchFeature(data=data, tensor_type=options.return_tensors)
+        return SAILViTBatchFeature(data=data, tensor_type=options.return_tensors)
 
     def read_picture(self, image: Any, **kwargs: Any) -> Image.Image:
         """One image, of any kind that `preprocess` takes, as the 8-bit RGB picture that it tiles."""
@@ -293,7 +329,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
             if key not in known and key not in SERVICE_KEYS and not key.startswith("_"):
                 close = cls._nearest_option(key)
                 hint = f"did you mean {close}?" if close else f"the options are {', '.join(known)}"
-                raise TypeError(f"{cls.__name__} has no option {key!r}; {hint}")
+                raise TypeError(f"{cls.__name__} has no option {_shown(key)}; {hint}")
 
     @classmethod
     def _nearest_option(cls, key: str) -> str | None:
@@ -305,7 +341,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
         options = SimpleNamespace(**{k: getattr(self, k) if v is None else v for k, v in chosen.items()})
         options.tile_size = _height_and_width(options.size)
         if not (isinstance(options.rescale_factor, Real) and 0 < options.rescale_factor < math.inf):
-            raise ValueError(f"rescale_factor must be positive, got {options.rescale_factor!r}")
+            raise ValueError(f"rescale_factor must be positive, got {_shown(options.rescale_factor)}")
         options.range = 1 / options.rescale_factor if options.do_rescale else 1.0  # where floats must lie
         for name in ("image_mean", "image_std"):
             setattr(options, name, _channel_statistics(name, getattr(options, name)))
@@ -316,20 +352,33 @@ class SAILViTImageProcessor(TorchvisionBackend):
 def _check_options(options: SimpleNamespace) -> None:
     for name in ("min_tiles", "max_tiles"):
         if not _is_integer(getattr(options, name)):
-            raise ValueError(f"{name} must be an integer, got {getattr(options, name)!r}")
+            raise ValueError(f"{name} must be an integer, got {_shown(getattr(options, name))}")
+    for name in SWITCHES:
+        if not isinstance(getattr(options, name), (bool, np.bool_, type(None))):
+            raise ValueError(f"{name} must be True or False, got {_shown(getattr(options, name))}")
     choose_tile_grid(1, 1, options.min_tiles, options.max_tiles)  # refuses bounds that cannot hold
     if options.resize_backend not in ("torchvision", "pil"):
-        raise ValueError(f'resize_backend must be "torchvision" or "pil", got {options.resize_backend!r}')
+        raise ValueError(f'resize_backend must be "torchvision" or "pil", got {_shown(options.resize_backend)}')
     if options.resample not in list(Image.Resampling):
-        raise ValueError(f"resample must be a PIL.Image.Resampling, got {options.resample!r}")
+        raise ValueError(f"resample must be a PIL.Image.Resampling, got {_shown(options.resample)}")
     if options.resize_backend == "torchvision" and options.resample not in TENSOR_FILTERS:
         raise ValueError(f'resample {Image.Resampling(options.resample).name} needs resize_backend="pil"')
     if options.input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(
-            f'input_data_format must be "channels_first" or "channels_last", got {options.input_data_format!r}'
+            f'input_data_format must be "channels_first" or "channels_last", got {_shown(options.input_data_format)}'
         )
     if not (options.image_std != 0).all():
         raise ValueError(f"image_std must not be zero, got {options.image_std.flatten().tolist()}")
+
+
+def _shown(value: Any) -> str:
+    """A value that a message quotes."""
+    return _shortened(repr(value))
+
+
+def _shortened(text: str, limit: int = 120) -> str:
+    """A text of any length (a picture in base64, say) on a line or two of a message."""
+    return text if len(text) <= limit else f"{text[: limit - 23]}...{text[-20:]}"
 
 
 def _is_integer(value: Any) -> bool:
@@ -343,7 +392,7 @@ def _height_and_width(size: Any) -> tuple[int, int]:
     except (KeyError, TypeError):
         height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (None, None)
     if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
-        raise ValueError(f'size must be {{"height": pixels, "width": pixels}}, both positive, got {size!r}')
+        raise ValueError(f'size must be {{"height": pixels, "width": pixels}}, both positive, got {_shown(size)}')
     return int(height), int(width)
 
 
@@ -351,7 +400,7 @@ def _channel_statistics(name: str, values: float | Sequence[float]) -> torch.Ten
     """One number, or one a channel -> (3, 1, 1)."""
     numbers = values if isinstance(values, (tuple, list)) else [values]
     if len(numbers) not in (1, 3) or not all(isinstance(n, Real) and math.isfinite(n) for n in numbers):
-        raise ValueError(f"{name} must be one finite number or three, got {values!r}")
+        raise ValueError(f"{name} must be one finite number or three, got {_shown(values)}")
     return torch.tensor([float(number) for number in numbers]).expand(3).reshape(3, 1, 1)
 
 
@@ -378,10 +427,9 @@ def _named_images(images: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
         for index, image in enumerate(images):
             yield from _named_images(image, f"{name}[{index}]")
-    elif isinstance(images, (str, Path)):
-        yield f"image{name} ({str(images)[:120]})", images
     else:
-        yield f"image{name}", images
+        source = images if isinstance(images, (str, Path)) else getattr(images, "filename", "")
+        yield f"image{name} ({_shortened(str(source))})" if source else f"image{name}", images
 
 
 def _read_picture(image: Any, name: str, options: SimpleNamespace) -> torch.Tensor:
@@ -404,38 +452,124 @@ def _kind(image: Any) -> str:
 
 
 def open_image(source: str | Path, name: str = "image") -> Image.Image:
-    """A path, or a URL (http, https, data) -> an image, its pixels not decoded yet; a ValueError calls it `name`."""
+    """
+    Open an image, its pixels not decoded yet.
+
+    Args:
+        source: A path, a URL (http, https, file, data), or the file in base64, as transformers' `load_image` takes it.
+        name: What an error calls it.
+
+    Raises:
+        ValueError: There is no such image; the message begins with `name`.
+    """
     try:
-        if str(source).startswith(("http://", "https://", "data:")):
+        if str(source)[:8].lower().startswith(URL_SCHEMES):
             request = urllib.request.Request(str(source), headers={"User-Agent": "sailvit"})
             with urllib.request.urlopen(request, timeout=60) as response:
-                source = io.BytesIO(response.read())
-        return Image.open(source)
+                return Image.open(io.BytesIO(response.read()))
+        return _open_file_or_base64(source)
     except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be opened as an image: {error}") from error
+        raise ValueError(f"{name}: cannot be opened as an image: {_shortened(str(error), 300)}") from error
+
+
+def _open_file_or_base64(source: str | Path) -> Image.Image:
+    try:
+        return Image.open(source)
+    except OSError as error:
+        try:
+            content = base64.b64decode("".join(str(source).split()), validate=True)
+            return Image.open(io.BytesIO(content))
+        except (OSError, ValueError):  # no base64, or none of an image
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                raise ValueError("there is no such file, and it is no image in base64") from error
+            raise error from None
 
 
 def _picture_of_pil(image: Image.Image, name: str, options: SimpleNamespace) -> torch.Tensor:
     if not (image.width and image.height):
         raise ValueError(f"{name}: an image of {image.width} x {image.height} pixels is empty")
     try:
+        stored, used = _sample_bits(image)
         image.load()
         if options.do_exif_transpose:
             image = ImageOps.exif_transpose(image)
-        array = np.array(image if image.mode in ("I", "F") else _rgb(image))
+        is_deep = image.mode == "I" or image.mode.startswith("I;16")
+        array = np.array(image if is_deep or image.mode == "F" else _rgb(image))
     except Exception as error:  # decoders raise nearly anything on a broken file
-        raise ValueError(f"{name}: cannot be decoded to RGB: {error}") from error
+        raise ValueError(f"{name}: cannot be decoded to RGB: {_shortened(str(error), 300)}") from error
+    if is_deep and stored:
+        array = _to_eight_bits(array, stored, used, 0, name)
+    elif stored == 16 and image.mode in ("RGB", "RGBA", "LA"):  # of such samples Pillow reads the upper 8 bits alone
+        array = _to_eight_bits(array, stored, used, 8, name)
     picture = torch.from_numpy(array).reshape(image.height, image.width, -1)
     return _checked_values(picture.expand(-1, -1, 3), name, options)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion, save where that warns (palettes with alpha) or saturates (16 bits)."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    """Pillow's own conversion, save where that warns (palettes with alpha)."""
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _sample_bits(image: Image.Image) -> tuple[int | None, int | None]:
+    """The bits of a sample that a file stores, and how many of them it says it uses; None for what is not known. To be
+    asked before the pixels are decoded, since Pillow closes the file then."""
+    stored = 16 if image.mode.startswith("I;16") else None
+    if image.format == "PNG":
+        depth, used = _png_bits(image)
+        return depth or stored, used
+    if image.format == "PPM" and image.mode == "I":  # Pillow has scaled its samples to 16 bits
+        return 16, None
+    if image.format != "TIFF" or image.mode == "I":
+        return stored, None
+    depth, maximum = (int(np.max(image.tag_v2.get(tag, 0))) for tag in (258, 281))  # BitsPerSample, MaxSampleValue
+    # The latter may also be a statistic of the picture: only 2^n - 1 is taken for a number of bits.
+    return depth or stored, maximum.bit_length() if maximum & (maximum + 1) == 0 else None
+
+
+def _png_bits(image: Image.Image) -> tuple[int | None, int | None]:
+    """Bit depth and significant bits of a PNG, from its chunks IHDR and sBIT, of which Pillow keeps neither."""
+    file = getattr(image, "fp", None)
+    if file is None or getattr(file, "closed", False):
+        return None, None
+    depth = used = None
+    position = file.tell()
+    file.seek(len(PNG_SIGNATURE))
+    while len(header := file.read(8)) == 8 and (kind := header[4:]) not in (b"IDAT", b"IEND"):
+        size = int.from_bytes(header[:4], "big")
+        if kind == b"IHDR":
+            depth = file.read(size)[8]
+        elif kind == b"sBIT":
+            used = max(file.read(size))
+        else:
+            file.seek(size, io.SEEK_CUR)
+        file.seek(4, io.SEEK_CUR)  # the checksum
+    file.seek(position)
+    return depth, used
+
+
+def _to_eight_bits(samples: np.ndarray, stored: int, used: int | None, lost: int, name: str) -> np.ndarray:
+    """
+    Scale samples to 0..255: by the bits that their file says it uses, if they need no more, else by those it stores.
+
+    Args:
+        samples: As Pillow reads them, without the lower `lost` bits of the `stored` ones.
+        used: What the file says; None where it says nothing.
+        name: What the warning calls the picture, if it looks as if it had fewer bits than its file stores.
+    """
+    highest = ((int(samples.max()) + 1) << lost) - 1
+    bits = used if used and lost < used < stored and highest < 2**used else stored
+    advice = "scale its samples to 16 bits"
+    if bits == 16 and 0 < highest < 2**SUSPECT_BITS:
+        tags = " or write how many there are (sBIT in a PNG, MaxSampleValue in a TIFF)" if not lost else ""
+        message = f"no 16-bit sample exceeds {highest}: if {highest.bit_length()} bits are meant, it is read too dark"
+        warnings.warn(f"{name}: {message}; {advice}{tags}", stacklevel=2)
+    elif bits < stored and lost:
+        message = f"of its {bits} bits, stored in {stored}, only {bits - lost} are read"
+        warnings.warn(f"{name}: {message}; {advice}", stacklevel=2)
+    top = (2**bits - 1) >> lost
+    return samples if top == 255 and lost else (samples / (top / 255)).round().astype(np.uint8)
 
 
 def _picture_of_tensor(image: torch.Tensor, name: str, options: SimpleNamespace) -> torch.Tensor:

@@ -8,14 +8,16 @@ Exit codes: 0 done, 2 wrong usage or bad input (one line on stderr), 130 interru
 """
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
+    # transformers imports torchao where it is installed, and of how that registers its enums torch warns at length.
+    os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
     try:
         return parsed.run(parsed)
     except BrokenPipeError:  # whoever read the output has closed it
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
     demo.add_argument("--size", default="large", choices=("base", "large", "huge", "1b", "3b"))
     demo.add_argument("--model", metavar="M", help="real weights: a file, a folder or a name on the Hub")
+    _add_dtype(demo)
     demo.set_defaults(run=_demo)
     return parser
 
@@ -86,13 +91,30 @@ def _add_encode(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     encode.add_argument("--no-tile", action="store_true", help="resize every image to one tile")
     encode.add_argument("--exif-transpose", action="store_true", help="turn pictures upright as their EXIF says")
+    encode.add_argument(
+        "--image-option",
+        action="append",
+        default=[],
+        type=_named_value,
+        metavar="NAME=VALUE",
+        help="any option of the image processor, as an error asks for it: do_rescale=False, resize_backend=pil, ...",
+    )
     encode.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
-    encode.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    _add_dtype(encode)
     encode.add_argument("--strict", action="store_true", help="stop at the first broken image")
     existing = encode.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace tokens that are there already")
     existing.add_argument("--resume", action="store_true", help="leave tokens that are there already, do the others")
     encode.set_defaults(run=_encode)
+
+
+def _add_dtype(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="to compute in; auto: that of the weights where the device has units for it, else float32",
+    )
 
 
 def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -181,7 +203,6 @@ def _add_source(verb: argparse.ArgumentParser) -> None:
 def _encode(options: argparse.Namespace) -> int:
     """Encodes images and writes the tokens of each to DIR/IMAGE.safetensors (or .npy). A broken image is named and
     skipped; the exit code is then 2."""
-    import torch
     from transformers import logging
 
     from sailvit.encode.figure import draw_tokens
@@ -196,13 +217,15 @@ def _encode(options: argparse.Namespace) -> int:
     if not targets:
         print(f"{len(images)} encoded already")
         return 0
-    model = load_tower(options.model, options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.dtype)
+    model = load_tower(options.model, options.device, options.dtype, say=lambda line: print(line, flush=True))
     processor = _processor(options, model.config.image_size)
     progress, broken = _Progress(len(targets)), 0
     for image in encode_images(list(targets), model, processor, options.batch_size, options.workers):
         if image.error:
             broken += 1
-            progress.step(f"broken: {image.error}", to=sys.stderr)
+            # The processor's messages name its options as a call in Python takes them.
+            advice = re.sub(r"\bpass (\w+=\w+)", r"give --image-option \1", image.error)
+            progress.step(f"broken: {advice}", to=sys.stderr)
             if options.strict:
                 break
             continue
@@ -246,17 +269,33 @@ def _processor(options: argparse.Namespace, image_size: int) -> "SAILViTImagePro
     """The processor of the model's folder, with what the command line overrides."""
     from transformers import AutoImageProcessor
 
-    overrides = {"max_tiles": options.max_tiles} if options.max_tiles else {}
-    if options.no_tile:
-        overrides["do_tile"] = False
-    if options.exif_transpose:
-        overrides["do_exif_transpose"] = True
-    processor = AutoImageProcessor.from_pretrained(options.model, **overrides)
-    if (processor.size["height"], processor.size["width"]) != (image_size, image_size):
+    processor = AutoImageProcessor.from_pretrained(options.model, **_image_options(options))
+    height, width = processor.size["height"], processor.size["width"]
+    if (height, width) != (image_size, image_size):
         raise ValueError(
-            f"{options.model}: preprocessor_config.json has tiles of {processor.size}, the model {image_size}"
+            f"{options.model}: the image processor has tiles of {height} x {width} pixels, the model of {image_size}: "
+            "mend size in preprocessor_config.json, or give no other --image-option size"
         )
     return processor
+
+
+def _image_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of the image processor's options."""
+    from sailvit import SAILViTImageProcessor
+
+    flags = {
+        "max_tiles": options.max_tiles,
+        "do_tile": False if options.no_tile else None,
+        "do_exif_transpose": options.exif_transpose or None,
+    }
+    given = [(name, value) for name, value in flags.items() if value is not None] + options.image_option
+    names = SAILViTImageProcessor.valid_kwargs.__annotations__.keys() - {"device", "return_tensors"}
+    for name, _ in given:
+        if name not in names:
+            raise ValueError(f"--image-option: expected one of {', '.join(sorted(names))}, got {name[:80]!r}")
+        if [other for other, _ in given].count(name) > 1:
+            raise ValueError(f"{name} is given twice")
+    return dict(given)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -399,11 +438,12 @@ def _without_classes() -> None:
 def _demo(options: argparse.Namespace) -> int:
     """Makes a checkpoint with random weights in Apple's names, converts and inspects it, loads it with remote code,
     encodes a photograph and draws what came of it."""
+    _without_classes()
     from sailvit.encode.demo import run_demo
 
     if options.out.exists():
         raise ValueError(f"{options.out} exists: remove it, or give another --out")
-    run_demo(options.out, lambda line: print(line, flush=True), options.size, options.model)
+    run_demo(options.out, lambda line: print(line, flush=True), options.size, options.model, options.dtype)
     return 0
 
 
@@ -450,6 +490,17 @@ class _ByteProgress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """ "do_rescale=False" -> ("do_rescale", False)."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text[:80]!r}")
+    try:
+        return name, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    except (ValueError, SyntaxError):
+        return name, value  # a word
 
 
 def _count(text: str) -> int:

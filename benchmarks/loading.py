@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from random_tower import make_random_tower
 from timing import medians, print_ratios
 from transformers import Aimv2VisionModel, AutoModel, logging
 from twins import native_twin
 
 from sailvit import SAILViTModel
-from sailvit.encode.demo import make_random_tower
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 """
-Peak memory of `sailvit encode` (Base, bf16) by the tiles of an image and the tiles of a micro-batch, each
+Peak memory of `sailvit encode` (Base, stored in bf16) by the tiles of an image and the tiles of a micro-batch, each
 in a process of its own, above a process that encodes a tile at a time, one an image.
 
     python benchmarks/memory.py
@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 from processes import SAILVIT, measure
+from random_tower import make_random_tower
 
-from sailvit.encode.demo import PHOTOGRAPH, make_random_tower
+from sailvit.encode.demo import PHOTOGRAPH
 
 
 def peak_megabytes(folder: Path, out: Path, tiles: int, batch_size: int) -> float:

@@ -2,7 +2,7 @@
 SAIL-VL against the same parts put together by hand: time to the first token and tokens a second, interleaved in one
 process; and the peak memory of many tiles above that of one micro-batch, each in a process of its own.
 
-    python benchmarks/multimodal.py                   # bf16, 4 blocks of Large before 4 layers of Qwen2.5-0.5B's width
+    python benchmarks/multimodal.py                   # 4 blocks of Large before 4 layers of Qwen2.5-0.5B's width
     python benchmarks/multimodal.py --peak            # memory
 """
 
@@ -21,6 +21,7 @@ from timing import print_ratios, synchronize
 from transformers.generation.streamers import BaseStreamer
 
 from sailvit import SAILViTConfig, SAILVLConfig, SAILVLForConditionalGeneration
+from sailvit.devices import DTYPES, choose_dtype, dtype_name
 
 
 TILES = 9  # eight and a thumbnail
@@ -33,7 +34,9 @@ QWEN = {
 def make_model(options: argparse.Namespace) -> SAILVLForConditionalGeneration:
     vision = SAILViTConfig.from_size("large", num_hidden_layers=options.blocks)
     config = SAILVLConfig(vision, {**QWEN, "num_hidden_layers": options.layers}, vision_batch_size=8)
-    return SAILVLForConditionalGeneration(config).to(options.device, torch.bfloat16).eval()
+    dtype, reason = choose_dtype(torch.bfloat16, options.device, options.dtype)
+    print(f"{dtype_name(dtype)}: {reason}")
+    return SAILVLForConditionalGeneration(config).to(options.device, dtype).eval()
 
 
 def make_prompts(model: SAILVLForConditionalGeneration, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,6 +133,7 @@ def main() -> None:
     parser.add_argument("--encode", type=int, metavar="TILES", help="what --peak measures: so many of 64 tiles")
     parser.add_argument("--at-once", action="store_true", help="with --encode: no micro-batches")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.peak:

@@ -1,12 +1,14 @@
 """
 Forward of a SAILViT tower against transformers' Aimv2VisionModel and timm, the same weights, one process, interleaved.
 
-    python benchmarks/tower.py                        # bf16, Large, eager, 1 and 8 tiles
-    python benchmarks/tower.py --compile --blocks 6   # compiled, without and with inductor's weight freezing
+    python benchmarks/tower.py                       # Large, 1 and 8 tiles: eager, then 6 blocks of it compiled
+    python benchmarks/tower.py --compiled-blocks 0   # eager alone
+    python benchmarks/tower.py --dtype bfloat16      # else what the device computes natively: bf16 or float32
+
+Compiled means torch.compile, on a CPU also with inductor's weight freezing.
 """
 
 import argparse
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from twins import native_twin, timm_tokens, timm_twin
 
 from sailvit import SAILViTConfig, SAILViTModel
+from sailvit.devices import DTYPES, choose_device, choose_dtype, dtype_name
 
 
 def forwards(tower: SAILViTModel) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -56,12 +59,13 @@ def flops(config: SAILViTConfig, tiles: int) -> float:
     return 2 * tiles * tokens * (config.num_hidden_layers * block + config.num_channels * config.patch_size**2 * width)
 
 
-def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int) -> None:
+def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int, compile: bool) -> None:
+    """Print seconds, and the speed of all against native and of ours against timm."""
     size = tower.config.image_size
     pixels = torch.randn(tiles, 3, size, size, device=options.device, dtype=tower.dtype)
     functions = forwards(tower)
     contenders = {f"{name} eager": function for name, function in functions.items()}
-    if options.compile:
+    if compile:
         for freezing in (False, True) if options.device == "cpu" else (False,):
             ready = compiled(functions, pixels, freezing)
             contenders |= {f"{name} compiled{', frozen' if freezing else ''}": run for name, run in ready.items()}
@@ -70,24 +74,35 @@ def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int) -> Non
     for name, value in seconds.items():
         share = flops(tower.config, tiles) / value / rate
         print(f"{value:9.4f} s  {share:6.1%} of the rate of its matrix products  {name}")
-    title = f"{tiles} tile(s), {options.size}, {tower.config.num_hidden_layers} blocks: speed, native eager = 1"
-    print_ratios(title, {name: seconds["native eager"] / value for name, value in seconds.items()})
+    depth, dtype = tower.config.num_hidden_layers, dtype_name(tower.dtype)
+    title = f"{tiles} tile(s), {options.size}, {depth} blocks, {dtype}: speed"
+    against_native = {name: seconds["native eager"] / value for name, value in seconds.items()}
+    print_ratios(f"{title}, native eager = 1", against_native)
+    kinds = [name.removeprefix("ours ") for name in seconds if name.startswith("ours ")]
+    against_timm = {f"ours {kind}": seconds[f"timm {kind}"] / seconds[f"ours {kind}"] for kind in kinds}
+    print_ratios(f"{title}, timm's of the same kind = 1", against_timm)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large")
-    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=24, help="of the eager towers (24)")
+    parser.add_argument("--compiled-blocks", type=int, default=6, help="of the compiled ones (6); 0: none")
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=choose_device, default=choose_device())
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
-    tower = SAILViTModel(SAILViTConfig.from_size(options.size, num_hidden_layers=options.blocks)).bfloat16().eval()
-    for tiles in options.tiles:
-        compare(options, copy.deepcopy(tower).to(options.device), tiles)
+    dtype, reason = choose_dtype(torch.bfloat16, options.device, options.dtype)
+    print(f"{dtype_name(dtype)}: {reason}")
+    for blocks, compile in ((options.blocks, False), (options.compiled_blocks, True)):
+        if blocks:
+            config = SAILViTConfig.from_size(options.size, num_hidden_layers=blocks)
+            tower = SAILViTModel(config).to(options.device, dtype).eval()
+            for tiles in options.tiles:
+                compare(options, tower, tiles, compile)
 
 
 if __name__ == "__main__":

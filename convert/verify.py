@@ -89,13 +89,15 @@ def _reference(job: "TowerJob") -> "tuple[str, Tokens]":
 def _timm_reference(job: "TowerJob") -> "Tokens":
     """timm reads Apple's names as it reads its own, and resamples positions, by its own code."""
     import timm
+    import torch
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     config = timm_config(job.fields)
-    model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
+    with torch.device("meta"):  # random weights of Large, to be replaced at once, would take several seconds
+        model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     tensors = _stored(job)
     tensors[_position_name(job)] = load(job.learned)
-    model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True)
+    model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True, assign=True)
     model.pos_embed.data = _rounded(model.pos_embed.data, job.dtype)
     return model.eval().forward_features
 

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
+from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
 
@@ -51,22 +52,34 @@ class TiledImages(Dataset):
         return EncodedImage(source, grid=tuple(batch["tile_grids"][0].tolist())), batch["pixel_values"]
 
 
-def load_tower(path: str, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto") -> SAILViTModel:
+def load_tower(
+    path: str,
+    device: str | torch.device | None = "cpu",
+    dtype: str | torch.dtype = "auto",
+    say: Callable[[str], None] = lambda line: None,
+) -> SAILViTModel:
     """
     A tower ready to encode, from a folder or a Hub name, every weight of it accounted for; a classifier's head is left.
 
+    Args:
+        path: The folder, or the name on the Hub.
+        device: To run on; None for a GPU if there is one.
+        dtype: To compute in; "auto" for what `choose_dtype` says of the stored one and the device.
+        say: Where the line about device and dtype goes.
+
     Raises:
-        ValueError: It is no SAILViT, or weights are missing, too many or of another shape; the message names them.
+        ValueError: It is no SAILViT, or weights are missing, too many or of another shape; the message names them. Or
+            the device cannot be used.
     """
-    if not Path(path).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise ValueError(f"{path}: no such folder, and no name on the Hub")
-    _check_device(device)
+    if not _exists(Path(path)) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise ValueError(f"{path[:200]}: no such folder, and no name on the Hub")
+    device = choose_device(device)
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "sailvit":
         raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit'")
     try:
         model, report = SAILViTModel.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except SafetensorError as error:
         raise ValueError(f"{path}: the weights cannot be read, copy them again: {error}") from error
@@ -75,14 +88,9 @@ def load_tower(path: str, device: str | torch.device = "cpu", dtype: str | torch
     for kind, names in wrong.items():
         if names:
             raise ValueError(f"{path}: {kind} keys in the checkpoint: {', '.join(map(str, names))}")
-    return model.to(device).eval()
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    compute_dtype, reason = choose_dtype(model.dtype, device, dtype)
+    say(f"runs on {device} in {dtype_name(compute_dtype)}: {reason}")
+    return model.to(device, compute_dtype).eval()
 
 
 def find_images(inputs: Iterable[str]) -> dict[str, str]:
@@ -98,7 +106,7 @@ def find_images(inputs: Iterable[str]) -> dict[str, str]:
     for entry in inputs:
         for source, name in _images_of(entry):
             if not name or not name.isprintable() or len(os.fsencode(Path(name).name)) > LONGEST_NAME:
-                raise ValueError(f"{source!a}: tokens cannot be written under the name {name!a}: rename it")
+                raise ValueError(f"{source[:120]!a}: tokens cannot be written under the name {name[:120]!a}: rename it")
             if taken.setdefault(name, source) != source:
                 raise ValueError(f"{source} and {taken[name]} would both be written as {name}: encode them apart")
             found[source] = name
@@ -108,16 +116,23 @@ def find_images(inputs: Iterable[str]) -> dict[str, str]:
 def _images_of(entry: str) -> list[tuple[str, str]]:
     """The images that one file, URL or folder stands for, each with its name within it."""
     path = Path(entry)
-    if entry.startswith(("http://", "https://")):
+    if entry[:8].lower().startswith(("http://", "https://", "file://")):
         return [(entry, entry.split("?")[0].rsplit("/", 1)[-1])]
-    if not entry.strip() or not path.exists():
-        raise ValueError(f"{entry!r}: no such image")
+    if not entry.strip() or not _exists(path):
+        raise ValueError(f"{entry[:120]!r}: no such image: expected a file, a folder or a URL (http, https, file)")
     if path.is_file():
         return [(entry, path.name)]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise ValueError(f"{entry}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
     return [(str(file), str(file.relative_to(path))) for file in files]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a name: a picture in base64, say
+        return False
 
 
 def encode_images(

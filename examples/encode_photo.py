@@ -1,6 +1,6 @@
 """Encodes a photograph with transformers alone: python encode_photo.py MODEL_FOLDER PHOTO OUT.safetensors"""
 
-import sys
+import argparse
 import time
 
 import torch
@@ -9,15 +9,29 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
 
-folder, photo, out = sys.argv[1:]
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", metavar="MODEL_FOLDER")
+parser.add_argument("photo", metavar="PHOTO")
+parser.add_argument("out", metavar="OUT.safetensors")
+parser.add_argument("--max-tiles", type=int, default=8, help="the thumbnail not counted (8)")
+parser.add_argument(
+    "--dtype",
+    choices=("auto", "float32", "bfloat16", "float16"),
+    default="auto",
+    help="auto: float32, which every processor computes natively; bfloat16 is faster on one that has units for it",
+)
+options = parser.parse_args()
+dtype, reason = torch.float32, "which every processor computes natively"
+if options.dtype != "auto":
+    dtype, reason = getattr(torch, options.dtype), "as asked"
 
 started = time.perf_counter()
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
+processor = AutoImageProcessor.from_pretrained(options.folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(options.folder, trust_remote_code=True, dtype=dtype).eval()
 loaded = time.perf_counter()
 
-image = Image.open(photo)
-batch = processor(image, return_tensors="pt")
+image = Image.open(options.photo)
+batch = processor(image, max_tiles=options.max_tiles, return_tensors="pt")
 tiled = time.perf_counter()
 
 with torch.inference_mode():
@@ -25,9 +39,9 @@ with torch.inference_mode():
 encoded = time.perf_counter()
 
 columns, rows = batch["tile_grids"][0].tolist()
-print(f"   load   {loaded - started:6.2f} s   {type(model).__name__} in {next(model.parameters()).dtype}")
+print(f"   load   {loaded - started:6.2f} s   {type(model).__name__} in {dtype}, {reason}")
 print(
     f"   tile   {tiled - loaded:6.2f} s   {image.width} x {image.height} pixels -> {columns} x {rows} tiles, thumbnail"
 )
 print(f"   encode {encoded - tiled:6.2f} s   {tuple(batch['pixel_values'].shape)} -> tokens {tuple(tokens.shape)}")
-save_file({"tokens": tokens, "tile_grid": batch["tile_grids"][0]}, out)
+save_file({"tokens": tokens, "tile_grid": batch["tile_grids"][0]}, options.out)

@@ -1,13 +1,18 @@
 """The image processor: its grids and pixels against the released rule written out, Pillow, and hypothesis."""
 
 import base64
+import copy
 import http.server
 import io
 import itertools
 import json
 import math
+import pickle
+import struct
 import threading
+import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +21,8 @@ import torchvision.transforms as T
 from conftest import PHOTOGRAPH, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
+from transformers.image_utils import load_image
 
 from sailvit import SAILViTImageProcessor, choose_tile_grid
 
@@ -251,6 +257,96 @@ def test_sixteen_bits_are_scaled_not_saturated(processor):
     assert torch.equal(processor(deep)["pixel_values"], processor(plain)["pixel_values"])
 
 
+def twelve_bits(levels: np.ndarray) -> np.ndarray:
+    """8-bit levels in the lower 12 of 16 bits."""
+    return (levels * (4095 / 255)).round().astype(np.uint16)
+
+
+def png_of_16_bits(path: Path, samples: np.ndarray, significant: int | None = None) -> Path:
+    """A PNG, written by hand since Pillow writes no 16-bit colour: (H, W, channels), 1 to 4 of them."""
+    height, width, channels = samples.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    says = chunk(b"sBIT", bytes([significant] * channels)) if significant else b""
+    body = chunk(b"IHDR", header) + says + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def tiff_of_packed_12_bits(path: Path, samples: np.ndarray) -> Path:
+    """A TIFF whose BitsPerSample is 12, two samples in three bytes."""
+    first, second = samples.reshape(-1, 2).T.astype(np.uint32)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    height, width = samples.shape
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 110), (277, 1), (279, len(packed))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<I", 0) + packed)
+    return path
+
+
+def test_twelve_bits_in_sixteen_are_scaled_as_their_file_says(processor, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
+    expected, samples = processor(Image.fromarray(levels))["pixel_values"], twelve_bits(levels)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[281] = 4095  # MaxSampleValue
+    Image.fromarray(samples).save(tmp_path / "said.tif", tiffinfo=tags)
+    (tmp_path / "said.pgm").write_bytes(b"P5 448 448 4095\n" + samples.astype(">u2").tobytes())
+    said = png_of_16_bits(tmp_path / "said.png", samples[..., None], significant=12)
+    with Image.open(said) as opened:
+        images = [said, opened, tmp_path / "said.tif", tmp_path / "said.pgm"]
+        for image in (*images, tiff_of_packed_12_bits(tmp_path / "packed.tif", samples)):
+            assert torch.equal(processor(image)["pixel_values"], expected)
+
+
+def test_sixteen_bits_are_read_as_sixteen_whatever_their_file_says(processor, tmp_path):
+    """By the PNG specification samples of 12 significant bits still fill 16; a TIFF's maximum may be a statistic."""
+    levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
+    expected, samples = processor(Image.fromarray(levels))["pixel_values"], levels.astype(np.uint16) * 257
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[281] = 60_000
+    Image.fromarray(samples).save(tmp_path / "statistic.tif", tiffinfo=tags)
+    gray = png_of_16_bits(tmp_path / "gray.png", samples[..., None], significant=12)
+    colour = png_of_16_bits(tmp_path / "colour.png", np.dstack([samples] * 3), significant=12)
+    for image in (gray, colour, tmp_path / "statistic.tif"):
+        assert torch.equal(processor(image)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_16_bit_picture_of_seemingly_fewer_bits_is_warned_of_once(processor, tmp_path, channels):
+    levels = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
+    samples = np.dstack([twelve_bits(levels)] * channels)
+    path = png_of_16_bits(tmp_path / "dark.png", samples)
+    with pytest.warns(UserWarning, match=r"image \(.*dark.png\): no 16-bit sample exceeds 4095: if 12 bits") as found:
+        processor(path)
+    assert len(found) == 1
+    with Image.open(path) as opened, pytest.warns(UserWarning, match=r"image\[1\] \(.*dark.png\): no 16-bit"):
+        processor([noise(9, 9), opened])
+
+
+def test_of_12_bit_colour_what_pillow_reads_is_scaled_with_a_warning(processor, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
+    path = png_of_16_bits(tmp_path / "colour.png", np.dstack([twelve_bits(levels)] * 3), significant=12)
+    with pytest.warns(UserWarning, match="of its 12 bits, stored in 16, only 4 are read"):
+        ours = eight_bit(processor(path)["pixel_values"])
+    assert (ours - torch.from_numpy(levels)).abs().max() <= 17
+
+
+def test_a_black_picture_of_16_bits_is_black(processor):
+    assert processor(Image.fromarray(np.zeros((9, 9), np.uint16)))["pixel_values"].unique().numel() == 3
+
+
+def test_a_broken_chunk_is_an_error_that_names_the_file(processor, tmp_path):
+    whole = png_of_16_bits(tmp_path / "whole.png", np.zeros((9, 9, 1), np.uint16), significant=12).read_bytes()
+    for cut in range(34, 60, 3):
+        (tmp_path / "cut.png").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"image \(.*cut.png\): cannot be"):
+            processor(tmp_path / "cut.png")
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_deep_modes_are_read_up_to_255_and_refused_beyond(processor, mode):
     image = Image.new(mode, (448, 448), 200)
@@ -329,13 +425,65 @@ def test_paths_and_urls_are_opened(processor, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/noise.png"
-        for source in (path, str(path), url, data):
+        text = base64.encodebytes(path.read_bytes()).decode()  # with line breaks, and below without
+        for source in (
+            path,
+            str(path),
+            url,
+            data,
+            path.as_uri(),
+            text,
+            "".join(text.split()),
+            url.replace("h", "H", 1),
+        ):
             assert torch.equal(processor(source)["pixel_values"], expected)
         with pytest.raises(ValueError, match=r"image \(http.*absent.png\): cannot be opened.*404"):
             processor(url.replace("noise", "absent"))
         with pytest.raises(ValueError, match=r"image \(http.*two words.png\): cannot be opened"):
             processor(url.replace("noise", "two words"))
         server.shutdown()
+
+
+def test_text_is_read_as_transformers_reads_it(processor, tmp_path):
+    """Names that are base64 too, and spaces."""
+    noise(60, 40).save(tmp_path / "abcd", "PNG")
+    noise(60, 40).save(tmp_path / "two words.png")
+    spelt = base64.b64encode((tmp_path / "abcd").read_bytes()).decode()
+    for source in (str(tmp_path / "abcd"), str(tmp_path / "two words.png"), spelt):
+        expected = processor(load_image(source))["pixel_values"]
+        assert torch.equal(processor(source)["pixel_values"], expected)
+    assert torch.equal(processor((tmp_path / "two words.png").as_uri())["pixel_values"], expected)
+
+
+PICTURE_AS_TEXT = "iVBORw0KGgo" + "A" * 1_000_001
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        PICTURE_AS_TEXT,
+        PICTURE_AS_TEXT[:-2],
+        "data:image/png;base64," + PICTURE_AS_TEXT,
+        "http://127.0.0.1:9/" + PICTURE_AS_TEXT,
+        "file:///" + PICTURE_AS_TEXT,
+        "/" * 2000 + "absent.png",
+        Path("a" * 3000),
+    ],
+)
+def test_a_message_quotes_no_more_than_fits_a_screen(processor, source):
+    with pytest.raises(ValueError, match=r"^image \(.*\.\.\..*\): cannot be opened as an image: ") as error:
+        processor(source)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["image_mean", "size", "resize_backend", "max_tiles", "do_tile", "rescale_factor"])
+def test_a_message_quotes_an_option_of_any_length_in_part(processor, name):
+    with pytest.raises(ValueError, match=name) as error:
+        processor(noise(9, 9), **{name: list(range(10_000))})
+    assert len(str(error.value)) < 400
+    with pytest.raises(TypeError) as error:
+        processor(noise(9, 9), **{"z" * 10_000: 1})
+    assert len(str(error.value)) < 600
 
 
 def test_exif_rotation_is_followed_on_request(processor, tmp_path):
@@ -401,6 +549,8 @@ def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
         ({"min_tiles": 9}, ValueError, "min_tiles=9, max_tiles=8"),
         ({"max_tiles": 0}, ValueError, "max_tiles=0"),
         ({"max_tiles": 2.5}, ValueError, "max_tiles must be an integer"),
+        ({"do_tile": "false"}, ValueError, "do_tile must be True or False, got 'false'"),
+        ({"do_rescale": 0}, ValueError, "do_rescale must be True or False, got 0"),
         ({"size": {"shortest_edge": 448}}, ValueError, "height"),
         ({"size": {"height": 0, "width": 448}}, ValueError, "positive"),
         ({"size": True}, ValueError, "size must be"),
@@ -450,6 +600,29 @@ def test_picture_is_what_the_processor_tiles(processor, photograph):
     assert (np.array(floats) == np.array(photograph)).all()
 
 
+@pytest.mark.parametrize("kind", [None, "pt", "np"])
+def test_num_patches_list_is_answered_without_being_a_key(processor, kind):
+    batch = processor([noise(300, 200), noise(50, 50)], return_tensors=kind)
+    assert batch["num_patches_list"] == batch.num_patches_list == batch.get("num_patches_list") == [7, 1]
+    assert all(type(count) is int for count in batch["num_patches_list"]) and "num_patches_list" in batch
+    assert set(batch) == set(dict(**batch)) == {"pixel_values", "num_tiles", "tile_grids"}
+    again = pickle.loads(pickle.dumps(copy.deepcopy(batch)))
+    assert again["num_patches_list"] == [7, 1] and again.pop("num_patches_list") == [7, 1]
+    if kind == "pt":
+        moved = batch.to("cpu", torch.bfloat16)
+        assert moved["num_patches_list"] == [7, 1] and moved["pixel_values"].dtype == torch.bfloat16
+    del again["num_tiles"]
+    assert "num_patches_list" not in again and again.get("num_patches_list") is None
+    with pytest.raises(KeyError):
+        again["num_patches_list"]
+
+
+def test_a_model_takes_the_whole_output(tower):
+    batch = SAILViTImageProcessor(size=56)([noise(300, 200), noise(50, 50)], return_tensors="pt")
+    with torch.no_grad():
+        assert len(tower(**batch).last_hidden_state) == sum(batch["num_patches_list"]) == 8
+
+
 def test_numpy_tensors_are_returned_on_request(processor):
     batch = processor(noise(300, 200), return_tensors="np")
     assert {type(value) for value in batch.values()} == {np.ndarray}
@@ -458,6 +631,9 @@ def test_numpy_tensors_are_returned_on_request(processor):
 def test_an_unknown_override_of_from_pretrained_is_refused():
     with pytest.raises(TypeError, match="did you mean max_tiles"):
         SAILViTImageProcessor.from_pretrained(ROOT, max_tile=4)
+    with pytest.raises(ValueError, match="max_tiles <= 1024"):
+        SAILViTImageProcessor.from_pretrained(ROOT, max_tiles=5000)
+    assert SAILViTImageProcessor.from_pretrained(ROOT, size=56).size == {"height": 56, "width": 56}
     assert SAILViTImageProcessor.from_pretrained(ROOT, max_tiles=4).max_tiles == 4
 
 
@@ -482,6 +658,17 @@ def test_saved_equals_loaded(tmp_path):
     assert SAILViTImageProcessor.from_pretrained(tmp_path).to_dict() == ours.to_dict()
 
 
+def test_an_explicit_none_is_kept(tmp_path):
+    """As transformers keeps it: the switch is off."""
+    ours, image = SAILViTImageProcessor(do_rescale=None, do_normalize=None), noise(60, 60)
+    ours.save_pretrained(tmp_path)
+    loaded = SAILViTImageProcessor.from_pretrained(tmp_path)
+    assert loaded.do_rescale is None and loaded.to_dict() == ours.to_dict()
+    assert (
+        torch.equal(loaded(image)["pixel_values"], ours(image)["pixel_values"]) and ours(image).pixel_values.max() > 99
+    )
+
+
 def test_root_preprocessor_config_is_the_default():
     saved = json.loads((ROOT / "preprocessor_config.json").read_text())
     defaults = json.loads(SAILViTImageProcessor().to_json_string())
@@ -491,6 +678,7 @@ def test_root_preprocessor_config_is_the_default():
 sides = st.one_of(st.integers(1, 40), st.integers(1, 1200), st.sampled_from([447, 448, 449, 896, 50_000]))
 
 
+@pytest.mark.filterwarnings("ignore:.*no 16-bit sample exceeds")  # of a few random pixels all may be dark
 @given(data=st.data(), width=sides, height=sides)
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_image_becomes_tiles_that_the_counter_counts(data, width, height):
