@@ -321,7 +321,7 @@ def test_a_folder_that_does_not_load_is_caught(tmp_path, apple, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("size", "blocks"), [("base", 12), ("large", 24), ("huge", 2), ("1b", 2), ("3b", 2)])
 @pytest.mark.parametrize("target", RUNTIMES)
 def test_published_shapes_are_loaded_strictly_and_give_equal_tokens(tmp_path, size, blocks, target):

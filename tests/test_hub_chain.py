@@ -61,7 +61,7 @@ def run(*command: object, folder: Path, **settings: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_from_two_parts_to_a_stranger_who_loads_what_was_trained(tmp_path):
     """Every file is the same to the byte, every token to the bit, in a fresh process and cache."""
     sailvit = [sys.executable, ROOT / "sailvit_cli.py"]

@@ -121,7 +121,7 @@ def test_every_pair_of_layouts_round_trips(source, target, width, mlp, blocks, p
     assert_same(convert_tensors(there, source), tensors)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("size", "blocks"), [("base", 12), ("large", 24), ("huge", 24), ("1b", 24), ("3b", 4)])
 def test_every_pair_of_layouts_round_trips_at_published_shapes(size, blocks, dtype):

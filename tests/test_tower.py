@@ -91,7 +91,7 @@ def test_sincos_positions_are_those_of_the_formula():
         assert positions[row * 5 + column, channel].item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("size", ["large", "huge"])
 def test_full_width_equals_native_and_timm(size):
     pytest.importorskip("timm")

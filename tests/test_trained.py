@@ -907,7 +907,7 @@ def trained_in(tmp_path_factory, base_release):
 
 def of_engines(test: Callable) -> Callable:
     """One worker makes their folders."""
-    return pytest.mark.slow(pytest.mark.xdist_group("engines")(test))
+    return pytest.mark.nightly(pytest.mark.xdist_group("engines")(test))
 
 
 ENGINES = [
