@@ -166,13 +166,14 @@ def test_the_mean_of_untied_adapters_is_untied(tmp_path, tied):
     load(tmp_path / "out")
 
 
-KINDS = ["qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "phi3", "olmo2", "gpt2", "bloom"]
+KINDS = ["qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "phi3", "gpt2", "bloom"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ends_of_language_models_are_known_and_whether_they_are_tied(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](num_hidden_layers=1))
+    model.tie_weights()
     names = {id(parameter): [] for parameter in model.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append("language_model." + name)
@@ -200,9 +201,8 @@ def write_run(folder: Path, tensors: dict[str, torch.Tensor], base: Path, **fiel
 
 
 @pytest.mark.parametrize("base", ["tied", "tied_and_stored"])
-def test_a_tied_head_follows_embeddings_that_were_trained(tmp_path, request, base):
-    base = request.getfixturevalue(base)
-    model = load(base)
+def test_a_tied_head_follows_embeddings_that_were_trained(tmp_path, request, tied, base):
+    base, model = request.getfixturevalue(base), load(tied)
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
     run = write_run(tmp_path / "run", {TABLE: model.get_input_embeddings().weight.detach()}, base)
