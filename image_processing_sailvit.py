@@ -309,7 +309,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
     ) -> torch.Tensor:
         """Pictures (H, W, 3) -> (n, 3, h, w); pictures of one size and kind go through together."""
         device = options.device or pictures[0].device
-        pixel_values = torch.empty(sum(counts), 3, *options.tile_size, device=device)
+        pixel_values = _empty_tiles((sum(counts), 3, *options.tile_size), device)
         slots = pixel_values.split(counts)
         for indices in _groups(pictures, device):
             group = [pictures[index].to(device) for index in indices]
@@ -612,6 +612,10 @@ def _checked_values(picture: torch.Tensor, name: str, options: SimpleNamespace) 
         if low < 0 or high > 255:
             raise ValueError(f"{name}: integers from {low} to {high}: scale them to 0..255")
         return picture.to(torch.uint8)
+    if options.resize_backend == "pil":
+        raise ValueError(
+            f'{name}: resize_backend "pil" takes 8-bit images, not floats: pass resize_backend="torchvision"'
+        )
     top = options.range
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name}: holds NaN or infinite pixels")
@@ -638,6 +642,14 @@ def _groups(pictures: list[torch.Tensor], device: torch.device) -> list[list[int
     return list(groups.values())
 
 
+def _empty_tiles(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """float32 of a shape, to be filled. On a CPU numpy makes it, since it asks Linux for large pages, which
+    are quicker to fill for the first time."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
+
+
 def _cut_tiles(batch: torch.Tensor, grid: tuple[int, int], options: SimpleNamespace) -> torch.Tensor:
     """(B, 3, H, W) -> tiles (B, rows, columns, 3, h, w)."""
     (columns, rows), (height, width) = grid, options.tile_size
@@ -662,8 +674,6 @@ def _resize_as_pillow(batch: torch.Tensor, size: tuple[int, int], options: Simpl
 
 
 def _resize_with_pillow(batch: torch.Tensor, size: tuple[int, int], options: SimpleNamespace) -> torch.Tensor:
-    if batch.dtype != torch.uint8:
-        raise ValueError('resize_backend "pil" takes 8-bit images; convert floats first')
     pictures = (Image.fromarray(picture) for picture in batch.permute(0, 2, 3, 1).cpu().numpy())
     resized = [np.array(picture.resize(size[::-1], options.resample)) for picture in pictures]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)

@@ -224,7 +224,7 @@ def _encode(options: argparse.Namespace) -> int:
         if image.error:
             broken += 1
             # The processor's messages name its options as a call in Python takes them.
-            advice = re.sub(r"\bpass (\w+=\w+)", r"give --image-option \1", image.error)
+            advice = re.sub(r'\bpass (\w+)="?(\w+)"?', r"give --image-option \1=\2", image.error)
             progress.step(f"broken: {advice}", to=sys.stderr)
             if options.strict:
                 break

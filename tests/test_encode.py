@@ -91,22 +91,18 @@ def test_tiling_options_reach_the_processor(folder, tmp_path, flags, options):
 
 
 @pytest.mark.parametrize(
-    ("mode", "scale", "option"),
-    [("F", 1 / 255, "do_rescale=False"), ("RGB", 1, "resample=2"), ("I", 1, "input_data_format=channels_last")],
+    ("scale", "before", "asked"),
+    [(1 / 255, [], "do_rescale=False"), (1, ["resize_backend=pil"], "resize_backend=torchvision")],
 )
-def test_what_an_error_asks_for_can_be_given(folder, tmp_path, capsys, mode, scale, option):
-    """An option that the processor's messages name is taken by its name; without it the first of these is an error."""
-    gray = np.array(Image.open(PHOTOGRAPH).resize((64, 48)).convert("L"))
-    pixels = {"F": (gray * scale).astype(np.float32), "I": gray.astype(np.int32), "RGB": np.dstack([gray] * 3)}[mode]
-    Image.fromarray(pixels).save(tmp_path / "photo.tif")
+def test_the_option_that_an_error_asks_for_can_be_given(folder, tmp_path, capsys, scale, before, asked):
+    gray = np.array(Image.open(PHOTOGRAPH).resize((64, 48)).convert("L"), np.float32)
+    Image.fromarray(gray * np.float32(scale)).save(tmp_path / "photo.tif")
     arguments = (tmp_path / "photo.tif", "--model", folder, "--out", tmp_path / "out")
-    if mode == "F":
-        assert encode(*arguments) == 2
-        assert f"give --image-option {option}" in capsys.readouterr().err
-    assert encode(*arguments, "--image-option", option) == 0
-    name, value = option.split("=")
-    value = {"False": False, "2": 2}.get(value, value)
-    expected = expected_tokens(folder, tmp_path / "photo.tif", **{name: value})
+    assert encode(*arguments, *(word for option in before for word in ("--image-option", option))) == 2
+    error = capsys.readouterr().err
+    assert "photo.tif" in error and f"give --image-option {asked}" in error
+    assert encode(*arguments, "--image-option", asked) == 0
+    expected = expected_tokens(folder, tmp_path / "photo.tif", **({"do_rescale": False} if not before else {}))
     torch.testing.assert_close(load_file(tmp_path / "out" / "photo.tif.safetensors")["tokens"], expected)
 
 
