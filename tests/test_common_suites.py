@@ -35,7 +35,7 @@ def test_compatibility_names_every_common_test_that_is_left():
         tree = ast.parse((ROOT / "tests" / "suites" / suite).read_text())
         scope: dict = {}
         for node in tree.body:
-            if isinstance(node, ast.Assign) and node.targets[0].id.isupper():
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
                 exec(ast.unparse(node), scope)
         for name, tests in scope["LEFT"].items():
             for test, reason in tests.items():
