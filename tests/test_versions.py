@@ -28,7 +28,13 @@ OLDEST = min(TESTED, key=Version)
 # Broken in ways of their own: 5.2.0 leaves a missing bias uninitialized, 5.3.0 mistreats tied heads.
 REFUSED = ["4.55.4", "5.2.0", "5.3.0"]
 # These meet no transformers.
-SAME_EVERYWHERE = ("test_checkpoints.py", "test_trained.py")
+SAME_EVERYWHERE = (
+    "test_checkpoints.py",
+    "test_common_suites.py",
+    "test_devices.py",
+    "test_layouts.py",
+    "test_trained.py",
+)
 
 
 def test_the_tested_releases_are_those_that_are_promised():
