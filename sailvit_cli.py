@@ -16,8 +16,9 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("sailvit", "lit", "ovis2", "transformers", "ovis2-transformers", "timm")
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+WORTH_TELLING = 100_000_000  # bytes; the progress of fewer is not printed line by line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see `{self.prog} --help`\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sailvit",
         description="The SAILViT vision tower and SAIL-VL: convert, compose, inspect, push, encode.",
         epilog="Exit codes: 0 done, 2 wrong usage or bad input, 130 interrupted, 1 a failure of this package.",
@@ -148,7 +157,11 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--link", action="store_true", help="files that stay as they are may be hard links: writing to them changes SRC"
     )
     convert.add_argument("--no-verify", action="store_true", help="do not load the folder and hold it to the source")
-    convert.add_argument("--overwrite", action="store_true", help="replace all of OUT, if a conversion wrote it")
+    convert.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace all of OUT, if a conversion wrote it; with --refresh-code: replace code that was edited",
+    )
     convert.set_defaults(run=_convert)
 
 
@@ -206,7 +219,7 @@ def _encode(options: argparse.Namespace) -> int:
     from transformers import logging
 
     from sailvit.encode.figure import draw_tokens
-    from sailvit.encode.stream import encode_images, find_images, load_tower
+    from sailvit.encode.stream import encode_images, find_images, load_config, load_tower
     from sailvit.encode.write import write_tokens
 
     logging.disable_progress_bar()
@@ -217,10 +230,12 @@ def _encode(options: argparse.Namespace) -> int:
     if not targets:
         print(f"{len(images)} encoded already")
         return 0
+    processor = _processor(options, load_config(options.model).image_size)
     model = load_tower(options.model, options.device, options.dtype, say=lambda line: print(line, flush=True))
-    processor = _processor(options, model.config.image_size)
     progress, broken = _Progress(len(targets)), 0
     for image in encode_images(list(targets), model, processor, options.batch_size, options.workers):
+        for warning in image.warnings:
+            progress.tell(f"warning: {warning}", sys.stderr)
         if image.error:
             broken += 1
             # The processor's messages name its options as a call in Python takes them.
@@ -232,7 +247,9 @@ def _encode(options: argparse.Namespace) -> int:
         write_tokens(image, targets[image.source])
         progress.step(f"{targets[image.source]}  {tuple(image.tokens.shape)}")
         if options.figure:
-            picture = processor.read_picture(image.source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # told already
+                picture = processor.read_picture(image.source)
             draw_tokens(picture, image.tokens, image.grid, model.config.pixel_shuffle_factor).save(options.figure)
     progress.close()
     kept = f", {len(images) - len(targets)} encoded already" if options.resume else ""
@@ -292,6 +309,10 @@ def _image_options(options: argparse.Namespace) -> dict[str, Any]:
     names = SAILViTImageProcessor.valid_kwargs.__annotations__.keys() - {"device", "return_tensors"}
     for name, _ in given:
         if name not in names:
+            try:
+                SAILViTImageProcessor._refuse_unknown({name: None})
+            except TypeError as error:
+                raise ValueError(f"--image-option: {error}") from error
             raise ValueError(f"--image-option: expected one of {', '.join(sorted(names))}, got {name[:80]!r}")
         if [other for other, _ in given].count(name) > 1:
             raise ValueError(f"{name} is given twice")
@@ -461,10 +482,14 @@ class _Progress:
         if self.bar is not None:
             self.bar.update()
         if to is not None or self.total == 1:
-            (self.bar.write if self.bar is not None else print)(line, file=to or sys.stdout)
+            self.tell(line, to or sys.stdout)
         elif self.bar is None and time.monotonic() - self.said > 10:
             self.said = time.monotonic()
             print(f"{self.done}/{self.total}  {line}", flush=True)
+
+    def tell(self, line: str, to: TextIO) -> None:
+        """A line that is no step."""
+        (self.bar.write if self.bar is not None else print)(line, file=to)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -472,7 +497,7 @@ class _Progress:
 
 
 class _ByteProgress:
-    """A bar on a terminal, elsewhere a plain line every ten seconds."""
+    """A bar on a terminal, elsewhere a plain line every ten seconds where there is much to do."""
 
     def __init__(self) -> None:
         self.bar, self.said = None, time.monotonic()
@@ -483,7 +508,7 @@ class _ByteProgress:
 
             self.bar = self.bar or tqdm(total=total, unit="B", unit_scale=True)
             self.bar.update(done - self.bar.n)
-        elif time.monotonic() - self.said > 10:
+        elif total >= WORTH_TELLING and time.monotonic() - self.said > 10:
             self.said = time.monotonic()
             print(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
 

@@ -19,7 +19,7 @@ from .multimodal import PREFIXES, finds_multimodal, plan_whole, read_names
 from .parts import has_other_tower, plan_connector, plan_language, plan_other_tower
 from .problems import CheckpointError
 from .readers import Checkpoint, hash_file
-from .sources import LocalFolder, Source
+from .sources import LocalFolder, Source, find_source
 from .trained import all_sources, default_dtype, open_trained, training_notes
 from .writer import check_free, new_folder
 
@@ -90,7 +90,8 @@ def convert_checkpoint(
         str(source), revision, base=begun, average=[str(other) for other in average], trust_pickle=trust_pickle
     )
     check_free(out, overwrite)
-    for origin in all_sources(checkpoint):
+    tower = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
+    for origin in (*all_sources(checkpoint), *tower):
         keep_apart(origin, out)
     job = _plan(checkpoint, asked)
     if link and not job.kept:
@@ -167,12 +168,14 @@ def _plan_vision(checkpoint: Checkpoint, asked: Options) -> Job:
 def keep_apart(origin: Source, out: Path) -> None:
     """
     Raises:
-        CheckpointError: `out` is the source, or holds it.
+        CheckpointError: `out` is the source, holds it, or is inside of it.
     """
     if isinstance(origin, LocalFolder):
-        source, target = origin.folder.resolve(), out.resolve()
+        source, given, target = origin.folder.resolve(), origin.given.resolve(), out.resolve()
         if source == target or target in source.parents:
             raise CheckpointError(f"{out} holds the source: write to another place")
+        if given in (target, *target.parents):
+            raise CheckpointError(f"{out} is inside of the source {origin.given}: write to another place")
 
 
 @contextmanager

@@ -290,9 +290,11 @@ def table(report: Report) -> str:
 
 
 def _told_of_code(code: Code) -> str:
+    if code.other:
+        renews = "`sailvit convert FOLDER --refresh-code --overwrite` would replace it by the installed package's"
+        return f"version {code.version}, but edited: {', '.join(code.other)}; {renews}"
     if code.version == code.package:
-        edited = f", but for {', '.join(code.other)}" if code.other else ""
-        return f"version {code.version}, as the installed package's{edited}"
+        return f"version {code.version}, as the installed package's"
     return f"version {code.version}, the installed package's is {code.package}"
 
 

@@ -68,7 +68,7 @@ def refresh_code(
     folder = Path(folder)
     config, record = _read_folder(folder)
     before, after = read_version(_text(folder / VERSION_FILE)), package_version()
-    if before > after and not overwrite:
+    if before > after:
         what = f"its code is of version {before}, this package's of {after}: install a newer package"
         raise CheckpointError(f"{folder}: {what}")
     new, recorded = _new_code(config), recorded_hashes(record, "files")

@@ -27,6 +27,7 @@ STATES = "*_states.pt"
 ENGINE_ENTRIES = (STATES, ".metadata")
 HEADER = 1 << 17  # bytes that are asked for at a time, where only headers are wanted
 ADAPTER = "adapter_config.json"  # of peft
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order in which peft looks for them
 # What a folder has if an engine's folder in it is one of its parts.
 ROOT = ("latest", "trainer_state.json", "config.json", ADAPTER)
 
@@ -53,10 +54,17 @@ class Source(Protocol):
 
 
 class LocalFolder:
-    """A folder on this machine, or some of its files."""
+    """
+    A folder on this machine, or some of its files.
 
-    def __init__(self, folder: Path, only: tuple[str, ...] | None = None):
+    Attributes:
+        folder: Where they are.
+        given: What was named: the folder, a file in it, or the folder of an engine in it.
+    """
+
+    def __init__(self, folder: Path, only: tuple[str, ...] | None = None, given: Path | None = None):
         self.folder = folder
+        self.given = given or folder
         self.name = str(folder)
         self.revision: str | None = None
         found = (file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
@@ -172,22 +180,40 @@ def find_source(source: str, revision: str | None = None, headers_only: bool = F
         CheckpointError: It does not exist, holds no weights, or several that nothing chooses between.
     """
     path = Path(source)
-    if not source.strip():
-        raise CheckpointError(f"{source}: no such file or folder: an empty name")
+    check_name(source)
     if path.exists() and revision is not None:
         raise CheckpointError(f"{source}: --revision is for names on the Hub, this is here")
     if path.is_file():
-        beside = None if path.name.endswith(".index.json") else (path.name, *BESIDE)
-        return LocalFolder(path.parent, beside), path.name
+        return LocalFolder(path.parent, _read_with(path.name), path), path.name
     if path.is_dir():
         found: Source = LocalFolder(path)
         if entry := _inside_of(found):
-            return LocalFolder(path.resolve().parent), entry
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        found = _from_hub(source, revision, headers_only)
+            return LocalFolder(path.resolve().parent, given=path), entry
     else:
-        raise CheckpointError(f"{source}: no such file or folder, and no name on the Hub (OWNER/MODEL)")
+        found = _from_hub(source, revision, headers_only)
     return found, _choose_weights(found)
+
+
+def check_name(source: str) -> None:
+    """
+    Raises:
+        CheckpointError: It is neither a path that exists nor a name that the Hub could have.
+    """
+    try:
+        exists = bool(source.strip()) and Path(source).exists()
+    except OSError:  # too long for a name
+        exists = False
+    if not exists and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        name = source[:200] if source.strip() else "an empty name"
+        raise CheckpointError(f"{name}: no such file or folder, and no name on the Hub (OWNER/NAME)")
+
+
+def _read_with(name: str) -> tuple[str, ...] | None:
+    """Files that are read where one file of weights is named; None for all. A whole model's by its name is no
+    adapter's."""
+    if name.endswith(".index.json"):
+        return None
+    return (name, *BESIDE, *(() if name in WEIGHTS else (ADAPTER,)))
 
 
 def plain_name(source: Source) -> str:
@@ -262,7 +288,7 @@ def _inside_of(source: LocalFolder) -> str | None:
 def _choose_weights(source: Source) -> str:
     if engine := find_engine(source):
         return engine
-    for name in WEIGHTS:
+    for name in (*(ADAPTER_WEIGHTS if ADAPTER in source.files else ()), *WEIGHTS):
         if name in source.files:
             return name
     indices = [file for file in source.files if "/" not in file and file.endswith(".index.json")]

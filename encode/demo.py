@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ..convert import convert_checkpoint, inspect_checkpoint
 from ..convert.inspect import table
+from ..convert.sources import check_name
 from ..convert.synthetic import published_shape, write_synthetic
 from ..convert.verify import describe
 from ..devices import choose_dtype, dtype_name
@@ -37,7 +38,12 @@ def run_demo(
         size: A published size, for random weights.
         model: Real weights instead: a file, a folder or a name on the Hub.
         dtype: To encode in; "auto" for bfloat16 where the processor has units for it, else float32.
+
+    Raises:
+        CheckpointError: There is no such `model`, or it cannot be converted.
     """
+    if model is not None:
+        check_name(model)
     started = time.perf_counter()
     folder, tokens, figure = out / "sailvit", out / "tokens.safetensors", out / "figure.png"
     what = f"Real weights: {model}"

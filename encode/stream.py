@@ -1,8 +1,8 @@
 """Streams images through a tower in micro-batches of tiles."""
 
 import os
-import re
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
+from ..configuration_sailvit import SAILViTConfig
+from ..convert.sources import check_name
 from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
@@ -30,6 +32,7 @@ class EncodedImage:
     tokens: torch.Tensor | None = None  # (tiles, N / f^2, f^2 * D), the thumbnail last
     grid: tuple[int, int] | None = None  # columns, rows
     error: str | None = None
+    warnings: list[str] = field(default_factory=list)  # what the processor warned of, each with the image's name
 
 
 class TiledImages(Dataset):
@@ -44,12 +47,34 @@ class TiledImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[EncodedImage, torch.Tensor]:
         """The image without its tokens, and its tiles (tiles, 3, h, w), none if it is broken."""
-        source = self.sources[index]
-        try:
-            batch = self.processor(source)
-        except ValueError as error:
-            return EncodedImage(source, error=str(error)), torch.empty(0)
-        return EncodedImage(source, grid=tuple(batch["tile_grids"][0].tolist())), batch["pixel_values"]
+        image, tiles = EncodedImage(self.sources[index]), torch.empty(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                batch = self.processor(image.source)
+                image.grid, tiles = tuple(batch["tile_grids"][0].tolist()), batch["pixel_values"]
+            except ValueError as error:
+                image.error = str(error)
+        said = [" ".join(str(warning.message).split()) for warning in caught]
+        called = f"image ({image.source}): "  # by the processor
+        image.warnings = [f"{image.source}: {line.removeprefix(called)}" for line in said]
+        return image, tiles
+
+
+def load_config(path: str) -> SAILViTConfig:
+    """
+    The configuration of a tower, from a folder or a Hub name.
+
+    Raises:
+        ValueError: There is no such folder, or it is no SAILViT; the message names it.
+    """
+    check_name(path)
+    if Path(path).is_file():
+        raise ValueError(f"{path}: expected a SAILViT folder, got a file: `sailvit convert` makes a folder of it")
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "sailvit":
+        raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit'")
+    return config
 
 
 def load_tower(
@@ -71,12 +96,8 @@ def load_tower(
         ValueError: It is no SAILViT, or weights are missing, too many or of another shape; the message names them. Or
             the device cannot be used.
     """
-    if not _exists(Path(path)) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise ValueError(f"{path[:200]}: no such folder, and no name on the Hub")
+    load_config(path)
     device = choose_device(device)
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type != "sailvit":
-        raise ValueError(f"{path}: model_type is {config.model_type!r}, not 'sailvit'")
     try:
         model, report = SAILViTModel.from_pretrained(
             path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True

@@ -625,6 +625,9 @@ def test_out_is_not_the_source_and_not_replaced_unasked(tmp_path, apple, capsys)
     before = (apple / "model.safetensors").read_bytes()
     run(apple, apple, "--overwrite", code=2)
     run(apple, tmp_path, "--overwrite", code=2)
+    for overwrite in ([], ["--overwrite"]):
+        run(apple, apple / "sub" / "out", *overwrite, code=2)
+        assert "is inside of the source" in capsys.readouterr().err and not (apple / "sub").exists()
     run(apple / "model.safetensors", tmp_path / "out", "--no-verify")
     run(apple, tmp_path / "out", code=2)
     assert "give --overwrite" in capsys.readouterr().err
@@ -633,11 +636,16 @@ def test_out_is_not_the_source_and_not_replaced_unasked(tmp_path, apple, capsys)
     assert (apple / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
+def test_out_may_be_beside_a_file_that_is_the_source(tmp_path, apple):
+    run(apple / "model.safetensors", apple / "out", "--no-verify")
+    assert (apple / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("source", ["nowhere", "../nowhere", "no/where/at/all", "", "nobody/nothing"])
 def test_a_source_that_is_not_there_is_named(tmp_path, capsys, source):
     run(source, tmp_path / "out", code=2)
     error = capsys.readouterr().err
-    assert error.startswith(f"sailvit convert: {source}: no such f") and error.count("\n") == 1
+    assert error.startswith(f"sailvit convert: {source or 'an empty name'}: no such f") and error.count("\n") == 1
 
 
 def test_a_folder_without_weights_or_with_too_many_is_told(tmp_path, capsys):

@@ -209,7 +209,9 @@ def test_principal_colours_find_the_directions_of_most_variance():
         (["absent.jpg"], "'absent.jpg': no such image"),
         (["iVBORw0KGgo" + 100_000 * "A"], "no such image: expected a file, a folder or a URL"),
         (["data:image/png;base64," + 100_000 * "A"], "no such image: expected a file, a folder or a URL"),
-        (["{album}/0.png", "--image-option", "max_tile=3"], "expected one of do_exif_transpose, do_normalize"),
+        (["{album}/0.png", "--image-option", "max_tile=3"], "did you mean max_tiles?"),
+        (["{album}/0.png", "--image-option", "do_rescal=False"], "has no option 'do_rescal'; did you mean do_rescale?"),
+        (["{album}/0.png", "--image-option", "device=cpu"], "expected one of do_exif_transpose, do_normalize"),
         (["{album}/0.png", "--image-option", "max_tiles=3", "--max-tiles", "4"], "max_tiles is given twice"),
         (["{album}/0.png", "--image-option", "do_rescale=no"], "do_rescale must be True or False, got 'no'"),
         (["{album}/0.png", "--image-option", "size=57"], "tiles of 57 x 57 pixels, the model of 56"),
@@ -245,9 +247,37 @@ def test_bad_input_is_one_line_and_exit_code_two(folder, album, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["do_rescal=False", "max_tiles=0", "size=57"])
+def test_wrong_image_options_are_found_before_the_model_is_loaded(folder, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(SAILViTModel, "from_pretrained", lambda *arguments, **options: pytest.fail("loaded"))
+    assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, "--image-option", option) == 2
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./towr", "../towr", "/absent/towr", "a/b/c", "", "long" * 200])
+@pytest.mark.parametrize("verb", ["encode", "demo", "convert", "inspect"])
+def test_what_is_no_path_and_no_name_on_the_hub_is_told_at_once(tmp_path, capsys, monkeypatch, verb, name):
+    monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("went online"))
+    monkeypatch.chdir(tmp_path)
+    arguments = {"encode": [str(PHOTOGRAPH), "--model", name], "demo": ["--model", name], "convert": [name, "out"]}
+    assert sailvit_cli.main([verb, *arguments.get(verb, [name])]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and not output.out
+    assert "no such file or folder, and no name on the Hub (OWNER/NAME)" in output.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_warnings_of_the_image_processor_are_one_line_each_and_count_for_nothing(folder, tmp_path, workers):
+    dark = (np.random.default_rng(0).random((60, 60)) * 4095).astype(np.uint16)
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    arguments = ("encode", "dark.png", "--model", folder, "--workers", workers, "--figure", "figure.png")
+    done = run_command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and "1 encoded, 0 broken" in done.stdout
+    assert re.fullmatch(r"warning: dark\.png: no 16-bit sample exceeds \d+: .*\n", done.stderr)
+
+
 def test_a_model_that_is_none_is_refused(folder, tmp_path, capsys):
-    assert encode(PHOTOGRAPH, "--model", tmp_path / "absent", "--out", tmp_path / "out") == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert encode(PHOTOGRAPH, "--model", folder / "model.safetensors", "--out", tmp_path / "out") == 2
+    assert "expected a SAILViT folder, got a file" in capsys.readouterr().err
     shutil.copytree(folder, tmp_path / "truncated")
     weights = (tmp_path / "truncated" / "model.safetensors").read_bytes()
     (tmp_path / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -314,8 +344,25 @@ def test_help_needs_no_torch(tmp_path):
 
 
 def test_wrong_usage_is_exit_code_two(tmp_path):
-    assert run_command("encode", cwd=tmp_path).returncode == 2
-    assert run_command("fly", cwd=tmp_path).returncode == 2
+    for arguments, message in {
+        ("encode",): "sailvit encode: the following arguments are required: IMAGE, --model",
+        ("fly",): "sailvit: argument VERB: invalid choice: 'fly'",
+        ("convert", "a", "b", "--dtype", "float64"): "sailvit convert: argument --dtype: invalid choice: 'float64'",
+        ("convert", "a", "b", "--part", "tower"): "sailvit convert: argument --part: invalid choice: 'tower'",
+        ("encode", "a", "--image-option", "max_tiles"): "--image-option: expected NAME=VALUE, got 'max_tiles'",
+    }.items():
+        done = run_command(*arguments, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+        assert done.stderr.endswith("--help`\n")
+
+
+def test_the_progress_of_little_is_not_told(monkeypatch, capsys):
+    progress = sailvit_cli._ByteProgress()
+    monkeypatch.setattr(time, "monotonic", lambda: progress.said + 11)
+    progress(1_000, 2_000_000)
+    assert capsys.readouterr().err == ""
+    progress(10**9, 2 * 10**9)
+    assert capsys.readouterr().err == "1.00 of 2.00 GB\n"
 
 
 def test_a_terminal_gets_a_progress_bar(folder, album, tmp_path):

@@ -589,6 +589,12 @@ def test_a_tower_that_the_connector_cannot_take_is_refused(toys, tmp_path, shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tower"]
 
 
+def test_the_tower_that_is_inserted_is_not_written_over(toys, tmp_path):
+    shutil.copytree(toys / "vision", tmp_path / "tower")
+    with pytest.raises(CheckpointError, match="holds the source"):
+        convert(toys / "all", tmp_path / "tower", insert_vision=tmp_path / "tower", overwrite=True)
+
+
 # What cannot be
 
 

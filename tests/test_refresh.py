@@ -15,6 +15,7 @@ from sailvit.chat_sailvl import CHAT_TEMPLATE
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint, refresh_code
 from sailvit.convert import refresh as refreshing
 from sailvit.convert.code import OLD_TEMPLATES, is_old_template, package_version
+from sailvit.convert.inspect import table
 from sailvit.convert.verify import VerificationError
 from sailvit.hub import gate_folder, write_card
 
@@ -118,8 +119,10 @@ def test_old_code_that_does_what_it_should_is_told_and_no_problem(made, tmp_path
 def test_edited_code_of_this_version_is_told(made, tmp_path):
     shutil.copytree(made / "vl", tmp_path / "vl")
     (tmp_path / "vl" / "processing_sailvl.py").write_text("# mine\n")
-    code = inspect_checkpoint(tmp_path / "vl").code
+    report = inspect_checkpoint(tmp_path / "vl")
+    code = report.code
     assert (code.version, code.lacks, code.other) == (package_version(), [], ["processing_sailvl.py"])
+    assert "edited: processing_sailvl.py" in table(report) and "--refresh-code --overwrite" in table(report)
 
 
 def test_a_release_has_code_of_the_same_names_that_is_not_ours(made, tmp_path):
@@ -268,8 +271,11 @@ def test_newer_code_is_kept(old_vl):
     text = (ROOT / MARK).read_text().replace(f"CODE_VERSION = {package_version()}", "CODE_VERSION = 99")
     (old_vl / MARK).write_text(text)
     record_as_written(old_vl)
-    with pytest.raises(CheckpointError, match=rf"its code is of version 99, this package's of {package_version()}"):
-        refresh(old_vl)
+    before = contents(old_vl)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match=rf"its code is of version 99, this package's of {package_version()}"):
+            refresh(old_vl, overwrite=overwrite)
+    assert contents(old_vl) == before
 
 
 def test_what_has_no_code_of_this_package_is_refused(made, tmp_path):

@@ -832,6 +832,22 @@ def test_an_adapter_alone_is_told_to_be_one(tmp_path):
     assert "an adapter of peft, no model" in problem.what
 
 
+@pytest.mark.parametrize("entry", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("beside", ["logits.pt", "model.safetensors", "optimizer.bin"])
+def test_an_adapter_is_found_among_other_weights_and_by_its_file(tmp_path, entry, beside):
+    base, adapter, truth = save_adapter(tmp_path)
+    if entry.endswith(".bin"):
+        torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / entry)
+        (adapter / "adapter_model.safetensors").unlink()
+    if beside.endswith(".safetensors"):
+        save_file({"logits": torch.zeros(2)}, adapter / beside)
+    else:
+        torch.save({"logits": torch.zeros(2)}, adapter / beside)
+    for source in (adapter, adapter / entry):
+        assert_same(open_trained(str(source), base=str(base)), truth)
+        assert any("an adapter of peft, no model" in problem.what for problem in inspect_checkpoint(source).problems)
+
+
 def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
     base, adapter, truth = save_adapter(tmp_path)
     config = json.loads((adapter / "adapter_config.json").read_text())
