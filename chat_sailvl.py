@@ -157,13 +157,14 @@ def _outline(entry: Any) -> str:
 
 def _check_media(kind: str, given: list[str], place: str, is_required: bool) -> None:
     keys = MEDIA_KEYS[kind]
-    found, others = [key for key in given if key in keys], [str(key)[:80] for key in given if key not in keys]
+    found = [key for key in given if key in keys]
+    others = ", ".join(str(key) for key in given if key not in keys)[:80]
     part = f"{place}: {'an' if kind == 'image' else 'a'} {kind} part"
     if len(found) > 1 or (is_required and not found):
-        raise ValueError(f"{part} needs one of {', '.join(keys)}; got {', '.join(found or others) or 'none'}")
+        raise ValueError(f"{part} needs one of {', '.join(keys)}; got {', '.join(found) or others or 'none'}")
     if others:
         raise TypeError(
-            f"{part} takes one of {', '.join(keys)}, not {', '.join(others)}: options are given to the call, as in "
+            f"{part} takes one of {', '.join(keys)}, not {others}: options are given to the call, as in "
             "apply_chat_template(messages, max_tiles=4)"
         )
 
