@@ -399,6 +399,9 @@ class SAILVLProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
         required = [kind for kind in MEDIA_KEYS if kwargs.get("tokenize") and not options.get(f"{kind}s")]
         check_conversations(conversation, required)
+        chats, is_batch = split_batch(conversation)
+        chats = [getattr(chat, "messages", chat) for chat in chats]
+        conversation = chats if is_batch else chats[0]
         result = apply(conversation, chat_template, processor_kwargs=options, **kwargs)
         if isinstance(result, BatchFeature) and "assistant_masks" in result:
             tensor_type = {torch.Tensor: "pt", list: None}.get(type(result["input_ids"]), "np")
@@ -521,7 +524,7 @@ def _is_nothing(given: Any) -> bool:
 def _normalized(chat: Any) -> list[dict[str, Any]]:
     """Messages without the keys that hold None, and with OpenAI's image_url parts as images."""
     messages = []
-    for message in getattr(chat, "messages", chat):
+    for message in chat:
         message = fields_of(message)
         if isinstance(message.get("content"), (list, tuple)):
             message["content"] = [_as_image(part) for part in message["content"]]
