@@ -8,7 +8,7 @@ How SAIL-VL is spoken to: the prompt, and the released `chat` and `batch_chat`, 
 An image is `<img>`, its tiles' `<IMG_CONTEXT>`s, `</img>`; in the questions of `chat` it is `<image>`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,8 @@ SYSTEM_MESSAGE = "你是由抖音内容理解组开发的多模态大模型，�
 END_OF_TURN = "<|im_end|>"
 IMAGE = "<image>"
 VIDEO = "<video>"
+# Under which key a part of a message holds its image or video.
+MEDIA_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
 # An image becomes one <IMG_CONTEXT> and a video one <video>, which the processor expands; several images of a message
 # are numbered, as the releases were trained. What the assistant writes, the end of its turn included, is between the
@@ -81,6 +83,90 @@ def token_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
             "`sailvit compose` has extended"
         )
     return index
+
+
+def split_batch(conversation: Any) -> tuple[list[Any], bool]:
+    """One conversation or several, each a list of messages or a pipeline's Chat -> all of them; whether several."""
+    first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+    is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+    return list(conversation) if is_batch else [conversation], is_batch
+
+
+def fields_of(entry: Any) -> dict[str, Any]:
+    """A message or a part of one, as a dict or an object -> its fields that are not None; {} of anything else."""
+    fields = entry if isinstance(entry, Mapping) else getattr(entry, "__dict__", {})
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def check_conversations(conversation: Any, required: Collection[str] = ()) -> None:
+    """
+    Refuse what is no conversation, before a template makes something else of it.
+
+    Args:
+        conversation: A list of messages or of conversations, as `apply_chat_template` takes it.
+        required: Types of parts, "image" or "video", that must hold one; otherwise they may be bare placeholders.
+
+    Raises:
+        ValueError: Something is missing, or is given twice; the message says of which message and part.
+        TypeError: Something is of another type than expected, or a part has a key that nothing reads.
+    """
+    chats, is_batch = split_batch(conversation)
+    for index, chat in enumerate(chats):
+        place = f"conversation {index}" if is_batch else "the conversation"
+        messages = getattr(chat, "messages", chat)
+        if not isinstance(messages, (list, tuple)):
+            raise TypeError(f"{place}: expected a list of messages, got {type(messages).__name__}")
+        if not messages:
+            raise ValueError(f"{place} is empty: expected a list of messages")
+        for number, message in enumerate(messages):
+            _check_message(message, f"{place}, message {number}" if is_batch else f"message {number}", required)
+
+
+def _check_message(message: Any, place: str, required: Collection[str]) -> None:
+    fields = fields_of(message)
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str):
+        raise ValueError(f'{place}: expected {{"role": "user", "content": ...}}, got {_outline(message)}')
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise TypeError(f"{place}: content must be a text or a list of parts, got {type(content).__name__}")
+    for index, part in enumerate(content):
+        _check_part(part, f"{place}, part {index}", required)
+
+
+def _check_part(part: Any, place: str, required: Collection[str]) -> None:
+    fields = fields_of(part)
+    kind = fields.pop("type", None)
+    if not isinstance(kind, str):
+        raise ValueError(f'{place}: expected a part with a type, {{"type": "text", "text": ...}}, got {_outline(part)}')
+    if kind == "text" and not isinstance(text := fields.get("text"), str):
+        raise TypeError(f"{place}: a text part needs text, a string, got {type(text).__name__}")
+    if kind == "image_url":
+        url = fields.get("image_url")
+        if not isinstance(url.get("url") if isinstance(url, Mapping) else url, str):
+            raise ValueError(f'{place}: an image_url part needs "image_url": {{"url": ...}}')
+    if kind in MEDIA_KEYS:
+        _check_media(kind, list(fields), place, kind in required)
+
+
+def _outline(entry: Any) -> str:
+    """What a message quotes of anything, however long it is."""
+    return f"a dict of {', '.join(map(str, entry))}"[:80] if isinstance(entry, Mapping) else type(entry).__name__
+
+
+def _check_media(kind: str, given: list[str], place: str, is_required: bool) -> None:
+    keys = MEDIA_KEYS[kind]
+    found = [key for key in given if key in keys]
+    others = ", ".join(str(key) for key in given if key not in keys)[:80]
+    part = f"{place}: {'an' if kind == 'image' else 'a'} {kind} part"
+    if len(found) > 1 or (is_required and not found):
+        raise ValueError(f"{part} needs one of {', '.join(keys)}; got {', '.join(found) or others or 'none'}")
+    if others:
+        raise TypeError(
+            f"{part} takes one of {', '.join(keys)}, not {others}: options are given to the call, as in "
+            "apply_chat_template(messages, max_tiles=4)"
+        )
 
 
 class SAILVLChat:

@@ -30,7 +30,7 @@ import numpy as np
 import PIL
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -443,7 +443,11 @@ def _read_picture(image: Any, name: str, options: SimpleNamespace) -> torch.Tens
         native = image.dtype.newbyteorder("=") if image.dtype.itemsize <= 8 else np.float64
         image = torch.from_numpy(image.astype(native))
     if not isinstance(image, torch.Tensor) or image.is_complex():
-        raise ValueError(f"{name}: a PIL image, an array, a tensor, a path or a URL is wanted, not {_kind(image)}")
+        is_file = isinstance(image, (bytes, bytearray, io.IOBase))
+        hint = ": open it with PIL.Image.open (bytes as io.BytesIO(...)), or pass base64 as a string" if is_file else ""
+        raise ValueError(
+            f"{name}: a PIL image, an array, a tensor, a path or a URL is wanted, not {_kind(image)}{hint}"
+        )
     return _picture_of_tensor(image.detach(), name, options)
 
 
@@ -466,7 +470,7 @@ def open_image(source: str | Path, name: str = "image") -> Image.Image:
         if str(source)[:8].lower().startswith(URL_SCHEMES):
             request = urllib.request.Request(str(source), headers={"User-Agent": "sailvit"})
             with urllib.request.urlopen(request, timeout=60) as response:
-                return Image.open(io.BytesIO(response.read()))
+                return _open_bytes(response.read())
         return _open_file_or_base64(source)
     except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be opened as an image: {_shortened(str(error), 300)}") from error
@@ -478,11 +482,21 @@ def _open_file_or_base64(source: str | Path) -> Image.Image:
     except OSError as error:
         try:
             content = base64.b64decode("".join(str(source).split()), validate=True)
-            return Image.open(io.BytesIO(content))
+            return _open_bytes(content)
         except (OSError, ValueError):  # no base64, or none of an image
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-                raise ValueError("there is no such file, and it is no image in base64") from error
+                raise ValueError(
+                    "there is no such file, and it is no (complete) image in base64; of URLs http, https, file and "
+                    "data are read"
+                ) from error
             raise error from None
+
+
+def _open_bytes(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # whose message is an address in memory
+        raise ValueError(f"its {len(content)} bytes are no image that Pillow reads") from None
 
 
 def _picture_of_pil(image: Image.Image, name: str, options: SimpleNamespace) -> torch.Tensor:
@@ -610,7 +624,8 @@ def _checked_values(picture: torch.Tensor, name: str, options: SimpleNamespace) 
     low, high = picture.min().item(), picture.max().item()
     if not picture.is_floating_point():
         if low < 0 or high > 255:
-            raise ValueError(f"{name}: integers from {low} to {high}: scale them to 0..255")
+            advice = "scale them to it, samples of 16 bits by image // 257"
+            raise ValueError(f"{name}: integers from {low} to {high} lie outside 0..255: {advice}")
         return picture.to(torch.uint8)
     if options.resize_backend == "pil":
         raise ValueError(
@@ -621,7 +636,8 @@ def _checked_values(picture: torch.Tensor, name: str, options: SimpleNamespace) 
         raise ValueError(f"{name}: holds NaN or infinite pixels")
     if low < -1e-3 * top or high > 1.001 * top:
         raise ValueError(
-            f"{name}: floats from {low:.4g} to {high:.4g} lie outside 0..{top:g} (do_rescale={options.do_rescale})"
+            f"{name}: floats from {low:.4g} to {high:.4g} lie outside 0..{top:g} (do_rescale={options.do_rescale}): "
+            "scale them to it"
         )
     if 0 < high <= 1 < top:
         raise ValueError(f"{name}: floats from {low:.4g} to {high:.4g} look rescaled already: pass do_rescale=False")

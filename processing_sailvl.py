@@ -20,13 +20,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .chat_sailvl import CHAT_TEMPLATE, VIDEO, token_id
+from .chat_sailvl import (
+    CHAT_TEMPLATE,
+    MEDIA_KEYS,
+    VIDEO,
+    check_conversations,
+    fields_of,
+    split_batch,
+    token_id,
+)
 from .image_processing_sailvit import SAILViTImageProcessorKwargs
-from .video_sailvl import SAILVLVideosKwargs, check_sampling, flat_videos, is_frame, read_clips
+from .video_sailvl import Frames, SAILVLVideosKwargs, check_sampling, flat_videos, group_frames, read_clips
 
 
 RELEASE = tuple(int(number) for number in version("transformers").split(".")[:2])
@@ -142,8 +151,8 @@ class SAILVLProcessor(ProcessorMixin):
                 takes.
             text: One prompt or several, with an `image_token` for every image and a `<video>` for every video.
             videos: One video or a list of them: each a path or URL (http, https, file, data) of a video file or an
-                animated image, or its frames, as a list of images, or as an array or tensor of 4 dimensions. A frame
-                is one tile.
+                animated image, or its frames, as a list of images, or as an array or tensor of 4 dimensions. A
+                picture is a video of one frame. A frame is one tile.
             kwargs: Options of the image processor (max_tiles, ...), of the tokenizer (padding, truncation, max_length,
                 return_tensors, ...), and of videos, flat or within `images_kwargs`, `text_kwargs`, `videos_kwargs`;
                 flat ones of the image processor are for images and frames. Those of videos:
@@ -175,6 +184,7 @@ class SAILVLProcessor(ProcessorMixin):
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"text must be a prompt or a list of prompts, with a {self.image_token} for every image")
         options = self._sort_options(kwargs)
+        videos = group_frames(videos)
         self._check_counts(prompts, images, videos)
         clips = read_clips(flat_videos(videos), options.videos)
         visuals = {
@@ -204,6 +214,8 @@ class SAILVLProcessor(ProcessorMixin):
         """The options of a call: text, images and frames as dicts, videos as a namespace."""
         names = self._option_names()
         self._refuse_audio(kwargs)
+        for kind in {*names, "common_kwargs"} & kwargs.keys():
+            _check_mapping(kwargs[kind], kind)
         nested = {kind: dict(kwargs.get(kind) or {}) for kind in names}
         own = {*names, "common_kwargs", "audio_kwargs", "audio", "audios"}
         flat = {key: value for key, value in kwargs.items() if key not in own}
@@ -221,9 +233,10 @@ class SAILVLProcessor(ProcessorMixin):
             text={**self._tokenizer_options(), **text}, images=images, frames=videos, videos=check_sampling(sampling)
         )
 
-    def _refuse_unknown(self, keys: Iterable[str], within: str | None = None) -> None:
+    def _refuse_unknown(self, keys: Iterable[str], within: str | None = None, others: Iterable[str] = ()) -> None:
+        """A TypeError for a key that is no option, nor one of `others`."""
         names = self._option_names()
-        known = names[within] if within else set().union(*names.values())
+        known = names[within] if within else set().union(names, others, *names.values())
         for key in keys:
             if key in known:
                 continue
@@ -231,6 +244,8 @@ class SAILVLProcessor(ProcessorMixin):
             places = [kind for kind, own in names.items() if key in own]
             hint = f"; did you mean {close[0]}?" if close else ""
             hint = f"; it belongs in {' or '.join(places)}" if places else hint
+            if key in vars(GenerationConfig()):
+                hint = ": pass it to generate, or to a pipeline in generate_kwargs={...}"
             where = f"{within}: " if within else ""
             raise TypeError(f"{where}{type(self).__name__} has no option {str(key)[:80]!r}{hint}")
 
@@ -256,8 +271,8 @@ class SAILVLProcessor(ProcessorMixin):
     def _check_counts(self, prompts: list[str], images: Any, videos: Any) -> None:
         """What is given against what the prompts have a place for, prompt by prompt where it is given so."""
         self._check_count(prompts, self.image_token, "images", _by_prompt(images, _flat_images))
-        lists_of_frames = isinstance(videos, (list, tuple)) and any(map(_is_list_of_frames, videos))
-        by_prompt = [flat_videos(videos)] if lists_of_frames else _by_prompt(videos, flat_videos)
+        is_flat = isinstance(videos, (list, tuple)) and any(isinstance(video, Frames) for video in videos)
+        by_prompt = [flat_videos(videos)] if is_flat else _by_prompt(videos, flat_videos)
         self._check_count(prompts, self.video_token, "videos", by_prompt)
 
     def _check_count(self, prompts: list[str], token: str, what: str, given: list[list[Any]]) -> None:
@@ -361,12 +376,13 @@ class SAILVLProcessor(ProcessorMixin):
                 end of its turn.
 
         Raises:
-            ValueError: The conversation is empty, or an option is given twice.
-            TypeError: An option that neither a call nor the template has.
+            ValueError: A conversation is empty, a message lacks its role or content, or an image or video part does
+                not hold one; an option is given twice; a mask is asked for without tokenize and return_dict.
+            TypeError: An option that neither a call nor the template has, or a key of a part that nothing reads.
         """
-        if not conversation:
-            raise ValueError("the conversation is empty: expected a list of messages")
-        options = dict(kwargs.pop("processor_kwargs", None) or {})
+        processor_kwargs = kwargs.pop("processor_kwargs", None)
+        _check_mapping(processor_kwargs, "processor_kwargs")
+        options = dict(processor_kwargs or {})
         names = self._option_names()
         names = {*names, "common_kwargs", "audio_kwargs"}.union(*names.values())
         names -= signature(ProcessorMixin.apply_chat_template).parameters.keys()
@@ -374,7 +390,18 @@ class SAILVLProcessor(ProcessorMixin):
         if twice := flat.keys() & options.keys():
             raise ValueError(f"{', '.join(sorted(twice))}: given twice, in processor_kwargs and outside of it")
         options |= flat
+        media = {"images", "videos"}  # which newer releases take beside the options
+        self._sort_options({key: value for key, value in options.items() if key not in media})
         apply = self._apply_chat_template if HAS_OLD_CHAT_TEMPLATES else super().apply_chat_template
+        self._refuse_what_the_template_lacks(self._named_template(chat_template), kwargs, signature(apply).parameters)
+        is_read = kwargs.get("tokenize") and kwargs.get("return_dict")
+        if kwargs.get("return_assistant_tokens_mask") and not is_read:
+            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
+        required = [kind for kind in MEDIA_KEYS if kwargs.get("tokenize") and not options.get(f"{kind}s")]
+        check_conversations(conversation, required)
+        chats, is_batch = split_batch(conversation)
+        chats = [getattr(chat, "messages", chat) for chat in chats]
+        conversation = chats if is_batch else chats[0]
         result = apply(conversation, chat_template, processor_kwargs=options, **kwargs)
         if isinstance(result, BatchFeature) and "assistant_masks" in result:
             tensor_type = {torch.Tensor: "pt", list: None}.get(type(result["input_ids"]), "np")
@@ -394,15 +421,14 @@ class SAILVLProcessor(ProcessorMixin):
     ) -> Any:
         """transformers' own, for the releases that have an older one."""
         template = self._named_template(chat_template)
-        self._refuse_what_the_template_lacks(template, kwargs)
         if kwargs.get("continue_final_message") and (
             return_assistant_tokens_mask or kwargs.get("add_generation_prompt")
         ):
             raise ValueError(
                 "continue_final_message goes with neither add_generation_prompt nor return_assistant_tokens_mask"
             )
-        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-        chats = [_normalized(chat) for chat in (conversation if batched else [conversation])]
+        chats, batched = split_batch(conversation)
+        chats = [_normalized(chat) for chat in chats]
         prompts, spans = render_jinja_template(
             conversations=chats,
             chat_template=template,
@@ -417,8 +443,7 @@ class SAILVLProcessor(ProcessorMixin):
             processor_kwargs["add_special_tokens"] = False
         if return_assistant_tokens_mask:
             processor_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        images = [_media(chat, "image", ("image", "url", "path", "base64")) for chat in chats]
-        videos = [_media(chat, "video", ("video", "url", "path")) for chat in chats]
+        images, videos = ([_media(chat, kind) for chat in chats] for kind in ("image", "video"))
         batch = self(images, prompts, videos, **processor_kwargs)
         if return_assistant_tokens_mask:
             offsets = zip(batch.pop("offset_mapping"), batch.pop("text_replacement_offsets"), spans, strict=True)
@@ -433,9 +458,12 @@ class SAILVLProcessor(ProcessorMixin):
                 raise ValueError(f"chat_template must be one of {', '.join(own)}: none of them is named default")
         return own if chat_template is None else chat_template
 
-    def _refuse_what_the_template_lacks(self, template: str, kwargs: Mapping[str, Any]) -> None:
-        known = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
-        self._refuse_unknown(key for key in kwargs.keys() - known if not re.search(rf"\b{re.escape(key)}\b", template))
+    def _refuse_what_the_template_lacks(
+        self, template: str, kwargs: Mapping[str, Any], parameters: Iterable[str]
+    ) -> None:
+        known = {"tools", "documents", "add_generation_prompt", "continue_final_message", *parameters} - {"kwargs"}
+        unknown = [key for key in kwargs.keys() - known if not re.search(rf"\b{re.escape(key)}\b", template)]
+        self._refuse_unknown(unknown, others=known)
 
     # What servers and training frameworks ask for
 
@@ -484,6 +512,11 @@ def _sum_of(counts: list[int]) -> str:
     return " + ".join(map(str, counts)) if 0 < len(counts) <= 8 else str(sum(counts))
 
 
+def _check_mapping(given: Any, name: str) -> None:
+    if not isinstance(given, (Mapping, type(None))):
+        raise TypeError(f"{name} must be a dict of options, got {type(given).__name__}")
+
+
 def _is_nothing(given: Any) -> bool:
     return given is None or (isinstance(given, (list, tuple)) and all(map(_is_nothing, given)))
 
@@ -491,26 +524,27 @@ def _is_nothing(given: Any) -> bool:
 def _normalized(chat: Any) -> list[dict[str, Any]]:
     """Messages without the keys that hold None, and with OpenAI's image_url parts as images."""
     messages = []
-    for message in getattr(chat, "messages", chat):
-        message = {key: value for key, value in message.items() if value is not None}
+    for message in chat:
+        message = fields_of(message)
         if isinstance(message.get("content"), (list, tuple)):
             message["content"] = [_as_image(part) for part in message["content"]]
         messages.append(message)
     return messages
 
 
-def _as_image(part: Any) -> Any:
-    if not (isinstance(part, Mapping) and part.get("type") == "image_url"):
+def _as_image(part: Any) -> dict[str, Any]:
+    part = fields_of(part)
+    if part["type"] != "image_url":
         return part
     url = part["image_url"]
     return {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
 
 
-def _media(chat: list[dict[str, Any]], kind: str, keys: tuple[str, ...]) -> list[Any]:
+def _media(chat: list[dict[str, Any]], kind: str) -> list[Any]:
     """The images or videos of a conversation, in order."""
     contents = [message["content"] for message in chat if isinstance(message.get("content"), list)]
     parts = [part for content in contents for part in content if part.get("type") == kind]
-    return [part[key] for part in parts for key in keys if key in part]
+    return [part[key] for part in parts for key in MEDIA_KEYS[kind] if key in part]
 
 
 def _assistant_mask(tokens: Any, replacements: list[dict[str, Any]], spans: list[tuple[int, int]]) -> list[int]:
@@ -531,10 +565,6 @@ def _by_prompt(given: Any, flatten: Callable[[Any], list[Any]]) -> list[list[Any
     if isinstance(given, (list, tuple)) and all(own is None or isinstance(own, (list, tuple)) for own in given):
         return [flatten(own) for own in given]
     return [flatten(given)]
-
-
-def _is_list_of_frames(given: Any) -> bool:
-    return isinstance(given, (list, tuple)) and len(given) > 0 and all(map(is_frame, given))
 
 
 def _flat_images(images: Any) -> list[Any]:

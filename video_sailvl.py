@@ -9,18 +9,22 @@ Videos in, the frames that SAIL-VL reads out.
 Files are read by PyAV, animated images (GIF, WebP, APNG, AVIF) by Pillow. PyAV is imported when it is needed alone.
 """
 
+import difflib
 import http.client
 import io
 import math
 import urllib.request
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypedDict
 from urllib.parse import urlparse
 
+import numpy as np
 from PIL import Image, ImageSequence
 from transformers.video_utils import VideoMetadata
 
@@ -28,6 +32,8 @@ from transformers.video_utils import VideoMetadata
 NUM_FRAMES = 8  # taken from a video file, unless a call says otherwise
 FRAME_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ANIMATED_SUFFIXES = (".avif", ".png", ".webp")  # of these some files are one picture, and some are a video
+ANIMATED_FORMATS = ("AVIF", "FLI", "GIF", "PNG", "WEBP")
+MOVING_TYPES = ("data:image/apng", "data:image/avif", "data:image/png", "data:image/webp")  # likewise, as data URLs
 
 
 class SAILVLVideosKwargs(TypedDict, total=False):
@@ -40,6 +46,10 @@ class SAILVLVideosKwargs(TypedDict, total=False):
     return_metadata: bool | None
 
 
+class Frames(list):
+    """The frames of one video: pictures, or their paths or URLs."""
+
+
 class Clip(NamedTuple):
     """The frames taken of a video, as anything the image processor takes, and what is known of it."""
 
@@ -48,34 +58,50 @@ class Clip(NamedTuple):
 
 
 def flat_videos(videos: Any) -> list[Any]:
-    """Nested lists of videos, None among them -> a list. A picture, or a list of pictures, is one video."""
+    """Nested lists of videos, as `group_frames` gives them, None among them -> a list."""
     if videos is None:
         return []
-    if is_frame(videos):
-        return [[videos]]
-    if not isinstance(videos, (list, tuple)):
+    if isinstance(videos, Frames) or not isinstance(videos, (list, tuple)):
         return list(videos) if getattr(videos, "ndim", 0) == 5 else [videos]
-    if videos and all(map(is_frame, videos)):
-        return [list(videos)]
     return [video for own in videos for video in flat_videos(own)]
 
 
-def is_frame(entry: Any) -> bool:
+def group_frames(videos: Any) -> Any:
+    """
+    Videos in any nesting -> the same, with `Frames` for every list of pictures, which is one video. A path or URL by
+    itself is opened as a video, which a picture is, too, of one frame. In a list it is a frame if all of the list are
+    pictures; one that may be an animated image by its name is read to tell.
+    """
+    if isinstance(videos, (list, tuple)):
+        is_video = len(videos) > 0 and all(map(_is_frame, videos))
+        return Frames(videos) if is_video else [group_frames(own) for own in videos]
+    return videos if isinstance(videos, (str, Path)) or not _is_frame(videos) else Frames([videos])
+
+
+def _is_frame(entry: Any) -> bool:
     """A picture, or the path or URL of one; an animated image is a video of its own."""
     if not isinstance(entry, (str, Path)):
         return isinstance(entry, Image.Image) or getattr(entry, "ndim", 0) in (2, 3)
     if (text := str(entry)).startswith("data:"):
-        return text.startswith("data:image/") and not text.startswith("data:image/gif")
-    suffix = Path(urlparse(text).path if "://" in text else text).suffix.lower()
-    return suffix in FRAME_SUFFIXES and not (suffix in ANIMATED_SUFFIXES and _is_animated(_local_path(text)))
+        may_move = text.startswith(MOVING_TYPES)
+        is_picture = text.startswith("data:image/") and not text.startswith("data:image/gif")
+    else:
+        suffix = Path(urlparse(text).path if "://" in text else text).suffix.lower()
+        may_move, is_picture = suffix in ANIMATED_SUFFIXES, suffix in FRAME_SUFFIXES
+    return is_picture and not (may_move and _is_animated(text))
 
 
-def _is_animated(path: str) -> bool:
+def _is_animated(source: str) -> bool:
     try:
-        with Image.open(path) as image:
-            return getattr(image, "is_animated", False)
-    except (OSError, ValueError):  # not there, or not on this machine: the image processor will say so
+        with Image.open(_open_source(source, "video")) as image:
+            return _count_frames(image) > 1
+    except (OSError, ValueError, Image.DecompressionBombError):  # cannot be read: the image processor will say so
         return False
+
+
+def _count_frames(image: Image.Image) -> int:
+    """1 of a picture, and of a file of several that are no animation: the pages of a TIFF, the views of a JPEG."""
+    return getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
 
 
 def check_sampling(options: Mapping[str, Any]) -> SimpleNamespace:
@@ -83,23 +109,31 @@ def check_sampling(options: Mapping[str, Any]) -> SimpleNamespace:
     The options of SAILVLVideosKwargs, all of them, by their names.
 
     Raises:
-        ValueError: A number is out of its range, or both num_frames and fps are given.
+        ValueError: A value is out of its range, or both num_frames and fps are given.
     """
     chosen = SimpleNamespace(**options)
     count, fps = chosen.num_frames, chosen.fps
     if count is not None and (not isinstance(count, Integral) or isinstance(count, bool) or count < 1):
         raise ValueError(f"num_frames must be a positive integer, got {count!r}")
-    if fps is not None and not (isinstance(fps, Real) and 0 < fps < math.inf):
+    if fps is not None and not _is_rate(fps):
         raise ValueError(f"fps must be a positive number, got {fps!r}")
+    for switch in ("do_sample_frames", "return_metadata"):
+        if not isinstance(options[switch], (bool, np.bool_, type(None))):
+            raise ValueError(f"{switch} must be True or False, got {str(options[switch])[:80]!r}")
     if count is not None and fps is not None:
         raise ValueError(f"num_frames={count} and fps={fps} exclude each other: give one of them")
+    chosen.num_frames = None if count is None else int(count)
     return chosen
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def read_clips(videos: Sequence[Any], options: SimpleNamespace) -> list[Clip]:
     """
     Args:
-        videos: As `flat_videos` gives them.
+        videos: As `flat_videos` gives them of what `group_frames` gives.
         options: As `check_sampling` gives them.
 
     Raises:
@@ -112,7 +146,7 @@ def read_clips(videos: Sequence[Any], options: SimpleNamespace) -> list[Clip]:
     if len(known) != len(videos):
         raise ValueError(f"expected a video_metadata for each of {len(videos)} videos, got {len(known)}")
     return [
-        _read_clip(video, f"video[{index}]", options, dict(own or {}))
+        _read_clip(video, f"video[{index}]", options, _checked_metadata(own or {}, f"video_metadata[{index}]"))
         for index, (video, own) in enumerate(zip(videos, known, strict=True))
     ]
 
@@ -124,6 +158,18 @@ def _flat_metadata(known: Any) -> list[Any]:
     if known is not None and not isinstance(known, Mapping):
         raise TypeError(f"video_metadata must be a VideoMetadata, a dict or a list of them, got {type(known).__name__}")
     return [] if known is None else [known]
+
+
+def _checked_metadata(known: Mapping[str, Any], name: str) -> dict[str, Any]:
+    names = [field.name for field in fields(VideoMetadata)]
+    for key in known:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(names)}"
+            raise TypeError(f"{name} has no field {str(key)[:80]!r}; {hint}")
+    if (rate := known.get("fps")) is not None and not _is_rate(rate):
+        raise ValueError(f"{name}: fps must be a positive number, or None if it is not known, got {str(rate)[:80]!r}")
+    return dict(known)
 
 
 def _read_clip(video: Any, name: str, options: SimpleNamespace, known: dict[str, Any]) -> Clip:
@@ -295,7 +341,7 @@ def _open_animation(source: str | io.BytesIO) -> _Film | None:
     try:
         with Image.open(_rewound(source)) as image:
             skipped = int(image.info.get("default_image", False))  # of an APNG, for those that do not animate
-            frames = getattr(image, "n_frames", 1) - skipped
+            frames = _count_frames(image) - skipped
             if image.format == "MPEG":  # which Pillow knows, and does not read
                 return None
     except OSError:
@@ -304,7 +350,7 @@ def _open_animation(source: str | io.BytesIO) -> _Film | None:
     def decode() -> Iterator[_Frame]:
         start = 0.0  # in milliseconds
         with Image.open(_rewound(source)) as image:
-            for index, frame in enumerate(ImageSequence.Iterator(image)):
+            for index, frame in enumerate(islice(ImageSequence.Iterator(image), skipped + frames)):
                 if index >= skipped:
                     frame.load()
                     length = frame.info.get("duration", 0)
@@ -340,4 +386,4 @@ def _open_film(source: str | io.BytesIO, name: str) -> _Film:
     return _Film(decode, frames, rate, float(tick), "pyav")
 
 
-__all__ = ["Clip", "SAILVLVideosKwargs", "check_sampling", "flat_videos", "is_frame", "read_clips"]
+__all__ = ["Clip", "Frames", "SAILVLVideosKwargs", "check_sampling", "flat_videos", "group_frames", "read_clips"]

@@ -143,6 +143,12 @@ def test_a_mask_goes_with_nothing_to_continue(processor):
         processor.apply_chat_template(CONVERSATIONS["text"], **READING, continue_final_message=True)
 
 
+def test_a_mask_needs_what_holds_it(processor):
+    for missing in ("tokenize", "return_dict"):
+        with pytest.raises(ValueError, match="needs tokenize=True and return_dict=True"):
+            processor.apply_chat_template(CONVERSATIONS["text"], **{**READING, missing: False})
+
+
 def test_another_template_is_masked_by_its_own_marks(processor):
     template = (
         "{% for m in messages %}{{ m['role'] }}:{% generation %}{{ m['content'] }}{% endgeneration %};{% endfor %}"
@@ -176,8 +182,9 @@ def test_variables_of_a_template_are_told_from_options(processor):
     ids = processor.apply_chat_template(messages, **options, max_length=30)[0]
     text = processor.tokenizer("Hello. Why?")["input_ids"]
     assert len(ids) == 30 and [token for token in ids if token != processor.tokenizer.pad_token_id] == text
-    with pytest.raises(TypeError, match="no option 'greetin'"):
-        processor.apply_chat_template(messages, chat_template=template, greetin="Hello. ", tokenize=True)
+    for tokenize in (True, False):
+        with pytest.raises(TypeError, match="no option 'greetin'"):
+            processor.apply_chat_template(messages, chat_template=template, greetin="Hello. ", tokenize=tokenize)
 
 
 def test_one_of_several_templates_is_taken_by_its_name(processor):

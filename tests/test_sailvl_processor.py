@@ -323,6 +323,10 @@ MISSPELT = [
     ({"audio": np.zeros(8)}, "takes images and videos, not audio"),
     ({"audios": [np.zeros(8)]}, "takes images and videos, not audios"),
     ({"y" * 9999: 2}, "no option 'yyyy"),
+    *[
+        ({name: 1}, f"no option '{name}': pass it to generate, or to a pipeline in generate_kwargs={{...}}")
+        for name in ("max_new_tokens", "do_sample", "temperature")
+    ],
 ]
 
 
@@ -620,6 +624,108 @@ def test_a_message_takes_an_image_in_every_form(processor, tmp_path):
             batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
             assert torch.equal(batch["pixel_values"], torch.cat([tiles] * rows)), name
             assert [images_in(ids) for ids in batch["input_ids"].tolist()] == [[4 * len(tiles)]] * rows
+
+
+TEXT = {"type": "text", "text": "Why?"}
+BROKEN = {
+    "no image": ({"type": "image"}, "an image part needs one of image, url, path, base64; got none"),
+    "None for an image": ({"type": "image", "image": None}, "needs one of image, url, path, base64; got none"),
+    "an image under no key of its own": ({"type": "image", "img": "a.png"}, "one of image, url, path, base64; got img"),
+    "two images": ({"type": "image", "url": "a", "path": "b"}, "one of image, url, path, base64; got url, path"),
+    "an option of an image": ({"type": "image", "image": "a", "max_pixels": 9}, "base64, not max_pixels: options are"),
+    "no video": ({"type": "video"}, "a video part needs one of video, url, path; got none"),
+    "a video in base64": ({"type": "video", "base64": "a"}, "a video part needs one of video, url, path; got base64"),
+    "an option of a video": ({"type": "video", "video": "a", "fps": 1}, "video, url, path, not fps: options are given"),
+    "no URL": ({"type": "image_url"}, 'an image_url part needs "image_url": {"url": ...}'),
+    "an empty URL": ({"type": "image_url", "image_url": {}}, 'an image_url part needs "image_url": {"url": ...}'),
+    "None for a text": ({"type": "text", "text": None}, "a text part needs text, a string, got NoneType"),
+    "no text": ({"type": "text"}, "a text part needs text, a string, got NoneType"),
+    "a number for a text": ({"type": "text", "text": 3}, "a text part needs text, a string, got int"),
+    "no type": ({"text": "Why?"}, "expected a part with a type, .* got a dict of text"),
+    "a plain text": ("Why?", "expected a part with a type, .* got str"),
+    "a plain picture": (Image.new("RGB", (8, 8)), "expected a part with a type, .* got Image"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_part_that_cannot_be_read_is_refused_where_it_is(case, processor):
+    part, message = BROKEN[case]
+    message = message.replace("{", r"\{")
+    chat = [{"role": "user", "content": "Why?"}, {"role": "user", "content": [TEXT, part]}]
+    with pytest.raises((TypeError, ValueError), match=f"^message 1, part 1: .*{message}") as caught:
+        processor.apply_chat_template(chat, tokenize=True)
+    assert len(str(caught.value)) < 300
+    with pytest.raises((TypeError, ValueError), match=f"^conversation 1, message 1, part 1: .*{message}"):
+        processor.apply_chat_template([chat[:1], chat], tokenize=True)
+
+
+CONVERSATIONS = {
+    "an empty one": ([], "the conversation is empty"),
+    "an empty one of a batch": ([[]], "conversation 0 is empty"),
+    "an empty one beside another": ([[user("Why?")], []], "conversation 1 is empty"),
+    "a message": (user("Why?"), "the conversation: expected a list of messages, got dict"),
+    "a text": ("Why?", "the conversation: expected a list of messages, got str"),
+    "None": (None, "the conversation: expected a list of messages, got NoneType"),
+    "a message beside conversations": (
+        [[user("Why?")], user("Why?")],
+        "conversation 1: expected a list of .* got dict",
+    ),
+    "texts": (["Why?"], "message 0: expected {'role': 'user', 'content': ...}, got str"),
+    "no role": ([{"content": "Why?"}], "message 0: expected {'role': 'user', 'content': ...}, got a dict of content"),
+    "no content": ([{"role": "user"}], "message 0: content must be a text or a list of parts, got NoneType"),
+    "a number": ([{"role": "user", "content": 3}], "message 0: content must be a text or a list of parts, got int"),
+    "one part": ([{"role": "user", "content": TEXT}], "message 0: content must be a text or a list of parts, got dict"),
+}
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_what_is_no_conversation_is_refused(case, tokenize, processor):
+    conversation, message = CONVERSATIONS[case]
+    with pytest.raises((TypeError, ValueError), match="^" + message.replace("'", '"').replace("{", r"\{")):
+        processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+def test_what_a_template_can_render_is_a_conversation(processor):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    prompt = processor.apply_chat_template([user("Why?"), call])
+    assert prompt == processor.apply_chat_template([user("Why?"), {"role": "assistant", "content": ""}])
+    merged = {"type": "text", "text": "Why?", "image": None}  # as rows of a table hold it
+    chats = [[{"role": "user", "content": [merged]}], [user("Why?")]]
+    alone = processor.apply_chat_template(chats[1])
+    assert processor.apply_chat_template(chats) == [alone] * 2
+    assert processor.apply_chat_template([Chat(chat) for chat in chats]) == [alone] * 2
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("add_generation_promt", "add_generation_prompt"), ("tokenise", "tokenize")]
+)
+def test_a_misspelt_option_of_a_template_is_refused(name, nearest, tokenize, processor):
+    with pytest.raises(TypeError, match=f"no option '{name}'; did you mean {nearest}\\?"):
+        processor.apply_chat_template([user("Why?")], tokenize=tokenize, **{name: True})
+
+
+def test_options_of_a_call_are_checked_where_only_the_prompt_is_asked_for(processor):
+    with pytest.raises(TypeError, match="processor_kwargs must be a dict of options, got list"):
+        processor.apply_chat_template([user("Why?")], processor_kwargs=[1])
+    with pytest.raises(TypeError, match="did you mean max_tiles"):
+        processor.apply_chat_template([user("Why?")], processor_kwargs={"max_tile": 1})
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["data:image/jpeg;base64,@@@@", "data:text/plain,Why?", "data:image/svg+xml,<svg/>", "data:video/mp4;base64,AAAA"],
+)
+def test_a_url_of_what_is_no_image_is_said_to_be_none(uri, processor):
+    with pytest.raises(ValueError, match=r"its \d bytes are no image that Pillow reads$"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": uri}]}], tokenize=True)
+
+
+@pytest.mark.parametrize("source", ["ftp://host/a.png", "s3://bucket/a.png", "iVBORw0KGgo"])
+def test_the_urls_that_are_read_are_named(source, processor):
+    with pytest.raises(ValueError, match=r"no such file.* of URLs http, https, file and data are read"):
+        processor(source, "<IMG_CONTEXT>")
 
 
 def test_openais_image_url_is_an_image(processor):

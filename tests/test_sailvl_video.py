@@ -5,8 +5,11 @@ import builtins
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -39,6 +42,23 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> SAILVLProcessor:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 seconds of 10 frames each."""
     return write_film(tmp_path_factory.mktemp("videos") / "clip.mp4")
+
+
+@pytest.fixture
+def served():
+    """What gives a file its http URL."""
+    servers = []
+
+    def serve(path: Path) -> str:
+        handler = partial(SimpleHTTPRequestHandler, directory=str(path.parent))
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/{path.name}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 def pictures(count: int) -> list[np.ndarray]:
@@ -178,7 +198,19 @@ REFUSED = [
     ({"videos_kwargs": {"max_tiles": 2}}, TypeError, "no option 'max_tiles'; it belongs in images_kwargs"),
     ({"images_kwargs": {"num_frames": 2}}, TypeError, "no option 'num_frames'; it belongs in videos_kwargs"),
     ({"num_frames": 2, "videos_kwargs": {"num_frames": 2}}, ValueError, "num_frames: given twice, in videos_kwargs"),
-    ({"video_metadata": {"fpss": 2}}, TypeError, "fpss"),
+    ({"fps": True}, ValueError, "fps must be a positive number, got True"),
+    ({"do_sample_frames": "no"}, ValueError, "do_sample_frames must be True or False, got 'no'"),
+    ({"return_metadata": 1}, ValueError, "return_metadata must be True or False"),
+    ({"video_metadata": {"fsp": 2}}, TypeError, "video_metadata[0] has no field 'fsp'; did you mean fps?"),
+    ({"video_metadata": {"nonsense": 2}}, TypeError, "no field 'nonsense'; the fields are total_num_frames, fps"),
+    *[
+        ({"video_metadata": {"fps": fps}}, ValueError, "video_metadata[0]: fps must be a positive number, or None")
+        for fps in ("25", 0, -1, True)
+    ],
+    ({"videos_kwargs": [1]}, TypeError, "videos_kwargs must be a dict of options, got list"),
+    ({"images_kwargs": "fps"}, TypeError, "images_kwargs must be a dict of options, got str"),
+    ({"common_kwargs": 3}, TypeError, "common_kwargs must be a dict of options, got int"),
+    ({"video_kwargs": {"fps": 1}}, TypeError, "no option 'video_kwargs'; did you mean videos_kwargs?"),
     ({"video_metadata": 25}, TypeError, "video_metadata must be a VideoMetadata, a dict or a list of them, got int"),
 ]
 
@@ -187,6 +219,15 @@ REFUSED = [
 def test_an_option_that_cannot_be_followed_is_refused(options, error, message, processor, clip):
     with pytest.raises(error, match=re.escape(message)):
         processor(text=PROMPT, videos=clip, **options)
+    with pytest.raises(error, match=re.escape(message)):
+        message_of_it = {"role": "user", "content": [{"type": "video", "path": str(clip)}]}
+        processor.apply_chat_template([message_of_it], tokenize=True, **options)
+
+
+def test_indices_are_plain_integers(processor, clip):
+    for video in (clip, np.stack(pictures(6))):
+        batch = processor(text=PROMPT, videos=video, num_frames=np.int64(3), return_metadata=True)
+        assert {type(index) for index in batch["video_metadata"][0].frames_indices} == {int}
 
 
 def test_a_rate_needs_to_know_that_of_the_frames(processor):
@@ -242,6 +283,33 @@ def test_an_animated_image_is_a_video(file, processor, tmp_path, monkeypatch):
         assert frames_of(processor, video, num_frames=4) == [0, 10, 20, 30]
     assert frames_of(processor, path, fps=2) == list(range(0, 40, 5))
     assert frames_of(processor, path, do_sample_frames=False) == list(range(40))
+
+
+@pytest.mark.parametrize("file", ["clip.gif", "clip.webp", "clip.png"])
+def test_an_animated_image_is_a_video_by_any_url(file, processor, tmp_path, served):
+    content = base64.b64encode(write_animation(tmp_path / file).read_bytes()).decode()
+    for url in (f"data:image/{file[5:]};base64,{content}", served(tmp_path / file)):
+        for video in (url, [url], [[url]]):
+            assert frames_of(processor, video, num_frames=4) == [0, 10, 20, 30]
+        assert frames_of(processor, [url, url], "<video>\n<video>", num_frames=2) == [0, 20, 0, 20]
+        message = {"role": "user", "content": [{"type": "video", "url": url}]}
+        assert len(processor.apply_chat_template([message], tokenize=True, return_dict=True)["pixel_values"]) == 8
+
+
+@pytest.mark.parametrize("file", ["still.png", "still.webp", "still.jpg"])
+def test_pictures_by_url_are_frames(file, processor, tmp_path, served):
+    Image.fromarray(pictures(4)[3]).save(tmp_path / file, quality=100)
+    content = base64.b64encode((tmp_path / file).read_bytes()).decode()
+    for url in (f"data:image/{file[6:].replace('jpg', 'jpeg')};base64,{content}", served(tmp_path / file)):
+        assert frames_of(processor, url) == frames_of(processor, [url]) == [3]
+        assert frames_of(processor, [url, url]) == [3, 3]
+
+
+def test_pages_and_views_of_a_picture_are_no_frames(processor, tmp_path):
+    for file in ("pages.tif", "views.mpo", "views.jpg"):
+        first, *others = map(Image.fromarray, pictures(2))
+        first.save(tmp_path / file, "TIFF" if file.endswith("tif") else "MPO", save_all=True, append_images=others)
+        assert frames_of(processor, str(tmp_path / file)) == [0]
 
 
 def test_pictures_are_frames_where_animated_images_are_videos(processor, tmp_path):
