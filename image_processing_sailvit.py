@@ -209,7 +209,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
     return_tensors = None
 
     def __init__(self, **kwargs: Any):
-        self._refuse_unknown(kwargs)
+        self.refuse_unknown(kwargs)
         if kwargs.get("size") is not None:  # transformers would take one number for the shortest edge
             kwargs["size"] = dict(zip(("height", "width"), _height_and_width(kwargs["size"]), strict=True))
         super().__init__(**kwargs)
@@ -219,7 +219,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers' own, and an override that misspells an option is refused, not dropped. Others must pass: the
         pipelines send here what they also send to the model."""
-        cls._refuse_unknown({key: None for key in kwargs if cls._nearest_option(key)})
+        cls.refuse_unknown({key: None for key in kwargs if cls._nearest_option(key)})
         own = {key: kwargs.pop(key) for key in cls.valid_kwargs.__annotations__.keys() & kwargs.keys()}
         return super().from_dict({**image_processor_dict, **own}, **kwargs)  # transformers < 5 would not check them
 
@@ -252,7 +252,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
             ValueError: An image cannot be read or tiled, or an option is out of range; the message names it.
             TypeError: An option that does not exist.
         """
-        self._refuse_unknown(kwargs)
+        self.refuse_unknown(kwargs)
         options = self._options(kwargs)
         pictures = [_read_picture(image, name, options) for name, image in _named_images(images)]
         if not pictures:
@@ -272,7 +272,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
 
     def read_picture(self, image: Any, **kwargs: Any) -> Image.Image:
         """One image, of any kind that `preprocess` takes, as the 8-bit RGB picture that it tiles."""
-        self._refuse_unknown(kwargs)
+        self.refuse_unknown(kwargs)
         options = self._options(kwargs)
         picture = _read_picture(image, "image", options)
         if picture.is_floating_point():
@@ -283,7 +283,7 @@ class SAILViTImageProcessor(TorchvisionBackend):
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
         """The tiles that `preprocess` makes of an image of `height` x `width` pixels, its thumbnail included."""
-        self._refuse_unknown(images_kwargs or {})
+        self.refuse_unknown(images_kwargs or {})
         options = self._options(images_kwargs or {})
         return sum(map(math.prod, _cuts_of(_grid_of(width, height, options), width, height, options)))
 
@@ -323,7 +323,8 @@ class SAILViTImageProcessor(TorchvisionBackend):
         return pixel_values
 
     @classmethod
-    def _refuse_unknown(cls, kwargs: Mapping[str, Any]) -> None:
+    def refuse_unknown(cls, kwargs: Mapping[str, Any]) -> None:
+        """Raise a TypeError that names the first option of `kwargs` that does not exist, and the nearest that does."""
         known = cls.valid_kwargs.__annotations__
         for key in kwargs:
             if key not in known and key not in SERVICE_KEYS and not key.startswith("_"):

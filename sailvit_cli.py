@@ -310,7 +310,7 @@ def _image_options(options: argparse.Namespace) -> dict[str, Any]:
     for name, _ in given:
         if name not in names:
             try:
-                SAILViTImageProcessor._refuse_unknown({name: None})
+                SAILViTImageProcessor.refuse_unknown({name: None})
             except TypeError as error:
                 raise ValueError(f"--image-option: {error}") from error
             raise ValueError(f"--image-option: expected one of {', '.join(sorted(names))}, got {name[:80]!r}")
