@@ -429,6 +429,8 @@ class SAILVLModel(nn.Module):
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -436,10 +438,17 @@ class SAILVLModel(nn.Module):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[torch.Tensor, ...]:
-        """Return what the language model returns without its head: last_hidden_state (B, S, E), the cache, ..."""
+        """
+        Return what the language model returns without its head: last_hidden_state (B, S, E), the cache, ...
+
+        Raises:
+            ValueError: As SAILVLForConditionalGeneration.forward does.
+        """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
         embeds = self.whole._embed(input_ids, inputs_embeds, pixel_values, image_features, kwargs.get(CACHE))
-        return self.language_model(inputs_embeds=embeds, **kwargs)
+        return self.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
 
 
 def _is_empty(cache: Any) -> bool:

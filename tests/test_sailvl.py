@@ -262,6 +262,9 @@ def test_the_base_model_is_the_model_without_its_head(model):
     with torch.no_grad():
         state = base(ids, pixel_values=pixels, use_cache=False).last_hidden_state
         assert torch.equal(model.language_model.lm_head(state), model(ids, pixels).logits)
+        mask = torch.ones_like(ids).index_fill_(1, torch.tensor([0, 1]), 0)
+        state = base(ids, pixels, mask, use_cache=False).last_hidden_state
+        torch.testing.assert_close(model.language_model.lm_head(state), model(ids, pixels, mask).logits)
     own = {name: parameter for name, parameter in model.named_parameters() if "lm_head" not in name}
     assert {*map(id, base.parameters())} == {*map(id, own.values())} and model.model is not model
     assert all("base_model" not in name and ".whole" not in name for name in model.state_dict())
