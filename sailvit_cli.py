@@ -231,7 +231,7 @@ def _encode(options: argparse.Namespace) -> int:
         print(f"{len(images)} encoded already")
         return 0
     processor = _processor(options, load_config(options.model).image_size)
-    model = load_tower(options.model, options.device, options.dtype, say=lambda line: print(line, flush=True))
+    model = load_tower(options.model, options.device, options.dtype, log=lambda line: print(line, flush=True))
     progress, broken = _Progress(len(targets)), 0
     for image in encode_images(list(targets), model, processor, options.batch_size, options.workers):
         for warning in image.warnings:
@@ -340,8 +340,8 @@ def _convert(options: argparse.Namespace) -> int:
                "from_layout", "prefix", "image_size", "dtype", "revision", "max_shard_size", "trust_pickle",
                "link", "overwrite")},
             verify=not options.no_verify,
-            say=lambda line: print(line, flush=True),
-            progress=progress,
+            log=lambda line: print(line, flush=True),
+            on_progress=progress,
         )  # fmt: skip
     finally:
         progress.close()
@@ -366,7 +366,7 @@ def _refresh(options: argparse.Namespace) -> int:
         options.source,
         overwrite=options.overwrite,
         verify=not options.no_verify,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     print(f"{options.source}: code of version {done.after}, before {done.before}; files written: {len(done.files)}")
     return 0
@@ -389,7 +389,7 @@ def _compose(options: argparse.Namespace) -> int:
         options.out,
         **{key: vars(options)[key] for key in ("dtype", "seed", "max_tiles", "overwrite")},
         verify=not options.no_verify,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     print(describe(done.verification) if done.verification else "not verified")
     print(f"{options.out}")
@@ -410,7 +410,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     progress = _ByteProgress()
     arguments = ("revision", "from_layout", "prefix", "trust_pickle", "deep")
-    report = inspect_checkpoint(options.source, **{key: vars(options)[key] for key in arguments}, progress=progress)
+    report = inspect_checkpoint(options.source, **{key: vars(options)[key] for key in arguments}, on_progress=progress)
     progress.close()
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -437,7 +437,7 @@ def _push(options: argparse.Namespace) -> int:
             options.folder,
             options.repo,
             **{key: vars(options)[key] for key in arguments},
-            say=lambda line: print(line, flush=True),
+            log=lambda line: print(line, flush=True),
         )
     except GateError as error:
         for problem in error.problems:

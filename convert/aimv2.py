@@ -73,11 +73,11 @@ class TowerJob(Job):
             yield from stream(self.tower.tensors[name], self.tower.found.names[name], self.dtype, start, stop)
 
     def write_weights(
-        self, folder: Path, max_shard_size: int | str, progress: Callable[[int, int], None]
+        self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         if self.layout.name in RUNTIMES and not RUNTIMES[self.layout.name].reads_shards:
             max_shard_size = 1 << 62
-        return super().write_weights(folder, max_shard_size, progress)
+        return super().write_weights(folder, max_shard_size, on_progress)
 
     def write_folder(self, folder: Path) -> None:
         write_folder(folder, self)

@@ -96,7 +96,7 @@ def compose_model(
     max_tiles: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Composition:
     """
     Writes a multimodal model, its connector not yet trained, to a folder; whole or not at all.
@@ -111,7 +111,7 @@ def compose_model(
         max_tiles: Of an image, its thumbnail not counted.
         overwrite: Whether `out` may be there already.
         verify: Whether the folder is loaded in a fresh process.
-        say: Told what was found and done, line by line.
+        log: Called with each progress message.
 
     Raises:
         CheckpointError: A source that does not load, or that does not fit the other; nothing was written.
@@ -134,7 +134,7 @@ def compose_model(
         if not says_pictures(tower.checkpoint):
             done.notes.append("the tower does not say how pictures are normalised: ImageNet's mean and std, assumed")
         for line in done.notes:
-            say(line)
+            log(line)
         with new_folder(out, overwrite) as folder:
             _write_model(folder, model, tower, text)
             copy_files(Path(scratch) / "tokenizer", folder)

@@ -49,8 +49,8 @@ def convert_checkpoint(
     link: bool = False,
     overwrite: bool = False,
     verify: bool = True,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    log: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Job:
     """
     Writes a checkpoint, or a part of it, to a folder, in another layout, resolution or precision; whole or not at all.
@@ -75,8 +75,8 @@ def convert_checkpoint(
             be made; else they are copied. What writes into a hard link in place changes the source too.
         overwrite: Whether `out` may be there already.
         verify: Whether the folder is loaded in a fresh process and held against the source.
-        say: Told what was found and done, line by line.
-        progress: Told the bytes that are written, and how many there will be.
+        log: Called with each progress message.
+        on_progress: Called with the bytes written so far and the total.
 
     Raises:
         CheckpointError: The source is not whole, or what is wanted of it cannot be; nothing was written.
@@ -98,12 +98,12 @@ def convert_checkpoint(
         raise CheckpointError(f"{source}: --link: no file of weights stays as it is, to be linked: leave it out")
     job.notes += training_notes(checkpoint)
     for line in job.notes:
-        say(line)
+        log(line)
     with new_folder(out, overwrite) as new, _hashing(job) as hashes:
-        digests = job.write_weights(new, SHARD_SIZE if max_shard_size is None else max_shard_size, progress)
+        digests = job.write_weights(new, SHARD_SIZE if max_shard_size is None else max_shard_size, on_progress)
         for line in job.write_notes():
             job.notes.append(line)
-            say(line)
+            log(line)
         job.write_folder(new)
         job.verification = job.verify(new) if verify else None
         write_provenance(new, job, _told(asked), hashes(), digests)

@@ -39,16 +39,16 @@ def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str
     return made
 
 
-def copy_file(source: Path, target: Path, progress: Callable[[int], None] = lambda count: None) -> None:
+def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = lambda count: None) -> None:
     """
     Args:
-        progress: Told the bytes that were written since it was last told.
+        on_progress: Called with the number of bytes written since the last call.
     """
     with source.open("rb", buffering=0) as before, target.open("wb", buffering=0) as after:
         for chunk in _chunks(before):
             while chunk:
                 written = after.write(chunk)
-                progress(written)
+                on_progress(written)
                 chunk = chunk[written:]
 
 

@@ -90,7 +90,7 @@ def inspect_checkpoint(
     prefix: str | None = None,
     trust_pickle: bool = False,
     deep: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """
     Looks a checkpoint over.
@@ -102,7 +102,7 @@ def inspect_checkpoint(
         prefix: What stands before the tower's names, where more than one tower could be meant.
         trust_pickle: Whether files of torch.save may run code of their own.
         deep: Whether to read the data, and so download it: NaN, infinities, hashes against provenance.json.
-        progress: With `deep`, told the bytes that were read, and how many there are.
+        on_progress: With `deep`, called with the bytes read so far and the total.
 
     Raises:
         CheckpointError: There is no such thing, or no weights in it. What is wrong with weights is in the report.
@@ -136,7 +136,7 @@ def inspect_checkpoint(
             _look_at_tower(report, checkpoint, find_tower(checkpoint, from_layout, prefix))
     if deep:
         with _noted(report):
-            _look_at_values(report, checkpoint, progress)
+            _look_at_values(report, checkpoint, on_progress)
     report.problems = list(dict.fromkeys(report.problems))
     return report
 
@@ -235,7 +235,7 @@ def _look_at_record(report: Report, checkpoint: Checkpoint) -> None:
         report.problems.append(Problem("missing", name, f"missing, but {PROVENANCE} recorded it"))
 
 
-def _look_at_values(report: Report, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+def _look_at_values(report: Report, checkpoint: Checkpoint, on_progress: Callable[[int, int], None]) -> None:
     record = checkpoint.document(PROVENANCE)
     for file, recorded in recorded_hashes(record, "files").items():
         if file in checkpoint.source.files and hash_file(checkpoint.source.path(file)) != recorded:
@@ -249,7 +249,7 @@ def _look_at_values(report: Report, checkpoint: Checkpoint, progress: Callable[[
     def count(read: int) -> None:
         nonlocal done
         done += read
-        progress(done, total)
+        on_progress(done, total)
 
     report.problems += value_problems(tensors, recorded_hashes(record, "tensors"), count)
 

@@ -107,7 +107,7 @@ class Job(ABC):
         return None
 
     def write_weights(
-        self, folder: Path, max_shard_size: int | str, progress: Callable[[int, int], None]
+        self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         """Streams the tensors into the folder; returns name -> sha256."""
         tensors = self.tensors()
@@ -116,7 +116,7 @@ class Job(ABC):
         def count(written: int) -> None:
             nonlocal done
             done += written
-            progress(done, total)
+            on_progress(done, total)
 
         check_space(folder, total)
         return write_weights(folder, tensors, max_shard_size, count)

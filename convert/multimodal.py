@@ -262,10 +262,10 @@ class WholeJob(StoredJob):
         return self.checkpoint.weight_map.keys() - {*self.names.values()}
 
     def write_weights(
-        self, folder: Path, max_shard_size: int | str, progress: Callable[[int, int], None]
+        self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         if not self.keeps_files:
-            return super().write_weights(folder, max_shard_size, progress)
+            return super().write_weights(folder, max_shard_size, on_progress)
         kept = {folder / self._file_name(file): self.checkpoint.source.path(file) for file in self.kept}
         linked = link_files(kept, self.link)
         copies, shards = {target: kept[target] for target in kept if target not in linked}, self._changed_shards()
@@ -276,7 +276,7 @@ class WholeJob(StoredJob):
         def count(written: int) -> None:
             nonlocal done
             done += written
-            progress(done, total)
+            on_progress(done, total)
 
         check_space(folder, total)
         for target, source in copies.items():
@@ -471,9 +471,9 @@ def _notes(job: WholeJob, names: Names) -> list[str]:
     return notes
 
 
-def _write_shard(path: Path, tensors: list[NewTensor], progress: Callable[[int], None]) -> dict[str, str]:
+def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[int], None]) -> dict[str, str]:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        digests = write_weights(Path(scratch), tensors, 1 << 62, progress)
+        digests = write_weights(Path(scratch), tensors, 1 << 62, on_progress)
         (Path(scratch) / WEIGHTS[0]).rename(path)
     return digests
 

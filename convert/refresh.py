@@ -47,7 +47,7 @@ def refresh_code(
     *,
     overwrite: bool = False,
     verify: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Refreshed:
     """
     Puts this package's code into a folder that has an earlier version's, with what has to go with it: auto_map in
@@ -59,7 +59,7 @@ def refresh_code(
         folder: On this machine.
         overwrite: Whether code that was edited, or of which nothing says that it was not, may be replaced.
         verify: Whether the new files are loaded with the folder's weights in a fresh process before they are put there.
-        say: Told what was done, line by line.
+        log: Called with each progress message.
 
     Raises:
         CheckpointError: The folder has no code of this package, a newer version of it, or edited code.
@@ -82,10 +82,10 @@ def refresh_code(
         _part(folder, name).unlink(missing_ok=True)
     changed = {name: content for name, content in new.items() if _bytes(folder / name) != content}
     if verify and changed:
-        say(_verify(folder, config, changed))
+        log(_verify(folder, config, changed))
     _replace(folder, changed)
     for line in [*(f"renewed: {name}" for name in changed), *notes]:
-        say(line)
+        log(line)
     return Refreshed(before, after, [*changed], notes)
 
 

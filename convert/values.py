@@ -110,7 +110,9 @@ def check_values(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> 
 
 
 def value_problems(
-    tensors: Mapping[str, StoredTensor], hashes: Mapping[str, str], progress: Callable[[int], None] = lambda count: None
+    tensors: Mapping[str, StoredTensor],
+    hashes: Mapping[str, str],
+    on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[Problem]:
     """
     Reads every tensor, and holds files of torch.save against their own checksums.
@@ -118,7 +120,7 @@ def value_problems(
     Args:
         tensors: By their names in the checkpoint.
         hashes: Name -> sha256 they should have, in hexadecimal, where that is known.
-        progress: Told the bytes that were read since it was last told.
+        on_progress: Called with the number of bytes read since the last call.
     """
     problems = []
     for file in {tensor.file for tensor in tensors.values() if tensor.mapped is not None}:
@@ -130,7 +132,7 @@ def value_problems(
             finite = finite and is_finite(chunk, tensor.dtype)
             if name in hashes:
                 digest.update(chunk)
-            progress(len(chunk))
+            on_progress(len(chunk))
         if not finite:
             problems.append(Problem("values", name, "holds NaN or infinity"))
         if name in hashes and digest.hexdigest() != hashes[name]:

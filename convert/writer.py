@@ -154,7 +154,7 @@ def check_space(folder: Path, wanted: int) -> None:
 
 
 def write_weights(
-    folder: Path, tensors: Iterable[NewTensor], max_shard_size: int | str, progress: Callable[[int], None]
+    folder: Path, tensors: Iterable[NewTensor], max_shard_size: int | str, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
     """
     Writes model.safetensors, or shards and their index if it would be larger than `max_shard_size`.
@@ -163,7 +163,7 @@ def write_weights(
         folder: Where; it exists.
         tensors: In the order in which they shall lie in the files.
         max_shard_size: In bytes, or as "5GB".
-        progress: Told the bytes that were written since it was last told.
+        on_progress: Called with the number of bytes written since the last call.
 
     Returns:
         Tensor name -> sha256 of its bytes, in hexadecimal.
@@ -177,7 +177,7 @@ def write_weights(
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         synced = []
         for file, names in shards.items():
-            digests |= _write_shard(folder / file, [by_name[name] for name in names], hashing, progress)
+            digests |= _write_shard(folder / file, [by_name[name] for name in names], hashing, on_progress)
             synced.append(syncing.submit(_sync_path, folder / file))
         for done in synced:
             done.result()
@@ -214,12 +214,12 @@ def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str)
 
 
 def _write_shard(
-    path: Path, tensors: list[NewTensor], hashing: ThreadPoolExecutor, progress: Callable[[int], None]
+    path: Path, tensors: list[NewTensor], hashing: ThreadPoolExecutor, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
     tensors = sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])  # so that each is aligned
     with path.open("wb", buffering=0) as file:
         _write_all(file, safetensors_header(tensors))
-        return {tensor.name: _write_tensor(file, tensor, hashing, progress) for tensor in tensors}
+        return {tensor.name: _write_tensor(file, tensor, hashing, on_progress) for tensor in tensors}
 
 
 def safetensors_header(tensors: Iterable[NewTensor]) -> bytes:
@@ -236,7 +236,7 @@ def safetensors_header(tensors: Iterable[NewTensor]) -> bytes:
 
 
 def _write_tensor(
-    file: BinaryIO, tensor: NewTensor, hashing: ThreadPoolExecutor, progress: Callable[[int], None]
+    file: BinaryIO, tensor: NewTensor, hashing: ThreadPoolExecutor, on_progress: Callable[[int], None]
 ) -> str:
     """Writes and hashes at once, both of which let other threads run, the hash a few chunks behind."""
     digest, written = hashlib.sha256(), 0
@@ -247,7 +247,7 @@ def _write_tensor(
             behind.popleft().result()
         _write_all(file, chunk)
         written += len(chunk)
-        progress(len(chunk))
+        on_progress(len(chunk))
     for hashed in behind:
         hashed.result()
     if written != tensor.nbytes:

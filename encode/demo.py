@@ -27,14 +27,14 @@ MAX_TILES = 4  # and a thumbnail; without AVX-512 two cores take 5 to 8 seconds 
 
 
 def run_demo(
-    out: Path, say: Callable[[str], None], size: str = "large", model: str | None = None, dtype: str = "auto"
+    out: Path, log: Callable[[str], None], size: str = "large", model: str | None = None, dtype: str = "auto"
 ) -> Path:
     """
     Converts, inspects, loads and runs a tower; returns the figure it draws.
 
     Args:
         out: Folder for the checkpoint, the tower, the tokens and the figure.
-        say: Where each line about what happens goes.
+        log: Called with each progress message.
         size: A published size, for random weights.
         model: Real weights instead: a file, a folder or a name on the Hub.
         dtype: To encode in; "auto" for bfloat16 where the processor has units for it, else float32.
@@ -49,36 +49,36 @@ def run_demo(
     what = f"Real weights: {model}"
     if model is None:
         what = f"AIMv2-{size.capitalize()} in Apple's names with RANDOM weights: only its tokens will mean nothing."
-    with _step(f"1. {what}", say):
+    with _step(f"1. {what}", log):
         source = model or str(write_synthetic(out / f"aimv2-{size}-random", published_shape(size), dtype="bfloat16"))
-        say(f"   {source}")
-    with _step(f"2. sailvit convert {source} {folder} --dtype bfloat16", say):
-        done = convert_checkpoint(source, folder, dtype="bfloat16", say=lambda line: say(f"   {line}"))
-        say(f"   {describe(done.verification)}")
-    with _step(f"3. sailvit inspect {folder}", say):
+        log(f"   {source}")
+    with _step(f"2. sailvit convert {source} {folder} --dtype bfloat16", log):
+        done = convert_checkpoint(source, folder, dtype="bfloat16", log=lambda line: log(f"   {line}"))
+        log(f"   {describe(done.verification)}")
+    with _step(f"3. sailvit inspect {folder}", log):
         for line in table(inspect_checkpoint(folder)).splitlines():
-            say(f"   {line}")
-    with _step("4. Loaded from that folder with AutoModel and remote code, in a process of its own:", say):
-        _encode_elsewhere(folder, tokens, dtype, say)
-    with _step("5. The picture, its tiles and the principal components of its tokens:", say):
+            log(f"   {line}")
+    with _step("4. Loaded from that folder with AutoModel and remote code, in a process of its own:", log):
+        _encode_elsewhere(folder, tokens, dtype, log)
+    with _step("5. The picture, its tiles and the principal components of its tokens:", log):
         _draw(tokens, figure)
-        say(f"   {figure}")
-    say(f"Done in {time.perf_counter() - started:.0f} s.")
+        log(f"   {figure}")
+    log(f"Done in {time.perf_counter() - started:.0f} s.")
     return figure
 
 
 @contextmanager
-def _step(title: str, say: Callable[[str], None]) -> Iterator[None]:
+def _step(title: str, log: Callable[[str], None]) -> Iterator[None]:
     """Say what is about to be done, and afterwards how long it took."""
-    say(title)
+    log(title)
     started = time.perf_counter()
     yield
-    say(f"   {time.perf_counter() - started:.1f} s")
+    log(f"   {time.perf_counter() - started:.1f} s")
 
 
-def _encode_elsewhere(folder: Path, tokens: Path, dtype: str, say: Callable[[str], None]) -> None:
+def _encode_elsewhere(folder: Path, tokens: Path, dtype: str, log: Callable[[str], None]) -> None:
     chosen, reason = choose_dtype(torch.bfloat16, "cpu", dtype)
-    say(f"   in {dtype_name(chosen)}: {reason}")
+    log(f"   in {dtype_name(chosen)}: {reason}")
     command = [sys.executable, str(EXAMPLES / "encode_photo.py"), str(folder), str(PHOTOGRAPH), str(tokens)]
     command += ["--max-tiles", str(MAX_TILES), "--dtype", dtype_name(chosen)]
     subprocess.run(command, check=True, env={**os.environ, "TQDM_DISABLE": "1"})

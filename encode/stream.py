@@ -81,7 +81,7 @@ def load_tower(
     path: str,
     device: str | torch.device | None = "cpu",
     dtype: str | torch.dtype = "auto",
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> SAILViTModel:
     """
     A tower ready to encode, from a folder or a Hub name, every weight of it accounted for; a classifier's head is left.
@@ -90,7 +90,7 @@ def load_tower(
         path: The folder, or the name on the Hub.
         device: To run on; None for a GPU if there is one.
         dtype: To compute in; "auto" for what `choose_dtype` says of the stored one and the device.
-        say: Where the line about device and dtype goes.
+        log: Called with each progress message.
 
     Raises:
         ValueError: It is no SAILViT, or weights are missing, too many or of another shape; the message names them. Or
@@ -110,7 +110,7 @@ def load_tower(
         if names:
             raise ValueError(f"{path}: {kind} keys in the checkpoint: {', '.join(map(str, names))}")
     compute_dtype, reason = choose_dtype(model.dtype, device, dtype)
-    say(f"runs on {device} in {dtype_name(compute_dtype)}: {reason}")
+    log(f"runs on {device} in {dtype_name(compute_dtype)}: {reason}")
     return model.to(device, compute_dtype).eval()
 
 

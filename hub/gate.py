@@ -57,7 +57,7 @@ def gate_folder(
     repo: str | None = None,
     *,
     all_versions: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Problem]:
     """
     Everything that speaks against publishing a folder; nothing, if the list is empty.
@@ -66,7 +66,7 @@ def gate_folder(
         folder: As it would be published, README.md included.
         repo: OWNER/NAME that it would have.
         all_versions: Whether it has to load on the oldest and the newest supported transformers too.
-        say: Told what was tried, line by line.
+        log: Called with each progress message.
 
     Raises:
         CheckpointError: There is no such folder, or no config.json that can be read in it.
@@ -77,7 +77,7 @@ def gate_folder(
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
     problems += [*card_problems(folder), *_look_over(folder), *_unverified(folder)]
     with _room_beside(folder) as scratch:
-        problems += _load_problems(folder, kind, scratch, all_versions, say)
+        problems += _load_problems(folder, kind, scratch, all_versions, log)
     return list(dict.fromkeys(problems))
 
 
@@ -132,7 +132,7 @@ def _unverified(folder: Path) -> Iterator[Problem]:
 
 
 def _load_problems(
-    folder: Path, kind: Kind, scratch: Path, all_versions: bool, say: Callable[[str], None]
+    folder: Path, kind: Kind, scratch: Path, all_versions: bool, log: Callable[[str], None]
 ) -> list[Problem]:
     copy = scratch / "model"  # without a dot, which would be one of a module's name
     for name, path in published_files(folder).items():
@@ -148,7 +148,7 @@ def _load_problems(
         return problems
     reference = {name.removeprefix("sailvit."): shown.pop(name) for name in [*shown] if name.startswith("sailvit.")}
     name = "this package" if ours else here
-    measure = _Measure(reference or shown, name, _tolerance(copy, kind), say)
+    measure = _Measure(reference or shown, name, _tolerance(copy, kind), log)
     problems += measure.differences(shown, here)
     for requirement in _requirements(problems) if all_versions and kind.library == "transformers" else ():
         problems += _try_release(copy, kind, requirement, measure)
@@ -173,7 +173,7 @@ def _untried(release: str, error: VersionError) -> Problem:
 
 
 def _try_release(copy: Path, kind: Kind, requirement: str, measure: "_Measure") -> list[Problem]:
-    measure.say(f"installing {requirement} to try it")
+    measure.log(f"installing {requirement} to try it")
     try:
         python = make_environment(copy.with_name(re.sub(r"\W", "", requirement)), requirement)
     except VersionError as error:
@@ -223,13 +223,13 @@ class _Measure:
         reference: The picture and what came of it, in float32.
         name: Whose it is.
         tolerance: Relative.
-        say: Told what was tried.
+        log: Called with each progress message.
     """
 
     reference: "Shown"
     name: str
     tolerance: float
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def differences(self, shown: "Shown", release: str) -> list[Problem]:
         """Where a stranger sees something else than arithmetic explains."""
@@ -245,7 +245,7 @@ class _Measure:
                 said = f"{what} are {difference:.1e} from those of {self.name}, relative: convert again"
                 problems.append(Problem("tokens", release, said))
             elif what == "tokens":
-                self.say(
+                self.log(
                     f"{release} loads it in a clean process, its tokens within {difference:.0e} of those of {self.name}"
                 )
         return problems

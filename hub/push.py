@@ -124,7 +124,7 @@ def push_folder(
     revision_note: str | None = None,
     all_versions: bool = False,
     api: HfApi | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Published:
     """
     Writes the folder's card, has it pass the gate, and publishes it.
@@ -139,7 +139,7 @@ def push_folder(
         revision_note: Text below the first line of the commit's message.
         all_versions: Whether the gate tries the oldest and the newest supported transformers too.
         api: The client, with an endpoint and a token; huggingface_hub's own settings if not given.
-        say: Told what is done, line by line.
+        log: Called with each progress message.
 
     Raises:
         CheckpointError: There is no such folder, or a file of it is broken.
@@ -153,17 +153,17 @@ def push_folder(
     with _told(target):
         published = _published_card(target)
     if write_card(folder, repo, tag or target.branch, published):
-        say("README.md: this folder's text below the mark takes the place of another on the Hub")
-    if problems := gate_folder(folder, repo, all_versions=all_versions, say=say):
+        log("README.md: this folder's text below the mark takes the place of another on the Hub")
+    if problems := gate_folder(folder, repo, all_versions=all_versions, log=log):
         raise GateError(str(folder), problems)
-    say("the gate is passed")
-    return publish(target, folder, say)
+    log("the gate is passed")
+    return publish(target, folder, log)
 
 
-def publish(target: Target, folder: Path, say: Callable[[str], None] = lambda line: None) -> Published:
+def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda line: None) -> Published:
     """The last step of push_folder: a folder as it is. Nothing outside asks for it without the gate."""
     with _told(target):
-        return _publish(target, folder, say)
+        return _publish(target, folder, log)
 
 
 def find_target(
@@ -225,7 +225,7 @@ def _published_card(target: Target) -> str:
         return ""
 
 
-def _publish(target: Target, folder: Path, say: Callable[[str], None]) -> Published:
+def _publish(target: Target, folder: Path, log: Callable[[str], None]) -> Published:
     local = {name: _hashed(path) for name, path in published_files(folder).items()}
     if not local:
         raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
@@ -235,15 +235,15 @@ def _publish(target: Target, folder: Path, say: Callable[[str], None]) -> Publis
     uploads, deletions = differences(local, target.files(head))
     url = f"{target.api.endpoint}/{target.repo}"
     if not uploads and not deletions:
-        say("the repository has all of it already")
+        log("the repository has all of it already")
         commit = head
     elif target.create_pr and (found := _find_pull_request(target, local)):
-        say(f"{found[1]} holds all of it already")
+        log(f"{found[1]} holds all of it already")
         (commit, url), uploads, deletions = found, [], []
     else:
         gone = f"; to take away, as the folder has none such: {', '.join(deletions)}" if deletions else ""
-        say(f"files to upload: {len(uploads)}{gone}")
-        commit, url = _commit(target, local, head, uploads, deletions, say)
+        log(f"files to upload: {len(uploads)}{gone}")
+        commit, url = _commit(target, local, head, uploads, deletions, log)
     compare(local, target.files(commit), target.repo, commit)
     if target.tag and not has_tag:
         target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
@@ -310,7 +310,7 @@ def _commit(
     head: str,
     uploads: list[str],
     deletions: list[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[str, str]:
     """The commit that holds the folder, made or found; and an address to look at it."""
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -325,7 +325,7 @@ def _commit(
     except (OSError, ValueError, RuntimeError, errors.HTTPError):
         if (found := _find_lost(target, local, head)) is None:
             raise
-        say("the Hub's answer was lost; the commit was found by its content")
+        log("the Hub's answer was lost; the commit was found by its content")
         return found
     return made.oid, made.pr_url or f"{target.api.endpoint}/{target.repo}"
 

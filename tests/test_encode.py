@@ -357,11 +357,11 @@ def test_wrong_usage_is_exit_code_two(tmp_path):
 
 
 def test_the_progress_of_little_is_not_told(monkeypatch, capsys):
-    progress = sailvit_cli._ByteProgress()
-    monkeypatch.setattr(time, "monotonic", lambda: progress.said + 11)
-    progress(1_000, 2_000_000)
+    on_progress = sailvit_cli._ByteProgress()
+    monkeypatch.setattr(time, "monotonic", lambda: on_progress.said + 11)
+    on_progress(1_000, 2_000_000)
     assert capsys.readouterr().err == ""
-    progress(10**9, 2 * 10**9)
+    on_progress(10**9, 2 * 10**9)
     assert capsys.readouterr().err == "1.00 of 2.00 GB\n"
 
 

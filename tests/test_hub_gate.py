@@ -174,7 +174,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 def test_a_conversion_passes_and_is_left_as_it_was(request, which):
     folder, said = request.getfixturevalue(which), []
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert gate_folder(folder, f"owner/{folder.name}", say=said.append) == []
+    assert gate_folder(folder, f"owner/{folder.name}", log=said.append) == []
     assert len(said) == 1 and "its tokens within 0e+00 of those of this package" in said[0]
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     assert after == before and not [*folder.parent.glob(".*gate*")]
@@ -264,5 +264,5 @@ def test_the_oldest_and_the_newest_release_load_it_too(multimodal):
     if "SAILVIT_VERSION_RUN" in os.environ:
         pytest.skip("already inside a run of another release")
     said: list[str] = []
-    assert gate_folder(multimodal, all_versions=True, say=said.append) == []
+    assert gate_folder(multimodal, all_versions=True, log=said.append) == []
     assert any("transformers==4.56.* loads it" in line for line in said), said

@@ -71,8 +71,8 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def push(hub, folder: Path, repo: str = REPO, token: str | bool = TOKEN, say=lambda line: None, **options):
-    return publish(find_target(HfApi(endpoint=hub.address, token=token), repo, **options), folder, say)
+def push(hub, folder: Path, repo: str = REPO, token: str | bool = TOKEN, log=lambda line: None, **options):
+    return publish(find_target(HfApi(endpoint=hub.address, token=token), repo, **options), folder, log)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -183,7 +183,7 @@ def test_one_cut_of_an_upload_is_nothing_to_tell(hub, folder):
 def test_a_commit_whose_answer_was_lost_is_found_by_its_content(hub, folder):
     said: list[str] = []
     hub.faults = [Fault("/commit/", "lose")]
-    done = push(hub, folder, say=said.append)
+    done = push(hub, folder, log=said.append)
     assert commits(hub) == 1 and published(hub, done.commit) == content(folder)
     assert any("found by its content" in line for line in said)
 
@@ -406,7 +406,7 @@ def test_a_conversion_is_published_and_the_usage_of_its_card_runs_elsewhere(hub,
     folder, said = tmp_path / "tower", []
     convert_checkpoint(make_checkpoint(tmp_path / "apple"), folder)
     api = HfApi(endpoint=hub.address, token=TOKEN)
-    done = push_folder(folder, REPO, tag="v1", revision_note="a note", api=api, say=said.append)
+    done = push_folder(folder, REPO, tag="v1", revision_note="a note", api=api, log=said.append)
     assert "the gate is passed" in said and commits(hub) == 1
     card = (folder / "README.md").read_text()
     script = card.split("```python\n")[1].split("```")[0].replace("picture.jpg", str(PHOTOGRAPH))

@@ -268,7 +268,7 @@ def put_in_cache(release: Path, cache: Path) -> Path:
 def test_what_is_saved_into_the_folder_leaves_its_source_as_it_is(release, tmp_path, cached):
     source = put_in_cache(release, tmp_path / "hub") if cached else release
     before, told = weights_of(source), []
-    done = convert(source, tmp_path / "out", progress=lambda count, total: told.append((count, total)))
+    done = convert(source, tmp_path / "out", on_progress=lambda count, total: told.append((count, total)))
     assert weights_of(tmp_path / "out") == before and not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
     placed = read(tmp_path / "out" / "provenance.json")["placed"]
     assert placed.keys() == before.keys() and {*placed.values()} <= {"copied", "reflinked"}
