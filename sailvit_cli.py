@@ -199,9 +199,6 @@ def _add_push(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     push.add_argument("--branch", metavar="B", help="made from main if it is not there; default: main")
     push.add_argument("--tag", metavar="T", help="put on the commit; the card pins it")
     push.add_argument("--revision-note", metavar="TEXT", help="below the title of the commit")
-    push.add_argument(
-        "--all-versions", action="store_true", help="try the oldest and the newest supported transformers too"
-    )
     push.set_defaults(run=_push)
 
 
@@ -431,7 +428,7 @@ def _push(options: argparse.Namespace) -> int:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    arguments = ("private", "create_pr", "branch", "tag", "revision_note", "all_versions")
+    arguments = ("private", "create_pr", "branch", "tag", "revision_note")
     try:
         done = push_folder(
             options.folder,

@@ -1,10 +1,9 @@
 """
 The gate: whether a folder may be published. Its files are looked over, and a copy of it is loaded by a stranger: in a
-clean process, offline, by the Auto classes of the installed transformers or of others too.
+clean process, offline, by the Auto classes of the installed transformers.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from ..convert.writer import check_space
 from .card import card_problems
 from .contents import file_problems, published_files
 from .kinds import LANGUAGE, MULTIMODAL, Kind, kind_of
-from .versions import VersionError, is_installed, make_environment, newest, oldest
 
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ def gate_folder(
     folder: str | Path,
     repo: str | None = None,
     *,
-    all_versions: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Problem]:
     """
@@ -65,7 +62,6 @@ def gate_folder(
     Args:
         folder: As it would be published, README.md included.
         repo: OWNER/NAME that it would have.
-        all_versions: Whether it has to load on the oldest and the newest supported transformers too.
         log: Called with each progress message.
 
     Raises:
@@ -77,7 +73,7 @@ def gate_folder(
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
     problems += [*card_problems(folder), *_look_over(folder), *_unverified(folder)]
     with _room_beside(folder) as scratch:
-        problems += _load_problems(folder, kind, scratch, all_versions, log)
+        problems += _load_problems(folder, kind, scratch, log)
     return list(dict.fromkeys(problems))
 
 
@@ -131,9 +127,7 @@ def _unverified(folder: Path) -> Iterator[Problem]:
         yield Problem("tokens", PROVENANCE, "it was never held against its source: convert again, without --no-verify")
 
 
-def _load_problems(
-    folder: Path, kind: Kind, scratch: Path, all_versions: bool, log: Callable[[str], None]
-) -> list[Problem]:
+def _load_problems(folder: Path, kind: Kind, scratch: Path, log: Callable[[str], None]) -> list[Problem]:
     copy = scratch / "model"  # without a dot, which would be one of a module's name
     for name, path in published_files(folder).items():
         if path.is_file():
@@ -143,53 +137,33 @@ def _load_problems(
                 copy_file(path, copy / name)
     here = f"transformers {version('transformers')}"
     ours = read_json(copy / "config.json").get("model_type") in ("sailvit", "sailvl")
-    problems, shown = _try(copy, kind, sys.executable, here, *(["sailvit"] if ours else []))
+    problems, shown = _try(copy, kind, here, *(["sailvit"] if ours else []))
     if shown is None:
         return problems
     reference = {name.removeprefix("sailvit."): shown.pop(name) for name in [*shown] if name.startswith("sailvit.")}
     name = "this package" if ours else here
     measure = _Measure(reference or shown, name, _tolerance(copy, kind), log)
-    problems += measure.differences(shown, here)
-    for requirement in _requirements(problems) if all_versions and kind.library == "transformers" else ():
-        problems += _try_release(copy, kind, requirement, measure)
-    return problems
+    return measure.differences(shown, here)
 
 
-def _requirements(problems: list[Problem]) -> Iterator[str]:
-    """The oldest and the newest supported release, without the installed one."""
-    for title, find in (("oldest", oldest), ("newest", newest)):
-        try:
-            requirement = find()
-        except VersionError as error:
-            problems.append(_untried(f"the {title} supported transformers", error))
-        else:
-            if not is_installed(requirement):
-                yield requirement
-
-
-def _untried(release: str, error: VersionError) -> Problem:
-    what = f"could not be tried: {_short(error)}: give pip a registry, or leave out --all-versions"
-    return Problem("version", release, what)
-
-
-def _try_release(copy: Path, kind: Kind, requirement: str, measure: "_Measure") -> list[Problem]:
-    measure.log(f"installing {requirement} to try it")
-    try:
-        python = make_environment(copy.with_name(re.sub(r"\W", "", requirement)), requirement)
-    except VersionError as error:
-        return [_untried(requirement, error)]
-    problems, shown = _try(copy, kind, python, requirement)
-    return problems if shown is None else measure.differences(shown, requirement)
-
-
-def _try(copy: Path, kind: Kind, python: str, who: str, *package: str) -> "tuple[list[Problem], Shown | None]":
+def _try(copy: Path, kind: Kind, who: str, *package: str) -> "tuple[list[Problem], Shown | None]":
     """What a process of its own sees, or why it sees nothing."""
     from safetensors import safe_open
 
     scratch, out = copy.parent, copy.with_name("shown.safetensors")
     out.unlink(missing_ok=True)
     script = "import sys; exec(compile(open(sys.argv[1]).read(), sys.argv.pop(1), 'exec'))"  # without this folder
-    command = [python, "-c", script, str(STRANGER), str(copy), str(PICTURE), str(out), kind.auto_class, *package]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(STRANGER),
+        str(copy),
+        str(PICTURE),
+        str(out),
+        kind.auto_class,
+        *package,
+    ]
     options = {"cwd": scratch, "env": _environment(scratch), "stdin": subprocess.DEVNULL, "capture_output": True}
     done = subprocess.run(command, text=True, **options)
     if done.returncode or not out.exists():
@@ -249,7 +223,3 @@ class _Measure:
                     f"{release} loads it in a clean process, its tokens within {difference:.0e} of those of {self.name}"
                 )
         return problems
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -122,7 +122,6 @@ def push_folder(
     branch: str | None = None,
     tag: str | None = None,
     revision_note: str | None = None,
-    all_versions: bool = False,
     api: HfApi | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Published:
@@ -137,7 +136,6 @@ def push_folder(
         branch: Made from main if it is not there; main if not given.
         tag: Put on the commit; the card pins it.
         revision_note: Text below the first line of the commit's message.
-        all_versions: Whether the gate tries the oldest and the newest supported transformers too.
         api: The client, with an endpoint and a token; huggingface_hub's own settings if not given.
         log: Called with each progress message.
 
@@ -154,7 +152,7 @@ def push_folder(
         published = _published_card(target)
     if write_card(folder, repo, tag or target.branch, published):
         log("README.md: this folder's text below the mark takes the place of another on the Hub")
-    if problems := gate_folder(folder, repo, all_versions=all_versions, log=log):
+    if problems := gate_folder(folder, repo, log=log):
         raise GateError(str(folder), problems)
     log("the gate is passed")
     return publish(target, folder, log)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import CheckpointError, convert_checkpoint
 from sailvit.hub import gate_folder, write_card
-from sailvit.hub import versions as versions_of
 from sailvit.hub.card import card_problems
 from sailvit.hub.contents import code_files, file_problems, published_files
 
@@ -240,29 +239,3 @@ def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):
 def test_a_conversion_that_nobody_verified_is_told(tower, unloaded):
     field("provenance.json", verification=None)(tower)
     assert [problem.where for problem in gate_folder(tower)] == ["provenance.json"]
-
-
-@pytest.mark.slow
-def test_a_release_that_cannot_be_had_is_a_failure_not_a_skip(converted, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    found = gate_folder(converted, all_versions=True)
-    tried = versions_of.is_installed(versions_of.oldest())
-    assert kinds(found) == {"version"} and len(found) == (1 if tried else 2), found
-    for problem in found:
-        assert "could not be tried" in problem.what and "give pip a registry" in problem.what
-
-
-def test_the_oldest_release_is_the_one_that_the_package_asks_for(monkeypatch):
-    monkeypatch.setattr(versions_of, "requires", lambda name: ["torch>=2.6", "transformers!=5.2.*,>=4.56; x"])
-    assert versions_of.oldest() == "transformers==4.56.*"
-
-
-@pytest.mark.slow
-@pytest.mark.nightly
-def test_the_oldest_and_the_newest_release_load_it_too(multimodal):
-    if "SAILVIT_VERSION_RUN" in os.environ:
-        pytest.skip("already inside a run of another release")
-    said: list[str] = []
-    assert gate_folder(multimodal, all_versions=True, log=said.append) == []
-    assert any("transformers==4.56.* loads it" in line for line in said), said
