@@ -16,10 +16,11 @@ from pathlib import Path
 
 from processes import SAILVIT, idle_bytes, measure
 
-from sailvit.convert.layouts import LAYOUTS, pieces
-from sailvit.convert.readers import hash_file, read_safetensors
+from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.storage.files import hash_file
+from sailvit.convert.storage.safetensors_io import read_safetensors, safetensors_header
+from sailvit.convert.storage.tensors import NewTensor
 from sailvit.convert.synthetic import apple_config, published_shape, write_synthetic
-from sailvit.convert.writer import NewTensor, safetensors_header
 
 
 SHARD = 200_000_000

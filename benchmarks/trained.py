@@ -23,9 +23,9 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
-from sailvit.convert.layouts import LAYOUTS, pieces
+from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.storage.tensors import NewTensor
 from sailvit.convert.synthetic import apple_config, published_shape
-from sailvit.convert.writer import NewTensor
 
 
 SHARD = 200_000_000

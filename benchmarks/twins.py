@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
 from sailvit.convert import convert_tensors
-from sailvit.convert.folder import timm_config, transformers_config
+from sailvit.convert.export.runtimes import timm_config, transformers_config
 
 
 def native_twin(tower: nn.Module, attn_implementation: str = "sdpa") -> Aimv2VisionModel:

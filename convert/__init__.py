@@ -8,9 +8,10 @@ composed by the classes that will run it.
 from .compose import compose_model
 from .conversion import convert_checkpoint
 from .inspect import inspect_checkpoint
-from .layouts import LAYOUTS, convert_tensors
-from .problems import CheckpointError
+from .models.aimv2_names import LAYOUTS
+from .models.aimv2_state_dict import convert_tensors
 from .refresh import refresh_code
+from .storage.errors import CheckpointError
 
 
 __all__ = [

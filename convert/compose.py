@@ -7,32 +7,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .beside import (
-    END_OF_TURN,
+from .conversion import convert_checkpoint, keep_apart
+from .export.code_files import copy_code
+from .export.converted_card import write_card
+from .export.image_settings import says_pictures
+from .export.provenance import save_record
+from .export.sailvl_files import (
     LOAD_ALL,
     PROCESSOR_FILES,
-    TOKENIZER_FILES,
-    VOCABULARIES,
-    copy_code,
-    copy_tokenizer,
-    first_line,
     new_processor,
     picture_settings,
     write_config,
     write_processor,
 )
-from .conversion import convert_checkpoint, keep_apart
-from .folder import name_of, save_record, says_pictures, write_card
-from .internlm2 import finds_internlm2
-from .internvit import finds_internvit
-from .job import DTYPES
-from .layouts import recognise
-from .multimodal import build_empty, describe_all, finds_multimodal, verify_all
-from .problems import CheckpointError
-from .readers import TORCH_DTYPES, Checkpoint, hash_file, read_json
-from .sources import find_source, licence_of, plain_name
-from .tokenizer import generation_settings, mark_tokenizer, padding_notes
-from .writer import check_free, new_folder, write_json
+from .export.tokenizer_files import END_OF_TURN, TOKENIZER_FILES, VOCABULARIES, copy_tokenizer
+from .models.aimv2_names import recognise
+from .models.internlm2 import finds_internlm2
+from .models.internlm2_tokenizer import generation_settings, mark_tokenizer, padding_notes
+from .models.internvit import finds_internvit
+from .models.sailvl import build_empty, describe_all, finds_multimodal, verify_all
+from .plan import DTYPES
+from .storage.checkpoint import Checkpoint
+from .storage.errors import CheckpointError
+from .storage.files import first_line, hash_file, read_json, write_json
+from .storage.output_folder import check_free, name_of, new_folder
+from .storage.sources import find_source, licence_of, plain_name
+from .storage.tensors import TORCH_DTYPES
 
 
 if TYPE_CHECKING:

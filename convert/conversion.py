@@ -10,18 +10,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .aimv2 import plan_tower
-from .folder import write_provenance
-from .internlm2 import finds_internlm2
-from .internvit import finds_internvit, plan_internvit
-from .job import SHARD_SIZE, Job, Options
-from .multimodal import PREFIXES, finds_multimodal, plan_whole, read_names
-from .parts import has_other_tower, plan_connector, plan_language, plan_other_tower
-from .problems import CheckpointError
-from .readers import Checkpoint, hash_file
-from .sources import LocalFolder, Source, find_source
-from .trained import all_sources, default_dtype, open_trained, training_notes
-from .writer import check_free, new_folder
+from .export.provenance import write_provenance
+from .models.aimv2 import plan_tower
+from .models.internlm2 import finds_internlm2
+from .models.internvit import finds_internvit, plan_internvit
+from .models.sailvl import PREFIXES, finds_multimodal, plan_whole, read_names
+from .models.sailvl_parts import has_other_tower, plan_connector, plan_language, plan_other_tower
+from .plan import SHARD_SIZE, Job, Options
+from .storage.checkpoint import Checkpoint
+from .storage.errors import CheckpointError
+from .storage.files import hash_file
+from .storage.output_folder import check_free, new_folder
+from .storage.sources import LocalFolder, Source, find_source
+from .storage.training_run import all_sources, default_dtype, open_trained, training_notes
 
 
 # What is asked of a tower alone, as attributes of Options.

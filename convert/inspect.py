@@ -8,20 +8,21 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .adapter import is_wrapped
-from .code import Code, find_code
-from .copying import is_hard_link
-from .folder import read_pictures
-from .internlm2 import finds_internlm2
-from .internvit import finds_internvit
-from .multimodal import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_names
-from .parts import has_other_tower, part_fields, part_problems
-from .problems import CheckpointError, Problem
-from .readers import PROVENANCE, Checkpoint, StoredTensor, hash_file
-from .sources import ADAPTER, ENGINE_ENTRIES, LocalFolder, find_source, weight_files
-from .ties import text_fields
-from .tower import Tower, find_tower, size_name
-from .values import recorded_hashes, torch_name, value_problems
+from .export.code_files import Code, find_code
+from .export.image_settings import read_pictures
+from .models.aimv2_config import Tower, find_tower, size_name
+from .models.internlm2 import finds_internlm2
+from .models.internvit import finds_internvit
+from .models.sailvl import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_names
+from .models.sailvl_parts import has_other_tower, part_fields, part_problems
+from .storage.checkpoint import Checkpoint
+from .storage.errors import CheckpointError, Problem
+from .storage.files import hash_file, is_hard_link
+from .storage.hashes import recorded_hashes, value_problems
+from .storage.lora import is_wrapped
+from .storage.sources import ADAPTER, ENGINE_ENTRIES, PROVENANCE, LocalFolder, find_source, weight_files
+from .storage.tensors import StoredTensor, torch_name
+from .storage.tied_embeddings import text_fields
 
 
 PARTS = ("mlp1", "language_model")

@@ -10,15 +10,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .code import MARK as VERSION_FILE
-from .code import code_files, is_old_template, is_ours, package_version, read_version
-from .folder import PACKAGE, versions
-from .multimodal import verify_all
-from .problems import CheckpointError
-from .readers import PROVENANCE, read_json
-from .tokenizer import generation_settings
-from .values import recorded_hashes
-from .verify import run_alone
+from .export.code_files import MARK as VERSION_FILE
+from .export.code_files import PACKAGE, code_files, is_old_template, is_ours, package_version, read_version
+from .export.provenance import versions
+from .models.internlm2_tokenizer import generation_settings
+from .models.sailvl import verify_all
+from .storage.errors import CheckpointError
+from .storage.files import read_json
+from .storage.hashes import recorded_hashes
+from .storage.sources import PROVENANCE
+from .verify.outputs import run_alone
 
 
 CONFIG, TEMPLATE, TOKENIZER = "config.json", "chat_template.jinja", "tokenizer_config.json"

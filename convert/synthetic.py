@@ -8,11 +8,12 @@ from zlib import crc32
 
 import numpy as np
 
-from .layouts import LAYOUTS, Piece, TowerShape, pieces
-from .readers import CHUNK, TORCH_DTYPES
-from .tower import HEAD_WIDTH, MLP_WIDTHS, SIZE_NAMES
-from .values import cast
-from .writer import NewTensor, write_json, write_weights
+from .export.runtimes import SIZE_NAMES
+from .models.aimv2_config import HEAD_WIDTH, MLP_WIDTHS
+from .models.aimv2_names import LAYOUTS, Piece, TowerShape, pieces
+from .storage.files import write_json
+from .storage.safetensors_io import write_weights
+from .storage.tensors import CHUNK, TORCH_DTYPES, NewTensor, cast
 
 
 def published_shape(size: str, image_size: int = 448, blocks: int | None = None) -> TowerShape:

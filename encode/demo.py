@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from ..convert import convert_checkpoint, inspect_checkpoint
 from ..convert.inspect import table
-from ..convert.sources import check_name
+from ..convert.storage.sources import check_name
 from ..convert.synthetic import published_shape, write_synthetic
-from ..convert.verify import describe
+from ..convert.verify.outputs import describe
 from ..devices import choose_dtype, dtype_name
 from .figure import draw_tokens
 

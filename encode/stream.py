@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
 from ..configuration_sailvit import SAILViTConfig
-from ..convert.sources import check_name
+from ..convert.storage.sources import check_name
 from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel

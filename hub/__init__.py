@@ -4,8 +4,8 @@ Folders to the Hub: a card is written, the gate tries the folder as a stranger w
 Importing it imports neither torch nor transformers.
 """
 
-from .card import write_card
-from .gate import GateError, gate_folder
+from .checks import GateError, gate_folder
+from ..convert.export.card import write_card
 from .push import Published, PushError, push_folder
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 from huggingface_hub.hf_api import RepoFile
 
-from ..convert.readers import CHUNK
-from ..convert.verify import VerificationError
-from .card import write_card
-from .contents import is_of_model, published_files
-from .gate import GateError, check_folder, gate_folder
+from ..convert.export.card import write_card
+from ..convert.storage.errors import VerificationError
+from ..convert.storage.tensors import CHUNK
+from .checks import GateError, check_folder, gate_folder
+from .files import is_of_model, published_files
 
 
 MAIN = "main"

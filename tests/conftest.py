@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
-from sailvit.convert.folder import timm_config, transformers_config
-from sailvit.convert.layouts import TowerShape
+from sailvit.convert.export.runtimes import timm_config, transformers_config
+from sailvit.convert.models.aimv2_names import TowerShape
 from sailvit.convert.synthetic import apple_config, write_synthetic
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, AutoTokenizer
 
 from sailvit import SAILViTConfig, SAILViTModel
-from sailvit.convert.folder import transformers_config
-from sailvit.convert.layouts import convert_tensors
+from sailvit.convert.export.runtimes import transformers_config
+from sailvit.convert.models.aimv2_state_dict import convert_tensors
 
 
 IMAGE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import sailvit_cli
 from sailvit import SAILVLForConditionalGeneration
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
-from sailvit.convert.ties import find_ends, is_tied, untied
+from sailvit.convert.storage.tied_embeddings import find_ends, is_tied, untied
 
 
 IMAGE = 309  # <IMG_CONTEXT> in the toy tokenizer

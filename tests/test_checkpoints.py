@@ -15,20 +15,16 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sailvit.convert.layouts import LAYOUTS, pieces
-from sailvit.convert.problems import CheckpointError
-from sailvit.convert.readers import (
-    LONGEST_HEADER,
-    TORCH_DTYPES,
-    Checkpoint,
-    read_index,
-    read_pickle,
-    read_safetensors,
-)
-from sailvit.convert.sources import find_source
-from sailvit.convert.tower import find_tower
-from sailvit.convert.values import is_finite, to_bytes
-from sailvit.convert.writer import NewTensor, new_folder, write_weights
+from sailvit.convert.models.aimv2_config import find_tower
+from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.storage.checkpoint import Checkpoint
+from sailvit.convert.storage.errors import CheckpointError
+from sailvit.convert.storage.files import read_index
+from sailvit.convert.storage.output_folder import new_folder
+from sailvit.convert.storage.safetensors_io import LONGEST_HEADER, read_safetensors, write_weights
+from sailvit.convert.storage.sources import find_source
+from sailvit.convert.storage.tensors import TORCH_DTYPES, NewTensor, is_finite, to_bytes
+from sailvit.convert.storage.torch_pickle import read_pickle
 
 
 def bytes_of(stored) -> bytes:

@@ -22,10 +22,11 @@ from transformers import AutoImageProcessor, AutoModel
 import sailvit_cli
 from sailvit import SAILViTModel
 from sailvit.convert import LAYOUTS, CheckpointError, convert_checkpoint, convert_tensors, inspect_checkpoint
-from sailvit.convert.folder import transformers_config
-from sailvit.convert.layouts import TowerShape
+from sailvit.convert.export.runtimes import transformers_config
+from sailvit.convert.models.aimv2_names import TowerShape
+from sailvit.convert.storage.errors import VerificationError
 from sailvit.convert.synthetic import published_shape, write_synthetic
-from sailvit.convert.verify import TOLERANCE, VerificationError
+from sailvit.convert.verify.outputs import TOLERANCE
 
 
 RUNTIMES = ("sailvit", "transformers", "timm")
@@ -279,9 +280,9 @@ def test_verification_asks_the_sources_own_code(tmp_path, source, target, refere
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "reference"), [("sailvit", "Aimv2VisionModel"), ("transformers", "SAILViTModel")])
 def test_verification_without_timm_asks_code_that_is_not_the_folders(tmp_path, apple, monkeypatch, target, reference):
-    from sailvit.convert import verify
+    from sailvit.convert.models import aimv2_reference
 
-    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    monkeypatch.setattr(aimv2_reference, "find_spec", lambda name: None)
     figures = convert(apple, tmp_path / "out", to_layout=target, image_size=84, verify=True).verification
     assert figures["reference"].startswith(reference) and figures["relative_difference"] < 1e-5
 
@@ -313,9 +314,9 @@ def test_a_table_with_two_names_exchanged_is_caught(tmp_path, apple, monkeypatch
 
 @pytest.mark.slow
 def test_a_folder_that_does_not_load_is_caught(tmp_path, apple, monkeypatch):
-    from sailvit.convert import folder
+    from sailvit.convert.export import runtimes
 
-    monkeypatch.setattr(folder, "CODE", folder.CODE[:1])
+    monkeypatch.setattr(runtimes, "CODE", runtimes.CODE[:1])
     with pytest.raises(VerificationError, match="does not load in a fresh process"):
         convert(apple, tmp_path / "out", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
@@ -723,7 +724,7 @@ def test_memory_is_bounded_by_a_shard_not_by_the_checkpoint(tmp_path, suffix):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, apple, monkeypatch):
-    from sailvit.convert import aimv2
+    from sailvit.convert.models import aimv2
 
     def interrupted(*arguments):
         raise KeyboardInterrupt

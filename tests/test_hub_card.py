@@ -9,8 +9,8 @@ from conftest import ROOT, TINY_SHAPE, make_checkpoint, published_config
 from huggingface_hub import ModelCard
 
 from sailvit.convert import CheckpointError, convert_checkpoint
-from sailvit.hub.card import CITATION, MARK, NO_LICENCE, card_problems, write_card
-from sailvit.hub.kinds import CLASSIFIER, LANGUAGE, MULTIMODAL, TIMM, TOWER
+from sailvit.convert.export.card import CITATION, MARK, NO_LICENCE, card_problems, write_card
+from sailvit.convert.export.model_types import CLASSIFIER, LANGUAGE, MULTIMODAL, TIMM, TOWER
 
 
 APPLE = {"name": "apple/aimv2", "revision": "a" * 40, "license": "other", "license_name": "apple-amlr"}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import CheckpointError, convert_checkpoint
+from sailvit.convert.export.card import card_problems
 from sailvit.hub import gate_folder, write_card
-from sailvit.hub.card import card_problems
-from sailvit.hub.contents import code_files, file_problems, published_files
+from sailvit.hub.files import code_files, file_problems, published_files
 
 
 SECRET = "hf_" + "a1B2" * 8
@@ -42,7 +42,7 @@ def multimodal(tmp_path_factory) -> Path:
 @pytest.fixture
 def unloaded(monkeypatch):
     """For what is seen without loading the folder."""
-    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_words_of_a_tokenizer_are_no_places(multimodal, tmp_path):
 
 
 def test_what_a_killed_gate_left_is_cleared_away(tower, monkeypatch):
-    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     for process in (2**22 + 1, os.getppid()):  # the first is more than there can be
         (tower.parent / f".tower.gate-{process}" / "model").mkdir(parents=True)
     gate_folder(tower)

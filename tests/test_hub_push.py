@@ -19,9 +19,9 @@ import sailvit_cli
 from hub import OWNER, TOKEN, Commit, Fault, serve_writable
 from sailvit import SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import convert_checkpoint
-from sailvit.convert.verify import VerificationError
+from sailvit.convert.export.card import MARK
+from sailvit.convert.storage.errors import VerificationError
 from sailvit.hub import GateError, PushError, push_folder
-from sailvit.hub.card import MARK
 from sailvit.hub.push import find_target, publish
 
 
@@ -425,7 +425,7 @@ def test_a_conversion_is_published_and_the_usage_of_its_card_runs_elsewhere(hub,
 def test_what_the_gate_finds_is_not_published(hub, tmp_path, monkeypatch):
     folder = tmp_path / "tower"
     convert_checkpoint(make_checkpoint(tmp_path / "apple"), folder, verify=False)
-    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     with pytest.raises(GateError, match=r"tower: not published: provenance\.json: it was never held") as raised:
         push_folder(folder, REPO, api=HfApi(endpoint=hub.address, token=TOKEN))
     assert len(raised.value.problems) == 1 and hub.repositories == {}
@@ -437,7 +437,7 @@ def test_the_command_tells_every_problem_and_publishes_nothing(hub, tmp_path, mo
     (folder / "notes.txt").write_text("to do")
     (folder / "optimizer.pt").write_bytes(b"")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     assert sailvit_cli.main(["push", str(folder), REPO]) == 2
     said = capsys.readouterr()
     assert "stray        notes.txt: no file of a published model" in said.out and "optimizer.pt" in said.out

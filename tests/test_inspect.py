@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor
 from sailvit.convert import LAYOUTS, convert_checkpoint, inspect_checkpoint
+from sailvit.convert.storage.safetensors_io import safetensors_header
+from sailvit.convert.storage.tensors import NewTensor
 from sailvit.convert.synthetic import published_shape
-from sailvit.convert.writer import NewTensor, safetensors_header
 
 
 def run(capsys, *arguments: object) -> tuple[int, str]:
@@ -58,7 +59,7 @@ def test_sizes_are_told(tmp_path, size):
     shape = published_shape(size)
     folder = tmp_path / "sparse"
     folder.mkdir()
-    from sailvit.convert.layouts import pieces
+    from sailvit.convert.models.aimv2_names import pieces
 
     tensors = [NewTensor(piece.name, "BF16", piece.shape, iter) for piece in pieces(LAYOUTS["timm"], shape)]
     header = safetensors_header(tensors)

@@ -18,15 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from sailvit.convert import CheckpointError, convert_checkpoint, internlm2, internvit
-from sailvit.convert.intern import grouped_runs, stored_shapes
-from sailvit.convert.internlm2 import InternLM2Shape, finds_internlm2, plan_internlm2
-from sailvit.convert.internvit import InternViTShape, finds_internvit, plan_internvit
-from sailvit.convert.job import Options
-from sailvit.convert.readers import CHUNK, Checkpoint
-from sailvit.convert.sources import find_source
-from sailvit.convert.tokenizer import SPECIAL_TOKENS, build_tokenizer, read_sentencepiece
-from sailvit.convert.verify import TOLERANCE, VerificationError
+from sailvit.convert import CheckpointError, convert_checkpoint
+from sailvit.convert.models import internlm2, internvit
+from sailvit.convert.models.internlm2 import InternLM2Shape, finds_internlm2, plan_internlm2
+from sailvit.convert.models.internlm2_tokenizer import SPECIAL_TOKENS, build_tokenizer, read_sentencepiece
+from sailvit.convert.models.internvit import InternViTShape, finds_internvit, plan_internvit
+from sailvit.convert.models.internvl_common import grouped_runs, stored_shapes
+from sailvit.convert.plan import Options
+from sailvit.convert.storage.checkpoint import Checkpoint
+from sailvit.convert.storage.errors import VerificationError
+from sailvit.convert.storage.sources import find_source
+from sailvit.convert.storage.tensors import CHUNK
+from sailvit.convert.verify.outputs import TOLERANCE
 
 
 VIT = InternViTShape(
@@ -435,9 +438,9 @@ def test_names_are_found_and_others_are_not():
 
 def test_importing_it_imports_neither_torch_nor_transformers(tmp_path):
     (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / "convert").symlink_to(Path(internvit.__file__).parent)
+    (tmp_path / "alone" / "convert").symlink_to(Path(internvit.__file__).parents[1])
     (tmp_path / "alone" / "__init__.py").touch()  # the package without its models
-    script = "import sys, alone.convert.internlm2, alone.convert.internvit as it\n"
+    script = "import sys, alone.convert.models.internlm2, alone.convert.models.internvit as it\n"
     script += "print(len(it.INTERNVIT), {'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "13 set()\n", done.stderr
@@ -630,7 +633,7 @@ def test_a_pickle_with_a_flipped_bit_is_refused(tmp_path):
 # The tokenizer
 
 SPECIAL = ["<|plugin|>", "<|im_end|>", "<|im_start|>"]
-CODE = Path(internvit.__file__).with_name("layouts.py")  # text without special tokens
+CODE = Path(internvit.__file__).with_name("aimv2_names.py")  # text without special tokens
 TEXTS = [
     "The quick brown fox", " leading and  double   spaces    ", "line\nbreaks\n\n\tand tabs\r\n",
     "naïve café, 中文和日本語",

@@ -15,10 +15,10 @@ from torch import nn
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTModel
 from sailvit.configuration_sailvit import SIZES
 from sailvit.convert import LAYOUTS, CheckpointError, convert_tensors
-from sailvit.convert.folder import timm_config, transformers_config
-from sailvit.convert.layouts import TowerShape, pieces, plan_moves, recognise
+from sailvit.convert.export.runtimes import SIZE_NAMES, timm_config, transformers_config
+from sailvit.convert.models.aimv2_config import MLP_WIDTHS
+from sailvit.convert.models.aimv2_names import TowerShape, pieces, plan_moves, recognise
 from sailvit.convert.synthetic import published_shape
-from sailvit.convert.tower import MLP_WIDTHS, SIZE_NAMES
 
 
 def random_tensors(layout: str, shape: TowerShape, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

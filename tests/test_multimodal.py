@@ -694,9 +694,9 @@ def test_a_tower_has_no_other_parts(toys, tmp_path, options):
 
 @pytest.mark.slow
 def test_a_folder_that_does_not_load_is_taken_away(toys, tmp_path, monkeypatch, capsys):
-    from sailvit.convert import beside
+    from sailvit.convert.export import code_files
 
-    monkeypatch.setattr(beside, "CODE_OF_ALL", beside.CODE_OF_ALL[:-1])
+    monkeypatch.setattr(code_files, "CODE_OF_ALL", code_files.CODE_OF_ALL[:-1])
     assert sailvit_cli.main(["convert", str(toys / "release"), str(tmp_path / "out")]) == 1
     assert "does not load in a fresh process" in capsys.readouterr().err and not any(tmp_path.iterdir())
 

@@ -14,9 +14,9 @@ from sailvit import SAILViTConfig, SAILViTForImageClassification
 from sailvit.chat_sailvl import CHAT_TEMPLATE
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint, refresh_code
 from sailvit.convert import refresh as refreshing
-from sailvit.convert.code import OLD_TEMPLATES, is_old_template, package_version
+from sailvit.convert.export.code_files import OLD_TEMPLATES, is_old_template, package_version
 from sailvit.convert.inspect import table
-from sailvit.convert.verify import VerificationError
+from sailvit.convert.storage.errors import VerificationError
 from sailvit.hub import gate_folder, write_card
 
 
@@ -98,7 +98,7 @@ def refresh(folder: Path, **options):
 
 
 def test_code_that_is_known_to_break_is_told_and_not_published(old_vl, made, capsys, monkeypatch):
-    monkeypatch.setattr("sailvit.hub.gate._load_problems", lambda *arguments: [])
+    monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     assert sailvit_cli.main(["inspect", str(old_vl)]) == 2
     said = capsys.readouterr().out
     assert f"version 1, the installed package's is {package_version()}" in said

@@ -27,12 +27,12 @@ from torch import nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
-from sailvit.convert.layouts import LAYOUTS, pieces
-from sailvit.convert.readers import Checkpoint, StoredTensor
-from sailvit.convert.sources import find_source
-from sailvit.convert.trained import default_dtype, open_trained, training_facts, training_notes
-from sailvit.convert.values import torch_name
-from sailvit.convert.woven import Overlay
+from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.storage.checkpoint import Checkpoint
+from sailvit.convert.storage.overlay import Overlay
+from sailvit.convert.storage.sources import find_source
+from sailvit.convert.storage.tensors import StoredTensor, torch_name
+from sailvit.convert.storage.training_run import default_dtype, open_trained, training_facts, training_notes
 
 
 def read(stored: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -716,7 +716,7 @@ def test_nothing_here_imports_torch(tmp_path, deepspeed):
 import importlib.util, sys
 sys.modules["sailvit"] = importlib.util.module_from_spec(importlib.util.find_spec("sailvit"))
 from sailvit.convert import convert_checkpoint
-import sailvit.convert.trained
+import sailvit.convert.storage.training_run
 convert_checkpoint({str(run)!r}, {str(tmp_path / "out")!r}, verify=False)
 assert not {{"torch", "transformers", "deepspeed"}} & sys.modules.keys()
 """

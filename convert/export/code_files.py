@@ -1,0 +1,109 @@
+"""
+The Python files in a folder: of which version they are, and what that version is known not to do. A folder on the Hub
+runs the code that lies in it, whatever its readers have installed, until somebody renews it.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..storage.files import hash_file
+from ..storage.sources import LocalFolder, Source
+
+
+PACKAGE = Path(__file__).parents[2]
+
+CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
+
+CODE_OF_ALL = (
+    *CODE, "configuration_sailvl.py", "modeling_sailvl.py", "processing_sailvl.py", "video_sailvl.py",
+    "chat_sailvl.py",
+)  # fmt: skip
+
+
+def copy_code(folder: Path) -> None:
+    for file in CODE_OF_ALL:
+        shutil.copyfile(PACKAGE / file, folder / file)
+
+
+MARK = "configuration_sailvit.py"  # every folder with code of this package has it
+
+VERSION = re.compile(r"^CODE_VERSION = (\d+)$", re.MULTILINE)
+
+CONFIGS = ("configuration_sailvit.SAILViTConfig", "configuration_sailvl.SAILVLConfig")  # in auto_map, of ours
+
+# Version that does it first, model type -> what no earlier version does. The first folders have no mark: version 1.
+FIXES = {
+    2: {"sailvl": "write anything on transformers >= 5.24, where `past_key_values` became `cache`"},
+}
+
+# sha256 of chat_template.jinja as earlier versions wrote it.
+OLD_TEMPLATES = {
+    "ef78b73535068723bf85ded3b8e4c5a008056b13ca8f6d101d760f96c3c0bb69",  # 1
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """
+    The code of a folder.
+
+    Attributes:
+        version: Of its files.
+        package: That of the installed package's.
+        lacks: What it is known not to do.
+        other: Files that are not the installed package's, though of the same version.
+    """
+
+    version: int
+    package: int
+    lacks: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+
+
+def find_code(source: Source, config: Mapping[str, Any]) -> Code | None:
+    """
+    The code of a folder or a repository; None if it has none of this package.
+
+    Args:
+        config: Its config.json.
+    """
+    if not is_ours(config) or MARK not in source.files:
+        return None
+    version, package = read_version(source.path(MARK).read_text("utf-8", "replace")), package_version()
+    kind, other = config["model_type"], []
+    if isinstance(source, LocalFolder) and version == package:
+        here = [file for file in code_files(kind) if file in source.files]
+        other = [file for file in here if hash_file(source.path(file)) != hash_file(PACKAGE / file)]
+    lacks = [fixed[kind] for since, fixed in sorted(FIXES.items()) if version < since and kind in fixed]
+    return Code(version, package, lacks, other)
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model of this package, with code beside it; releases call their files the same."""
+    auto_map = config.get("auto_map")
+    named = auto_map.get("AutoConfig") if isinstance(auto_map, Mapping) else None
+    return config.get("model_type") in ("sailvit", "sailvl") and named in CONFIGS
+
+
+def code_files(model_type: str) -> tuple[str, ...]:
+    return CODE_OF_ALL if model_type == "sailvl" else CODE
+
+
+def read_version(text: str) -> int:
+    """By the text of the file that has the mark."""
+    found = VERSION.search(text)
+    return int(found[1]) if found else 1
+
+
+def package_version() -> int:
+    return read_version((PACKAGE / MARK).read_text("utf-8"))
+
+
+def is_old_template(text: str) -> bool:
+    """Whether the text of a prompt is what an earlier version wrote where nobody asked for another."""
+    return sha256(text.encode()).hexdigest() in OLD_TEMPLATES

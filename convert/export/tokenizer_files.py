@@ -1,0 +1,106 @@
+"""TODO convert/export/tokenizer_files.py."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..models.internlm2_tokenizer import mark_tokenizer
+from ..storage.checkpoint import Checkpoint
+from ..storage.errors import CheckpointError
+from ..storage.files import write_json
+
+
+if TYPE_CHECKING:
+    from ...configuration_sailvl import SAILVLConfig
+
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+
+END_OF_TURN = "<|im_end|>"
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """
+    Copies what there is of a tokenizer, without code of its own, for a model that writes; returns the names of the
+    files.
+
+    Raises:
+        CheckpointError: It cannot be loaded without that code.
+    """
+    files = [file for file in TOKENIZER_FILES if file in checkpoint.source.files]
+    for file in files:
+        shutil.copyfile(checkpoint.source.path(file), folder / file)
+    said = checkpoint.document("tokenizer_config.json")
+    if "auto_map" in said:
+        if "tokenizer.json" not in files:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: the tokenizer is code of its own (auto_map in tokenizer_config.json): put "
+                "a tokenizer.json beside it"
+            )
+        kept = {key: value for key, value in said.items() if key != "auto_map"}
+        write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if VOCABULARIES & {*files}:
+        mark_tokenizer(folder)
+    return files
+
+
+def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
+    """
+    The special and added tokens of the tokenizer that lies beside the weights.
+
+    Raises:
+        CheckpointError: There is none, or its files are not what a tokenizer's are.
+    """
+    source = checkpoint.source
+    if not VOCABULARIES & {*source.files}:
+        raise CheckpointError(
+            f"{source.name}: no tokenizer ({', '.join(sorted(VOCABULARIES))}): name the folder, with the tokenizer's "
+            "files in it"
+        )
+    try:
+        added = {
+            entry["content"]: entry["id"] for entry in checkpoint.document("tokenizer.json").get("added_tokens", [])
+        }
+        decoder = checkpoint.document("tokenizer_config.json").get("added_tokens_decoder", {})
+        added |= {entry["content"]: int(index) for index, entry in decoder.items()}
+        return {**checkpoint.document("added_tokens.json"), **added}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source.name}: the tokenizer's added tokens cannot be read: {error!r}") from error
+
+
+def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:
+    """
+    The id of the placeholder.
+
+    Raises:
+        CheckpointError: The tokenizer lacks one of the tokens of an image, or the language model a row for it.
+    """
+    tokens = token_ids(checkpoint)
+    for token in config.special_tokens:
+        if token not in tokens:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: the tokenizer has no {token}: take the one that was published with the "
+                "model; `sailvit compose` extends one for a new model"
+            )
+        if tokens[token] >= config.text_config.vocab_size:
+            raise CheckpointError(
+                f"{checkpoint.source.name}: {token} has the id {tokens[token]}, the language model "
+                f"{config.text_config.vocab_size} rows: this is another model's tokenizer"
+            )
+    return tokens[config.image_token]
+
+
+def write_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """The source's; else where an answer ends and what pads, as the tokenizer has it."""
+    said = checkpoint.document("generation_config.json")
+    if not said:
+        tokens, pad = token_ids(checkpoint), checkpoint.document("tokenizer_config.json").get("pad_token")
+        pad = pad.get("content") if isinstance(pad, Mapping) else pad
+        said = {"eos_token_id": tokens.get(END_OF_TURN), "pad_token_id": tokens.get(pad, tokens.get(END_OF_TURN))}
+        said = {key: value for key, value in said.items() if value is not None}
+    write_json(folder / "generation_config.json", said)

@@ -1,0 +1,43 @@
+"""What can be wrong with a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file or the tensor, and the mend where there is one."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One thing that is wrong.
+
+    Attributes:
+        kind: One of "missing", "unexpected", "empty", "shape", "dtype", "mixed", "values", "sha256" (of tensors),
+            "file", "shard", "stray", "code" (of files), "config", "layout"; of what is to be
+            published also "load", "tokens", "version", "secret", "path", "user", "card", "licence".
+        where: The tensor, file or field.
+        what: What is wrong with it, and the mend.
+    """
+
+    kind: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def raise_first(problems: Sequence[Problem], source: str = "") -> None:
+    """
+    Raises:
+        CheckpointError: There are problems; the first is told, the others are counted.
+    """
+    if problems:
+        more = f" (and {len(problems) - 1} more; `sailvit inspect` lists them)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{source + ': ' if source else ''}{problems[0]}{more}")
+
+
+class VerificationError(RuntimeError):
+    """The folder that was written does not do what its source does: a failure of this package."""
