@@ -424,7 +424,7 @@ def _push(options: argparse.Namespace) -> int:
     _without_classes()
     from huggingface_hub.utils import disable_progress_bars
 
-    from sailvit.hub import GateError, push_folder
+    from sailvit.hub import PublishError, push_folder
 
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -436,7 +436,7 @@ def _push(options: argparse.Namespace) -> int:
             **{key: vars(options)[key] for key in arguments},
             log=lambda line: print(line, flush=True),
         )
-    except GateError as error:
+    except PublishError as error:
         for problem in error.problems:
             print(f"{problem.kind:<12} {problem}", flush=True)
         raise

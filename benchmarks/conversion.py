@@ -16,7 +16,7 @@ from pathlib import Path
 
 from processes import SAILVIT, idle_bytes, measure
 
-from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
 from sailvit.convert.storage.files import hash_file
 from sailvit.convert.storage.safetensors_io import read_safetensors, safetensors_header
 from sailvit.convert.storage.tensors import NewTensor
@@ -65,7 +65,7 @@ def compare_with_cp(folder: Path, rounds: int) -> None:
 def inspect_sparse(folder: Path) -> None:
     """Float32 3B and the rest of a large model, in shards that hold headers and nothing else."""
     shape = published_shape("3b")
-    tower = [NewTensor(piece.name, "F32", piece.shape, iter) for piece in pieces(LAYOUTS["sailvit"], shape)]
+    tower = [NewTensor(piece.name, "F32", piece.shape, iter) for piece in tensor_specs(LAYOUTS["sailvit"], shape)]
     rest = [NewTensor(f"language_model.layers.{layer}.weight", "F32", (4096, 12288), iter) for layer in range(26)]
     tensors = [NewTensor(f"vision_model.{tensor.name}", "F32", tensor.shape, iter) for tensor in tower] + rest
     total = write_sparse(folder / "sparse", tensors)

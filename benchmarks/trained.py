@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
-from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
 from sailvit.convert.storage.tensors import NewTensor
 from sailvit.convert.synthetic import apple_config, published_shape
 
@@ -45,7 +45,7 @@ print(count() - before)
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Large, and 1.04 billion parameters after it: with the moments of the optimizer 16 GB."""
-    tower = {f"vision_model.{piece.name}": piece.shape for piece in pieces(LAYOUTS["sailvit"], SHAPE)}
+    tower = {f"vision_model.{piece.name}": piece.shape for piece in tensor_specs(LAYOUTS["sailvit"], SHAPE)}
     layers = {f"language_model.model.layers.{n}.mlp.up_proj.weight": (8960, 1536) for n in range(54)}
     return tower | layers | {"language_model.model.embed_tokens.weight": (151_936, 1536), "mlp1.1.weight": (1536, 4096)}
 

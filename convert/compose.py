@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 from .conversion import convert_checkpoint, keep_apart
 from .export.code_files import copy_code
 from .export.converted_card import write_card
-from .export.image_settings import says_pictures
+from .export.image_settings import has_normalization
 from .export.provenance import save_record
 from .export.sailvl_files import (
     LOAD_ALL,
     PROCESSOR_FILES,
     new_processor,
-    picture_settings,
+    sailvl_image_settings,
     write_config,
     write_processor,
 )
 from .export.tokenizer_files import END_OF_TURN, TOKENIZER_FILES, VOCABULARIES, copy_tokenizer
-from .models.aimv2_names import recognise
-from .models.internlm2 import finds_internlm2
+from .models.aimv2_names import match_aimv2
+from .models.internlm2 import is_internlm2
 from .models.internlm2_tokenizer import generation_settings, mark_tokenizer, padding_notes
-from .models.internvit import finds_internvit
-from .models.sailvl import build_empty, describe_all, finds_multimodal, verify_all
+from .models.internvit import is_internvit
+from .models.sailvl import build_empty, describe_all, is_sailvl, verify_all
 from .plan import DTYPES
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError
 from .storage.files import first_line, hash_file, read_json, write_json
-from .storage.output_folder import check_free, name_of, new_folder
-from .storage.sources import find_source, licence_of, plain_name
+from .storage.output_folder import check_free, final_name, new_folder
+from .storage.sources import find_source, licence_of, public_name
 from .storage.tensors import TORCH_DTYPES
 
 
@@ -76,14 +76,14 @@ class Part:
     def record(self) -> dict[str, Any]:
         source = self.checkpoint.source
         files = {file: {"sha256": hash_file(source.path(file))} for file in self.files}
-        return {"name": plain_name(source), "revision": source.revision, **licence_of(source), "files": files}
+        return {"name": public_name(source), "revision": source.revision, **licence_of(source), "files": files}
 
     def licence(self) -> str:
         """A sentence for the card."""
         said = licence_of(self.checkpoint.source)
         named = said.get("license_name") or said.get("license")
         what = f"is under {named}, as its card says" if named else "comes with a card that names no licence, or none"
-        return f"{plain_name(self.checkpoint.source)} {what}"
+        return f"{public_name(self.checkpoint.source)} {what}"
 
 
 def compose_model(
@@ -129,9 +129,9 @@ def compose_model(
         _make_room(text.model, tokenizer, seed, done.notes)
         model = _assemble(tower, text, tokenizer, seed)
         settings = {} if max_tiles is None else {"max_tiles": max_tiles}
-        options = {**picture_settings(tower.checkpoint, model.config), **settings}
+        options = {**sailvl_image_settings(tower.checkpoint, model.config), **settings}
         processor = new_processor(tokenizer, model.config, options, None, "compose")
-        if not says_pictures(tower.checkpoint):
+        if not has_normalization(tower.checkpoint):
             done.notes.append("the tower does not say how pictures are normalised: ImageNet's mean and std, assumed")
         for line in done.notes:
             log(line)
@@ -188,9 +188,9 @@ def _load_language(language: str | Path, dtype: str | None) -> Part:
 
     checkpoint = _open(language)
     name, fields = checkpoint.source.name, checkpoint.document("config.json")
-    if finds_internlm2(checkpoint.weight_map) or finds_multimodal(checkpoint):
+    if is_internlm2(checkpoint.weight_map) or is_sailvl(checkpoint):
         raise CheckpointError(
-            f"{name}: {'a multimodal model' if finds_multimodal(checkpoint) else 'an InternLM2'}: run `sailvit convert "
+            f"{name}: {'a multimodal model' if is_sailvl(checkpoint) else 'an InternLM2'}: run `sailvit convert "
             "SRC OUT --part language` first and give OUT"
         )
     if fields.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -250,10 +250,10 @@ def _load_tower(vision: str | Path, dtype: str, scratch: Path) -> Part:
 
 def _is_known(checkpoint: Checkpoint) -> bool:
     """Whether there is a tower that `convert --part vision` takes out."""
-    if finds_internvit(checkpoint.weight_map) or finds_multimodal(checkpoint):
+    if is_internvit(checkpoint.weight_map) or is_sailvl(checkpoint):
         return True
     try:
-        return bool(recognise(checkpoint.weight_map))
+        return bool(match_aimv2(checkpoint.weight_map))
     except CheckpointError as error:
         if "more than one tower" in str(error):
             raise
@@ -372,13 +372,13 @@ def _write_card(folder: Path, config: "SAILVLConfig", tower: Part, text: Part) -
     lines = [
         *describe_all(config, TORCH_DTYPES[str(text.model.dtype).removeprefix("torch.")]),
         "",
-        f"The tower is that of {plain_name(parts[0])}, the language model {plain_name(parts[1])}. The connector is "
+        f"The tower is that of {public_name(parts[0])}, the language model {public_name(parts[1])}. The connector is "
         "fresh: it has to be trained before the model can say anything of a picture.",
         "",
         f"Each component keeps its own licence: {tower.licence()}; {text.licence()}.",
         "",
         "```python",
-        LOAD_ALL.format(name=name_of(folder)),
+        LOAD_ALL.format(name=final_name(folder)),
         "```",
     ]
     write_card(

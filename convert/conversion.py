@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .export.provenance import write_provenance
-from .models.aimv2 import plan_tower
-from .models.internlm2 import finds_internlm2
-from .models.internvit import finds_internvit, plan_internvit
-from .models.sailvl import PREFIXES, finds_multimodal, plan_whole, read_names
+from .models.aimv2 import plan_aimv2
+from .models.internlm2 import is_internlm2
+from .models.internvit import is_internvit, plan_internvit
+from .models.sailvl import PREFIXES, is_sailvl, match_names, plan_whole
 from .models.sailvl_parts import has_other_tower, plan_connector, plan_language, plan_other_tower
-from .plan import SHARD_SIZE, Job, Options
+from .plan import SHARD_SIZE, ConversionPlan, Options
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError
 from .storage.files import hash_file
@@ -52,7 +52,7 @@ def convert_checkpoint(
     verify: bool = True,
     log: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Job:
+) -> ConversionPlan:
     """
     Writes a checkpoint, or a part of it, to a folder, in another layout, resolution or precision; whole or not at all.
 
@@ -119,12 +119,12 @@ def _told(asked: Options) -> dict[str, Any]:
     return options
 
 
-def _plan(checkpoint: Checkpoint, asked: Options) -> Job:
+def _plan(checkpoint: Checkpoint, asked: Options) -> ConversionPlan:
     """What is to be done, once it is sure that it can be."""
     part = asked.part or _default_part(checkpoint)
     _check_options(checkpoint, part, asked)
     if asked.dtype is None:
-        own = read_names(checkpoint.weight_map).under(PREFIXES[part]).values() if part in PREFIXES else ()
+        own = match_names(checkpoint.weight_map).under(PREFIXES[part]).values() if part in PREFIXES else ()
         asked = replace(asked, dtype=default_dtype(checkpoint, own))
     plans = {"vision": _plan_vision, "connector": plan_connector, "language": plan_language, "all": plan_whole}
     return plans[part](checkpoint, asked)
@@ -132,9 +132,9 @@ def _plan(checkpoint: Checkpoint, asked: Options) -> Job:
 
 def _default_part(checkpoint: Checkpoint) -> str:
     """All of a SAIL-VL; of anything else the part it is."""
-    if finds_multimodal(checkpoint):
+    if is_sailvl(checkpoint):
         return "all"
-    return "language" if finds_internlm2(checkpoint.weight_map) else "vision"
+    return "language" if is_internlm2(checkpoint.weight_map) else "vision"
 
 
 def _check_options(checkpoint: Checkpoint, part: str, asked: Options) -> None:
@@ -142,8 +142,8 @@ def _check_options(checkpoint: Checkpoint, part: str, asked: Options) -> None:
     Raises:
         CheckpointError: Options that mean nothing together, or nothing for this source.
     """
-    source, is_whole = checkpoint.source.name, finds_multimodal(checkpoint)
-    for name in () if part == "vision" or finds_internlm2(checkpoint.weight_map) else TOWER_OPTIONS:
+    source, is_whole = checkpoint.source.name, is_sailvl(checkpoint)
+    for name in () if part == "vision" or is_internlm2(checkpoint.weight_map) else TOWER_OPTIONS:
         if getattr(asked, name) is not None:
             what = "all of a SAIL-VL: add --part vision" if part == "all" else f"--part {part}: leave it out"
             raise CheckpointError(f"{source}: --{name.replace('_', '-')} is for a tower, not for {what}")
@@ -157,13 +157,13 @@ def _check_options(checkpoint: Checkpoint, part: str, asked: Options) -> None:
         )
 
 
-def _plan_vision(checkpoint: Checkpoint, asked: Options) -> Job:
+def _plan_vision(checkpoint: Checkpoint, asked: Options) -> ConversionPlan:
     """An AIMv2 tower, an InternViT, or whatever other tower a SAIL-VL has."""
-    if asked.from_layout is None and finds_internvit(checkpoint.weight_map):
+    if asked.from_layout is None and is_internvit(checkpoint.weight_map):
         return plan_internvit(checkpoint, asked)
     if asked.from_layout is None and has_other_tower(checkpoint):
         return plan_other_tower(checkpoint, asked)
-    return plan_tower(checkpoint, asked)
+    return plan_aimv2(checkpoint, asked)
 
 
 def keep_apart(origin: Source, out: Path) -> None:
@@ -180,7 +180,7 @@ def keep_apart(origin: Source, out: Path) -> None:
 
 
 @contextmanager
-def _hashing(job: Job) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+def _hashing(job: ConversionPlan) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
     """
     Hashes the files that are read, while other work is done; the card is read for its licence. Of files of weights
     from which little is taken, only that is told: hashing them would mean reading all of them.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .export.code_files import Code, find_code
-from .export.image_settings import read_pictures
-from .models.aimv2_config import Tower, find_tower, size_name
-from .models.internlm2 import finds_internlm2
-from .models.internvit import finds_internvit
-from .models.sailvl import CONNECTOR, LANGUAGE, VISION, finds_multimodal, read_names
+from .export.image_settings import read_image_settings
+from .models.aimv2_config import Tower, find_aimv2, size_name
+from .models.internlm2 import is_internlm2
+from .models.internvit import is_internvit
+from .models.sailvl import CONNECTOR, LANGUAGE, VISION, is_sailvl, match_names
 from .models.sailvl_parts import has_other_tower, part_fields, part_problems
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError, Problem
@@ -80,7 +80,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        return {**asdict(self), "whole": self.whole}
+        problems = [{"kind": each.kind, "where": each.location, "what": each.message} for each in self.problems]
+        return {**asdict(self), "problems": problems, "whole": self.whole}
 
 
 def inspect_checkpoint(
@@ -110,40 +111,40 @@ def inspect_checkpoint(
     """
     origin, entry = find_source(str(source), revision, headers_only=not deep)
     checkpoint, report = Checkpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
-    with _noted(report):
+    with _collect_errors(report):
         report.problems += checkpoint.shard_problems()
     for file, tensors in checkpoint.opened.items():
         report.files[file] = {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
     if isinstance(origin, LocalFolder):
         report.linked = [file for file in report.files if is_hard_link(origin.folder / file)]
-    for look in (_look_for_strays, _look_for_code, _look_at_pictures, _look_at_record):
-        with _noted(report):
+    for look in (_check_extra_files, _check_code, _check_image_settings, _check_provenance):
+        with _collect_errors(report):
             look(report, checkpoint)
     if ADAPTER in origin.files:
         what = "an adapter of peft, no model: `sailvit convert ADAPTER OUT --base BASE` merges it"
         report.problems.append(Problem("layout", ADAPTER, what))
         return report
-    with _noted(report):
+    with _collect_errors(report):
         if is_wrapped(checkpoint.weight_map):
             what = "a model with LoRA in it, as peft wraps its parts: `sailvit convert SRC OUT` merges it"
             report.problems.append(Problem("layout", entry, what))
             return report
     parts: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    with _noted(report):
+    with _collect_errors(report):
         parts = _find_parts(checkpoint)
-        _look_at_parts(report, checkpoint, parts)
+        _check_components(report, checkpoint, parts)
     if from_layout or prefix or parts.keys() in (set(), {"connector", "language"}):
-        with _noted(report):
-            _look_at_tower(report, checkpoint, find_tower(checkpoint, from_layout, prefix))
+        with _collect_errors(report):
+            _check_vision(report, checkpoint, find_aimv2(checkpoint, from_layout, prefix))
     if deep:
-        with _noted(report):
-            _look_at_values(report, checkpoint, on_progress)
+        with _collect_errors(report):
+            _check_values(report, checkpoint, on_progress)
     report.problems = list(dict.fromkeys(report.problems))
     return report
 
 
 @contextmanager
-def _noted(report: Report) -> Iterator[None]:
+def _collect_errors(report: Report) -> Iterator[None]:
     """What stops one look does not stop the others."""
     try:
         yield
@@ -152,7 +153,7 @@ def _noted(report: Report) -> Iterator[None]:
         report.problems.append(Problem("layout", where, what) if separator else Problem("layout", report.source, where))
 
 
-def _look_at_tower(report: Report, checkpoint: Checkpoint, tower: Tower) -> None:
+def _check_vision(report: Report, checkpoint: Checkpoint, tower: Tower) -> None:
     found = tower.found
     report.layout, report.prefix, report.reason = found.layout.name, found.prefix, found.reason
     report.heads, report.others, report.wrappers = found.heads, found.others, found.wrappers
@@ -172,18 +173,20 @@ def _find_parts(checkpoint: Checkpoint) -> dict[str, tuple[str, Mapping[str, Any
     """Parts of a SAIL-VL, or the one that a conversion took out of it, or an InternViT or InternLM2 -> their prefix and
     configuration. An AIMv2 tower is not among them."""
     config, taken = checkpoint.document("config.json"), checkpoint.document(PROVENANCE).get("part")
-    if not finds_multimodal(checkpoint):
-        kinds = {"vision": finds_internvit, "language": finds_internlm2}
+    if not is_sailvl(checkpoint):
+        kinds = {"vision": is_internvit, "language": is_internlm2}
         found = {part for part, finds in kinds.items() if finds(checkpoint.weight_map)}
         return dict.fromkeys(found or {taken} & {"vision", "connector", "language"}, ("", config))
     parts = {"connector": (CONNECTOR, config), "language": (LANGUAGE, text_fields(config))}
     return {**parts, "vision": (VISION, config["vision_config"])} if has_other_tower(checkpoint) else parts
 
 
-def _look_at_parts(report: Report, checkpoint: Checkpoint, parts: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
-    names = read_names(checkpoint.weight_map)
+def _check_components(
+    report: Report, checkpoint: Checkpoint, parts: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> None:
+    names = match_names(checkpoint.weight_map)
     for part, (prefix, fields) in parts.items():
-        with _noted(report):
+        with _collect_errors(report):
             tensors = [checkpoint[place] for place in names.under(prefix).values()]
             report.parts[part] = {
                 **part_fields(checkpoint, part, fields),
@@ -193,7 +196,7 @@ def _look_at_parts(report: Report, checkpoint: Checkpoint, parts: Mapping[str, t
             report.problems += part_problems(checkpoint, part, prefix, fields)
 
 
-def _look_for_strays(report: Report, checkpoint: Checkpoint) -> None:
+def _check_extra_files(report: Report, checkpoint: Checkpoint) -> None:
     wanted = {*checkpoint.files, checkpoint.entry}
     for file in weight_files(checkpoint.source):
         if file not in wanted:
@@ -204,7 +207,7 @@ def _look_for_strays(report: Report, checkpoint: Checkpoint) -> None:
             report.problems.append(Problem("stray", file, "left over from work that did not end: remove it"))
 
 
-def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
+def _check_code(report: Report, checkpoint: Checkpoint) -> None:
     """Code that config.json names, a processor's only where there is a processor; and how old it is."""
     files, auto_map = checkpoint.source.files, checkpoint.document("config.json").get("auto_map") or {}
     if not isinstance(auto_map, Mapping):
@@ -220,11 +223,11 @@ def _look_for_code(report: Report, checkpoint: Checkpoint) -> None:
         report.problems.append(Problem("code", "the folder's code", what))
 
 
-def _look_at_pictures(report: Report, checkpoint: Checkpoint) -> None:
-    read_pictures(checkpoint)
+def _check_image_settings(report: Report, checkpoint: Checkpoint) -> None:
+    read_image_settings(checkpoint)
 
 
-def _look_at_record(report: Report, checkpoint: Checkpoint) -> None:
+def _check_provenance(report: Report, checkpoint: Checkpoint) -> None:
     """What provenance.json names, and is no longer there."""
     record = checkpoint.document(PROVENANCE)
     if not record:
@@ -236,7 +239,7 @@ def _look_at_record(report: Report, checkpoint: Checkpoint) -> None:
         report.problems.append(Problem("missing", name, f"missing, but {PROVENANCE} recorded it"))
 
 
-def _look_at_values(report: Report, checkpoint: Checkpoint, on_progress: Callable[[int, int], None]) -> None:
+def _check_values(report: Report, checkpoint: Checkpoint, on_progress: Callable[[int, int], None]) -> None:
     record = checkpoint.document(PROVENANCE)
     for file, recorded in recorded_hashes(record, "files").items():
         if file in checkpoint.source.files and hash_file(checkpoint.source.path(file)) != recorded:

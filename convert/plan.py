@@ -62,7 +62,7 @@ class Options:
 
 
 @dataclass(kw_only=True)
-class Job(ABC):
+class ConversionPlan(ABC):
     """
     One conversion, once it is sure that it can be done.
 
@@ -123,7 +123,7 @@ class Job(ABC):
         return write_weights(folder, tensors, max_shard_size, count)
 
 
-def common_dtype(asked: str | None, tensors: dict[str, StoredTensor], where: str) -> str:
+def output_dtype(asked: str | None, tensors: dict[str, StoredTensor], where: str) -> str:
     """
     The dtype to write: what was asked for, or that of all tensors.
 

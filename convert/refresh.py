@@ -19,7 +19,7 @@ from .storage.errors import CheckpointError
 from .storage.files import read_json
 from .storage.hashes import recorded_hashes
 from .storage.sources import PROVENANCE
-from .verify.outputs import run_alone
+from .verify.outputs import run_in_clean_process
 
 
 CONFIG, TEMPLATE, TOKENIZER = "config.json", "chat_template.jinja", "tokenizer_config.json"
@@ -184,7 +184,7 @@ def _verify(folder: Path, config: Mapping[str, Any], new: Mapping[str, bytes]) -
         if config["model_type"] == "sailvl":
             verify_all(trial)
         else:
-            run_alone(trial, Path(scratch))
+            run_in_clean_process(trial, Path(scratch))
     return "with the new code it loads in a fresh process"
 
 

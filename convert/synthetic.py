@@ -10,7 +10,7 @@ import numpy as np
 
 from .export.runtimes import SIZE_NAMES
 from .models.aimv2_config import HEAD_WIDTH, MLP_WIDTHS
-from .models.aimv2_names import LAYOUTS, Piece, TowerShape, pieces
+from .models.aimv2_names import LAYOUTS, TensorSpec, TowerShape, tensor_specs
 from .storage.files import write_json
 from .storage.safetensors_io import write_weights
 from .storage.tensors import CHUNK, TORCH_DTYPES, NewTensor, cast
@@ -53,7 +53,7 @@ def write_synthetic(
     target, key = LAYOUTS[layout], TORCH_DTYPES[dtype]
     tensors = [
         NewTensor(target.prefix + piece.name, key, piece.shape, lambda piece=piece: _random(piece, key))
-        for piece in pieces(target, shape)
+        for piece in tensor_specs(target, shape)
     ]
     write_weights(folder, tensors, max_shard_size, lambda written: None)
     write_json(folder / "config.json", apple_config(shape) if config is None else config)
@@ -80,7 +80,7 @@ def apple_config(shape: TowerShape) -> dict[str, Any]:
     }
 
 
-def _random(piece: Piece, dtype: str) -> Iterator[np.ndarray]:
+def _random(piece: TensorSpec, dtype: str) -> Iterator[np.ndarray]:
     """Normal numbers, those of the released tensor's name whatever the layout; norms lie around 1."""
     generator = np.random.default_rng(crc32(piece.released.encode()))
     scale, middle = (0.2, 1.0) if "norm" in piece.released else (min(0.02, prod(piece.shape) ** -0.25), 0.0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..convert.export.card import card_problems
-from ..convert.export.model_types import LANGUAGE, MULTIMODAL, Kind, kind_of
+from ..convert.export.model_types import LANGUAGE, MULTIMODAL, Kind, model_type_of
 from ..convert.inspect import inspect_checkpoint
 from ..convert.storage.errors import CheckpointError, Problem
 from ..convert.storage.files import copy_file, link_files, read_json
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     Shown = dict[str, torch.Tensor]
 
-STRANGER = Path(__file__).with_name("load_folder.py")
+HUB_LOADER_SCRIPT = Path(__file__).with_name("load_folder.py")
 
 HALF_TOLERANCE = 2e-2  # relative, where numbers of 16 bits are added up in another order
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 
 
-class GateError(ValueError):
+class PublishError(ValueError):
     """
     A folder that must not be published.
 
@@ -52,7 +52,7 @@ class GateError(ValueError):
         super().__init__(f"{folder}: not published: {problems[0]}{more}")
 
 
-def gate_folder(
+def check_before_publish(
     folder: str | Path,
     repo: str | None = None,
     *,
@@ -71,10 +71,10 @@ def gate_folder(
     """
     folder = Path(folder)
     check_folder(folder)
-    kind = kind_of(read_json(folder / "config.json"))
+    kind = model_type_of(read_json(folder / "config.json"))
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
-    problems += [*card_problems(folder), *_look_over(folder), *_unverified(folder)]
-    with _room_beside(folder) as scratch:
+    problems += [*card_problems(folder), *_checkpoint_problems(folder), *_unverified(folder)]
+    with _scratch_next_to(folder) as scratch:
         problems += _load_problems(folder, kind, scratch, log)
     return list(dict.fromkeys(problems))
 
@@ -90,7 +90,7 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _room_beside(folder: Path) -> Iterator[Path]:
+def _scratch_next_to(folder: Path) -> Iterator[Path]:
     """A folder where links to a folder's files can be made, if possible. What a kill has left is cleared away."""
     parent, prefix = folder.resolve().parent, f".{folder.resolve().name}.gate-"
     parent = parent if os.access(parent, os.W_OK) else Path(tempfile.gettempdir())
@@ -115,7 +115,7 @@ def _is_running(process: str) -> bool:
     return True
 
 
-def _look_over(folder: Path) -> list[Problem]:
+def _checkpoint_problems(folder: Path) -> list[Problem]:
     try:
         return inspect_checkpoint(folder, deep=True).problems
     except CheckpointError as error:
@@ -144,7 +144,7 @@ def _load_problems(folder: Path, kind: Kind, scratch: Path, log: Callable[[str],
         return problems
     reference = {name.removeprefix("sailvit."): shown.pop(name) for name in [*shown] if name.startswith("sailvit.")}
     name = "this package" if ours else here
-    measure = _Measure(reference or shown, name, _tolerance(copy, kind), log)
+    measure = OutputComparison(reference or shown, name, _tolerance(copy, kind), log)
     return measure.differences(shown, here)
 
 
@@ -159,7 +159,7 @@ def _try(copy: Path, kind: Kind, who: str, *package: str) -> "tuple[list[Problem
         sys.executable,
         "-c",
         script,
-        str(STRANGER),
+        str(HUB_LOADER_SCRIPT),
         str(copy),
         str(PICTURE),
         str(out),
@@ -191,7 +191,7 @@ def _tolerance(copy: Path, kind: Kind) -> float:
 
 
 @dataclass(frozen=True)
-class _Measure:
+class OutputComparison:
     """
     What every stranger has to see.
 

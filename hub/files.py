@@ -67,7 +67,7 @@ def published_files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if _is_published(name, code)}
 
 
-def is_of_model(name: str) -> bool:
+def is_model_file(name: str) -> bool:
     """Whether a file in a repository is part of its model, and has to go where the model no longer has it."""
     return name in CONFIGS or bool(WEIGHTS.fullmatch(name) or OLD.fullmatch(name))
 
@@ -127,8 +127,8 @@ def file_problems(folder: Path, owner: str | None = None) -> list[Problem]:
             continue
         if path.is_symlink() and not _is_inside(path.resolve(), folder.resolve()):
             problems.append(Problem("file", name, "a link to a file elsewhere: put the file there, or remove it"))
-        problems += _broken(name, path)
-        problems += _spoken(name, _text_of(path), owner)
+        problems += _unreadable(name, path)
+        problems += _leaks(name, _text_of(path), owner)
     return problems
 
 
@@ -137,7 +137,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return folder in path.parents or path.parent == folder.parents[1] / "blobs"
 
 
-def _broken(name: str, path: Path) -> Iterator[Problem]:
+def _unreadable(name: str, path: Path) -> Iterator[Problem]:
     if name.endswith(".json") and name != RESULTS:
         try:
             read_json(path)
@@ -161,7 +161,7 @@ def _text_of(path: Path) -> str:
     return content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8"), errors="replace")
 
 
-def _spoken(name: str, text: str, owner: str | None) -> Iterator[Problem]:
+def _leaks(name: str, text: str, owner: str | None) -> Iterator[Problem]:
     """Secrets, places on this machine, and who uses it; a secret is not repeated."""
     for what, pattern in SECRETS.items():
         if match := re.search(pattern, text):
@@ -171,14 +171,14 @@ def _spoken(name: str, text: str, owner: str | None) -> Iterator[Problem]:
         yield Problem("secret", name, "the token that this machine has for the Hub: take it out, and have it revoked")
     if name in VOCABULARIES or name.endswith(PICTURES):
         return
-    for found in _places(name, text):
+    for found in _machine_paths(name, text):
         yield Problem("path", name, f"names a place on a machine, {found}: take it out")
     for user in _users() - {owner}:
         if re.search(rf"(?<![\w-]){re.escape(user)}(?![\w-])", text):
             yield Problem("user", name, f"names {user}, who is logged in here: take it out")
 
 
-def _places(name: str, text: str) -> list[str]:
+def _machine_paths(name: str, text: str) -> list[str]:
     found = [match[0] for match in PATHS.finditer(text)]
     if name.endswith((".json", ".safetensors")):
         found += JSON_PATH.findall(text)

@@ -20,23 +20,23 @@ from huggingface_hub.hf_api import RepoFile
 from ..convert.export.card import write_card
 from ..convert.storage.errors import VerificationError
 from ..convert.storage.tensors import CHUNK
-from .checks import GateError, check_folder, gate_folder
-from .files import is_of_model, published_files
+from .checks import PublishError, check_before_publish, check_folder
+from .files import is_model_file, published_files
 
 
 MAIN = "main"
 TITLE = "Upload by sailvit"
 TOKENS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]+")
-AGAIN = "run the same command again: what has arrived is not sent twice"
+RETRY_HINT = "run the same command again: what has arrived is not sent twice"
 PUBLIC = "{repo}: it is public: make it private in its settings, or leave out --private"
 # What to do about an answer of the Hub.
-ADVICE = {
+HTTP_HINTS = {
     401: "the Hub does not accept the token: `hf auth login` with one that may write",
     403: "the token may not write there: take one with write access, a name of your own, or --create-pr",
-    409: f"another change is being made there: {AGAIN}",
-    412: f"it was changed meanwhile: {AGAIN}",
+    409: f"another change is being made there: {RETRY_HINT}",
+    412: f"it was changed meanwhile: {RETRY_HINT}",
     413: "the Hub finds a file too large: convert with a smaller --max-shard-size",
-    429: f"too many requests: wait some minutes, then {AGAIN}",
+    429: f"too many requests: wait some minutes, then {RETRY_HINT}",
 }
 
 
@@ -152,8 +152,8 @@ def push_folder(
         published = _published_card(target)
     if write_card(folder, repo, tag or target.branch, published):
         log("README.md: this folder's text below the mark takes the place of another on the Hub")
-    if problems := gate_folder(folder, repo, log=log):
-        raise GateError(str(folder), problems)
+    if problems := check_before_publish(folder, repo, log=log):
+        raise PublishError(str(folder), problems)
     log("the gate is passed")
     return publish(target, folder, log)
 
@@ -199,7 +199,7 @@ def _who_may_write(target: Target) -> str:
     """
     who = target.api.whoami()
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read" and not target.create_pr:
-        raise PushError(f"{target.repo}: {ADVICE[403]}")
+        raise PushError(f"{target.repo}: {HTTP_HINTS[403]}")
     if target.private:
         try:
             is_private = target.api.model_info(target.repo).private
@@ -260,7 +260,7 @@ def _hashed(path: Path) -> LocalFile:
 def differences(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile]) -> tuple[list[str], list[str]]:
     """What has to be uploaded; and what of a model lies there that the folder no longer has."""
     uploads = [name for name, file in local.items() if name not in remote or not file.equals(remote[name])]
-    return uploads, [name for name in remote if name not in local and is_of_model(name)]
+    return uploads, [name for name in remote if name not in local and is_model_file(name)]
 
 
 def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile], repo: str, commit: str) -> None:
@@ -271,7 +271,7 @@ def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile], repo
     uploads, deletions = differences(local, remote)
     if wrong := [*uploads, *deletions]:
         what = "is not there" if wrong[0] not in remote else "is not what lies here"
-        raise VerificationError(f"{repo} at {commit}: {wrong[0]} {what}, by its hash: {AGAIN} to mend it")
+        raise VerificationError(f"{repo} at {commit}: {wrong[0]} {what}, by its hash: {RETRY_HINT} to mend it")
 
 
 def _prepare(target: Target) -> None:
@@ -321,14 +321,14 @@ def _commit(
             target.repo, operations, commit_message=TITLE, commit_description=target.note or "", **options
         )
     except (OSError, ValueError, RuntimeError, errors.HTTPError):
-        if (found := _find_lost(target, local, head)) is None:
+        if (found := _find_unacknowledged_commit(target, local, head)) is None:
             raise
         log("the Hub's answer was lost; the commit was found by its content")
         return found
     return made.oid, made.pr_url or f"{target.api.endpoint}/{target.repo}"
 
 
-def _find_lost(target: Target, local: Mapping[str, LocalFile], before: str) -> tuple[str, str] | None:
+def _find_unacknowledged_commit(target: Target, local: Mapping[str, LocalFile], before: str) -> tuple[str, str] | None:
     """A commit that was made, though the client got no answer."""
     try:
         if target.create_pr:
@@ -378,14 +378,14 @@ def _explain(error: BaseException, target: Target) -> str:
         return f"there is no branch {target.branch!r}: push to main first"
     if isinstance(error, errors.RepositoryNotFoundError) and (status == 404 or "X-Error-Code" in headers):
         return "no such repository, or one that the token may not see: correct the name, or take another token"
-    if status in ADVICE:
-        return ADVICE[status]
+    if status in HTTP_HINTS:
+        return HTTP_HINTS[status]
     if status is not None and status >= 500:
-        return f"the Hub has a fault ({status}): wait some minutes, then {AGAIN}"
+        return f"the Hub has a fault ({status}): wait some minutes, then {RETRY_HINT}"
     said = " ".join(str(getattr(error, "server_message", None) or error or type(error).__name__).split())[:300]
     if status is not None:
         return f"the Hub refuses it ({status}): {said}"
-    return said if isinstance(error, ValueError) else f"the connection broke ({said}): {AGAIN}"
+    return said if isinstance(error, ValueError) else f"the connection broke ({said}): {RETRY_HINT}"
 
 
 def _without_token(text: str, api: HfApi) -> str:

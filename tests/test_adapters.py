@@ -354,4 +354,4 @@ def test_two_adapters_in_one_checkpoint_are_refused(tmp_path, tied):
 def test_inspect_says_that_there_is_lora_inside(tmp_path, tied):
     wrapped, _ = save_wrapped(tied, tmp_path / "wrapped")
     (problem,) = [problem for problem in inspect_checkpoint(wrapped).problems if problem.kind != "code"]
-    assert "LoRA in it" in problem.what and "sailvit convert" in problem.what
+    assert "LoRA in it" in problem.message and "sailvit convert" in problem.message

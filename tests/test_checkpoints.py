@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from sailvit.convert.models.aimv2_config import find_tower
-from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.models.aimv2_config import find_aimv2
+from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
 from sailvit.convert.storage.checkpoint import Checkpoint
 from sailvit.convert.storage.errors import CheckpointError
 from sailvit.convert.storage.files import read_index
@@ -250,7 +250,7 @@ def test_only_the_shards_that_hold_the_tower_are_opened(tmp_path):
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / "llm-1.safetensors").write_bytes(b"garbage")  # and the second is missing
     checkpoint = Checkpoint(*find_source(str(source)))
-    tower = find_tower(checkpoint)
+    tower = find_aimv2(checkpoint)
     assert not tower.problems and set(checkpoint.opened) == tower_files and len(tower_files) > 2
     assert tower.found.others == {"llm": 2}
 
@@ -272,7 +272,7 @@ def test_what_is_no_index_is_refused(tmp_path, content):
 
 
 def test_sharded_pickles_are_read(tmp_path):
-    tensors = {piece.name: torch.randn(piece.shape) for piece in pieces(LAYOUTS["timm"], TINY_SHAPE)}
+    tensors = {piece.name: torch.randn(piece.shape) for piece in tensor_specs(LAYOUTS["timm"], TINY_SHAPE)}
     halves = dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])
     for number, half in enumerate(halves):
         torch.save(half, tmp_path / f"pytorch_model-{number}.bin")

@@ -216,7 +216,7 @@ def test_a_card_that_is_wrong_is_told(tmp_path, text, message):
     folder = make_folder(tmp_path, source=APPLE)
     if text is not None:
         (folder / "README.md").write_text(text)
-    assert any(message in problem.what for problem in card_problems(folder)), card_problems(folder)
+    assert any(message in problem.message for problem in card_problems(folder)), card_problems(folder)
 
 
 def test_a_bracket_in_a_recipe_breaks_no_table(tmp_path):

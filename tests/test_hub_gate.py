@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import CheckpointError, convert_checkpoint
 from sailvit.convert.export.card import card_problems
-from sailvit.hub import gate_folder, write_card
+from sailvit.hub import check_before_publish, write_card
 from sailvit.hub.files import code_files, file_problems, published_files
 
 
@@ -135,8 +135,8 @@ def test_what_must_not_leave_this_machine_is_named(tower, monkeypatch, change, k
     monkeypatch.setattr(getpass, "getuser", lambda: "jdoe42")
     monkeypatch.setenv("HF_TOKEN", "word-of-this-machine")
     change(tower)
-    found = [problem for problem in file_problems(tower, "owner") if problem.where == where]
-    assert [problem.kind for problem in found] == [kind] and message in found[0].what, found
+    found = [problem for problem in file_problems(tower, "owner") if problem.location == where]
+    assert [problem.kind for problem in found] == [kind] and message in found[0].message, found
     assert "a1B2" not in str(found[0])
 
 
@@ -158,14 +158,14 @@ def test_what_a_killed_gate_left_is_cleared_away(tower, monkeypatch):
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     for process in (2**22 + 1, os.getppid()):  # the first is more than there can be
         (tower.parent / f".tower.gate-{process}" / "model").mkdir(parents=True)
-    gate_folder(tower)
+    check_before_publish(tower)
     assert [path.name for path in tower.parent.glob(".*")] == [f".tower.gate-{os.getppid()}"]
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(CheckpointError, match="give a folder that"):
-            gate_folder(folder)
+            check_before_publish(folder)
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 def test_a_conversion_passes_and_is_left_as_it_was(request, which):
     folder, said = request.getfixturevalue(which), []
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert gate_folder(folder, f"owner/{folder.name}", log=said.append) == []
+    assert check_before_publish(folder, f"owner/{folder.name}", log=said.append) == []
     assert len(said) == 1 and "its tokens within 0e+00 of those of this package" in said[0]
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     assert after == before and not [*folder.parent.glob(".*gate*")]
@@ -185,9 +185,9 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
     folder = tmp_path / "saved.v1"
     randomize(cls(SAILViTConfig(**TINY))).save_pretrained(folder)
     SAILViTImageProcessor(size=56).save_pretrained(folder)
-    assert [problem.where for problem in card_problems(folder)] == ["README.md"]
+    assert [problem.location for problem in card_problems(folder)] == ["README.md"]
     write_card(folder, "owner/saved", "v1")
-    assert gate_folder(folder) == []
+    assert check_before_publish(folder) == []
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
 def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path, layout):
     convert_checkpoint(converted, tmp_path / "out", to_layout=layout)
     write_card(tmp_path / "out", "owner/out", "v1")
-    assert gate_folder(tmp_path / "out") == []
+    assert check_before_publish(tmp_path / "out") == []
 
 
 @pytest.mark.slow
@@ -210,8 +210,8 @@ def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path,
 def test_what_does_not_load_for_a_stranger_is_told(tower, change, message):
     (tower / "provenance.json").unlink()
     change(tower)
-    found = [problem for problem in gate_folder(tower) if problem.kind == "load"]
-    assert len(found) == 1 and message in found[0].what and str(tower.parent) not in found[0].what, found
+    found = [problem for problem in check_before_publish(tower) if problem.kind == "load"]
+    assert len(found) == 1 and message in found[0].message and str(tower.parent) not in found[0].message, found
 
 
 @pytest.mark.slow
@@ -224,8 +224,8 @@ def test_code_that_makes_other_tokens_is_told(tower):
         "    output.last_hidden_state = output.last_hidden_state * 1.01\n"
         "    return output\n\n\nSAILViTModel.forward = forward\n",
     )(tower)
-    found = [problem for problem in gate_folder(tower) if problem.kind == "tokens"]
-    assert len(found) == 1 and "tokens are 1.0e-02 from those of this package" in found[0].what
+    found = [problem for problem in check_before_publish(tower) if problem.kind == "tokens"]
+    assert len(found) == 1 and "tokens are 1.0e-02 from those of this package" in found[0].message
 
 
 def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):
@@ -233,9 +233,9 @@ def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):
     name = min(tensors)
     tensors[name] = torch.full_like(tensors[name], 0.5)
     save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
-    assert kinds(gate_folder(tower)) == {"sha256"}
+    assert kinds(check_before_publish(tower)) == {"sha256"}
 
 
 def test_a_conversion_that_nobody_verified_is_told(tower, unloaded):
     field("provenance.json", verification=None)(tower)
-    assert [problem.where for problem in gate_folder(tower)] == ["provenance.json"]
+    assert [problem.location for problem in check_before_publish(tower)] == ["provenance.json"]

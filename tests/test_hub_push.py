@@ -21,7 +21,7 @@ from sailvit import SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import MARK
 from sailvit.convert.storage.errors import VerificationError
-from sailvit.hub import GateError, PushError, push_folder
+from sailvit.hub import PublishError, PushError, push_folder
 from sailvit.hub.push import find_target, publish
 
 
@@ -426,7 +426,7 @@ def test_what_the_gate_finds_is_not_published(hub, tmp_path, monkeypatch):
     folder = tmp_path / "tower"
     convert_checkpoint(make_checkpoint(tmp_path / "apple"), folder, verify=False)
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
-    with pytest.raises(GateError, match=r"tower: not published: provenance\.json: it was never held") as raised:
+    with pytest.raises(PublishError, match=r"tower: not published: provenance\.json: it was never held") as raised:
         push_folder(folder, REPO, api=HfApi(endpoint=hub.address, token=TOKEN))
     assert len(raised.value.problems) == 1 and hub.repositories == {}
 
@@ -451,7 +451,7 @@ def test_the_command_tells_every_problem_and_publishes_nothing(hub, tmp_path, mo
 
 
 def test_text_that_was_written_on_the_hub_stays_in_the_card(hub, folder, monkeypatch):
-    monkeypatch.setattr("sailvit.hub.push.gate_folder", lambda *arguments, **options: [])
+    monkeypatch.setattr("sailvit.hub.push.check_before_publish", lambda *arguments, **options: [])
     api = HfApi(endpoint=hub.address, token=TOKEN)
     (folder / "README.md").unlink()
     first = push_folder(folder, REPO, api=api)
@@ -466,7 +466,7 @@ def test_text_that_was_written_on_the_hub_stays_in_the_card(hub, folder, monkeyp
 
 
 def test_a_card_on_the_hub_that_cannot_be_read_is_one_line_and_nothing_is_sent(hub, folder, monkeypatch):
-    monkeypatch.setattr("sailvit.hub.push.gate_folder", lambda *arguments, **options: [])
+    monkeypatch.setattr("sailvit.hub.push.check_before_publish", lambda *arguments, **options: [])
     push(hub, folder)
     hub.faults = [Fault("/resolve/", 503, times=FOREVER)]
     with pytest.raises(PushError, match=r"the Hub has a fault \(503\): wait some minutes"):

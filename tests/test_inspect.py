@@ -59,9 +59,9 @@ def test_sizes_are_told(tmp_path, size):
     shape = published_shape(size)
     folder = tmp_path / "sparse"
     folder.mkdir()
-    from sailvit.convert.models.aimv2_names import pieces
+    from sailvit.convert.models.aimv2_names import tensor_specs
 
-    tensors = [NewTensor(piece.name, "BF16", piece.shape, iter) for piece in pieces(LAYOUTS["timm"], shape)]
+    tensors = [NewTensor(piece.name, "BF16", piece.shape, iter) for piece in tensor_specs(LAYOUTS["timm"], shape)]
     header = safetensors_header(tensors)
     (folder / "model.safetensors").write_bytes(header)
     os.truncate(folder / "model.safetensors", len(header) + sum(tensor.nbytes for tensor in tensors))
@@ -148,7 +148,7 @@ def test_everything_is_told_though_one_file_cannot_be_read(converted, capsys):
 def test_a_converted_folder_wants_all_its_files(converted):
     (converted / "config.json").unlink()
     assert ("missing", "config.json") in {
-        (problem.kind, problem.where) for problem in inspect_checkpoint(converted).problems
+        (problem.kind, problem.location) for problem in inspect_checkpoint(converted).problems
     }
 
 
@@ -156,12 +156,14 @@ def test_code_that_was_changed_is_found_by_the_provenance(converted):
     with (converted / "modeling_sailvit.py").open("a") as file:
         file.write("print()\n")
     assert inspect_checkpoint(converted).whole
-    assert [problem.where for problem in inspect_checkpoint(converted, deep=True).problems] == ["modeling_sailvit.py"]
+    assert [problem.location for problem in inspect_checkpoint(converted, deep=True).problems] == [
+        "modeling_sailvit.py"
+    ]
 
 
 def test_heads_of_a_configuration_are_held_against_the_provenance(converted):
     damage_config(num_attention_heads=4)(converted)
-    assert [problem.where for problem in inspect_checkpoint(converted).problems] == ["num_attention_heads"]
+    assert [problem.location for problem in inspect_checkpoint(converted).problems] == ["num_attention_heads"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -195,7 +197,7 @@ def test_deep_finds_what_headers_do_not_show(converted, value):
     tensors[name].view(-1)[7] = value
     save_file(tensors, path, metadata={"format": "pt"})
     assert inspect_checkpoint(converted).whole
-    kinds = {(problem.kind, problem.where) for problem in inspect_checkpoint(converted, deep=True).problems}
+    kinds = {(problem.kind, problem.location) for problem in inspect_checkpoint(converted, deep=True).problems}
     assert kinds == {("values", name), ("sha256", name)}
 
 

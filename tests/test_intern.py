@@ -20,10 +20,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 
 from sailvit.convert import CheckpointError, convert_checkpoint
 from sailvit.convert.models import internlm2, internvit
-from sailvit.convert.models.internlm2 import InternLM2Shape, finds_internlm2, plan_internlm2
+from sailvit.convert.models.internlm2 import InternLM2Shape, is_internlm2, plan_internlm2
 from sailvit.convert.models.internlm2_tokenizer import SPECIAL_TOKENS, build_tokenizer, read_sentencepiece
-from sailvit.convert.models.internvit import InternViTShape, finds_internvit, plan_internvit
-from sailvit.convert.models.internvl_common import grouped_runs, stored_shapes
+from sailvit.convert.models.internvit import InternViTShape, is_internvit, plan_internvit
+from sailvit.convert.models.internvl_common import qkv_group_slices, stored_shapes
 from sailvit.convert.plan import Options
 from sailvit.convert.storage.checkpoint import Checkpoint
 from sailvit.convert.storage.errors import VerificationError
@@ -292,7 +292,7 @@ def test_groups_are_taken_apart_as_einops_takes_them(groups, queries, head_dim, 
     wqkv = torch.arange(groups * (queries + 2) * head_dim * columns)
     apart = rearrange(wqkv, "(h gs d c) -> h gs (d c)", h=groups, gs=queries + 2, c=columns)
     expected = [apart[:, :queries].flatten(), apart[:, -2].flatten(), apart[:, -1].flatten()]
-    runs = grouped_runs(groups, [rows * head_dim * columns for rows in (queries, 1, 1)])
+    runs = qkv_group_slices(groups, [rows * head_dim * columns for rows in (queries, 1, 1)])
     for own, part in zip(runs, expected, strict=True):
         assert torch.equal(torch.cat([wqkv[start:stop] for start, stop in own]), part)
     assert sorted(index for own in runs for run in own for index in range(*run)) == wqkv.tolist()
@@ -427,13 +427,13 @@ def test_what_is_held_is_a_chunk(tmp_path):
 
 def test_names_are_found_and_others_are_not():
     vit, lm = [*stored_shapes(VIT)], [*stored_shapes(LM)]
-    assert finds_internvit(vit) and not finds_internlm2(vit)
-    assert finds_internlm2(lm) and not finds_internvit(lm)
-    assert finds_internlm2(f"module.language_model.{name}" for name in lm)
-    assert finds_internvit(f"vision_model._orig_mod.{name}" for name in vit)
+    assert is_internvit(vit) and not is_internlm2(vit)
+    assert is_internlm2(lm) and not is_internvit(lm)
+    assert is_internlm2(f"module.language_model.{name}" for name in lm)
+    assert is_internvit(f"vision_model._orig_mod.{name}" for name in vit)
     strangers = ["trunk.blocks.0.attn.qkv.weight", "vision_encoder.layers.0.attn.qkv.weight", "blocks.0.ls1.gamma"]
     strangers += ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.attention.wqkv_a.weight"]
-    assert not finds_internvit(strangers) and not finds_internlm2(strangers)
+    assert not is_internvit(strangers) and not is_internlm2(strangers)
 
 
 def test_importing_it_imports_neither_torch_nor_transformers(tmp_path):

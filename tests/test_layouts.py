@@ -17,7 +17,7 @@ from sailvit.configuration_sailvit import SIZES
 from sailvit.convert import LAYOUTS, CheckpointError, convert_tensors
 from sailvit.convert.export.runtimes import SIZE_NAMES, timm_config, transformers_config
 from sailvit.convert.models.aimv2_config import MLP_WIDTHS
-from sailvit.convert.models.aimv2_names import TowerShape, pieces, plan_moves, recognise
+from sailvit.convert.models.aimv2_names import TowerShape, match_aimv2, plan_tensors, tensor_specs
 from sailvit.convert.synthetic import published_shape
 
 
@@ -27,7 +27,7 @@ def random_tensors(layout: str, shape: TowerShape, dtype: torch.dtype = torch.fl
     target = LAYOUTS[layout]
     return {
         target.prefix + piece.name: torch.randn(piece.shape, generator=generator).to(dtype)
-        for piece in pieces(target, shape)
+        for piece in tensor_specs(target, shape)
     }
 
 
@@ -56,7 +56,7 @@ def test_released_names_are_those_of_the_model(grid_size, biases):
     shape = replace(TINY_SHAPE, grid_size=grid_size, qkv_bias=biases[0], use_bias=biases[1])
     kind = "absolute" if grid_size else "sincos"
     model = SAILViTModel(SAILViTConfig(**TINY, pos_embed_type=kind, qkv_bias=biases[0], use_bias=biases[1]))
-    ours = {piece.name: piece.shape for piece in pieces(LAYOUTS["sailvit"], shape)}
+    ours = {piece.name: piece.shape for piece in tensor_specs(LAYOUTS["sailvit"], shape)}
     assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -68,7 +68,7 @@ def test_transformers_names_are_those_of_its_model(grid_size, bias):
     shape = replace(TINY_SHAPE, grid_size=grid_size, qkv_bias=bias, use_bias=bias)
     fields = {**TINY, "qkv_bias": bias, "use_bias": bias, "pos_embed_type": "absolute" if grid_size else "sincos"}
     model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(fields)))
-    ours = {piece.name: piece.shape for piece in pieces(LAYOUTS["transformers"], shape)}
+    ours = {piece.name: piece.shape for piece in tensor_specs(LAYOUTS["transformers"], shape)}
     assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -82,9 +82,9 @@ def test_ovis2_names_are_those_of_transformers_whole_model():
         vision.pop(key)
     model = Ovis2ForConditionalGeneration(Ovis2Config(vision_config=vision, text_config=text, hidden_size=16))
     layout = LAYOUTS["ovis2-transformers"]
-    found = recognise(model.state_dict())
+    found = match_aimv2(model.state_dict())
     assert found.layout is layout and found.prefix == layout.prefix and not found.unmapped
-    assert set(found.names) == {piece.name for piece in pieces(layout, TINY_SHAPE)}
+    assert set(found.names) == {piece.name for piece in tensor_specs(layout, TINY_SHAPE)}
     converted = convert_tensors(model.state_dict(), "sailvit")
     SAILViTModel(SAILViTConfig(**TINY)).load_state_dict(converted, strict=True)
 
@@ -139,7 +139,7 @@ def test_every_pair_of_layouts_round_trips_at_published_shapes(size, blocks, dty
 def counted_tensors(layout: str, shape: TowerShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every bit pattern there is, NaN too, from another one on in every tensor."""
     tensors = {}
-    for piece in pieces(LAYOUTS[layout], shape):
+    for piece in tensor_specs(LAYOUTS[layout], shape):
         tensor = torch.empty(piece.shape, dtype=dtype)
         numbers = tensor.view(torch.int16).reshape(-1)
         torch.arange(len(tensors), len(tensors) + len(numbers), dtype=torch.int16, out=numbers)
@@ -150,10 +150,10 @@ def counted_tensors(layout: str, shape: TowerShape, dtype: torch.dtype) -> dict[
 def test_a_plan_takes_every_element_once():
     for source, target in permutations(LAYOUTS.values(), 2):
         taken: dict[str, list[tuple[int, int]]] = {}
-        for move in plan_moves(source, target, TINY_SHAPE, TINY_SHAPE.grid_size):
+        for move in plan_tensors(source, target, TINY_SHAPE, TINY_SHAPE.grid_size):
             for name, start, stop in move.sources:
                 taken.setdefault(name, []).append((start, stop))
-        for piece in pieces(source, TINY_SHAPE):
+        for piece in tensor_specs(source, TINY_SHAPE):
             runs = sorted(taken[piece.name])
             assert [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])]
             assert runs[-1][1] == piece.stop - piece.start
@@ -166,7 +166,7 @@ def test_a_plan_takes_every_element_once():
 @pytest.mark.parametrize("grid_size", [4, None])
 def test_layouts_are_recognised_with_a_reason(layout, grid_size):
     names = random_tensors(layout, replace(TINY_SHAPE, grid_size=grid_size))
-    found = recognise(names)
+    found = match_aimv2(names)
     assert found.layout.name == layout and found.prefix == LAYOUTS[layout].prefix
     assert found.reason.startswith(f"{len(names)} of {len(names)} names") and LAYOUTS[layout].title in found.reason
     assert len(found.names) == len(names) and not (found.unmapped or found.heads or found.others)
@@ -180,7 +180,7 @@ def test_any_prefix_is_taken(layout, prefix):
     }
     tensors = {prefix + name: tensor for name, tensor in bare.items()}
     tensors |= {"language_model.lm_head.weight": torch.ones(2), "mlp1.0.weight": torch.ones(2)} if prefix else {}
-    found = recognise(tensors)
+    found = match_aimv2(tensors)
     assert found.prefix == prefix and found.names == {name: prefix + name for name in bare}
     assert found.others == ({"language_model": 1, "mlp1": 1} if prefix else {})
 
@@ -191,7 +191,7 @@ def test_names_that_wrappers_left_are_cleaned():
     whole = torch.compile(model)
     assert any(name.startswith("_orig_mod.") for name in whole.state_dict())
     assert_same(convert_tensors(whole.state_dict(), "sailvit"), expected)
-    assert recognise(whole.state_dict()).wrappers == ["_orig_mod"]
+    assert match_aimv2(whole.state_dict()).wrappers == ["_orig_mod"]
     for index, block in enumerate(model.trunk.blocks):
         model.trunk.blocks[index] = torch.compile(block)
     holder = nn.ModuleDict({"vision_model": nn.ModuleDict({"module": model})})
@@ -206,7 +206,7 @@ def test_checkpointing_wrappers_are_cleaned():
     model.trunk.blocks[1] = checkpoint_wrapper(model.trunk.blocks[1])
     names = {name for name, _ in model.named_parameters()}
     assert any("_checkpoint_wrapped_module" in name for name in names)
-    assert set(recognise(names).names) == set(expected)
+    assert set(match_aimv2(names).names) == set(expected)
 
 
 def test_a_full_lit_model_of_transformers_gives_its_image_tower():
@@ -222,7 +222,7 @@ def test_a_full_lit_model_of_transformers_gives_its_image_tower():
         "vocab_size": 9,
     }
     model = Aimv2Model(Aimv2Config(vision_config=vision, text_config=text))
-    found = recognise(model.state_dict())
+    found = match_aimv2(model.state_dict())
     assert found.layout.name == "transformers" and found.prefix == "vision_model."
     assert {name.split(".")[2] for name in found.heads} == {"cls_token", "k_proj", "v_proj", "output_proj"}
     assert set(found.others) == {"text_model", "visual_projection", "text_projection", "logit_scale"}
@@ -241,7 +241,7 @@ def test_apples_lit_gives_its_image_tower():
     tensors |= {
         name: torch.ones(2) for name in (*others, "image_encoder.head.cls_token", "image_encoder.head.k.weight")
     }
-    found = recognise(tensors)
+    found = match_aimv2(tensors)
     assert found.layout.name == "lit" and len(found.heads) == 2
     assert set(found.others) == {"text_encoder", "image_projector", "log_logit_scale"}
 
@@ -255,10 +255,10 @@ def test_two_towers_are_ambiguous_until_one_is_chosen():
     tensors = random_tensors("sailvit", TINY_SHAPE)
     both = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in tensors.items()}
     with pytest.raises(CheckpointError, match=r"more than one tower.*student\..*teacher\..*--prefix"):
-        recognise(both)
-    assert recognise(both, prefix="teacher.").prefix == "teacher."
+        match_aimv2(both)
+    assert match_aimv2(both, prefix="teacher.").prefix == "teacher."
     with pytest.raises(CheckpointError, match=r"no AIMv2 tower under the prefix 'nobody\.'"):
-        recognise(both, prefix="nobody.")
+        match_aimv2(both, prefix="nobody.")
 
 
 def test_two_names_for_one_are_an_error():
@@ -282,7 +282,9 @@ def test_an_adapter_is_told_to_be_merged():
     with pytest.raises(CheckpointError, match="merge it first"):
         convert_tensors(model.state_dict(), "sailvit")
     merged = model.merge_and_unload().state_dict()
-    assert set(convert_tensors(merged, "sailvit")) == {piece.name for piece in pieces(LAYOUTS["sailvit"], TINY_SHAPE)}
+    assert set(convert_tensors(merged, "sailvit")) == {
+        piece.name for piece in tensor_specs(LAYOUTS["sailvit"], TINY_SHAPE)
+    }
 
 
 def other_architectures():
@@ -336,7 +338,7 @@ def test_what_is_missing_empty_or_misshapen_is_named():
 @given(st.data())
 def test_mangled_names_are_an_error_or_a_tower(data):
     """Whatever is done to the names: a checkpoint is understood as it stands, or refused."""
-    names = [piece.name for piece in pieces(LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))], TINY_SHAPE)]
+    names = [piece.name for piece in tensor_specs(LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))], TINY_SHAPE)]
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(names) - 1))
         change = data.draw(st.sampled_from(["cut", "double", "insert", "drop", "text", "wrap"]))
@@ -356,7 +358,7 @@ def test_mangled_names_are_an_error_or_a_tower(data):
             names[at] = "module." + name
     shapes = dict.fromkeys(names)
     try:
-        found = recognise(shapes)
+        found = match_aimv2(shapes)
     except CheckpointError:
         return
     sorted_out = [*found.names.values(), *found.heads, *found.unmapped]
@@ -368,7 +370,7 @@ def test_mangled_names_are_an_error_or_a_tower(data):
 @given(st.lists(st.text(st.characters(categories=("L", "N", "P")), max_size=20)))
 def test_any_names_are_an_error_or_a_tower(names):
     try:
-        recognise(names)
+        match_aimv2(names)
     except CheckpointError as error:
         assert "\n" not in str(error)
 

@@ -116,7 +116,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 # All of it
 
-STRANGER = """
+HUB_LOADER_SCRIPT = """
 import sys, torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -158,7 +158,7 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     for file in source.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "out" / INDEX).read_bytes() == (source / INDEX).read_bytes()
-    run_stranger(STRANGER, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
+    run_stranger(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
     ids, pixels, logits = torch.load(tmp_path / "logits.pt")
     config = released_config(language, tied)
     assert relative_difference(logits, HandMade(config, released_tensors(config), IMAGE).logits(ids, pixels)) < 1e-4
@@ -734,7 +734,7 @@ def test_a_composed_folder_is_loaded_by_strangers(toys, tmp_path):
     source = write_language(tmp_path / "language", "llama")
     figures = compose(toys / "vision", source, tmp_path / "out", verify=True, max_tiles=12).verification
     assert figures["placeholders"] == figures["tiles"] * 4 == 52
-    run_stranger(STRANGER, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
+    run_stranger(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
 
 
 def test_a_seed_gives_the_same_bits_and_another_only_another_connector(toys, tmp_path):
@@ -868,7 +868,7 @@ def test_what_is_wrong_in_a_part_is_named(toys, tmp_path):
         return {**kept, MATRIX: all[MATRIX][:, :8], "language_model.extra": torch.ones(1)}
 
     change_tensors(tmp_path / "bad", damage)
-    problems = {(problem.kind, problem.where) for problem in inspect_checkpoint(tmp_path / "bad").problems}
+    problems = {(problem.kind, problem.location) for problem in inspect_checkpoint(tmp_path / "bad").problems}
     assert problems == {
         ("missing", "mlp1.3.bias"), ("missing", NORM), ("shape", MATRIX), ("unexpected", "language_model.extra"),
     }  # fmt: skip

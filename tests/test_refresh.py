@@ -17,7 +17,7 @@ from sailvit.convert import refresh as refreshing
 from sailvit.convert.export.code_files import OLD_TEMPLATES, is_old_template, package_version
 from sailvit.convert.inspect import table
 from sailvit.convert.storage.errors import VerificationError
-from sailvit.hub import gate_folder, write_card
+from sailvit.hub import check_before_publish, write_card
 
 
 MARK = "configuration_sailvit.py"
@@ -104,7 +104,9 @@ def test_code_that_is_known_to_break_is_told_and_not_published(old_vl, made, cap
     assert f"version 1, the installed package's is {package_version()}" in said
     assert "version 1 cannot write anything on transformers >= 5.24" in said and "--refresh-code` renews it" in said
     write_card(old_vl, "owner/vl", "v1")
-    assert any("cannot write anything" in problem.what for problem in gate_folder(old_vl) if problem.kind == "code")
+    assert any(
+        "cannot write anything" in problem.message for problem in check_before_publish(old_vl) if problem.kind == "code"
+    )
     assert sailvit_cli.main(["inspect", str(made / "vl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["code"]["version"] == package_version()
 
@@ -164,7 +166,7 @@ def test_a_folder_that_would_not_load_is_left_as_it_was(old, kind, monkeypatch):
         raise VerificationError("the folder does not load in a fresh process: of no matter what")
 
     before = contents(old)
-    monkeypatch.setattr(refreshing, "run_alone" if kind == "tower" else "verify_all", refuse)
+    monkeypatch.setattr(refreshing, "run_in_clean_process" if kind == "tower" else "verify_all", refuse)
     with pytest.raises(VerificationError):
         refresh(old, verify=True)
     assert contents(old) == before
@@ -231,7 +233,7 @@ def test_settings_that_were_edited_stay(old_vl):
         config["vision_batch_size"] == 3 and config["auto_map"]["AutoProcessor"] == "processing_sailvl.SAILVLProcessor"
     )
     edited = {"tokenizer_config.json", "chat_template.jinja", "config.json"}
-    assert {problem.where for problem in inspect_checkpoint(old_vl, deep=True).problems} == edited
+    assert {problem.location for problem in inspect_checkpoint(old_vl, deep=True).problems} == edited
 
 
 def test_a_prompt_of_an_earlier_version_is_known_and_not_kept(old_vl, tmp_path):

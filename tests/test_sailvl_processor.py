@@ -466,7 +466,7 @@ def test_the_tokenizer_is_left_alone(saved):
         assert (other.padding_side, other.model_max_length) == ("left", original.model_max_length)
 
 
-ALONE = """
+LOADER_SCRIPT = """
 import json, sys
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils import logging
@@ -494,7 +494,7 @@ def test_a_processor_without_a_model_loads_from_its_folder(processor, tmp_path):
             assert loaded.to_dict() == processor.to_dict() and loaded.image_processor.to_dict() == expected
         for folder in (both, pictures):
             assert AutoImageProcessor.from_pretrained(folder, **options).to_dict() == expected
-    loaded = json.loads(run_stranger(ALONE, both, pictures, home=tmp_path))
+    loaded = json.loads(run_stranger(LOADER_SCRIPT, both, pictures, home=tmp_path))
     assert loaded == ["SAILVLProcessor", 4, *[json.loads(json.dumps(expected))] * 3]
 
 

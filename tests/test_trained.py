@@ -27,12 +27,12 @@ from torch import nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
-from sailvit.convert.models.aimv2_names import LAYOUTS, pieces
+from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
 from sailvit.convert.storage.checkpoint import Checkpoint
 from sailvit.convert.storage.overlay import Overlay
 from sailvit.convert.storage.sources import find_source
 from sailvit.convert.storage.tensors import StoredTensor, torch_name
-from sailvit.convert.storage.training_run import default_dtype, open_trained, training_facts, training_notes
+from sailvit.convert.storage.training_run import default_dtype, open_trained, training_metadata, training_notes
 
 
 def read(stored: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -58,7 +58,7 @@ def tower_tensors(prefix: str = "vision_model.", seed: int = 0) -> dict[str, tor
     generator = torch.Generator().manual_seed(seed)
     return {
         prefix + piece.name: torch.randn(piece.shape, generator=generator)
-        for piece in pieces(LAYOUTS["sailvit"], TINY_SHAPE)
+        for piece in tensor_specs(LAYOUTS["sailvit"], TINY_SHAPE)
     }
 
 
@@ -219,7 +219,7 @@ def test_stage_1_saves_frozen_parameters_in_the_model_alone(tmp_path, deepspeed)
                        frozen_param_shapes=None, frozen_param_fragments=None)  # fmt: skip
     checkpoint = opened(root)
     assert {name: checkpoint[name].dtype for name in checkpoint.weight_map} == {"a": "F32", "b": "BF16"}
-    assert training_facts(checkpoint) == {
+    assert training_metadata(checkpoint) == {
         "engine": "DeepSpeed ZeRO-1", "engine_version": "0.19.8", "ranks": 2, "step": 7, "samples": 70,
     }  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_masters_of_other_weights_are_refused(tmp_path, deepspeed):
 def test_what_a_file_says_of_its_training_is_told_if_it_is_plain(tmp_path, deepspeed):
     for version in ({1, 2}, "x" * 99, "a\nb", "/home/me"):
         root = write_zero2(tmp_path / str(hash(str(version))), [{"a": torch.ones(4)}], {}, 1, ds_version=version)
-        assert "engine_version" not in training_facts(opened(root))
+        assert "engine_version" not in training_metadata(opened(root))
 
 
 def test_deepspeed_without_zero_is_read(tmp_path):
@@ -648,7 +648,7 @@ def test_what_a_stage_did_not_save_or_rounded_comes_from_the_base(tmp_path, deep
     kept = "" if "mod" in prefix and prefix != "model." else prefix
     rest = {kept + "rest": base["rest"]}
     assert_same(checkpoint, trained | frozen | {prefix + "vision.b": base["vision.b"]} | rest)
-    facts = training_facts(checkpoint)["base"]
+    facts = training_metadata(checkpoint)["base"]
     assert facts == {"name": "base", "revision": None, "exact": 1, "rounded": [prefix + "moved"]}
     assert "1 rounded tensors exact" in " ".join(training_notes(checkpoint))
     assert checkpoint.document("config.json")["vision_config"] and default_dtype(checkpoint) == "float32"
@@ -735,7 +735,7 @@ def test_a_mean_is_taken_in_float32(tmp_path):
         truth = torch.stack([each[name].double() for each in tensors]).mean(0).float()
         assert checkpoint[name].dtype == "F32" and torch.equal(read(checkpoint[name]), truth)
     assert torch.equal(read(checkpoint["a"], 7, 300_001), read(checkpoint["a"])[7:300_001])
-    assert [part["name"] for part in training_facts(checkpoint)["mean_of"]] == ["step-0", "step-1", "step-2"]
+    assert [part["name"] for part in training_metadata(checkpoint)["mean_of"]] == ["step-0", "step-1", "step-2"]
 
 
 @pytest.mark.parametrize(
@@ -803,7 +803,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path, options):
     assert_same(checkpoint, truth)
     stored = checkpoint["model.up.weight"]
     assert torch.equal(read(stored, 5, 20), truth["model.up.weight"].reshape(-1)[5:20])
-    facts = training_facts(checkpoint)
+    facts = training_metadata(checkpoint)
     assert facts["adapter"] == {"peft_type": "LORA", "r": 3, "lora_alpha": 5} and facts["base"]["name"] == "base"
     assert default_dtype(checkpoint) == "float32"
 
@@ -829,7 +829,7 @@ def test_nan_in_an_adapter_is_the_adapters(tmp_path):
 def test_an_adapter_alone_is_told_to_be_one(tmp_path):
     _, adapter, _ = save_adapter(tmp_path)
     (problem,) = inspect_checkpoint(adapter).problems
-    assert "an adapter of peft, no model" in problem.what
+    assert "an adapter of peft, no model" in problem.message
 
 
 @pytest.mark.parametrize("entry", ["adapter_model.safetensors", "adapter_model.bin"])
@@ -845,7 +845,7 @@ def test_an_adapter_is_found_among_other_weights_and_by_its_file(tmp_path, entry
         torch.save({"logits": torch.zeros(2)}, adapter / beside)
     for source in (adapter, adapter / entry):
         assert_same(open_trained(str(source), base=str(base)), truth)
-        assert any("an adapter of peft, no model" in problem.what for problem in inspect_checkpoint(source).problems)
+        assert any("an adapter of peft, no model" in problem.message for problem in inspect_checkpoint(source).problems)
 
 
 def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
@@ -949,7 +949,7 @@ def test_what_an_engine_saved_is_what_was_alive(trained_in, engine, processes, t
         del truth[TWIN]
     checkpoint = opened(out / ("dcp" if engine == "dcp" else "checkpoint-2"))
     assert_same(checkpoint, truth)
-    facts = training_facts(checkpoint)
+    facts = training_metadata(checkpoint)
     assert facts["engine"] == title and facts.get("ranks", processes) == processes
     if engine != "dcp":
         assert facts["step"] == 2 and facts["tokens_seen"] == 32 * processes
@@ -964,7 +964,7 @@ def test_what_deepspeed_rounded_comes_exact_from_the_base(trained_in, base_relea
     frozen = {name for name, tensor in truth.items() if tensor.dtype == torch.bfloat16}
     assert len(frozen) == 16
     assert_same(checkpoint, truth | {name: read(base[name]) for name in frozen})
-    assert training_facts(checkpoint)["base"] == {"name": "base", "revision": None, "exact": 16}
+    assert training_metadata(checkpoint)["base"] == {"name": "base", "revision": None, "exact": 16}
 
 
 @of_engines

@@ -16,7 +16,7 @@ from typing import Any
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import read_json
 from ..storage.sources import PROVENANCE
-from .model_types import Kind, kind_of
+from .model_types import Kind, model_type_of
 
 
 MARK = "<!-- What stands above this line is written by `sailvit push`. What stands below it is kept. -->"
@@ -237,7 +237,7 @@ class _Model:
     @classmethod
     def read(cls, folder: Path, name: str, revision: str, own: Mapping[str, Any]) -> "_Model":
         config, record = _read(folder / "config.json"), _read(folder / PROVENANCE)
-        kind, parts = kind_of(config), components(record, own)
+        kind, parts = model_type_of(config), components(record, own)
         return cls(folder, name, revision, kind, config, record, parts, read_results(folder))
 
     @property
@@ -411,7 +411,7 @@ def _wrong_entries(folder: Path, data: Mapping[str, Any]) -> Iterator[str]:
     except (TypeError, ValueError, KeyError) as error:
         yield f"its YAML is not what the Hub takes: {' '.join(str(error).split())}: correct it"
     config = _read(folder / "config.json")
-    kind = kind_of(config)
+    kind = model_type_of(config)
     for key, wanted in {"library_name": kind.library, "pipeline_tag": kind.pipeline_tag}.items():
         if data.get(key) != wanted:
             yield f"{key} is {data.get(key)!r}, {wanted!r} is wanted: write_card writes it"

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.checkpoint import Checkpoint
-from ..storage.output_folder import name_of
-from ..storage.sources import PROVENANCE, licence_of, plain_name
+from ..storage.output_folder import final_name
+from ..storage.sources import PROVENANCE, licence_of, public_name
 
 
 def save_card(folder: Path, checkpoint: Checkpoint, lines: list[str], **data: Any) -> None:
@@ -19,7 +19,7 @@ def save_card(folder: Path, checkpoint: Checkpoint, lines: list[str], **data: An
     source = checkpoint.source
     record = f"`{PROVENANCE}` says how, with the hashes of what was read and written."
     origin = source.name if source.revision else None
-    lines = [*lines, "", f"Converted from {plain_name(source)}; {record}"]
+    lines = [*lines, "", f"Converted from {public_name(source)}; {record}"]
     write_card(folder, lines, base_model=origin, **data, **licence_of(source))
 
 
@@ -27,5 +27,5 @@ def write_card(folder: Path, lines: list[str], **data: Any) -> None:
     """README.md: what the Hub is told, a title, and text."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    text = ["---", ModelCardData(**data).to_yaml(), "---", f"# {name_of(folder)}", "", *lines]
+    text = ["---", ModelCardData(**data).to_yaml(), "---", f"# {final_name(folder)}", "", *lines]
     ModelCard("\n".join(text) + "\n").save(folder / "README.md")

@@ -11,7 +11,7 @@ from .code_files import PACKAGE
 
 def clip_settings(checkpoint: Checkpoint, image_size: int | list[int]) -> dict[str, Any]:
     """preprocessor_config.json of transformers' CLIPImageProcessor, that resizes pictures to a square."""
-    pictures = read_pictures(checkpoint)
+    pictures = read_image_settings(checkpoint)
     height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -24,25 +24,25 @@ def clip_settings(checkpoint: Checkpoint, image_size: int | list[int]) -> dict[s
     }
 
 
-def says_pictures(checkpoint: Checkpoint) -> bool:
+def has_normalization(checkpoint: Checkpoint) -> bool:
     """Whether the source says how its pictures are normalised."""
-    return "image_mean" in _said_of_pictures(checkpoint)
+    return "image_mean" in _stored_image_settings(checkpoint)
 
 
-def crops_pictures(checkpoint: Checkpoint) -> bool:
+def center_crops(checkpoint: Checkpoint) -> bool:
     """Whether the source cuts pictures to a square, where SAILViT resizes them to one."""
     crop_mode = _section(checkpoint, "config.json", "pretrained_cfg").get("crop_mode")
-    return bool(_said_of_pictures(checkpoint).get("do_center_crop")) or crop_mode in ("center", "border")
+    return bool(_stored_image_settings(checkpoint).get("do_center_crop")) or crop_mode in ("center", "border")
 
 
-def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     What the source says of its pictures: image_mean and image_std at least; SAILViT's where it says nothing.
 
     Raises:
         CheckpointError: It says what cannot be.
     """
-    said = _said_of_pictures(checkpoint)
+    said = _stored_image_settings(checkpoint)
     for key in {"image_mean", "image_std"} if said.keys() & {"image_mean", "image_std"} else ():
         value, lowest = said.get(key), -1e9 if key == "image_mean" else 1e-9
         numbers = isinstance(value, list) and len(value) > 0 and all(type(number) in (int, float) for number in value)
@@ -54,7 +54,7 @@ def read_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**read_json(PACKAGE / "preprocessor_config.json"), **said}
 
 
-def _said_of_pictures(checkpoint: Checkpoint) -> dict[str, Any]:
+def _stored_image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Of preprocessor_config.json, or processor_config.json, where transformers >= 5 puts it, or timm's config.json."""
     said = checkpoint.document("preprocessor_config.json")
     said = said or _section(checkpoint, "processor_config.json", "image_processor")

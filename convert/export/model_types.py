@@ -87,7 +87,7 @@ MULTIMODAL = Kind("multimodal language model", "AutoModelForImageTextToText", "i
 LANGUAGE = Kind("language model", "AutoModelForCausalLM", "text-generation", USE_LANGUAGE)
 
 
-def kind_of(config: Mapping[str, Any]) -> Kind:
+def model_type_of(config: Mapping[str, Any]) -> Kind:
     """The kind of model that a config.json is of."""
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""

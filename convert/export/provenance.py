@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.files import hash_file
-from ..storage.sources import PROVENANCE, licence_of, plain_name
+from ..storage.sources import PROVENANCE, licence_of, public_name
 from ..storage.tensors import torch_name
-from ..storage.training_run import training_facts
+from ..storage.training_run import training_metadata
 
 
 if TYPE_CHECKING:
-    from ..plan import Job
+    from ..plan import ConversionPlan
+
+    pass
 
 
 def write_provenance(
     folder: Path,
-    job: "Job",
+    job: "ConversionPlan",
     asked: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
     digests: Mapping[str, str],
@@ -31,9 +33,9 @@ def write_provenance(
         digests: Name -> sha256 of every tensor that was written.
     """
     source, record = job.checkpoint.source, job.record()
-    before, training = job.checkpoint.document(PROVENANCE).get("source"), training_facts(job.checkpoint)
+    before, training = job.checkpoint.document(PROVENANCE).get("source"), training_metadata(job.checkpoint)
     said = {
-        "name": plain_name(source),
+        "name": public_name(source),
         "revision": source.revision,
         **record.pop("source", {}),
         **licence_of(source),

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import CheckpointError
 from ..storage.files import read_json, write_json
-from ..storage.output_folder import name_of
+from ..storage.output_folder import final_name
 from ..storage.tensors import torch_name
 from .code_files import CODE, PACKAGE
 from .converted_card import save_card
-from .image_settings import _normalisation, clip_settings, read_pictures
+from .image_settings import _normalisation, clip_settings, read_image_settings
 
 
 if TYPE_CHECKING:
-    from ..models.aimv2 import TowerJob
+    from ..models.aimv2 import AIMv2Plan
+
+    pass
 
 # SAILViTConfig's SIZES by their widths; importing those would import torch.
 SIZE_NAMES = {768: "base", 1024: "large", 1536: "huge", 2048: "1b", 3072: "3b"}
@@ -32,29 +34,29 @@ class Runtime:
         reads_shards: Whether it takes weights in several files.
         usage: Python that loads the folder {name}.
         write_configs: Writes what it expects beside the weights.
-        objection: Why a tower cannot be expressed in it, from the fields of SAILViTConfig; None if it can.
+        unsupported_reason: Why a tower cannot be expressed in it, from the fields of SAILViTConfig; None if it can.
     """
 
     title: str
     reads_shards: bool
     usage: str
-    write_configs: Callable[[Path, "TowerJob"], None]
-    objection: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
+    write_configs: Callable[[Path, "AIMv2Plan"], None]
+    unsupported_reason: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
 
 
-def check_expressible(job: "TowerJob") -> None:
+def check_expressible(job: "AIMv2Plan") -> None:
     """
     Raises:
         CheckpointError: The tower has what the runtime cannot express, or its pictures are what none can.
     """
     runtime = RUNTIMES.get(job.layout.name)
-    objection = runtime.objection(job.fields) if runtime else None
-    if objection:
-        raise CheckpointError(f"{job.checkpoint.source.name}: {runtime.title} {objection}")
-    read_pictures(job.checkpoint)
+    unsupported_reason = runtime.unsupported_reason(job.fields) if runtime else None
+    if unsupported_reason:
+        raise CheckpointError(f"{job.checkpoint.source.name}: {runtime.title} {unsupported_reason}")
+    read_image_settings(job.checkpoint)
 
 
-def write_folder(folder: Path, job: "TowerJob") -> None:
+def write_folder(folder: Path, job: "AIMv2Plan") -> None:
     """Writes all but the weights and the provenance; a layout without a runtime of its own gets the card alone."""
     runtime = RUNTIMES.get(job.layout.name)
     if runtime:
@@ -62,19 +64,19 @@ def write_folder(folder: Path, job: "TowerJob") -> None:
     _write_card(folder, job, runtime)
 
 
-def _write_sailvit(folder: Path, job: "TowerJob") -> None:
+def _write_sailvit(folder: Path, job: "AIMv2Plan") -> None:
     config = read_json(PACKAGE / "config.json")
     config |= {key: value for key, value in job.fields.items() if key in config}
     write_json(folder / "config.json", {**config, "dtype": torch_name(job.dtype)})
     size = {"height": job.fields["image_size"], "width": job.fields["image_size"]}
     processor = read_json(PACKAGE / "preprocessor_config.json")
-    processor |= {key: value for key, value in read_pictures(job.checkpoint).items() if key in processor}
+    processor |= {key: value for key, value in read_image_settings(job.checkpoint).items() if key in processor}
     write_json(folder / "preprocessor_config.json", {**processor, "size": size})
     for file in CODE:
         shutil.copyfile(PACKAGE / file, folder / file)
 
 
-def _write_transformers(folder: Path, job: "TowerJob") -> None:
+def _write_transformers(folder: Path, job: "AIMv2Plan") -> None:
     write_json(folder / "config.json", {**transformers_config(job.fields), "dtype": torch_name(job.dtype)})
     write_json(folder / "preprocessor_config.json", clip_settings(job.checkpoint, job.fields["image_size"]))
 
@@ -95,8 +97,8 @@ def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_timm(folder: Path, job: "TowerJob") -> None:
-    mean, std = _normalisation(read_pictures(job.checkpoint))
+def _write_timm(folder: Path, job: "AIMv2Plan") -> None:
+    mean, std = _normalisation(read_image_settings(job.checkpoint))
     size, channels = job.fields["image_size"], job.fields["num_channels"]
     pretrained = {
         "input_size": [channels, size, size],
@@ -137,11 +139,11 @@ def timm_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _transformers_objection(fields: Mapping[str, Any]) -> str | None:
+def _transformers_unsupported(fields: Mapping[str, Any]) -> str | None:
     return None if fields["qkv_bias"] == fields["use_bias"] else "has biases in all of attention or in none of it"
 
 
-def _timm_objection(fields: Mapping[str, Any]) -> str | None:
+def _timm_unsupported(fields: Mapping[str, Any]) -> str | None:
     if fields.get("rms_norm_eps", 1e-5) != 1e-5 or fields.get("hidden_act", "silu") != "silu":
         return "has rms_norm_eps 1e-5 and silu in aimv2, whatever config.json says"
     return None
@@ -170,13 +172,13 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 RUNTIMES = {
     "sailvit": Runtime("SAILViT, with remote code", True, LOAD_SAILVIT, _write_sailvit),
     "transformers": Runtime(
-        "transformers' Aimv2VisionModel", True, LOAD_TRANSFORMERS, _write_transformers, _transformers_objection
+        "transformers' Aimv2VisionModel", True, LOAD_TRANSFORMERS, _write_transformers, _transformers_unsupported
     ),
-    "timm": Runtime("timm", False, LOAD_TIMM, _write_timm, _timm_objection),
+    "timm": Runtime("timm", False, LOAD_TIMM, _write_timm, _timm_unsupported),
 }
 
 
-def _write_card(folder: Path, job: "TowerJob", runtime: Runtime | None) -> None:
+def _write_card(folder: Path, job: "AIMv2Plan", runtime: Runtime | None) -> None:
     size = SIZE_NAMES.get(job.fields["hidden_size"], f"width {job.fields['hidden_size']}")
     lines = [
         f"A vision tower, {size}, {job.fields['num_hidden_layers']} blocks, {job.fields['image_size']} pixels, "
@@ -184,7 +186,7 @@ def _write_card(folder: Path, job: "TowerJob", runtime: Runtime | None) -> None:
         "",
     ]
     if runtime:
-        lines += ["```python", runtime.usage.format(name=name_of(folder)), "```"]
+        lines += ["```python", runtime.usage.format(name=final_name(folder)), "```"]
     else:
         lines += [f"These are tensors for a larger model, under `{job.layout.prefix}`: nothing loads them alone."]
     save_card(

@@ -13,7 +13,7 @@ from ..storage.errors import CheckpointError
 from ..storage.files import first_line, read_json, write_json
 from ..storage.tensors import torch_name
 from .code_files import PACKAGE, is_old_template
-from .image_settings import read_pictures
+from .image_settings import read_image_settings
 from .tokenizer_files import copy_tokenizer
 
 
@@ -95,7 +95,7 @@ def write_config(
     write_json(folder / "config.json", content)
 
 
-def picture_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
+def sailvl_image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
     """
     The options of the image processor: its own where the source has them, else those of the release's config.json.
 
@@ -103,7 +103,7 @@ def picture_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str
         CheckpointError: The source says of its pictures what cannot be.
     """
     options, fields = read_json(PACKAGE / "preprocessor_config.json").keys(), checkpoint.document("config.json")
-    settings = {key: value for key, value in read_pictures(checkpoint).items() if key in options}
+    settings = {key: value for key, value in read_image_settings(checkpoint).items() if key in options}
     if fields.get("pad2square"):
         what = (
             "config.json: pad2square pads pictures to a square, which nothing here does: set it to false if none were"
@@ -134,7 +134,7 @@ def build_processor(checkpoint: Checkpoint, config: "SAILVLConfig", **settings: 
             raise CheckpointError(
                 f"{checkpoint.source.name}: the tokenizer does not load: {first_line(error)}"
             ) from error
-    options = {**picture_settings(checkpoint, config), **settings}
+    options = {**sailvl_image_settings(checkpoint, config), **settings}
     return new_processor(tokenizer, config, options, _own_template(checkpoint), checkpoint.source.name)
 
 

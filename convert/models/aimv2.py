@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from ..export.image_settings import crops_pictures, says_pictures
+from ..export.image_settings import center_crops, has_normalization
 from ..export.runtimes import RUNTIMES, check_expressible, write_folder
-from ..plan import DTYPES, Job, Options
+from ..plan import DTYPES, ConversionPlan, Options
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, raise_first
+from ..storage.errors import CheckpointError, raise_if_any
 from ..storage.hashes import check_values
-from ..storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, cast, stream, to_bytes
-from .aimv2_config import Tower, find_tower
-from .aimv2_names import Layout, Move, layout_named, plan_moves
+from ..storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, cast, cast_stream, to_bytes
+from .aimv2_config import Tower, find_aimv2
+from .aimv2_names import NamingScheme, TensorSource, get_layout, plan_tensors
 from .aimv2_reference import verify_folder
 from .aimv2_state_dict import compute_positions
 
 
 @dataclass(kw_only=True)
-class TowerJob(Job):
+class AIMv2Plan(ConversionPlan):
     """
     The tower of a checkpoint, to be written.
 
@@ -33,7 +33,7 @@ class TowerJob(Job):
     """
 
     tower: Tower
-    layout: Layout
+    layout: NamingScheme
     fields: dict[str, Any]
     positions: dict[str, Any] | None = None
 
@@ -55,7 +55,7 @@ class TowerJob(Job):
         return self.fields["image_size"] // self.fields["patch_size"]
 
     def tensors(self) -> list[NewTensor]:
-        moves = plan_moves(self.tower.found.layout, self.layout, self.tower.shape, self.grid_size)
+        moves = plan_tensors(self.tower.found.layout, self.layout, self.tower.shape, self.grid_size)
         return [
             NewTensor(
                 self.layout.prefix + move.target.name, self.dtype, move.target.shape, lambda m=move: self._chunks(m)
@@ -66,13 +66,13 @@ class TowerJob(Job):
     def inputs(self) -> Iterable[StoredTensor]:
         return self.tower.tensors.values()
 
-    def _chunks(self, move: Move) -> Iterator[np.ndarray]:
+    def _chunks(self, move: TensorSource) -> Iterator[np.ndarray]:
         """The bytes of a tensor to be written."""
         if not move.sources:
             positions = compute_positions(self.learned, self.fields["hidden_size"], self.grid_size)
             yield cast(to_bytes(positions), "F32", self.dtype)
         for name, start, stop in move.sources:
-            yield from stream(self.tower.tensors[name], self.tower.found.names[name], self.dtype, start, stop)
+            yield from cast_stream(self.tower.tensors[name], self.tower.found.names[name], self.dtype, start, stop)
 
     def write_weights(
         self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
@@ -102,15 +102,15 @@ class TowerJob(Job):
         }
 
 
-def plan_tower(checkpoint: Checkpoint, asked: Options) -> TowerJob:
+def plan_aimv2(checkpoint: Checkpoint, asked: Options) -> AIMv2Plan:
     """
     Raises:
         CheckpointError: There is no whole tower, or what is wanted of it cannot be.
     """
-    layout = layout_named("sailvit" if asked.to_layout is None else asked.to_layout)
-    tower = find_tower(checkpoint, asked.from_layout, asked.prefix)
+    layout = get_layout("sailvit" if asked.to_layout is None else asked.to_layout)
+    tower = find_aimv2(checkpoint, asked.from_layout, asked.prefix)
     harmless = ("mixed",) if asked.dtype else ()
-    raise_first([problem for problem in tower.problems if problem.kind not in harmless], checkpoint.source.name)
+    raise_if_any([problem for problem in tower.problems if problem.kind not in harmless], checkpoint.source.name)
     fields = {**tower.fields, "image_size": asked.image_size or tower.fields["image_size"]}
     if not layout.has_sincos:
         fields["pos_embed_type"] = "absolute"
@@ -118,7 +118,7 @@ def plan_tower(checkpoint: Checkpoint, asked: Options) -> TowerJob:
         what = f"not a multiple of the patch, {fields['patch_size']} pixels"
         raise CheckpointError(f"--image-size {asked.image_size}: {what}")
     dtype = TORCH_DTYPES[asked.dtype] if asked.dtype else next(iter(tower.dtypes))
-    job = TowerJob(checkpoint=checkpoint, dtype=dtype, tower=tower, layout=layout, fields=fields)
+    job = AIMv2Plan(checkpoint=checkpoint, dtype=dtype, tower=tower, layout=layout, fields=fields)
     if job.dtype not in map(TORCH_DTYPES.get, DTYPES):
         raise CheckpointError(f"{checkpoint.source.name}: the tower is {job.dtype}: choose with --dtype")
     check_expressible(job)
@@ -128,7 +128,7 @@ def plan_tower(checkpoint: Checkpoint, asked: Options) -> TowerJob:
     return job
 
 
-def _how_positions(job: TowerJob) -> dict[str, Any] | None:
+def _how_positions(job: AIMv2Plan) -> dict[str, Any] | None:
     before, after = job.tower.shape.grid_size, job.grid_size
     if after in (before, None):
         return None
@@ -137,7 +137,7 @@ def _how_positions(job: TowerJob) -> dict[str, Any] | None:
     return {"from": [before, before], "to": [after, after], "method": "bicubic, antialiased, in float32"}
 
 
-def _notes(job: TowerJob) -> list[str]:
+def _notes(job: AIMv2Plan) -> list[str]:
     found, notes = job.tower.found, []
     if found.wrappers:
         notes.append(f"left out of the names: {', '.join(found.wrappers)}")
@@ -147,11 +147,11 @@ def _notes(job: TowerJob) -> list[str]:
         notes.append(f"not of the tower, left: {part} ({count} tensors)")
     if job.tower.shape.grid_size is None:
         notes.append("no learned positions: a `native` tower, with sine-cosine positions")
-    if job.layout.name in RUNTIMES and not says_pictures(job.checkpoint):
+    if job.layout.name in RUNTIMES and not has_normalization(job.checkpoint):
         notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
     if (job.fields["image_size"] // job.fields["patch_size"]) % job.fields.get("pixel_shuffle_factor", 2):
         notes.append(f"{job.fields['image_size']} pixels make a grid that the pixel shuffle does not divide")
-    if job.layout.name in RUNTIMES and crops_pictures(job.checkpoint):
+    if job.layout.name in RUNTIMES and center_crops(job.checkpoint):
         notes.append("the source crops pictures to a square; what is written resizes them to it, as SAILViT does")
     if job.positions:
         grid = " x ".join(map(str, job.positions["to"]))

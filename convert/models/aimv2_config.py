@@ -9,10 +9,10 @@ from typing import Any
 
 from ..export.runtimes import SIZE_NAMES
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, Problem, raise_first
+from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.sources import PROVENANCE
 from ..storage.tensors import FLOAT_BITS, StoredTensor
-from .aimv2_names import Layout, Piece, Recognition, TowerShape, pieces, recognise
+from .aimv2_names import AIMv2Match, NamingScheme, TensorSpec, TowerShape, match_aimv2, tensor_specs
 
 
 MLP_WIDTHS = {768: 2048, 1024: 2816, 1536: 4096, 2048: 5632, 3072: 8192}
@@ -38,7 +38,7 @@ TIMM_HARMLESS = {
 }  # fmt: skip
 
 
-def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TowerShape, list[Problem]]:
+def measure(found: AIMv2Match, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TowerShape, list[Problem]]:
     """
     The dimensions of a tower, and what is missing, empty, of a wrong shape, or too much.
 
@@ -56,9 +56,9 @@ def measure(found: Recognition, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
     try:
         shape = _shape_of(found.layout, shapes, found.prefix)
     except CheckpointError:
-        raise_first(problems)  # which says more, if there is one
+        raise_if_any(problems)  # which says more, if there is one
         raise
-    wanted = {piece.name: piece for piece in pieces(found.layout, shape)}
+    wanted = {piece.name: piece for piece in tensor_specs(found.layout, shape)}
     for name, piece in wanted.items():
         if name not in shapes:
             problems.append(Problem("missing", found.prefix + name, f"missing; {list(piece.shape)} is wanted"))
@@ -73,17 +73,17 @@ def why_empty(shape: tuple[int, ...]) -> str:
     return f"empty, {list(shape)}: saved under ZeRO-3 without gathering its parts? Save it whole"
 
 
-def _wrong_shape(shape: tuple[int, ...], piece: Piece) -> str:
+def _wrong_shape(shape: tuple[int, ...], piece: TensorSpec) -> str:
     return f"is {list(shape)}, but {list(piece.shape)} in a tower of this shape"
 
 
-def _why_unmapped(name: str, layout: Layout) -> str:
+def _why_unmapped(name: str, layout: NamingScheme) -> str:
     if "lora_" in name or ".base_layer." in name:
         return "belongs to an adapter: merge it first (peft's merge_and_unload)"
     return f"maps nowhere in the layout of {layout.title}"
 
 
-def _shape_of(layout: Layout, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> TowerShape:
+def _shape_of(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> TowerShape:
     patches = layout.names_of("preprocessor.patchifier.proj")[0] + ".weight"
     convolution = shapes.get(patches, ())
     if len(convolution) != 4 or 0 in convolution or convolution[2] != convolution[3]:
@@ -109,7 +109,7 @@ def _shape_of(layout: Layout, shapes: Mapping[str, tuple[int, ...]], prefix: str
     )
 
 
-def _mlp_width(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def _mlp_width(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """What most blocks have, so that the one that differs is named."""
     before, after = layout.names_of("trunk.blocks.{}.mlp.fc1")[0].split("{}")
     rows = Counter(
@@ -119,7 +119,7 @@ def _mlp_width(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int | N
     return rows.most_common(1)[0][0] if rows else None
 
 
-def _grid_size(layout: Layout, shapes: Mapping[str, tuple[int, ...]], width: int, prefix: str) -> int | None:
+def _grid_size(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]], width: int, prefix: str) -> int | None:
     name = layout.names_of("preprocessor.pos_embed")[0]
     if name not in shapes or not prod(shapes[name]):
         return None if name not in shapes else 1
@@ -129,12 +129,12 @@ def _grid_size(layout: Layout, shapes: Mapping[str, tuple[int, ...]], width: int
     return isqrt(positions)
 
 
-def _has_bias(layout: Layout, shapes: Mapping[str, tuple[int, ...]], module: str) -> bool:
+def _has_bias(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]], module: str) -> bool:
     ends = tuple(name.split("{}")[1] + ".bias" for name in layout.names_of(module))
     return any(name.endswith(ends) for name in shapes)
 
 
-def read_tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     What a config.json says of its vision tower, under the names of SAILViTConfig: released SAILViT's and SAIL-VL's,
     Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty where it describes none.
@@ -275,7 +275,7 @@ class Tower:
         problems: What is wrong with it.
     """
 
-    found: Recognition
+    found: AIMv2Match
     shape: TowerShape
     fields: dict[str, Any]
     tensors: dict[str, StoredTensor]
@@ -287,7 +287,7 @@ class Tower:
         return dict(Counter(tensor.dtype for tensor in self.tensors.values()))
 
 
-def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | None = None) -> Tower:
+def find_aimv2(checkpoint: Checkpoint, layout: str | None = None, prefix: str | None = None) -> Tower:
     """
     The tower of a checkpoint; only the files that hold its tensors are opened.
 
@@ -299,7 +299,7 @@ def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | 
         CheckpointError: There is none, or a file that holds it is missing or broken.
     """
     try:
-        found = recognise(checkpoint.weight_map, layout, prefix)
+        found = match_aimv2(checkpoint.weight_map, layout, prefix)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.source.name}: {error}") from error
     tensors = {name: checkpoint[stored] for name, stored in found.names.items()}
@@ -314,7 +314,7 @@ def find_tower(checkpoint: Checkpoint, layout: str | None = None, prefix: str | 
 
 def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the source says of its tower: its config.json, or else the provenance.json of a conversion."""
-    return read_tower_config(checkpoint.document("config.json")) or recorded_tower(checkpoint)
+    return read_aimv2_config(checkpoint.document("config.json")) or recorded_tower(checkpoint)
 
 
 def recorded_tower(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..storage.errors import CheckpointError
-from ..storage.names import without_wrappers
+from ..storage.names import without_wrapper_prefixes
 
 
 TRANSFORMERS = {
@@ -54,7 +54,7 @@ TIMM = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class NamingScheme:
     """
     One way to store a tower.
 
@@ -84,11 +84,11 @@ class Layout:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("sailvit", "released SAILViT, Apple's AIMv2", RELEASED),
-        Layout("lit", "image tower of Apple's AIMv2 lit", RELEASED, prefix="image_encoder."),
-        Layout("ovis2", "Ovis2, original", RELEASED, prefix="visual_tokenizer.backbone."),
-        Layout("transformers", "transformers' aimv2_vision_model", TRANSFORMERS, flat_positions=True),
-        Layout(
+        NamingScheme("sailvit", "released SAILViT, Apple's AIMv2", RELEASED),
+        NamingScheme("lit", "image tower of Apple's AIMv2 lit", RELEASED, prefix="image_encoder."),
+        NamingScheme("ovis2", "Ovis2, original", RELEASED, prefix="visual_tokenizer.backbone."),
+        NamingScheme("transformers", "transformers' aimv2_vision_model", TRANSFORMERS, flat_positions=True),
+        NamingScheme(
             "ovis2-transformers",
             "Ovis2 in transformers",
             OVIS2_TRANSFORMERS,
@@ -96,12 +96,12 @@ LAYOUTS = {
             flat_positions=True,
             has_sincos=False,
         ),
-        Layout("timm", "timm's aimv2", TIMM, heads=("head.", "fc_norm."), has_sincos=False),
+        NamingScheme("timm", "timm's aimv2", TIMM, heads=("head.", "fc_norm."), has_sincos=False),
     )
 }
 
 
-def layout_named(name: str | None) -> Layout:
+def get_layout(name: str | None) -> NamingScheme:
     """
     Raises:
         CheckpointError: There is no such layout.
@@ -156,7 +156,7 @@ PARAMETERS = TowerShape(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True).paramete
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSpec:
     """A tensor of a layout: elements `start` to `stop` of a released tensor, in the shape the layout gives them."""
 
     name: str
@@ -166,39 +166,41 @@ class Piece:
     stop: int
 
 
-def pieces(layout: Layout, shape: TowerShape) -> list[Piece]:
+def tensor_specs(layout: NamingScheme, shape: TowerShape) -> list[TensorSpec]:
     """Every tensor of a tower of this shape, without the layout's prefix; whole modules first, then block by block."""
     found = []
     for block in (None, *range(shape.num_hidden_layers)):
         for (module, parameter), dimensions in shape.parameters().items():
             if ("{}" in module) == (block is not None):
-                found += _pieces_of(layout, module, parameter, dimensions, block)
+                found += _module_specs(layout, module, parameter, dimensions, block)
     return found
 
 
-def _pieces_of(
-    layout: Layout, module: str, parameter: str, dimensions: tuple[int, ...], block: int | None
-) -> list[Piece]:
+def _module_specs(
+    layout: NamingScheme, module: str, parameter: str, dimensions: tuple[int, ...], block: int | None
+) -> list[TensorSpec]:
     names = layout.names_of(module)
     if layout.flat_positions and module == "preprocessor.pos_embed":
         dimensions = dimensions[1:]
     part = (dimensions[0] // len(names), *dimensions[1:])
     released = module.format(block) + parameter
     return [
-        Piece(name.format(block) + parameter, part, released, index * prod(part), (index + 1) * prod(part))
+        TensorSpec(name.format(block) + parameter, part, released, index * prod(part), (index + 1) * prod(part))
         for index, name in enumerate(names)
     ]
 
 
 @dataclass(frozen=True)
-class Move:
+class TensorSource:
     """A tensor to write, and where its elements come from: (name, first element, last + 1) of tensors, in order."""
 
-    target: Piece
+    target: TensorSpec
     sources: tuple[tuple[str, int, int], ...]
 
 
-def plan_moves(source: Layout, target: Layout, shape: TowerShape, grid_size: int | None) -> list[Move]:
+def plan_tensors(
+    source: NamingScheme, target: NamingScheme, shape: TowerShape, grid_size: int | None
+) -> list[TensorSource]:
     """
     How every tensor of the target layout is made of those of the source layout, names without prefixes.
 
@@ -206,13 +208,13 @@ def plan_moves(source: Layout, target: Layout, shape: TowerShape, grid_size: int
         shape: Of the source.
         grid_size: Of the target. Where it is another, the positions have no sources: they are to be computed.
     """
-    stored: dict[str, list[Piece]] = {}
-    for piece in pieces(source, shape):
+    stored: dict[str, list[TensorSpec]] = {}
+    for piece in tensor_specs(source, shape):
         stored.setdefault(piece.released, []).append(piece)
     if grid_size != shape.grid_size:
         stored["preprocessor.pos_embed"] = []
     return [
-        Move(
+        TensorSource(
             wanted,
             tuple(
                 (piece.name, max(wanted.start, piece.start) - piece.start, min(wanted.stop, piece.stop) - piece.start)
@@ -220,12 +222,12 @@ def plan_moves(source: Layout, target: Layout, shape: TowerShape, grid_size: int
                 if piece.start < wanted.stop and wanted.start < piece.stop
             ),
         )
-        for wanted in pieces(target, replace(shape, grid_size=grid_size))
+        for wanted in tensor_specs(target, replace(shape, grid_size=grid_size))
     ]
 
 
 @dataclass(frozen=True)
-class Recognition:
+class AIMv2Match:
     """
     A tower found among the names of a checkpoint.
 
@@ -240,7 +242,7 @@ class Recognition:
         wrappers: Segments that were left out.
     """
 
-    layout: Layout
+    layout: NamingScheme
     prefix: str
     reason: str
     names: dict[str, str]
@@ -250,7 +252,7 @@ class Recognition:
     wrappers: list[str]
 
 
-def recognise(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> Recognition:
+def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> AIMv2Match:
     """
     Finds the tower among the names of a checkpoint.
 
@@ -265,8 +267,8 @@ def recognise(names: Iterable[str], layout: str | None = None, prefix: str | Non
     if prefix and not prefix.endswith("."):
         prefix += "."
     if layout is not None:
-        layout_named(layout)
-    cleaned, wrappers = without_wrappers(names)
+        get_layout(layout)
+    cleaned, wrappers = without_wrapper_prefixes(names)
     ranked = _candidates(cleaned, layout, prefix)
     if not ranked:
         shown = ", ".join(sorted(cleaned)[:3]) or "none"
@@ -286,7 +288,7 @@ def recognise(names: Iterable[str], layout: str | None = None, prefix: str | Non
 
 def _candidates(
     names: Mapping[str, str], layout: str | None, prefix: str | None
-) -> list[tuple[tuple[Layout, str], int]]:
+) -> list[tuple[tuple[NamingScheme, str], int]]:
     """Layouts and prefixes with the count of names they explain: those with a patch convolution first, then by count,
     a layout that is written with this very prefix before another of the same names."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -296,7 +298,7 @@ def _candidates(
             match = pattern.fullmatch(name)
             if match and prefix in (None, match["prefix"]):
                 counts[candidate.name, match["prefix"]] += 1
-    tables: dict[tuple[int, str], tuple[tuple[Layout, str], int]] = {}
+    tables: dict[tuple[int, str], tuple[tuple[NamingScheme, str], int]] = {}
     for (name, place), count in counts.items():
         key = (id(LAYOUTS[name].modules), place)
         if key not in tables or LAYOUTS[name].prefix == place:
@@ -304,7 +306,7 @@ def _candidates(
     return sorted(tables.values(), key=lambda entry: (_has_patches(names, *entry[0]), entry[1]), reverse=True)
 
 
-def _pattern(layout: Layout) -> re.Pattern[str]:
+def _pattern(layout: NamingScheme) -> re.Pattern[str]:
     """Any name of the layout, behind any prefix."""
     templates = {
         re.escape(name).replace(r"\{\}", r"\d+") + re.escape(parameter)
@@ -314,11 +316,11 @@ def _pattern(layout: Layout) -> re.Pattern[str]:
     return re.compile(rf"(?P<prefix>(?:.*?\.)??)(?P<name>{'|'.join(sorted(templates))})")
 
 
-def _has_patches(names: Mapping[str, str], layout: Layout, prefix: str) -> bool:
+def _has_patches(names: Mapping[str, str], layout: NamingScheme, prefix: str) -> bool:
     return prefix + layout.names_of("preprocessor.patchifier.proj")[0] + ".weight" in names
 
 
-def _sort_names(cleaned: Mapping[str, str], wrappers: list[str], layout: Layout, prefix: str) -> Recognition:
+def _sort_names(cleaned: Mapping[str, str], wrappers: list[str], layout: NamingScheme, prefix: str) -> AIMv2Match:
     pattern = _pattern(layout)
     mapped: dict[str, str] = {}
     heads, unmapped, others = [], [], Counter()
@@ -336,4 +338,4 @@ def _sort_names(cleaned: Mapping[str, str], wrappers: list[str], layout: Layout,
     reason = f"{len(mapped)} of {len(cleaned)} names, {place}, are those of {layout.title}"
     if len(unmapped) > len(mapped):
         raise CheckpointError(f"no AIMv2 tower: only {reason}; {', '.join(unmapped[:3])}, ... are not")
-    return Recognition(layout, prefix, reason, mapped, heads, unmapped, dict(others), wrappers)
+    return AIMv2Match(layout, prefix, reason, mapped, heads, unmapped, dict(others), wrappers)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..export.runtimes import RUNTIMES, timm_config, transformers_config
 from ..storage.errors import VerificationError
 from ..storage.tensors import load, torch_name
-from ..verify.outputs import PICTURE, TOLERANCE, run_alone
+from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
 from .aimv2_names import RELEASED
 from .aimv2_state_dict import compute_positions, convert_tensors
 
@@ -18,12 +18,12 @@ from .aimv2_state_dict import compute_positions, convert_tensors
 if TYPE_CHECKING:
     import torch
 
-    from .aimv2 import TowerJob
+    from .aimv2 import AIMv2Plan
 
     Tokens = Callable[[torch.Tensor], torch.Tensor]  # pixels (1, C, H, W) -> tokens (1, N, D)
 
 
-def verify_folder(folder: Path, job: "TowerJob") -> dict[str, Any]:
+def verify_folder(folder: Path, job: "AIMv2Plan") -> dict[str, Any]:
     """
     Loads a folder in a fresh process and compares its tokens on a fixed picture with those of the source's weights, in
     code that is not the folder's, where there is any. Both run in float32, on weights rounded to the folder's dtype.
@@ -37,7 +37,7 @@ def verify_folder(folder: Path, job: "TowerJob") -> dict[str, Any]:
     import torch
 
     with tempfile.TemporaryDirectory() as scratch:
-        alone = run_alone(folder, Path(scratch))
+        alone = run_in_clean_process(folder, Path(scratch))
     with torch.inference_mode():
         name, model = _reference(job)
         tokens = model(alone["pixel_values"])
@@ -48,20 +48,25 @@ def verify_folder(folder: Path, job: "TowerJob") -> dict[str, Any]:
     return figures
 
 
-def _reference(job: "TowerJob") -> "tuple[str, Tokens]":
+def _reference(job: "AIMv2Plan") -> "tuple[str, Tokens]":
     """The source's weights in the code its names are of, or else in code that is not the folder's; and its name."""
     layout, fields = job.tower.found.layout, job.fields
     released, learned = layout.modules is RELEASED, job.learned is not None
-    if find_spec("timm") and learned and (released or layout.name == "timm") and not RUNTIMES["timm"].objection(fields):
+    if (
+        find_spec("timm")
+        and learned
+        and (released or layout.name == "timm")
+        and not RUNTIMES["timm"].unsupported_reason(fields)
+    ):
         return f"timm {version('timm')}", _timm_reference(job)
-    if released and (job.layout.name != "sailvit" or RUNTIMES["transformers"].objection(fields)):
+    if released and (job.layout.name != "sailvit" or RUNTIMES["transformers"].unsupported_reason(fields)):
         return "SAILViTModel of this package", _sailvit_reference(job)
     if layout.name == "ovis2-transformers":
         return f"Ovis2VisionModel of transformers {version('transformers')}", _ovis2_reference(job)
     return f"Aimv2VisionModel of transformers {version('transformers')}", _native_reference(job)
 
 
-def _timm_reference(job: "TowerJob") -> "Tokens":
+def _timm_reference(job: "AIMv2Plan") -> "Tokens":
     """timm reads Apple's names as it reads its own, and resamples positions, by its own code."""
     import timm
     import torch
@@ -77,7 +82,7 @@ def _timm_reference(job: "TowerJob") -> "Tokens":
     return model.eval().forward_features
 
 
-def _native_reference(job: "TowerJob") -> "Tokens":
+def _native_reference(job: "AIMv2Plan") -> "Tokens":
     from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
     model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(_source_fields(job))))
@@ -88,7 +93,7 @@ def _native_reference(job: "TowerJob") -> "Tokens":
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state
 
 
-def _sailvit_reference(job: "TowerJob") -> "Tokens":
+def _sailvit_reference(job: "AIMv2Plan") -> "Tokens":
     from ...configuration_sailvit import SAILViTConfig
     from ...modeling_sailvit import SAILViTModel
 
@@ -99,7 +104,7 @@ def _sailvit_reference(job: "TowerJob") -> "Tokens":
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state
 
 
-def _ovis2_reference(job: "TowerJob") -> "Tokens":
+def _ovis2_reference(job: "AIMv2Plan") -> "Tokens":
     from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionModel
 
     fields = transformers_config(_source_fields(job))
@@ -110,21 +115,21 @@ def _ovis2_reference(job: "TowerJob") -> "Tokens":
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state
 
 
-def _stored(job: "TowerJob") -> "dict[str, torch.Tensor]":
+def _stored(job: "AIMv2Plan") -> "dict[str, torch.Tensor]":
     """The source's tensors under its own names, without prefix, rounded to the dtype of the folder, in float32."""
     return {name: load(stored, job.dtype) for name, stored in job.tower.tensors.items()}
 
 
-def _source_fields(job: "TowerJob") -> dict[str, Any]:
+def _source_fields(job: "AIMv2Plan") -> dict[str, Any]:
     """The folder's fields, but with sine-cosine positions if the source has those, and the folder's written out."""
     return {**job.fields, "pos_embed_type": "absolute" if job.learned else "sincos"}
 
 
-def _position_name(job: "TowerJob") -> str:
+def _position_name(job: "AIMv2Plan") -> str:
     return job.tower.found.layout.names_of("preprocessor.pos_embed")[0]
 
 
-def _new_positions(job: "TowerJob") -> "torch.Tensor":
+def _new_positions(job: "AIMv2Plan") -> "torch.Tensor":
     return _rounded(compute_positions(job.learned, job.fields["hidden_size"], job.grid_size), job.dtype)
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..storage.errors import CheckpointError, Problem, raise_first
+from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.tensors import StoredTensor, load
-from .aimv2_names import layout_named, plan_moves, recognise
+from .aimv2_names import get_layout, match_aimv2, plan_tensors
 
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "d
 
     from .aimv2_config import measure
 
-    target, found = layout_named(to_layout), recognise(tensors)
+    target, found = get_layout(to_layout), match_aimv2(tensors)
     shape, problems = measure(found, {short: tuple(tensors[name].shape) for short, name in found.names.items()})
     if shape.grid_size is None and not target.has_sincos:
         problems.append(Problem("layout", target.name, "has no sine-cosine positions, and no grid is known here"))
-    raise_first(problems)
+    raise_if_any(problems)
     converted = {}
-    for move in plan_moves(found.layout, target, shape, shape.grid_size):
+    for move in plan_tensors(found.layout, target, shape, shape.grid_size):
         runs = [tensors[found.names[name]].reshape(-1)[start:stop] for name, start, stop in move.sources]
         if len({run.dtype for run in runs}) > 1:
             raise CheckpointError(f"{move.target.released}: its parts have different dtypes")

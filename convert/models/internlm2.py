@@ -12,12 +12,12 @@ from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from ..storage.output_folder import name_of
+from ..storage.output_folder import final_name
 from ..storage.tensors import StoredTensor, is_same, torch_name
 from .internlm2_tokenizer import NewTokenizer, find_tokenizer
 from .internvl_common import (
     Found,
-    InternJob,
+    InternVLPlan,
     Kind,
     check_model,
     common_rows,
@@ -110,7 +110,7 @@ class InternLM2Shape:
 LM = Kind("InternLM2", "language", INTERNLM2, OF_INTERNLM2)
 
 
-def finds_internlm2(names: Iterable[str]) -> bool:
+def is_internlm2(names: Iterable[str]) -> bool:
     """Whether there is an InternLM2 or 2.5 among the names of a checkpoint, behind whatever prefix."""
     return finds(LM, names)
 
@@ -230,7 +230,7 @@ def _rope_scaling(said: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
 
 
 @dataclass(kw_only=True)
-class InternLM2Job(InternJob):
+class InternLM2Plan(InternVLPlan):
     """
     An InternLM2, to be written as a LlamaForCausalLM.
 
@@ -253,7 +253,7 @@ class InternLM2Job(InternJob):
             f"{torch_name(self.dtype)}, as transformers' LlamaForCausalLM."
         )
         load = LOAD_LANGUAGE if self.tokenizer else LOAD_LANGUAGE_ALONE
-        usage = ["", "```python", load.format(name=name_of(folder)), "```"]
+        usage = ["", "```python", load.format(name=final_name(folder)), "```"]
         save_card(folder, self.checkpoint, [what, *usage], library_name="transformers", pipeline_tag="text-generation")
 
     def verify(self, folder: Path) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class InternLM2Job(InternJob):
         return {**super().record(), "tokenizer": self.tokenizer.origin if self.tokenizer else None}
 
 
-def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Job:
+def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Plan:
     """
     An InternLM2 or 2.5, bare or in a larger model, to transformers' LlamaForCausalLM.
 
@@ -280,7 +280,7 @@ def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Job:
     config, odd = llama_config(shape, said)
     dtype = check_model(checkpoint, asked, found, tensors, shape, problems + odd)
     tokenizer, note = find_tokenizer(checkpoint)
-    job = InternLM2Job(
+    job = InternLM2Plan(
         checkpoint=checkpoint, dtype=dtype, found=found, stored=tensors, shape=shape, said=said, config=config,
         tokenizer=tokenizer,
     )  # fmt: skip

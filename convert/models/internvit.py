@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..export.converted_card import save_card
-from ..export.image_settings import clip_settings, crops_pictures, read_pictures, says_pictures
+from ..export.image_settings import center_crops, clip_settings, has_normalization, read_image_settings
 from ..export.runtimes import LOAD_TRANSFORMERS
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from ..storage.output_folder import name_of
+from ..storage.output_folder import final_name
 from ..storage.tensors import StoredTensor, torch_name
 from .internvl_common import (
     Found,
-    InternJob,
+    InternVLPlan,
     Kind,
     check_model,
     common_rows,
@@ -118,7 +118,7 @@ class InternViTShape:
 VIT = Kind("InternViT", "vision", INTERNVIT, OF_INTERNVIT)
 
 
-def finds_internvit(names: Iterable[str]) -> bool:
+def is_internvit(names: Iterable[str]) -> bool:
     """Whether there is an InternViT among the names of a checkpoint, behind whatever prefix."""
     return finds(VIT, names)
 
@@ -199,7 +199,7 @@ def _odd_internvit(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[P
 
 
 @dataclass(kw_only=True)
-class InternViTJob(InternJob):
+class InternViTPlan(InternVLPlan):
     """An InternViT, to be written as an InternVLVisionModel."""
 
     def write_folder(self, folder: Path) -> None:
@@ -211,7 +211,7 @@ class InternViTJob(InternJob):
             f"{self.config['image_size'][0]} pixels, {torch_name(self.dtype)}, as transformers' InternVLVisionModel. "
             "The first token is the class token."
         )
-        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=name_of(folder)), "```"]
+        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=final_name(folder)), "```"]
         told = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
         save_card(folder, self.checkpoint, [what, *usage], **told)
 
@@ -221,7 +221,7 @@ class InternViTJob(InternJob):
         return verify_internvit(folder, self)
 
 
-def plan_internvit(checkpoint: Checkpoint, asked: Options) -> InternViTJob:
+def plan_internvit(checkpoint: Checkpoint, asked: Options) -> InternViTPlan:
     """
     An InternViT, bare or in a larger model, to transformers' InternVLVisionModel.
 
@@ -233,15 +233,15 @@ def plan_internvit(checkpoint: Checkpoint, asked: Options) -> InternViTJob:
     shape = measure_internvit(found, tensors)
     config, problems = internvit_config(shape, said)
     dtype = check_model(checkpoint, asked, found, tensors, shape, problems)
-    read_pictures(checkpoint)
-    job = InternViTJob(
+    read_image_settings(checkpoint)
+    job = InternViTPlan(
         checkpoint=checkpoint, dtype=dtype, found=found, stored=tensors, shape=shape, said=said, config=config
     )
     job.notes = describe_names(found)
     if said.get("drop_path_rate"):
         job.notes.append(f"drop_path_rate {said['drop_path_rate']}: InternVLVisionModel has none, for training")
-    if not says_pictures(checkpoint):
+    if not has_normalization(checkpoint):
         job.notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, assumed")
-    if crops_pictures(checkpoint):
+    if center_crops(checkpoint):
         job.notes.append("the source crops pictures to a square; what is written resizes them to it, as SAILViT does")
     return job

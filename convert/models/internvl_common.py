@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..plan import Job, Options, common_dtype
+from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, Problem, raise_first
+from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.hashes import check_values
-from ..storage.names import strip_wrappers, without_wrappers
-from ..storage.tensors import FLOAT_BITS, NewTensor, StoredTensor, stream
+from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
+from ..storage.tensors import FLOAT_BITS, NewTensor, StoredTensor, cast_stream
 from .aimv2_config import ACTIVATIONS, MOST_BLOCKS, why_empty
 
 
@@ -32,7 +32,7 @@ BUFFERS = ".rotary_emb.inv_freq"  # computed anew by every model
 SECTIONS = {"vision": ("vision_config",), "language": ("llm_config", "text_config", "language_config")}
 
 
-def grouped_runs(groups: int, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
+def qkv_group_slices(groups: int, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
     """
     Where the parts of a grouped tensor lie in it.
 
@@ -99,7 +99,7 @@ def _parts_of(
         yield Part(names.format(block) + parameter, dimensions, ((source, 0, prod(dimensions)),))
         return
     (groups, rows), columns = of.groups, prod(dimensions[1:])
-    runs = grouped_runs(groups, [count * columns for count in rows])
+    runs = qkv_group_slices(groups, [count * columns for count in rows])
     for name, count, own in zip(names, rows, runs, strict=True):
         shape = (groups * count, *dimensions[1:])
         yield Part(name.format(block) + parameter, shape, tuple((source, start, stop) for start, stop in own))
@@ -134,7 +134,7 @@ class Kind:
 
 def finds(kind: Kind, names: Iterable[str]) -> bool:
     """Whether there is a model of a kind among the names of a checkpoint, behind whatever prefix."""
-    return any(kind.marks.fullmatch(strip_wrappers(name)) for name in names)
+    return any(kind.marks.fullmatch(strip_wrapper_prefixes(name)) for name in names)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Found:
         return f"{len(self.names)} of {count} names, {place}, are those of {self.kind.title}"
 
 
-def recognise(names: Iterable[str], kind: Kind, prefix: str | None = None) -> Found:
+def match_aimv2(names: Iterable[str], kind: Kind, prefix: str | None = None) -> Found:
     """
     Finds a model among the names of a checkpoint.
 
@@ -174,7 +174,7 @@ def recognise(names: Iterable[str], kind: Kind, prefix: str | None = None) -> Fo
     """
     if prefix and not prefix.endswith("."):
         prefix += "."
-    cleaned, wrappers = without_wrappers(names)
+    cleaned, wrappers = without_wrapper_prefixes(names)
     places = {match["prefix"] for short in cleaned if (match := kind.marks.fullmatch(short))}
     chosen = sorted(places if prefix is None else places & {prefix})
     if not chosen:
@@ -204,7 +204,7 @@ def tensor_problems(found: Found, tensors: Mapping[str, StoredTensor], shape: Sh
     problems += [
         Problem("unexpected", names[name], _why_unexpected(name, found.kind)) for name in names.keys() - wanted
     ]
-    return sorted(problems, key=lambda problem: problem.where)
+    return sorted(problems, key=lambda problem: problem.location)
 
 
 def _why_unexpected(name: str, kind: Kind) -> str:
@@ -248,10 +248,10 @@ def read_model(
             raise CheckpointError(f"{source}: {what}")
     if asked.part not in (None, kind.part):
         raise CheckpointError(f"{source}: --part {asked.part}: an {kind.title} is --part {kind.part}")
-    found = recognise(checkpoint.weight_map, kind, asked.prefix)
+    found = match_aimv2(checkpoint.weight_map, kind, asked.prefix)
     tensors = {name: checkpoint[stored] for name, stored in found.names.items()}
-    raise_first([problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)], source)
-    raise_first(_empty_problems(found, tensors), source)
+    raise_if_any([problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)], source)
+    raise_if_any(_empty_problems(found, tensors), source)
     return found, tensors, _section(checkpoint, kind)
 
 
@@ -332,7 +332,7 @@ def is_whole(value: Any, lowest: int = 1) -> bool:
 
 
 @dataclass(kw_only=True)
-class InternJob(Job):
+class InternVLPlan(ConversionPlan):
     """
     An InternViT or an InternLM2, to be written.
 
@@ -362,7 +362,7 @@ class InternJob(Job):
     def _chunks(self, part: Part) -> Iterator[np.ndarray]:
         """The bytes of a tensor to be written."""
         for name, start, stop in part.runs:
-            yield from stream(self.stored[name], self.found.names[name], self.dtype, start, stop)
+            yield from cast_stream(self.stored[name], self.found.names[name], self.dtype, start, stop)
 
     def record(self) -> dict[str, Any]:
         return {
@@ -393,12 +393,12 @@ def check_model(
         CheckpointError: They are not, or there are problems already, or values that a record contradicts.
     """
     source = checkpoint.source.name
-    raise_first(
+    raise_if_any(
         problems + tensor_problems(found, tensors, shape) + _dtype_problems(found, tensors, asked.dtype), source
     )
     stored = {found.names[name]: tensor for name, tensor in tensors.items()}
     check_values(checkpoint, stored)
-    return common_dtype(asked.dtype, stored, source)
+    return output_dtype(asked.dtype, stored, source)
 
 
 def describe_names(found: Found) -> list[str]:

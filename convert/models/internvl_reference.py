@@ -16,22 +16,22 @@ from torch.nn import functional
 
 from ..storage.errors import VerificationError
 from ..storage.tensors import load
-from ..verify.outputs import PICTURE, TOLERANCE, run_alone
+from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
 
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-    from .internlm2 import InternLM2Job
-    from .internvit import InternViTJob
-    from .internvl_common import InternJob
+    from .internlm2 import InternLM2Plan
+    from .internvit import InternViTPlan
+    from .internvl_common import InternVLPlan
 
     Weights = Callable[[str], torch.Tensor | None]
 
 TOKENS = 24  # of the text that a language model is shown
 
 
-def verify_internvit(folder: Path, job: "InternViTJob") -> dict[str, Any]:
+def verify_internvit(folder: Path, job: "InternViTPlan") -> dict[str, Any]:
     """
     Loads a folder in a fresh process and compares its tokens on a fixed picture with those of the original names, both
     in float32.
@@ -43,13 +43,13 @@ def verify_internvit(folder: Path, job: "InternViTJob") -> dict[str, Any]:
         VerificationError: The folder does not load, or the difference is above the tolerance.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        alone = run_alone(folder, Path(scratch))
+        alone = run_in_clean_process(folder, Path(scratch))
     with torch.inference_mode():
         tokens = internvit_tokens(_weights(job), job.config, alone["pixel_values"])
     return _compare(alone["tokens"], tokens, "an InternViT in plain torch", "tokens", picture=PICTURE.name)
 
 
-def verify_internlm2(folder: Path, job: "InternLM2Job") -> dict[str, Any]:
+def verify_internlm2(folder: Path, job: "InternLM2Plan") -> dict[str, Any]:
     """
     Compares the logits of a folder for a few tokens with those of the original names, both in float32. transformers
     loads it with its first block; the others take that one's place, one after the other.
@@ -75,7 +75,7 @@ def _compare(ours: torch.Tensor, truth: torch.Tensor, name: str, what: str, **sh
     return {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE, **shown}
 
 
-def _weights(job: "InternJob") -> "Weights":
+def _weights(job: "InternVLPlan") -> "Weights":
     """Original name -> its numbers, rounded to the dtype of the folder, in float32; None if there is no such tensor."""
     return lambda name: load(job.stored[name], job.dtype) if name in job.stored else None
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.code_files import copy_code
 from ..export.converted_card import save_card
-from ..export.image_settings import says_pictures
+from ..export.image_settings import has_normalization
 from ..export.sailvl_files import LOAD_ALL, build_processor, write_config, write_processor
 from ..export.tokenizer_files import copy_tokenizer, find_image_token, write_generation_config
-from ..plan import Job, Options, common_dtype
+from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, Problem, VerificationError, raise_first
+from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
 from ..storage.files import (
     COPIED,
     LINKED,
@@ -33,14 +33,14 @@ from ..storage.files import (
     link_files,
     write_json,
 )
-from ..storage.names import without_wrappers
-from ..storage.output_folder import check_space, name_of
+from ..storage.names import without_wrapper_prefixes
+from ..storage.output_folder import check_space, final_name
 from ..storage.safetensors_io import write_weights
-from ..storage.sources import WEIGHTS, find_source, licence_of, plain_name
-from ..storage.tensors import NewTensor, StoredTensor, is_same, stream, torch_name
+from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
+from ..storage.tensors import NewTensor, StoredTensor, cast_stream, is_same, torch_name
 from ..storage.tied_embeddings import text_fields
-from ..verify.outputs import run_alone
-from .aimv2 import TowerJob, plan_tower
+from ..verify.outputs import run_in_clean_process
+from .aimv2 import AIMv2Plan, plan_aimv2
 from .internlm2_tokenizer import mark_tokenizer, padding_notes
 
 
@@ -83,16 +83,16 @@ class Names:
         return {name.removeprefix(prefix): place for name, place in self.stored.items() if name.startswith(prefix)}
 
     @property
-    def are_as_released(self) -> bool:
+    def is_canonical(self) -> bool:
         return not self.prefix and not self.wrappers
 
 
-def read_names(names: Iterable[str]) -> Names:
+def match_names(names: Iterable[str]) -> Names:
     """
     Raises:
         CheckpointError: Two names are one when wrappers are left out.
     """
-    cleaned, wrappers = without_wrappers(names)
+    cleaned, wrappers = without_wrapper_prefixes(names)
     prefixes = Counter(match["prefix"] for short in cleaned if (match := PART_NAME.match(short)))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
     stored = {short.removeprefix(prefix): name for short, name in cleaned.items() if short.startswith(prefix)}
@@ -100,9 +100,9 @@ def read_names(names: Iterable[str]) -> Names:
     return Names(stored, prefix, wrappers, others)
 
 
-def finds_multimodal(checkpoint: Checkpoint) -> bool:
+def is_sailvl(checkpoint: Checkpoint) -> bool:
     """Whether it has the names of a SAIL-VL: a language model, and a connector unless config.json tells of one."""
-    parts = {name.split(".")[0] for name in read_names(checkpoint.weight_map).stored}
+    parts = {name.split(".")[0] for name in match_names(checkpoint.weight_map).stored}
     is_called = checkpoint.document("config.json").get("model_type") in MODEL_TYPES
     return "language_model" in parts and ("mlp1" in parts or is_called)
 
@@ -174,7 +174,7 @@ def model_problems(
             problems.append(Problem("values", names[name], what))
     for file in checkpoint.opened:
         problems += checkpoint.name_problems(file)
-    return sorted(problems, key=lambda problem: problem.where)
+    return sorted(problems, key=lambda problem: problem.location)
 
 
 def _shape_problems(
@@ -192,7 +192,7 @@ def _shape_problems(
             yield Problem("shape", names[name], f"is {list(tensor.shape)}, by config.json {list(wanted[name])}")
 
 
-def is_fused_on_load(model_type: str) -> bool:
+def has_weight_conversions(model_type: str) -> bool:
     """Whether transformers (>= 5) has tensors of such a language model in another form than they are stored."""
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -202,7 +202,7 @@ def is_fused_on_load(model_type: str) -> bool:
 
 
 @dataclass(kw_only=True)
-class StoredJob(Job):
+class StoredJob(ConversionPlan):
     """
     Tensors that are written as they are stored, but for their names and precision.
 
@@ -220,11 +220,11 @@ class StoredJob(Job):
 
     def _tensor(self, name: str, place: str) -> NewTensor:
         tensor = self.checkpoint[place]
-        return NewTensor(name, self.dtype, tensor.shape, lambda: stream(tensor, place, self.dtype))
+        return NewTensor(name, self.dtype, tensor.shape, lambda: cast_stream(tensor, place, self.dtype))
 
 
 @dataclass(kw_only=True)
-class WholeJob(StoredJob):
+class SAILVLPlan(StoredJob):
     """
     A SAIL-VL, all of it.
 
@@ -241,7 +241,7 @@ class WholeJob(StoredJob):
     config: "SAILVLConfig"
     processor: "SAILVLProcessor"
     keeps_files: bool
-    tower: TowerJob | None = None
+    tower: AIMv2Plan | None = None
     link: bool = False
     placed: dict[str, str] = field(default_factory=dict)
     copied: int = 0
@@ -355,7 +355,7 @@ class WholeJob(StoredJob):
         if self.tower:
             found, checkpoint = self.tower.tower.found, self.tower.checkpoint
             record["inserted"] = {
-                "name": plain_name(checkpoint.source),
+                "name": public_name(checkpoint.source),
                 "revision": checkpoint.source.revision,
                 **licence_of(checkpoint.source),
                 "layout": found.layout.name,
@@ -366,22 +366,22 @@ class WholeJob(StoredJob):
         return record
 
 
-def plan_whole(checkpoint: Checkpoint, asked: Options) -> WholeJob:
+def plan_whole(checkpoint: Checkpoint, asked: Options) -> SAILVLPlan:
     """
     Raises:
         CheckpointError: It is no whole SAIL-VL, or what is wanted of it cannot be.
     """
-    source, names = checkpoint.source.name, read_names(checkpoint.weight_map)
-    raise_first(checkpoint.shard_problems(), source)
+    source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
+    raise_if_any(checkpoint.shard_problems(), source)
     config = read_config(checkpoint)
-    raise_first(whole_problems(checkpoint, names, config), source)
-    dtype = common_dtype(asked.dtype, {name: checkpoint[place] for name, place in names.stored.items()}, source)
+    raise_if_any(whole_problems(checkpoint, names, config), source)
+    dtype = output_dtype(asked.dtype, {name: checkpoint[place] for name, place in names.stored.items()}, source)
     tower = _plan_insertion(checkpoint, names, asked, dtype, config) if asked.insert_vision else None
     if tower:
         config = read_config(checkpoint, **_tower_changes(tower, checkpoint))
     config.image_token_id = find_image_token(checkpoint, config)
     kept = {name: place for name, place in names.stored.items() if not (tower and name.startswith(VISION))}
-    job = WholeJob(
+    job = SAILVLPlan(
         checkpoint=checkpoint,
         dtype=dtype,
         names=kept,
@@ -399,17 +399,17 @@ def whole_problems(checkpoint: Checkpoint, names: Names, config: "SAILVLConfig")
     """What is missing, too much, empty or of another shape than config.json says."""
     model = build_empty(config, checkpoint.source.name)
     problems = model_problems(checkpoint, names.stored, model, names.prefix)
-    if is_fused_on_load(config.text_config.model_type):
-        problems = [problem for problem in problems if LANGUAGE not in problem.where or problem.kind == "values"]
+    if has_weight_conversions(config.text_config.model_type):
+        problems = [problem for problem in problems if LANGUAGE not in problem.location or problem.kind == "values"]
     return problems
 
 
 def _plan_insertion(
     checkpoint: Checkpoint, names: Names, asked: Options, dtype: str, config: "SAILVLConfig"
-) -> TowerJob:
+) -> AIMv2Plan:
     origin, entry = find_source(str(asked.insert_vision))
     inserted = Checkpoint(origin, entry, checkpoint.trust_pickle)
-    job = plan_tower(inserted, Options(dtype=torch_name(dtype)))
+    job = plan_aimv2(inserted, Options(dtype=torch_name(dtype)))
     factor, (taken,) = config.pixel_shuffle_factor, checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
     width, grid = job.fields["hidden_size"], job.fields["image_size"] // job.fields["patch_size"]
     if factor**2 * width != taken:
@@ -425,7 +425,7 @@ def _plan_insertion(
     return job
 
 
-def _tower_changes(tower: TowerJob, checkpoint: Checkpoint) -> dict[str, Any]:
+def _tower_changes(tower: AIMv2Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     """What another tower changes in the configuration."""
     changes: dict[str, Any] = {"vision_config": {"model_type": "sailvit", **tower.fields}}
     if "force_image_size" in checkpoint.document("config.json"):
@@ -435,24 +435,24 @@ def _tower_changes(tower: TowerJob, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _keeps_files(checkpoint: Checkpoint, names: Names, asked: Options, dtype: str) -> bool:
     """Whether transformers reads the files as they are."""
-    if asked.max_shard_size is not None or not names.are_as_released or names.others:
+    if asked.max_shard_size is not None or not names.is_canonical or names.others:
         return False
     if any(tensor.dtype != dtype for tensors in checkpoint.opened.values() for tensor in tensors.values()):
         return False
     files = checkpoint.files
     return all(file.endswith(".safetensors") and "/" not in file for file in files) and all(
-        _says_format(checkpoint.source.path(file)) for file in files
+        _has_pt_metadata(checkpoint.source.path(file)) for file in files
     )
 
 
-def _says_format(path: Path) -> bool:
+def _has_pt_metadata(path: Path) -> bool:
     """Whether a safetensors file has no metadata, or such as transformers wants."""
     with path.open("rb") as file:
         metadata = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
     return metadata is None or metadata.get("format") == "pt"
 
 
-def _notes(job: WholeJob, names: Names) -> list[str]:
+def _notes(job: SAILVLPlan, names: Names) -> list[str]:
     config, fields = job.config, job.checkpoint.document("config.json")
     vision, text = config.vision_config, config.text_config
     notes = [
@@ -466,7 +466,7 @@ def _notes(job: WholeJob, names: Names) -> list[str]:
     if job.kept:
         notes.append(f"{len(job.kept)} of {len(job.checkpoint.files)} files of weights stay as they are")
     notes += padding_notes(job.checkpoint)
-    if not says_pictures(job.checkpoint):
+    if not has_normalization(job.checkpoint):
         notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
     if fields.get("template", TEMPLATE) != TEMPLATE:
         notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
@@ -490,7 +490,7 @@ def write_card_of_all(folder: Path, checkpoint: Checkpoint, config: "SAILVLConfi
     save_card(
         folder,
         checkpoint,
-        [*describe_all(config, dtype), "", "```python", LOAD_ALL.format(name=name_of(folder)), "```"],
+        [*describe_all(config, dtype), "", "```python", LOAD_ALL.format(name=final_name(folder)), "```"],
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["sailvl", "custom_code", "conversational"],
@@ -515,7 +515,7 @@ def verify_all(folder: Path) -> dict[str, Any]:
         VerificationError: It does not load, or makes another number of placeholders than the model wants.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        alone = {key: int(value) for key, value in run_alone(folder, Path(scratch)).items()}
+        alone = {key: int(value) for key, value in run_in_clean_process(folder, Path(scratch)).items()}
     if alone["placeholders"] != alone["tiles"] * alone["image_seq_length"] or not alone["tiles"]:
         raise VerificationError(f"the folder's processor and model do not fit each other: {alone}")
     return alone

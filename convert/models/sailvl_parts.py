@@ -11,28 +11,28 @@ from ..export.image_settings import clip_settings
 from ..export.runtimes import LOAD_LANGUAGE, LOAD_TRANSFORMERS
 from ..export.sailvl_files import portable, tower_config
 from ..export.tokenizer_files import VOCABULARIES, copy_tokenizer, write_generation_config
-from ..plan import Job, Options, common_dtype
+from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, Problem, VerificationError, raise_first
+from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
 from ..storage.files import first_line, write_json
-from ..storage.output_folder import name_of
+from ..storage.output_folder import final_name
 from ..storage.tensors import load, torch_name
 from ..storage.tied_embeddings import text_fields
-from ..verify.outputs import PICTURE, TOLERANCE, run_alone
-from .aimv2_names import recognise
-from .internlm2 import finds_internlm2, plan_internlm2
+from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
+from .aimv2_names import match_aimv2
+from .internlm2 import is_internlm2, plan_internlm2
 from .internlm2_tokenizer import padding_notes
-from .internvit import finds_internvit, plan_internvit
+from .internvit import is_internvit, plan_internvit
 from .sailvl import (
     CONNECTOR,
     LANGUAGE,
     VISION,
     Names,
     StoredJob,
-    finds_multimodal,
-    is_fused_on_load,
+    has_weight_conversions,
+    is_sailvl,
+    match_names,
     model_problems,
-    read_names,
 )
 
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class PartJob(StoredJob):
+class ComponentPlan(StoredJob):
     """
     A part that lies in a SAIL-VL under a prefix.
 
@@ -65,13 +65,13 @@ class PartJob(StoredJob):
     def _write_language(self, folder: Path) -> None:
         if copy_tokenizer(self.checkpoint, folder):
             write_generation_config(self.checkpoint, folder)
-        usage = ["", "```python", LOAD_LANGUAGE.format(name=name_of(folder)), "```"]
+        usage = ["", "```python", LOAD_LANGUAGE.format(name=final_name(folder)), "```"]
         what = f"A language model, {self.config['model_type']}, {torch_name(self.dtype)}, as it stood in a SAIL-VL."
         save_card(folder, self.checkpoint, [what, *usage], library_name="transformers", pipeline_tag="text-generation")
 
     def _write_tower(self, folder: Path) -> None:
         write_json(folder / "preprocessor_config.json", clip_settings(self.checkpoint, self.config["image_size"]))
-        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=name_of(folder)), "```"]
+        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=final_name(folder)), "```"]
         what = f"A vision tower, {self.config['model_type']}, {torch_name(self.dtype)}, as it stood in a SAIL-VL."
         told = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
         save_card(folder, self.checkpoint, [what, *usage], **told)
@@ -90,19 +90,19 @@ class PartJob(StoredJob):
         if self.part == "connector":
             return None
         with tempfile.TemporaryDirectory() as scratch:
-            parameters = int(run_alone(folder, Path(scratch))["parameters"])
+            parameters = int(run_in_clean_process(folder, Path(scratch))["parameters"])
         return {"loaded": self.config["architectures"][0], "parameters": parameters}
 
     def record(self) -> dict[str, Any]:
         return {"source": {"layout": "sailvl", "prefix": self.prefix}, "part": self.part}
 
 
-def plan_language(checkpoint: Checkpoint, asked: Options) -> Job:
+def plan_language(checkpoint: Checkpoint, asked: Options) -> ConversionPlan:
     """
     Raises:
         CheckpointError: There is no whole language model, or one that transformers does not have.
     """
-    if finds_internlm2(checkpoint.weight_map):
+    if is_internlm2(checkpoint.weight_map):
         return plan_internlm2(checkpoint, asked)
     job = _plan_part(checkpoint, asked, "language", LANGUAGE, text_fields(checkpoint.document("config.json")))
     if not VOCABULARIES & {*checkpoint.source.files}:
@@ -111,7 +111,7 @@ def plan_language(checkpoint: Checkpoint, asked: Options) -> Job:
     return job
 
 
-def plan_other_tower(checkpoint: Checkpoint, asked: Options) -> PartJob:
+def plan_other_tower(checkpoint: Checkpoint, asked: Options) -> ComponentPlan:
     """
     Raises:
         CheckpointError: It is not whole, or is to become what it cannot.
@@ -128,26 +128,28 @@ def plan_other_tower(checkpoint: Checkpoint, asked: Options) -> PartJob:
 
 def has_other_tower(checkpoint: Checkpoint) -> bool:
     """Whether a SAIL-VL has a tower that is no AIMv2."""
-    if not finds_multimodal(checkpoint):
+    if not is_sailvl(checkpoint):
         return False
     fields = checkpoint.document("config.json").get("vision_config") or {}
     try:
-        recognise(checkpoint.weight_map)
+        match_aimv2(checkpoint.weight_map)
     except CheckpointError:
         return fields.get("model_type", "sailvit") not in ("sailvit", "aimv2")
     return False
 
 
-def _plan_part(checkpoint: Checkpoint, asked: Options, part: str, prefix: str, fields: Mapping[str, Any]) -> PartJob:
-    source, names = checkpoint.source.name, read_names(checkpoint.weight_map)
+def _plan_part(
+    checkpoint: Checkpoint, asked: Options, part: str, prefix: str, fields: Mapping[str, Any]
+) -> ComponentPlan:
+    source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
     own = names.under(prefix)
     if not own:
         raise CheckpointError(f"{source}: no name starts with {prefix}, as --part {part} of a SAIL-VL wants")
-    config, model = build_part(source, part, fields)
-    raise_first(_problems_of(checkpoint, own, model, names.prefix + prefix), source)
-    dtype = common_dtype(asked.dtype, {name: checkpoint[place] for name, place in own.items()}, source)
+    config, model = build_meta_model(source, part, fields)
+    raise_if_any(_problems_of(checkpoint, own, model, names.prefix + prefix), source)
+    dtype = output_dtype(asked.dtype, {name: checkpoint[place] for name, place in own.items()}, source)
     written = {"architectures": [type(model).__name__], **tower_config(config, fields)}
-    job = PartJob(
+    job = ComponentPlan(
         checkpoint=checkpoint, dtype=dtype, names=own, part=part, prefix=names.prefix + prefix,
         config={**written, "architectures": [type(model).__name__]},
     )  # fmt: skip
@@ -163,27 +165,27 @@ def part_problems(checkpoint: Checkpoint, part: str, prefix: str, fields: Mappin
     Raises:
         CheckpointError: transformers does not have it.
     """
-    names = read_names(checkpoint.weight_map)
+    names = match_names(checkpoint.weight_map)
     if part == "connector":
         return connector_problems(checkpoint, names)
-    finds, plan = (finds_internvit, plan_internvit) if part == "vision" else (finds_internlm2, plan_internlm2)
+    finds, plan = (is_internvit, plan_internvit) if part == "vision" else (is_internlm2, plan_internlm2)
     if finds(checkpoint.weight_map):
         plan(checkpoint, Options())
         return []
-    _, model = build_part(checkpoint.source.name, part, fields)
+    _, model = build_meta_model(checkpoint.source.name, part, fields)
     return _problems_of(checkpoint, names.under(prefix), model, names.prefix + prefix)
 
 
 def _problems_of(checkpoint: Checkpoint, own: Mapping[str, str], model: "nn.Module", prefix: str) -> list[Problem]:
     problems = model_problems(checkpoint, own, model, prefix)
-    fused = is_fused_on_load(model.config.model_type)
+    fused = has_weight_conversions(model.config.model_type)
     return [problem for problem in problems if not fused or problem.kind == "values"]
 
 
 def part_fields(checkpoint: Checkpoint, part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a report says of a part: a connector by its first matrix, another by its configuration."""
     if part == "connector":
-        place = read_names(checkpoint.weight_map).under(CONNECTOR).get("1.weight")
+        place = match_names(checkpoint.weight_map).under(CONNECTOR).get("1.weight")
         rows, columns = (*(checkpoint[place].shape if place else ()), None, None)[:2]
         return {"in": columns, "out": rows}
     named = fields.get("architectures") or [fields.get("model_type")]
@@ -193,7 +195,7 @@ def part_fields(checkpoint: Checkpoint, part: str, fields: Mapping[str, Any]) ->
     return {**told, "vocab_size": fields.get("vocab_size"), "tied": bool(fields.get("tie_word_embeddings", False))}
 
 
-def build_part(source: str, part: str, fields: Mapping[str, Any]) -> "tuple[PretrainedConfig, nn.Module]":
+def build_meta_model(source: str, part: str, fields: Mapping[str, Any]) -> "tuple[PretrainedConfig, nn.Module]":
     """
     The configuration of a tower or a language model, and the model without numbers.
 
@@ -220,16 +222,16 @@ def build_part(source: str, part: str, fields: Mapping[str, Any]) -> "tuple[Pret
     return config, model
 
 
-def plan_connector(checkpoint: Checkpoint, asked: Options) -> PartJob:
+def plan_connector(checkpoint: Checkpoint, asked: Options) -> ComponentPlan:
     """
     Raises:
         CheckpointError: It is not whole, or not of the shape that config.json asks for.
     """
-    source, names = checkpoint.source.name, read_names(checkpoint.weight_map)
-    raise_first(connector_problems(checkpoint, names), source)
+    source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
+    raise_if_any(connector_problems(checkpoint, names), source)
     own = {CONNECTOR + name: place for name, place in names.under(CONNECTOR).items()}
-    dtype = common_dtype(asked.dtype, {name: checkpoint[place] for name, place in own.items()}, source)
-    job = PartJob(
+    dtype = output_dtype(asked.dtype, {name: checkpoint[place] for name, place in own.items()}, source)
+    job = ComponentPlan(
         checkpoint=checkpoint, dtype=dtype, names=own, part="connector", prefix=names.prefix + CONNECTOR, config={}
     )
     job.notes = [f"{len(own)} of {len(checkpoint.weight_map)} names are under {job.prefix}: the connector"]
@@ -256,7 +258,7 @@ def connector_problems(checkpoint: Checkpoint, names: Names) -> list[Problem]:
         for name, shape in found.items()
         if name in wanted and shape != wanted[name]
     ]
-    return sorted(problems, key=lambda problem: problem.where)
+    return sorted(problems, key=lambda problem: problem.location)
 
 
 def connector_shape(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -270,7 +272,7 @@ def connector_shape(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     return (factor**2 * width if known else None), (out if type(out) is int else None)
 
 
-def verify_tower(folder: Path, job: PartJob) -> dict[str, Any]:
+def verify_tower(folder: Path, job: ComponentPlan) -> dict[str, Any]:
     """
     Loads the folder in a fresh process and compares its tokens with those of the source's weights.
 
@@ -281,8 +283,8 @@ def verify_tower(folder: Path, job: PartJob) -> dict[str, Any]:
     from transformers import AutoModel, __version__
 
     with tempfile.TemporaryDirectory() as scratch:
-        alone = run_alone(folder, Path(scratch))
-    config, _ = build_part(job.checkpoint.source.name, "vision", job.config)
+        alone = run_in_clean_process(folder, Path(scratch))
+    config, _ = build_meta_model(job.checkpoint.source.name, "vision", job.config)
     model = AutoModel.from_config(config).float()
     model.load_state_dict({name: load(job.checkpoint[place], job.dtype) for name, place in job.names.items()})
     with torch.inference_mode():

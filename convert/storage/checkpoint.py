@@ -3,11 +3,11 @@
 from functools import cached_property
 from typing import Any
 
-from .deepspeed_zero import ZeroFolder
+from .deepspeed_zero import ZeroCheckpoint
 from .errors import CheckpointError, Problem
 from .files import read_index, read_json
 from .safetensors_io import read_safetensors
-from .sources import ENGINE_ENTRIES, STATES, HubHeaders, Source
+from .sources import ENGINE_ENTRIES, ZERO_PATTERN, HubHeaders, Source
 from .tensors import StoredTensor
 from .torch_dcp import read_distributed
 from .torch_pickle import explained, read_pickle
@@ -124,6 +124,6 @@ def read_engine(source: Source, entry: str, trust: bool) -> tuple[dict[str, Stor
         CheckpointError: A file is missing, broken, of another run, or names what could run code.
     """
     with explained(f"{source.name}/{entry}"):
-        if entry.endswith(STATES):
-            return ZeroFolder(source, entry.removesuffix(STATES), trust).read()
+        if entry.endswith(ZERO_PATTERN):
+            return ZeroCheckpoint(source, entry.removesuffix(ZERO_PATTERN), trust).read()
         return read_distributed(source, entry.removesuffix(".metadata"), trust)

@@ -11,10 +11,10 @@ from itertools import accumulate, zip_longest
 from typing import Any
 
 from .errors import CheckpointError
-from .sharded_tensors import JoinedTensor, Run
+from .sharded_tensors import ConcatenatedTensor, FlatSlice
 from .sources import Source
 from .tensors import FLOAT_BITS, StoredTensor, cast, read_bytes
-from .torch_pickle import Record, read_saved
+from .torch_pickle import OpaqueObject, read_saved
 
 
 MASTERS = "masters"  # in Checkpoint.engine: the names of what was trained, where the engine says so
@@ -34,7 +34,7 @@ OPTIMIZER_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
 
-class ZeroFolder:
+class ZeroCheckpoint:
     """A folder of DeepSpeed: files of the model, and, under ZeRO, of the optimizer with the float32 masters."""
 
     def __init__(self, source: Source, folder: str, trust: bool):
@@ -145,7 +145,7 @@ class ZeroFolder:
             raise CheckpointError(f"{self.name}: its *_optim_states.pt are not of one run: copy them again")
         return states
 
-    def _check_rounded(self, masters: Mapping[str, JoinedTensor], module: Mapping[str, Any]) -> None:
+    def _check_rounded(self, masters: Mapping[str, ConcatenatedTensor], module: Mapping[str, Any]) -> None:
         """
         Holds the beginning of every run of masters against the weights that the model's files have of them.
 
@@ -187,14 +187,14 @@ class ZeroFolder:
             runs = _shares(parts, share, count)
             if any(run.count > math.prod(run.tensor.shape) for run in runs):
                 raise CheckpointError(f"{self.name}: the parts of {name} are less than {shape}: copy it again")
-            tensors[name] = JoinedTensor(parts[0].file, parts[0].dtype, tuple(shape), runs=tuple(runs))
+            tensors[name] = ConcatenatedTensor(parts[0].file, parts[0].dtype, tuple(shape), runs=tuple(runs))
         return tensors
 
     def _masters_of_3(
         self, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
     ) -> dict[str, StoredTensor]:
         """Every parameter is cut into equal shares, one a rank, the last ones padded; a rank has its shares in line."""
-        lines = [_Line(state["groups"]) for state in optimizers]
+        lines = [FlatBuffer(state["groups"]) for state in optimizers]
         shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
         tensors, at = {}, 0
         for name, shape in shapes.items():
@@ -220,7 +220,7 @@ class ZeroFolder:
             raise CheckpointError(f"{self.name}: files of the model and of the optimizer are not of one run")
         paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
         for index, shapes in enumerate(model["param_shapes"]):
-            line, at = _Line([state["groups"][index] for state in optimizers]), 0
+            line, at = FlatBuffer([state["groups"][index] for state in optimizers]), 0
             for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
                 tensors[name] = _joined([line], tuple(shape), line.runs(at, math.prod(shape), self.name))
                 at += math.prod(shape) + padding
@@ -239,23 +239,23 @@ def _zero_title(stage: int, optimizers: Sequence[Mapping[str, Any]]) -> str:
 
 def _stage_of(optimizer: Mapping[str, Any]) -> Any:
     said = optimizer.get("zero_stage", 1)
-    return said.made[0] if isinstance(said, Record) and said.made else said
+    return said.made[0] if isinstance(said, OpaqueObject) and said.made else said
 
 
 def _are_flat(groups: Any) -> bool:
     return isinstance(groups, list) and all(isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups)
 
 
-def _shares(parts: Sequence[StoredTensor], share: int, count: int) -> list[Run]:
-    return [Run(part, 0, max(min(share, count - rank * share), 0)) for rank, part in enumerate(parts)]
+def _shares(parts: Sequence[StoredTensor], share: int, count: int) -> list[FlatSlice]:
+    return [FlatSlice(part, 0, max(min(share, count - rank * share), 0)) for rank, part in enumerate(parts)]
 
 
-def _joined(lines: Sequence["_Line"], shape: tuple[int, ...], runs: Sequence[Run]) -> JoinedTensor:
+def _joined(lines: Sequence["FlatBuffer"], shape: tuple[int, ...], runs: Sequence[FlatSlice]) -> ConcatenatedTensor:
     head = runs[0].tensor if runs else lines[0].parts[0]
-    return JoinedTensor(head.file, head.dtype, shape, runs=tuple(runs))
+    return ConcatenatedTensor(head.file, head.dtype, shape, runs=tuple(runs))
 
 
-class _Line:
+class FlatBuffer:
     """Flat tensors as if they were one."""
 
     def __init__(self, parts: Sequence[StoredTensor]):
@@ -263,7 +263,7 @@ class _Line:
         self.starts = [0, *accumulate(math.prod(part.shape) for part in parts)]
         self.count = self.starts[-1]
 
-    def runs(self, start: int, count: int, where: str) -> list[Run]:
+    def runs(self, start: int, count: int, where: str) -> list[FlatSlice]:
         """The runs in which `count` elements from `start` on lie."""
         if start + count > self.count:
             raise CheckpointError(f"{where}: its files have fewer masters than there are parameters: copy them again")
@@ -272,6 +272,6 @@ class _Line:
         while start < stop:
             end = min(stop, self.starts[index + 1])
             if end > start:
-                found.append(Run(self.parts[index], start - self.starts[index], end - start))
+                found.append(FlatSlice(self.parts[index], start - self.starts[index], end - start))
             start, index = end, index + 1
         return found

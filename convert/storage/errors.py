@@ -17,19 +17,19 @@ class Problem:
         kind: One of "missing", "unexpected", "empty", "shape", "dtype", "mixed", "values", "sha256" (of tensors),
             "file", "shard", "stray", "code" (of files), "config", "layout"; of what is to be
             published also "load", "tokens", "version", "secret", "path", "user", "card", "licence".
-        where: The tensor, file or field.
-        what: What is wrong with it, and the mend.
+        location: The tensor, file or field.
+        message: What is wrong with it, and the fix.
     """
 
     kind: str
-    where: str
-    what: str
+    location: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        return f"{self.location}: {self.message}"
 
 
-def raise_first(problems: Sequence[Problem], source: str = "") -> None:
+def raise_if_any(problems: Sequence[Problem], source: str = "") -> None:
     """
     Raises:
         CheckpointError: There are problems; the first is told, the others are counted.

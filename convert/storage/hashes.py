@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, Problem, raise_first
+from .errors import CheckpointError, Problem, raise_if_any
 from .sources import PROVENANCE
 from .tensors import StoredTensor, is_finite
 from .torch_pickle import broken_member
@@ -41,7 +41,7 @@ def check_values(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> 
     """
     hashes = recorded_hashes(checkpoint.document(PROVENANCE), "tensors")
     if hashes or any(tensor.mapped is not None for tensor in stored.values()):
-        raise_first(value_problems(stored, hashes), checkpoint.source.name)
+        raise_if_any(value_problems(stored, hashes), checkpoint.source.name)
 
 
 def value_problems(

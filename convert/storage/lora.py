@@ -14,8 +14,8 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .deepspeed_zero import MASTERS
 from .errors import CheckpointError
-from .names import strip_wrappers
-from .overlay import Woven
+from .names import strip_wrapper_prefixes
+from .overlay import CompositeCheckpoint
 from .sources import ADAPTER
 from .tensors import CHUNK, StoredTensor, cast, is_same, load, read_bytes, to_bytes
 from .tied_embeddings import Ends, find_ends, is_tied, untied
@@ -82,7 +82,7 @@ class MergedTensor(StoredTensor):
         return (product * self.scale).reshape(self.shape)
 
 
-class Adapted(Woven):
+class AdaptedModel(CompositeCheckpoint):
     """
     Checkpoints whose low-rank matrices are merged into what they were trained on.
 
@@ -179,7 +179,7 @@ class Adapted(Woven):
         return bool(change.keys() & {"low", "high"})
 
 
-class Merged(Adapted):
+class MergedLoRA(AdaptedModel):
     """A base, with an adapter of peft merged into it."""
 
     def __init__(self, adapter: Checkpoint, base: Checkpoint):
@@ -197,7 +197,7 @@ class Merged(Adapted):
     def places(self) -> dict[str, str]:
         """Name without wrappers and the prefix of the base -> name in the base, a tied head among them."""
         names = [*self.base.weight_map, *([self.ends.head] if self.ends else [])]
-        return {strip_wrappers(name): name for name in names}
+        return {strip_wrapper_prefixes(name): name for name in names}
 
     @cached_property
     def _parsed(self) -> dict[str, tuple[str, str]]:
@@ -276,7 +276,7 @@ class Merged(Adapted):
         return self._alpha(name) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _alpha(self, name: str) -> float:
-        module = ADAPTER_NAME.fullmatch(strip_wrappers(name))["module"]
+        module = ADAPTER_NAME.fullmatch(strip_wrapper_prefixes(name))["module"]
         for pattern, alpha in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return alpha
@@ -290,7 +290,7 @@ class Merged(Adapted):
         return bool(change.keys() - {"base"})
 
 
-class Unwrapped(Adapted):
+class Unwrapped(AdaptedModel):
     """
     A SAIL-VL or InternVL whose parts were saved as peft had wrapped them, which use_llm_lora and use_backbone_lora of
     InternVL's training do: base and adapter are in one checkpoint.
@@ -375,7 +375,7 @@ def unwrap(checkpoint: Checkpoint) -> Checkpoint:
 
 def _without_peft(name: str) -> str:
     """A name of a wrapped part as it was before, `base_model.model.` left out."""
-    return re.sub(r"(^|\.)base_model\.model\.", r"\1", strip_wrappers(name), count=1)
+    return re.sub(r"(^|\.)base_model\.model\.", r"\1", strip_wrapper_prefixes(name), count=1)
 
 
 def _parse(name: str, adapter: Checkpoint) -> tuple[str, str]:
@@ -385,7 +385,7 @@ def _parse(name: str, adapter: Checkpoint) -> tuple[str, str]:
     Raises:
         CheckpointError: It belongs to no kind of adapter that can be merged here.
     """
-    match = ADAPTER_NAME.fullmatch(re.sub(r"\.modules_to_save\.[^.]+", "", strip_wrappers(name)))
+    match = ADAPTER_NAME.fullmatch(re.sub(r"\.modules_to_save\.[^.]+", "", strip_wrapper_prefixes(name)))
     short = match["module"] if match else "lora_"
     if match and match["matrix"]:
         return short + ".weight", "low" if match["matrix"].endswith("A") else "high"

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def strip_wrappers(name: str) -> str:
+def strip_wrapper_prefixes(name: str) -> str:
     """A name without the segments that tools have put into it."""
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
-def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def without_wrapper_prefixes(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """
     Name without wrappers -> name, and the wrappers there are.
 
@@ -29,7 +29,7 @@ def without_wrappers(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     wrappers = set()
     for name in names:
         wrappers |= WRAPPERS.intersection(name.split("."))
-        short = strip_wrappers(name)
+        short = strip_wrapper_prefixes(name)
         if cleaned.setdefault(short, name) != name:
             raise CheckpointError(f"{name} and {cleaned[short]} are both {short}: one of them has to go")
     return cleaned, sorted(wrappers)

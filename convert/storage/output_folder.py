@@ -122,6 +122,6 @@ def check_space(folder: Path, wanted: int) -> None:
         raise CheckpointError(f"{folder.parent}: {wanted / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
 
 
-def name_of(folder: Path) -> str:
+def final_name(folder: Path) -> str:
     """What a folder will be called once it is in its place."""
     return folder.name.removeprefix(".").removesuffix(".part")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, Problem
-from .names import strip_wrappers
+from .names import strip_wrapper_prefixes
 from .sources import ADAPTER, PROVENANCE, WEIGHT_SUFFIXES, Source
 from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, StoredTensor, cast, read_bytes
 from .tied_embeddings import find_ends, is_tied, untied
@@ -25,7 +25,7 @@ NOT_LENT = (PROVENANCE, TRAINER_STATE, ADAPTER, "README.md", "latest", ".metadat
 PREFIXES = ("", "model.", "base_model.model.")  # what tools put before all names of a model
 
 
-class _JoinedSource:
+class CompositeSource:
     """
     The files of several sources: those of the first under their own names, those of the others with a prefix. What is
     no weights of the others stands in for what the first lacks.
@@ -52,7 +52,7 @@ class _JoinedSource:
         return self.path(file).open("rb")
 
 
-class Woven(Checkpoint):
+class CompositeCheckpoint(Checkpoint):
     """
     A checkpoint made of several.
 
@@ -63,7 +63,7 @@ class Woven(Checkpoint):
     def __init__(self, parts: Mapping[str, Checkpoint]):
         self.parts = parts
         first = parts[""]
-        super().__init__(_JoinedSource({prefix: part.source for prefix, part in parts.items()}), first.entry)
+        super().__init__(CompositeSource({prefix: part.source for prefix, part in parts.items()}), first.entry)
         self.trust_pickle = first.trust_pickle
 
     @property
@@ -98,7 +98,7 @@ class Woven(Checkpoint):
         return []
 
 
-class Overlay(Woven):
+class Overlay(CompositeCheckpoint):
     """A trained checkpoint, and its base for what it lacks, or has rounded and not changed."""
 
     def __init__(self, trained: Checkpoint, base: Checkpoint):
@@ -152,8 +152,8 @@ def _match_names(trained: Checkpoint, base: Checkpoint) -> dict[str, str]:
     Raises:
         CheckpointError: They have no name in common.
     """
-    own = {strip_wrappers(name): name for name in trained.weight_map}
-    others = {strip_wrappers(name): name for name in base.weight_map}
+    own = {strip_wrapper_prefixes(name): name for name in trained.weight_map}
+    others = {strip_wrapper_prefixes(name): name for name in base.weight_map}
     best: tuple[int, str, str] = (0, "", "")
     for mine in PREFIXES:
         short = {name.removeprefix(mine) for name in own if name.startswith(mine)}
@@ -207,7 +207,7 @@ class MeanTensor(StoredTensor):
             yield (total / len(self.tensors)).astype(np.float32).view(np.uint8)
 
 
-class Average(Woven):
+class Average(CompositeCheckpoint):
     """
     The mean of checkpoints of one run.
 
@@ -231,7 +231,7 @@ class Average(Woven):
     def document(self, file: str) -> dict[str, Any]:
         """config.json ties embeddings and head only if it does in all of them."""
         content = super().document(file)
-        if file != "config.json" or not any(isinstance(part, Woven) for part in self.parts.values()):
+        if file != "config.json" or not any(isinstance(part, CompositeCheckpoint) for part in self.parts.values()):
             return content
         return content if all(is_tied(part.document(file)) for part in self.parts.values()) else untied(content)
 

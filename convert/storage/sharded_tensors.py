@@ -13,7 +13,7 @@ from .torch_pickle import read_saved
 
 
 @dataclass(frozen=True)
-class Run:
+class FlatSlice:
     """Elements of a stored tensor that follow one another: `count` of them, from `first` on."""
 
     tensor: StoredTensor
@@ -22,7 +22,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class JoinedTensor(StoredTensor):
+class ConcatenatedTensor(StoredTensor):
     """
     A tensor in runs, one after the other.
 
@@ -30,7 +30,7 @@ class JoinedTensor(StoredTensor):
         runs: They hold as many elements as the tensor.
     """
 
-    runs: tuple[Run, ...] = field(default=(), repr=False, compare=False)
+    runs: tuple[FlatSlice, ...] = field(default=(), repr=False, compare=False)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         at, stop = 0, math.prod(self.shape) if stop is None else stop
@@ -42,7 +42,7 @@ class JoinedTensor(StoredTensor):
 
 
 @dataclass(frozen=True)
-class Box:
+class Shard:
     """
     A part of a tensor: where it begins, its sizes, and the file in which torch.save wrote it.
 
@@ -56,7 +56,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class BoxedTensor(StoredTensor):
+class ShardedTensor(StoredTensor):
     """
     A tensor in boxes, that fill it.
 
@@ -67,11 +67,11 @@ class BoxedTensor(StoredTensor):
         opened: The boxes that were looked for -> where their elements lie.
     """
 
-    boxes: tuple[Box, ...] = field(default=(), repr=False, compare=False)
+    boxes: tuple[Shard, ...] = field(default=(), repr=False, compare=False)
     source: Source | None = field(default=None, repr=False, compare=False)
     folder: str = ""
     trust: bool = False
-    opened: dict[Box, StoredTensor] = field(default_factory=dict, repr=False, compare=False)
+    opened: dict[Shard, StoredTensor] = field(default_factory=dict, repr=False, compare=False)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """As many rows at a time as fit into CHUNK, but one at least."""
@@ -98,7 +98,7 @@ class BoxedTensor(StoredTensor):
                 slab[target] = rows.view(slab.dtype).reshape(last - first, *sizes[1:])
         return slab.reshape(-1).view(np.uint8)
 
-    def _open(self, box: Box) -> StoredTensor:
+    def _open(self, box: Shard) -> StoredTensor:
         if box in self.opened:
             return self.opened[box]
         file, start, length = box.info

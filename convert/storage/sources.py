@@ -24,12 +24,14 @@ BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json", "p
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 # Files of training runs that end like weights.
-COMPANIONS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|pytorch_model_fsdp)[\w.-]*")
+NON_MODEL_FILES = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|pytorch_model_fsdp)[\w.-]*"
+)
 
 # What stands for the weights where an engine saved them in pieces: DeepSpeed's files, torch's distributed checkpoint.
-STATES = "*_states.pt"
+ZERO_PATTERN = "*_states.pt"
 
-ENGINE_ENTRIES = (STATES, ".metadata")
+ENGINE_ENTRIES = (ZERO_PATTERN, ".metadata")
 
 HEADER = 1 << 17  # bytes that are asked for at a time, where only headers are wanted
 
@@ -196,7 +198,7 @@ def find_source(source: str, revision: str | None = None, headers_only: bool = F
         return LocalFolder(path.parent, _read_with(path.name), path), path.name
     if path.is_dir():
         found: Source = LocalFolder(path)
-        if entry := _inside_of(found):
+        if entry := _parent_of_shard_folder(found):
             return LocalFolder(path.resolve().parent, given=path), entry
     else:
         found = _from_hub(source, revision, headers_only)
@@ -225,7 +227,7 @@ def _read_with(name: str) -> tuple[str, ...] | None:
     return (name, *BESIDE, *(() if name in WEIGHTS else (ADAPTER,)))
 
 
-def plain_name(source: Source) -> str:
+def public_name(source: Source) -> str:
     """A name on the Hub, or the last part of a path: where it lies here is nobody's business."""
     return source.name if source.revision else Path(source.name).resolve().name
 
@@ -250,7 +252,7 @@ def weight_files(source: Source) -> list[str]:
     return [
         file
         for file in source.files
-        if "/" not in file and file.endswith(WEIGHT_SUFFIXES) and not COMPANIONS.fullmatch(file)
+        if "/" not in file and file.endswith(WEIGHT_SUFFIXES) and not NON_MODEL_FILES.fullmatch(file)
     ]
 
 
@@ -269,12 +271,12 @@ def find_engine(source: Source) -> str | None:
         if tag not in folders:
             what = f"its file `latest` names {tag!r}, which is no folder of DeepSpeed in it: copy that, or correct it"
             raise CheckpointError(f"{source.name}: {what}")
-        return f"{tag}/{STATES}"
+        return f"{tag}/{ZERO_PATTERN}"
     pieces = {file.rpartition("/")[0] for file in source.files if file.endswith(".distcp")}
     if {*WEIGHTS} & {*source.files}:
         folders = {folder for folder in folders if re.fullmatch(r"global_step\d+", folder)}
         pieces = {folder for folder in pieces if folder.startswith("pytorch_model_fsdp")}
-    entries = [f"{folder}/{STATES}".lstrip("/") for folder in folders]
+    entries = [f"{folder}/{ZERO_PATTERN}".lstrip("/") for folder in folders]
     entries += [f"{folder}/.metadata".lstrip("/") for folder in pieces if not folder.startswith("optim")]
     if len(entries) > 1:
         several = ", ".join(sorted(entry.rpartition("/")[0] or "." for entry in entries))
@@ -282,7 +284,7 @@ def find_engine(source: Source) -> str | None:
     return entries[0] if entries else None
 
 
-def _inside_of(source: LocalFolder) -> str | None:
+def _parent_of_shard_folder(source: LocalFolder) -> str | None:
     """The entry in the folder above, if this one is the engine's part of what is saved there."""
     entry, above = find_engine(source), source.folder.resolve()
     if (

@@ -182,7 +182,7 @@ class NewTensor:
         return prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
-def stream(
+def cast_stream(
     tensor: StoredTensor, name: str, dtype: str, start: int = 0, stop: int | None = None
 ) -> Iterator[np.ndarray]:
     """

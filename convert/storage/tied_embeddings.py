@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .names import strip_wrappers
+from .names import strip_wrapper_prefixes
 
 
 # What language models call their embeddings and their head: most of them, InternLM2, GPT-2, BLOOM.
@@ -38,7 +38,7 @@ class Ends:
 
 def find_ends(names: Iterable[str]) -> Ends | None:
     """The embeddings among the names of a checkpoint, behind whatever prefix, and their head; None without these."""
-    places = {strip_wrappers(name): name for name in names}
+    places = {strip_wrapper_prefixes(name): name for name in names}
     for short, name in places.items():
         for embeddings, head in ENDS:
             if short == embeddings or short.endswith("." + embeddings):

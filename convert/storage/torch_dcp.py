@@ -10,10 +10,10 @@ import numpy as np
 
 from .errors import CheckpointError
 from .files import is_outside
-from .sharded_tensors import Box, BoxedTensor
+from .sharded_tensors import Shard, ShardedTensor
 from .sources import Source
 from .tensors import ITEM_SIZES, StoredTensor
-from .torch_pickle import Record, read_record
+from .torch_pickle import OpaqueObject, read_record
 
 
 # Objects in its metadata; each becomes a record of what it holds.
@@ -33,7 +33,7 @@ def read_distributed(source: Source, folder: str, trust: bool) -> tuple[dict[str
     """A folder of torch.distributed.checkpoint."""
     path = source.path(folder + ".metadata")
     metadata = read_record(path, DISTRIBUTED, trust)
-    state = metadata.state if isinstance(metadata, Record) else {}
+    state = metadata.state if isinstance(metadata, OpaqueObject) else {}
     entries, storage = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(storage, dict):
         raise CheckpointError(f"{path}: no metadata of a distributed checkpoint: copy it again")
@@ -53,7 +53,7 @@ def read_distributed(source: Source, folder: str, trust: bool) -> tuple[dict[str
 
 
 def _storage_info(path: Path, info: Any) -> tuple[str, int, int]:
-    state = info.state if isinstance(info, Record) else {}
+    state = info.state if isinstance(info, OpaqueObject) else {}
     file, start, length = (state.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(file, str) or not all(type(number) is int and number >= 0 for number in (start, length)):
         raise CheckpointError(f"{path}: it does not say where its tensors are: copy it again")
@@ -73,7 +73,7 @@ def _model_names(path: Path, entries: Mapping[str, Any], planned: Mapping[str, A
     """
     states: dict[tuple[Any, ...], dict[str, str]] = {}
     for entry, described in entries.items():
-        if isinstance(described, Record) and "chunks" in described.state:
+        if isinstance(described, OpaqueObject) and "chunks" in described.state:
             way = tuple(planned.get(entry) or (entry,))
             states.setdefault(way[:-1], {})[str(way[-1])] = entry
     found = {way: names for way, names in states.items() if not any(str(part).startswith("optim") for part in way)}
@@ -93,7 +93,7 @@ def _boxed(
     described: Mapping[str, Any],
     places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
     trust: bool,
-) -> BoxedTensor:
+) -> ShardedTensor:
     properties = described["properties"].state
     dtype = properties[""][0] if "" in properties else properties.get("dtype")
     if dtype not in ITEM_SIZES:
@@ -105,14 +105,14 @@ def _boxed(
             continue
         if (name, offsets) not in places:
             raise CheckpointError(f"{path}: {name}: nothing says where its part at {list(offsets)} is")
-        boxes.append(Box(offsets, sizes, places[name, offsets]))
+        boxes.append(Shard(offsets, sizes, places[name, offsets]))
     if not _fill(boxes, shape):
         raise CheckpointError(f"{path}: {name}: its parts do not make {list(shape)}: save it again")
     where = source.path(folder + ".metadata")
-    return BoxedTensor(where, dtype, shape, boxes=tuple(boxes), source=source, folder=folder, trust=trust)
+    return ShardedTensor(where, dtype, shape, boxes=tuple(boxes), source=source, folder=folder, trust=trust)
 
 
-def _fill(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
+def _fill(boxes: Sequence[Shard], shape: tuple[int, ...]) -> bool:
     """Whether every element is in exactly one box."""
     if not all(type(size) is int and size >= 0 for size in shape):
         return False

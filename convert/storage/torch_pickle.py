@@ -102,12 +102,12 @@ STORAGES = {
 }  # fmt: skip
 
 # What torch writes about a tensor besides its numbers.
-INERT = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.device", "torch.serialization._get_layout")
+IGNORED_GLOBALS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.device", "torch.serialization._get_layout")
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip file: mark, lengths of its name and of what follows it
 
 
-class Record:
+class OpaqueObject:
     """
     What stands for an object of another package: what it was made of. It does nothing.
 
@@ -118,7 +118,7 @@ class Record:
 
     __slots__ = ("made", "state")
 
-    def __new__(cls, *made: Any) -> "Record":
+    def __new__(cls, *made: Any) -> "OpaqueObject":
         record = super().__new__(cls)
         record.made, record.state = made, {}
         return record
@@ -201,7 +201,7 @@ def read_saved(
     """
     length = path.stat().st_size - start if length is None else length
     with explained(path), path.open("rb") as file:
-        window = _Window(file, start, length)
+        window = FileSlice(file, start, length)
         if not zipfile.is_zipfile(window):
             what = "no zip file of torch.save: broken, or written without use_new_zipfile_serialization: copy it again"
             raise CheckpointError(f"{path}: {what}")
@@ -212,7 +212,7 @@ def read_saved(
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise CheckpointError(f"{path}: its numbers are big-endian: save it on another machine")
             content = io.BytesIO(archive.read(members["data.pkl"]))
-            places = _Places(path, window, start, length, members)
+            places = StorageLocator(path, window, start, length, members)
             return _Reader(content, path, allowed, trust, places).load()
 
 
@@ -244,7 +244,7 @@ def explained(path: Path | str) -> Iterator[None]:
         raise CheckpointError(f"{path}: broken, or not what it is called: copy it again: {reason}") from error
 
 
-class _Window(io.RawIOBase):
+class FileSlice(io.RawIOBase):
     """Part of a file, as a file."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int):
@@ -270,10 +270,10 @@ class _Window(io.RawIOBase):
         return len(read)
 
 
-class _Places:
+class StorageLocator:
     """Where the storages of a zip file lie."""
 
-    def __init__(self, path: Path, window: _Window, start: int, length: int, members: dict[str, zipfile.ZipInfo]):
+    def __init__(self, path: Path, window: FileSlice, start: int, length: int, members: dict[str, zipfile.ZipInfo]):
         self.path, self.window, self.start, self.length, self.members = path, window, start, length, members
         self.found: dict[str, int] = {}
 
@@ -301,15 +301,17 @@ class _Places:
 class _Reader(pickle.Unpickler):
     """Makes records, and tensors that say where they lie."""
 
-    def __init__(self, file: Any, path: Path, allowed: Collection[str], trust: bool, places: _Places | None = None):
+    def __init__(
+        self, file: Any, path: Path, allowed: Collection[str], trust: bool, places: StorageLocator | None = None
+    ):
         super().__init__(file)
         self.path, self.allowed, self.trust, self.places = path, allowed, trust, places
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full in FOUND:
-            return FOUND[full]
-        if full in INERT or full in self.allowed or self.trust:
+        if full in KNOWN_GLOBALS:
+            return KNOWN_GLOBALS[full]
+        if full in IGNORED_GLOBALS or full in self.allowed or self.trust:
             return _record_class(full)
         raise CheckpointError(
             f"{self.path}: opening it could run code ({full}): give --trust-pickle if you trust who made it"
@@ -322,8 +324,8 @@ class _Reader(pickle.Unpickler):
 
 
 @lru_cache(maxsize=1024)
-def _record_class(full: str) -> type[Record]:
-    return type(full, (Record,), {"__slots__": ()})
+def _record_class(full: str) -> type[OpaqueObject]:
+    return type(full, (OpaqueObject,), {"__slots__": ()})
 
 
 def _rebuild(storage: _Storage, offset: int, shape: Any, strides: Any, *others: Any) -> StoredTensor:
@@ -379,7 +381,7 @@ def _encode(text: str, coding: str) -> bytes:
 
 
 # What torch names in the files it writes, and what is made of it here.
-FOUND: dict[str, Any] = {
+KNOWN_GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
     "__builtin__.set": set,

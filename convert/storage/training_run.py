@@ -9,9 +9,9 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .deepspeed_zero import MASTERS
 from .errors import CheckpointError
-from .lora import Adapted, Merged, Unwrapped, unwrap
-from .overlay import TRAINER_STATE, Average, Overlay, Woven
-from .sources import ADAPTER, ENGINE_ENTRIES, PROVENANCE, Source, find_source, licence_of, plain_name
+from .lora import AdaptedModel, MergedLoRA, Unwrapped, unwrap
+from .overlay import TRAINER_STATE, Average, CompositeCheckpoint, Overlay
+from .sources import ADAPTER, ENGINE_ENTRIES, PROVENANCE, Source, find_source, licence_of, public_name
 from .tensors import torch_name
 
 
@@ -49,7 +49,7 @@ def _open_one(source: str, revision: str | None, base: str | None, trust: bool) 
     checkpoint = Checkpoint(*find_source(source, revision), trust)
     if ADAPTER in checkpoint.source.files:
         base = base or _local_base(checkpoint)
-        return Merged(checkpoint, unwrap(Checkpoint(*find_source(base), trust)))
+        return MergedLoRA(checkpoint, unwrap(Checkpoint(*find_source(base), trust)))
     checkpoint = unwrap(checkpoint)
     return Overlay(checkpoint, unwrap(Checkpoint(*find_source(base), trust))) if base else checkpoint
 
@@ -66,47 +66,47 @@ def _local_base(checkpoint: Checkpoint) -> str:
     base = checkpoint.document(ADAPTER).get("base_model_name_or_path")
     if isinstance(base, str) and base and Path(base).is_dir():
         return base
-    what = f"an adapter to {_bare_name(base)!r}" if isinstance(base, str) and base else "an adapter"
+    what = f"an adapter to {_without_local_path(base)!r}" if isinstance(base, str) and base else "an adapter"
     raise CheckpointError(f"{checkpoint.source.name}: {what}: say what it is to be merged into, with --base")
 
 
-def training_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def training_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     For provenance.json: what the folder's own says of its training, stages and recipes; engine, ranks, step, epoch,
     tokens seen, the base and what came from it, where that is known.
     """
     if isinstance(checkpoint, Average):
-        return {"mean_of": [_called(part) | training_facts(part) for part in checkpoint.parts.values()]}
-    own = checkpoint.parts[""] if isinstance(checkpoint, (Overlay, Merged)) else checkpoint
-    facts = _own_facts(own)
+        return {"mean_of": [_part_metadata(part) | training_metadata(part) for part in checkpoint.parts.values()]}
+    own = checkpoint.parts[""] if isinstance(checkpoint, (Overlay, MergedLoRA)) else checkpoint
+    facts = source_metadata(own)
     if isinstance(own, Unwrapped):
         facts["merged"] = {part: {"r": rank, "lora_alpha": 2 * rank} for part, rank in own.ranks.items()}
-    if isinstance(checkpoint, (Overlay, Merged)):
-        facts["base"] = _called(checkpoint.base) | training_facts(checkpoint.base)
+    if isinstance(checkpoint, (Overlay, MergedLoRA)):
+        facts["base"] = _part_metadata(checkpoint.base) | training_metadata(checkpoint.base)
         before = checkpoint.base.document(PROVENANCE).get("source")
         facts["base"] |= {"source": before} if before else {}
     if isinstance(checkpoint, Overlay):
         kept = sorted(name for name, exact in checkpoint.exact.items() if not exact)
         facts["base"]["exact"] = sum(checkpoint.exact.values())
         facts["base"] |= {"rounded": kept} if kept else {}
-    if isinstance(checkpoint, Merged):
+    if isinstance(checkpoint, MergedLoRA):
         facts["adapter"] = {key: checkpoint.config.get(key) for key in ("peft_type", "r", "lora_alpha")}
         facts["adapter"] |= {"of": checkpoint.prefix.rstrip(".")} if checkpoint.prefix else {}
     return facts
 
 
-def _called(checkpoint: Checkpoint) -> dict[str, Any]:
+def _part_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     source = checkpoint.source
-    return {"name": plain_name(source), "revision": source.revision, **licence_of(source)}
+    return {"name": public_name(source), "revision": source.revision, **licence_of(source)}
 
 
-def _bare_name(name: str) -> str:
+def _without_local_path(name: str) -> str:
     """The name of a folder without its place on this machine; that of a repository as it is."""
     is_place = Path(name).is_absolute() or "\\" in name or name.startswith((".", "~")) or Path(name).exists()
     return Path(name).resolve().name if is_place else name
 
 
-def _own_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.entry.endswith(ENGINE_ENTRIES):
         checkpoint.open(checkpoint.entry)
     told = checkpoint.document(PROVENANCE).get("training")  # by who trained it, or an earlier conversion
@@ -122,7 +122,7 @@ def _own_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     adapted = checkpoint.document(ADAPTER).get("base_model_name_or_path")
     base = adapted or checkpoint.document("config.json").get("_name_or_path")
     if (facts or adapted) and isinstance(base, str) and base:  # a model's alone is where a copy was loaded from
-        facts["trained_from"] = _bare_name(base)
+        facts["trained_from"] = _without_local_path(base)
     return facts
 
 
@@ -133,7 +133,7 @@ def _is_plain(value: Any) -> bool:
 
 def training_notes(checkpoint: Checkpoint) -> list[str]:
     """The same for a person, line by line."""
-    facts = training_facts(checkpoint)
+    facts = training_metadata(checkpoint)
     if "mean_of" in facts:
         steps = ", ".join(str(part.get("step", part["name"])) for part in facts["mean_of"])
         return [f"the mean, in float32, of {len(facts['mean_of'])} checkpoints: {steps}"]
@@ -146,12 +146,12 @@ def training_notes(checkpoint: Checkpoint) -> list[str]:
         notes.append(f"{how} {base['name']}{exact}")
         if "adapter" in facts and facts.get("trained_from") not in (None, base["name"]):
             notes.append(f"the adapter says that it was trained on {facts['trained_from']}")
-    if isinstance(checkpoint, Merged) and checkpoint.prefix:
+    if isinstance(checkpoint, MergedLoRA) and checkpoint.prefix:
         notes.append(f"the adapter was trained on {checkpoint.prefix.rstrip('.')} alone")
     own = checkpoint.trained if isinstance(checkpoint, Overlay) else checkpoint
     for part, rank in own.ranks.items() if isinstance(own, Unwrapped) else ():
         notes.append(f"{part} was saved with LoRA in it, merged: rank {rank}, alpha {2 * rank} as InternVL has it")
-    if isinstance(checkpoint, Adapted) and checkpoint.is_untied:
+    if isinstance(checkpoint, AdaptedModel) and checkpoint.is_untied:
         notes.append("embeddings and head, tied in the base, were trained apart: both are written, and not tied")
     if rounded := (base or {}).get("rounded"):
         notes.append(f"not the base's, so as the engine rounded them: {len(rounded)} tensors ({rounded[0]}, ...)")
@@ -167,7 +167,7 @@ def default_dtype(checkpoint: Checkpoint, names: Collection[str] = ()) -> str | 
         names: Those that are to be written; all if there are none.
     """
     trained = checkpoint.trained if isinstance(checkpoint, Overlay) else checkpoint
-    if isinstance(trained, Adapted):
+    if isinstance(trained, AdaptedModel):
         return torch_name(trained.dtype)
     if not trained.entry.endswith(ENGINE_ENTRIES):
         return None
@@ -178,6 +178,6 @@ def default_dtype(checkpoint: Checkpoint, names: Collection[str] = ()) -> str | 
 
 def all_sources(checkpoint: Checkpoint) -> list[Source]:
     """Every source a checkpoint is made of."""
-    if isinstance(checkpoint, Woven):
+    if isinstance(checkpoint, CompositeCheckpoint):
         return [source for part in checkpoint.parts.values() for source in all_sources(part)]
     return [checkpoint.source]

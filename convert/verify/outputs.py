@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PICTURE = Path(__file__).parents[2] / "examples" / "raccoon.jpg"
 
-ALONE = Path(__file__).with_name("load_folder.py")
+LOADER_SCRIPT = Path(__file__).with_name("load_folder.py")
 
 TOLERANCE = 1e-4  # relative, in float32; other arithmetic for the same weights gives about 1e-6
 
@@ -25,12 +25,20 @@ def describe(figures: Mapping[str, Any]) -> str:
     return f"its tokens are {figures['relative_difference']:.1e} from those of {figures['reference']}, relative"
 
 
-def run_alone(folder: Path, scratch: Path) -> "dict[str, torch.Tensor]":
+def run_in_clean_process(folder: Path, scratch: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     script = "import sys; exec(compile(open(sys.argv[1]).read(), sys.argv.pop(1), 'exec'))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    command = [sys.executable, "-c", script, str(ALONE), str(folder), str(PICTURE), str(scratch / "tokens.safetensors")]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(LOADER_SCRIPT),
+        str(folder),
+        str(PICTURE),
+        str(scratch / "tokens.safetensors"),
+    ]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise VerificationError(f"the folder does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
