@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_pixels, relative_difference
-from mllm import write_release
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from toy_sailvl import write_release
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import sailvit_cli

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PHOTOGRAPH, ROOT
-from mllm import write_release
+from fake_hub import OWNER, TOKEN, serve_writable
 from safetensors.torch import load_file
-
-from hub import OWNER, TOKEN, serve_writable
+from toy_sailvl import write_release
 
 
 TRAIN = """

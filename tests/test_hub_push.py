@@ -13,10 +13,10 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import PHOTOGRAPH, make_checkpoint
+from fake_hub import OWNER, TOKEN, Commit, Fault, serve_writable
 from huggingface_hub import HfApi, constants
 
 import sailvit_cli
-from hub import OWNER, TOKEN, Commit, Fault, serve_writable
 from sailvit import SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import MARK

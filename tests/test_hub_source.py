@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_SHAPE, make_checkpoint
-
-from hub import COMMIT, put, serve, serve_writable
+from fake_hub import COMMIT, put, serve, serve_writable
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT
-from mllm import write_release, write_tokenizer
+from toy_sailvl import write_release, write_tokenizer
 from transformers import AutoTokenizer
 
 from sailvit import SAILViTImageProcessor, SAILVLForConditionalGeneration, SAILVLProcessor

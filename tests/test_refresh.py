@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, make_checkpoint, randomize
-from mllm import write_release
+from toy_sailvl import write_release
 
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTForImageClassification

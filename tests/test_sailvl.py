@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import random_pixels, randomize, relative_difference
-from mllm import LANGUAGE, HandMade, released_config, released_tensors, write_release
+from toy_sailvl import LANGUAGE, HandMade, released_config, released_tensors, write_release
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mllm import SYSTEM, load_tokenizer
 from PIL import Image
+from toy_sailvl import SYSTEM, load_tokenizer
 
 from sailvit import SAILViTImageProcessor, SAILVLProcessor
 

@@ -6,7 +6,10 @@ import json
 import pytest
 import torch
 from conftest import random_pixels
-from mllm import (
+from PIL import Image, ImageDraw, ImageFont
+from test_hub_folder import run_stranger
+from torchvision import transforms
+from toy_sailvl import (
     SYSTEM,
     TILE,
     HandMade,
@@ -17,9 +20,6 @@ from mllm import (
     write_release,
     write_tokenizer,
 )
-from PIL import Image, ImageDraw, ImageFont
-from test_hub_folder import run_stranger
-from torchvision import transforms
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from sailvit import SAILViTImageProcessor, SAILVLForConditionalGeneration, SAILVLProcessor

@@ -14,7 +14,9 @@ import torch
 from conftest import PHOTOGRAPH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mllm import (
+from PIL import Image
+from test_hub_folder import run_stranger
+from toy_sailvl import (
     SYSTEM,
     TILE,
     HandMade,
@@ -25,8 +27,6 @@ from mllm import (
     write_release,
     write_tokenizer,
 )
-from PIL import Image
-from test_hub_folder import run_stranger
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 from transformers.pipelines.image_text_to_text import Chat
 

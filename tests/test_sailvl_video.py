@@ -16,8 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mllm import SYSTEM, TILE, load_tokenizer
 from PIL import Image
+from toy_sailvl import SYSTEM, TILE, load_tokenizer
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
 from sailvit import SAILViTImageProcessor, SAILVLProcessor

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_difference
-from mllm import write_release
 from PIL import Image
+from toy_sailvl import write_release
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sailvit.convert import convert_checkpoint

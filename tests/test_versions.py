@@ -33,7 +33,7 @@ SAME_EVERYWHERE = (
     "test_common_suites.py",
     "test_devices.py",
     "test_layouts.py",
-    "test_trained.py",
+    "test_training_checkpoints.py",
 )
 
 

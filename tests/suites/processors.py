@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common_suites import expect_failures
-from mllm import write_tokenizer
+from toy_sailvl import write_tokenizer
 from transformers import AutoTokenizer
 from transformers_tests import test_image_processing_common, test_processing_common
 

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PHOTOGRAPH, TINY, TINY_SHAPE, make_checkpoint, random_pixels, randomize, relative_difference
-from mllm import (
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from toy_sailvl import (
     IMAGE_TOKENS,
     LANGUAGE,
     LANGUAGES,
@@ -20,8 +22,6 @@ from mllm import (
     write_release,
     write_tokenizer,
 )
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -508,9 +508,8 @@ def test_a_tower_of_transformers_is_taken_out_as_its_own(tmp_path, tower):
 
 @pytest.mark.slow
 def test_what_lies_on_the_hub_is_converted_and_composed(tmp_path):
+    from fake_hub import COMMIT, serve
     from test_hub_source import sailvit
-
-    from hub import COMMIT, serve
 
     write_release(tmp_path / "hub" / "douyin" / "toy")
     write_language(tmp_path / "hub" / "qwen" / "toy")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PHOTOGRAPH, TINY, make_checkpoint, randomize
-from mllm import write_release
 from safetensors.torch import load_file, save_file
+from toy_sailvl import write_release
 
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import CheckpointError, convert_checkpoint

@@ -2,9 +2,9 @@
 Two steps of training of a toy SAIL-VL in a real engine, which then saves as it does. Beside what it wrote lie the
 weights that it had in that moment, in the precision in which it had them.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/trained.py ENGINE BASE OUT
+    python -m torch.distributed.run --nproc_per_node 2 tests/run_engine.py ENGINE BASE OUT
 
-BASE is a release of tests/mllm.py; OUT gets `checkpoint-2/`, by the engine, and `truth.safetensors`, by this script.
+BASE is a release of tests/toy_sailvl.py; OUT gets `checkpoint-2/`, by the engine, and `truth.safetensors`, by this script.
 """
 
 import json

@@ -21,10 +21,10 @@ import torch
 from conftest import ROOT, TINY_SHAPE, published_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mllm import write_release
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from toy_sailvl import write_release
 
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
 from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
@@ -904,14 +904,14 @@ def base_release(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_in(tmp_path_factory, base_release):
-    """(engine, processes) -> what tests/trained.py made with it; each is made once."""
+    """(engine, processes) -> what tests/run_engine.py made with it; each is made once."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(engine: str, processes: int) -> Path:
         if (engine, processes) not in made:
             out = tmp_path_factory.mktemp("engines") / f"{engine}-{processes}"
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            command = [*launch, str(ROOT / "tests" / "trained.py"), engine, str(base_release), str(out)]
+            command = [*launch, str(ROOT / "tests" / "run_engine.py"), engine, str(base_release), str(out)]
             quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
             done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0 and (out / "done.json").exists(), done.stderr[-3000:]
