@@ -4,7 +4,8 @@ weights that it had in that moment, in the precision in which it had them.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/run_engine.py ENGINE BASE OUT
 
-BASE is a release of tests/toy_sailvl.py; OUT gets `checkpoint-2/`, by the engine, and `truth.safetensors`, by this script.
+BASE is a release of tests/toy_sailvl.py; OUT gets `checkpoint-2/`, by the engine, and `truth.safetensors`, by this
+script.
 """
 
 import json
