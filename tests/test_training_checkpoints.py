@@ -11,20 +11,18 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_SHAPE, published_config
+from conftest import TINY_SHAPE, published_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from toy_sailvl import write_release
 
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
 from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
@@ -892,98 +890,3 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     wide = write_base(tmp_path / "wide", {name: torch.ones(9, *tensor.shape[1:]) for name, tensor in truth.items()})
     with pytest.raises(CheckpointError, match=r"is not what .* makes: is .*wide the base"):
         open_trained(str(adapter), base=str(wide))["model.up.weight"]
-
-
-# Folders of the engines themselves
-
-
-@pytest.fixture(scope="session")
-def base_release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("engines") / "base", tied=True)
-
-
-@pytest.fixture(scope="session")
-def trained_in(tmp_path_factory, base_release):
-    """(engine, processes) -> what tests/run_engine.py made with it; each is made once."""
-    made: dict[tuple[str, int], Path] = {}
-
-    def make(engine: str, processes: int) -> Path:
-        if (engine, processes) not in made:
-            out = tmp_path_factory.mktemp("engines") / f"{engine}-{processes}"
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            command = [*launch, str(ROOT / "tests" / "run_engine.py"), engine, str(base_release), str(out)]
-            quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-            done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0 and (out / "done.json").exists(), done.stderr[-3000:]
-            made[engine, processes] = out
-        return made[engine, processes]
-
-    return make
-
-
-def of_engines(test: Callable) -> Callable:
-    """One worker makes their folders."""
-    return pytest.mark.nightly(pytest.mark.xdist_group("engines")(test))
-
-
-ENGINES = [
-    ("zero1", 2, "DeepSpeed ZeRO-1"),
-    ("zero2", 1, "DeepSpeed ZeRO-2"),
-    ("zero2", 2, "DeepSpeed ZeRO-2"),
-    ("zero3", 1, "DeepSpeed ZeRO-3"),
-    ("zero3", 4, "DeepSpeed ZeRO-3"),
-    ("fsdp", 2, "FSDP"),
-    ("fsdp-full", 2, "transformers Trainer"),
-    ("dcp", 4, "torch.distributed.checkpoint"),
-    ("trainer", 1, "transformers Trainer"),
-]
-TWIN = "language_model.lm_head.weight"  # tied; safetensors has it under its other name alone
-
-
-@of_engines
-@pytest.mark.parametrize(("engine", "processes", "title"), ENGINES)
-def test_what_an_engine_saved_is_what_was_alive(trained_in, engine, processes, title):
-    out = trained_in(engine, processes)
-    truth = load_file(out / "truth.safetensors")
-    if engine == "trainer":
-        del truth[TWIN]
-    checkpoint = opened(out / ("dcp" if engine == "dcp" else "checkpoint-2"))
-    assert_same(checkpoint, truth)
-    facts = training_metadata(checkpoint)
-    assert facts["engine"] == title and facts.get("ranks", processes) == processes
-    if engine != "dcp":
-        assert facts["step"] == 2 and facts["tokens_seen"] == 32 * processes
-
-
-@of_engines
-@pytest.mark.parametrize(("engine", "processes"), [("zero1", 2), ("zero2", 2), ("zero3", 4)])
-def test_what_deepspeed_rounded_comes_exact_from_the_base(trained_in, base_release, engine, processes):
-    out = trained_in(engine, processes)
-    checkpoint, base = open_trained(str(out / "checkpoint-2"), base=str(base_release)), opened(base_release)
-    truth = load_file(out / "truth.safetensors")
-    frozen = {name for name, tensor in truth.items() if tensor.dtype == torch.bfloat16}
-    assert len(frozen) == 16
-    assert_same(checkpoint, truth | {name: read(base[name]) for name in frozen})
-    assert training_metadata(checkpoint)["base"] == {"name": "base", "revision": None, "exact": 16}
-
-
-@of_engines
-@pytest.mark.parametrize(("engine", "processes"), [("peft", 1), ("zero2-peft", 2)])
-def test_an_adapter_is_merged_as_it_was_alive(trained_in, base_release, engine, processes):
-    out = trained_in(engine, processes)
-    truth = load_file(out / "truth.safetensors")
-    truth[TWIN] = read(opened(base_release)[TWIN.replace("lm_head", "model.embed_tokens")])  # peft merges into both
-    assert_same(open_trained(str(out / "checkpoint-2"), base=str(base_release)), truth)
-
-
-@of_engines
-@pytest.mark.parametrize(("engine", "processes"), [("zero3", 4), ("zero2", 2)])
-def test_the_tower_of_a_stage_loads(trained_in, tmp_path, engine, processes):
-    from transformers import AutoModel
-
-    out = trained_in(engine, processes)
-    done = convert_checkpoint(out / "checkpoint-2", tmp_path / "tower", part="vision", dtype="float32")
-    assert done.verification["relative_difference"] < 1e-5
-    truth = load_file(out / "truth.safetensors")
-    tower = AutoModel.from_pretrained(tmp_path / "tower", trust_remote_code=True).state_dict()
-    assert tower and all(torch.equal(tensor, truth["vision_model." + name].float()) for name, tensor in tower.items())

@@ -38,6 +38,11 @@ LANGUAGE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+# As small as it can be, for checkpoints that are stored in tests/data.
+SMALLEST = {
+    "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+    "llm_config": {"hidden_size": 16, "intermediate_size": 24},
+}
 LANGUAGES = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
@@ -170,9 +175,13 @@ def write_release(
     shards: int = 2,
     dtype: torch.dtype = torch.float32,
     attentive: bool = False,
+    smallest: bool = False,
 ) -> Path:
     """A release of SAIL-VL at toy size: weights in shards, config.json, tokenizer; no processor, no code."""
     config = released_config(language, tied)
+    if smallest:
+        for part, sizes in SMALLEST.items():
+            config[part] |= sizes
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.to(dtype) for name, tensor in released_tensors(config, attentive=attentive).items()}
