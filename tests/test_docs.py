@@ -1,0 +1,245 @@
+"""README and docs/: what they show runs, what they link to and name exists, and their numbers are the code's."""
+
+import argparse
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PHOTOGRAPH, ROOT, make_checkpoint
+from toy_sailvl import write_release, write_tokenizer
+from transformers import AutoTokenizer
+
+import sailvit_cli
+from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel, SAILVLForConditionalGeneration, SAILVLProcessor
+
+
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+MOST_LINES = 150
+LARGEST_PICTURE = 60_000  # bytes
+TILE = 56  # pixels of the tiny encoder; the pages have 448
+# Top-1 accuracy on ImageNet-1k, -A, -R and -V2: arXiv 2507.01643, the table on visual recognition.
+SCORES = {
+    "AIMv2 large": (79.88, 25.41, 55.73, 76.45),
+    "SAILViT large": (80.71, 29.31, 56.42, 77.06),
+    "AIMv2 huge": (81.68, 28.96, 58.13, 77.32),
+    "SAILViT huge": (82.21, 33.04, 60.33, 78.94),
+    "InternViT-300M": (73.70, 13.45, 39.99, 69.55),
+    "InternViT-6B": (84.18, 46.27, 59.88, 80.92),
+}
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [text for kind, text in blocks if kind == language]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def inline_code(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def command_parser() -> argparse.ArgumentParser:
+    return sailvit_cli._parser()
+
+
+def verb_options() -> dict[str, set[str]]:
+    """Verb -> its options."""
+    verbs = next(a for a in command_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {verb: {*parser._option_string_actions} for verb, parser in verbs.choices.items()}
+
+
+def shell_commands(page: Path) -> list[list[str]]:
+    """The words of every command in the bash blocks of a page."""
+    lines = [line for text in code_blocks(page, "bash") for line in text.splitlines() if line]
+    words = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+    return [command for command in words if command]
+
+
+@pytest.fixture
+def workplace(tmp_path, folder, monkeypatch) -> Path:
+    """A current directory with everything that the pages name, at toy size."""
+    make_checkpoint(tmp_path / "sailvit-demo" / "aimv2-large-random")
+    (tmp_path / "sailvit-demo" / "sailvit").symlink_to(folder)
+    (tmp_path / "examples").symlink_to(PHOTOGRAPH.parent)
+    model = SAILVLForConditionalGeneration.from_pretrained(write_release(tmp_path / "release"), image_token_id=309)
+    size = model.config.vision_config.image_size
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer"))
+    image_processor = SAILViTImageProcessor(size={"height": size, "width": size})
+    model.save_pretrained(tmp_path / "sail-vl")
+    SAILVLProcessor(image_processor, tokenizer, model.config.image_seq_length).save_pretrained(tmp_path / "sail-vl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return tmp_path
+
+
+def run_blocks(page: Path) -> dict:
+    """Run the Python of a page from top to bottom, in one namespace."""
+    scope: dict = {}
+    for block in code_blocks(page, "python"):
+        exec(compile(block.replace("448, 448", f"{TILE}, {TILE}"), page_name(page), "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * ("convert_checkpoint" in page.read_text()))
+        for page in PAGES if code_blocks(page, "python")
+    ],
+)  # fmt: skip
+def test_python_runs_as_written(page, workplace, capsys):
+    scope = run_blocks(page)
+    printed = capsys.readouterr().out
+    check = {
+        "README.md": check_quickstart,
+        "docs/usage.md": check_usage,
+        "docs/image-processing.md": check_image_processing,
+        "docs/sail-vl.md": check_sailvl,
+        "docs/converting.md": check_converting,
+    }.pop(page_name(page))
+    check(scope, printed)
+
+
+def check_quickstart(scope: dict, printed: str) -> None:
+    assert scope["tokens"].shape == (7, 4, 256)
+    assert printed.count("tensor") == 2
+
+
+def check_usage(scope: dict, printed: str) -> None:
+    assert scope["tokens"].shape == (7, 4, 256)
+    assert scope["output"].last_hidden_state.shape == (1, 16, 64) and scope["output"].pooler_output.shape == (1, 64)
+    assert [tuple(features.shape) for features in scope["feature_maps"]] == [(1, 64, 4, 4)] * 2
+    image = scope["images"][0]
+    turned, upright = (torch.tensor(features) for features in scope["extractor"]([image.rotate(90), image]))
+    one_tile = scope["processor"](image, do_tile=False)["pixel_values"]
+    torch.testing.assert_close(upright, scope["model"](one_tile).last_hidden_state.float(), rtol=0.1, atol=0.1)
+    assert turned.shape == upright.shape == (1, 16, 64) and not torch.equal(turned, upright)
+
+
+def check_image_processing(scope: dict, printed: str) -> None:
+    assert scope["batch"]["tile_grids"].tolist() == [[3, 2]] and scope["batch"]["num_tiles"].tolist() == [7]
+    assert scope["choose_tile_grid"](width=1024, height=768) == (3, 2)
+    assert scope["processor"].get_number_of_image_patches(height=768, width=1024) == 7
+
+
+def check_sailvl(scope: dict, printed: str) -> None:
+    assert scope["tiles"].shape == (7, 3, TILE, TILE) and len(scope["history"]) == 1
+    assert scope["history"][0][1] == printed.strip()
+
+
+def check_converting(scope: dict, printed: str) -> None:
+    assert "sailvit-large" in {path.name for path in Path.cwd().iterdir()}
+    assert "encoder.layers.0.attention.q_proj.weight" in scope["native"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_commands_are_parsed(page):
+    for command in shell_commands(page):
+        if Path(command[0]).name == "sailvit":
+            try:
+                command_parser().parse_args(command[1:])
+            except SystemExit:
+                pytest.fail(f"{page_name(page)}: {shlex.join(command)}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_verbs_and_options_in_the_text_exist(page):
+    options = verb_options()
+    for code in inline_code(page):
+        if match := re.match(r"sailvit (\w+)", code):
+            assert match[1] in options, f"{page_name(page)}: `{code}`"
+            assert {*re.findall(r"--[a-z-]+", code)} <= options[match[1]], f"{page_name(page)}: `{code}`"
+        elif match := re.match(r"--[a-z-]+", code):
+            assert match[0] in set().union(*options.values()), f"{page_name(page)}: `{code}`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_dotted_names_in_the_text_exist(page):
+    for name in re.findall(r"\bsailvit(?:\.\w+)+", " ".join(inline_code(page))):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute) or importlib.import_module(name), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_files_named_in_the_text_exist(page, tracked):
+    named = {code for code in inline_code(page) if re.fullmatch(r"[\w./-]+\.(py|md)", code)}
+    assert {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in tracked)} == set()
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return listed.stdout.split()
+
+
+@pytest.mark.parametrize("page", LINKED, ids=page_name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT) and target.exists(), f"{page_name(page)}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page_name(page)}: {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_one_click_from_the_readme():
+    text = README.read_text()
+    assert [page.name for page in DOCS if f"](docs/{page.name})" not in text] == []
+
+
+def test_readme_is_short_and_its_picture_small():
+    assert len(README.read_text().splitlines()) <= MOST_LINES
+    pictures = re.findall(r"!\[[^\]]+\]\((.*?)\)", README.read_text())
+    assert pictures and all((ROOT / picture).stat().st_size <= LARGEST_PICTURE for picture in pictures)
+
+
+def test_sizes_are_those_of_the_configurations():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+)M \| (\d+) \| (\d+) \| (\d+) \|", README.read_text(), flags=re.MULTILINE)
+    assert len(rows) == 5
+    for size, *numbers in rows:
+        parameters, *dimensions = (int(number.replace(",", "")) for number in numbers)
+        config = SAILViTConfig.from_size(size)
+        with torch.device("meta"):
+            assert round(SAILViTModel(config).num_parameters() / 1e6) == parameters
+        assert dimensions == [config.hidden_size, config.num_hidden_layers, config.num_attention_heads]
+
+
+def test_scores_are_those_of_the_paper():
+    text = README.read_text()
+    for size in ("large", "huge"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{size}`"))
+        pairs = zip(SCORES[f"AIMv2 {size}"], SCORES[f"SAILViT {size}"], strict=True)
+        assert [cell.strip() for cell in row.split("|")[6:10]] == [f"{before} -> {after}" for before, after in pairs]
+    for name in ("InternViT-300M", "InternViT-6B"):
+        scores = ", ".join(f"{score:.2f}" for score in SCORES[name])
+        assert re.search(rf"{name} (has )?{re.escape(scores)}", " ".join(text.split())), name
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"sed -n 's/(.*?)/", script)[1].replace(r"\(", "(").replace(r"\)", ")")
+    lines = [line for text in code_blocks(README, "bash") for line in text.splitlines()]
+    assert len([line for line in lines if re.search(pattern, line)]) == 1
