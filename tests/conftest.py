@@ -29,8 +29,12 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the runs on other releases, each as long as most of the rest, so that no worker waits for them."""
+    """Nightly tests are slow ones. Runs on other releases go first: no worker should wait for one at the end."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
     items.sort(key=lambda item: "test_versions.py" not in item.nodeid)
 
 
