@@ -8,6 +8,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file or the tensor, and the mend where there is one."""
 
 
+class VerificationError(RuntimeError):
+    """A written folder does not load, or its outputs differ from the source's: a failure of this package."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """

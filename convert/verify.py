@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .folder import RUNTIMES, timm_config, transformers_config
 from .layouts import RELEASED, convert_tensors
+from .problems import VerificationError
 from .values import compute_positions, load, torch_name
 
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 PICTURE = Path(__file__).parents[1] / "examples" / "raccoon.jpg"
 ALONE = Path(__file__).with_name("load_alone.py")
 TOLERANCE = 1e-4  # relative, in float32; other arithmetic for the same weights gives about 1e-6
-
-
-class VerificationError(RuntimeError):
-    """The folder that was written does not do what its source does: a failure of this package."""
 
 
 def verify_folder(folder: Path, job: "TowerJob") -> dict[str, Any]:
