@@ -52,7 +52,7 @@ def _add_convert_input(group: Group) -> None:
         "--base", metavar="BASE", help="the model that training started from: has the parameters a stage left frozen"
     )
     group.add_argument("--average", nargs="+", default=(), metavar="SRC", help="average SRC and these checkpoints")
-    group.add_argument("--insert-vision", metavar="TOWER", help="replace the SAIL-VL's vision tower by this one")
+    group.add_argument("--insert-vision", metavar="TOWER", help="replace the SAIL-VL's vision tower with this one")
 
 
 def _add_convert_output(group: Group) -> None:
