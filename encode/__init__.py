@@ -1,1 +1,1 @@
-"""Images in, visual tokens out: streamed over folders, written, and drawn."""
+"""Images -> files of visual tokens, and figures of them."""

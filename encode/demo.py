@@ -1,4 +1,4 @@
-"""The first steps: a checkpoint in Apple's names, converted, inspected, loaded with remote code, shown a photograph."""
+"""The demo: converts a checkpoint in Apple's layout, inspects it, loads it with remote code, encodes a photograph."""
 
 import os
 import subprocess
@@ -23,24 +23,24 @@ from .figure import draw_tokens
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PHOTOGRAPH = EXAMPLES / "raccoon.jpg"
-MAX_TILES = 4  # and a thumbnail; without AVX-512 two cores take 5 to 8 seconds for a tile of Large
+MAX_TILES = 4  # and a thumbnail; two cores without AVX-512 take 5 to 8 seconds for a tile of Large
 
 
 def run_demo(
     out: Path, log: Callable[[str], None], size: str = "large", model: str | None = None, dtype: str = "auto"
 ) -> Path:
     """
-    Converts, inspects, loads and runs a tower; returns the figure it draws.
+    Convert, inspect, load and run a vision tower; return the path of the figure that it draws.
 
     Args:
-        out: Folder for the checkpoint, the tower, the tokens and the figure.
+        out: Folder for the checkpoint, the converted model, the tokens and the figure.
         log: Called with each progress message.
-        size: A published size, for random weights.
+        size: Published size of the model with random weights.
         model: Real weights instead: a file, a folder or a name on the Hub.
-        dtype: To encode in; "auto" for bfloat16 where the processor has units for it, else float32.
+        dtype: To compute in; "auto" for bfloat16 where the CPU computes it natively, else float32.
 
     Raises:
-        CheckpointError: There is no such `model`, or it cannot be converted.
+        CheckpointError: `model` does not exist or cannot be converted.
     """
     if model is not None:
         check_name(model)
@@ -48,7 +48,7 @@ def run_demo(
     folder, tokens, figure = out / "sailvit", out / "tokens.safetensors", out / "figure.png"
     what = f"Real weights: {model}"
     if model is None:
-        what = f"AIMv2-{size.capitalize()} in Apple's names with RANDOM weights: only its tokens will mean nothing."
+        what = f"AIMv2-{size.capitalize()} in Apple's layout with RANDOM weights: its tokens are meaningless."
     with _step(f"1. {what}", log):
         source = model or str(write_synthetic(out / f"aimv2-{size}-random", published_shape(size), dtype="bfloat16"))
         log(f"   {source}")
@@ -58,9 +58,9 @@ def run_demo(
     with _step(f"3. sailvit inspect {folder}", log):
         for line in table(inspect_checkpoint(folder)).splitlines():
             log(f"   {line}")
-    with _step("4. Loaded from that folder with AutoModel and remote code, in a process of its own:", log):
-        _encode_elsewhere(folder, tokens, dtype, log)
-    with _step("5. The picture, its tiles and the principal components of its tokens:", log):
+    with _step("4. The folder loaded with AutoModel and remote code, in another process:", log):
+        _encode_in_subprocess(folder, tokens, dtype, log)
+    with _step("5. Figure: the photograph, its tiles and the principal components of its tokens", log):
         _draw(tokens, figure)
         log(f"   {figure}")
     log(f"Done in {time.perf_counter() - started:.0f} s.")
@@ -69,14 +69,14 @@ def run_demo(
 
 @contextmanager
 def _step(title: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Say what is about to be done, and afterwards how long it took."""
+    """Log a title, and afterwards the seconds taken."""
     log(title)
     started = time.perf_counter()
     yield
     log(f"   {time.perf_counter() - started:.1f} s")
 
 
-def _encode_elsewhere(folder: Path, tokens: Path, dtype: str, log: Callable[[str], None]) -> None:
+def _encode_in_subprocess(folder: Path, tokens: Path, dtype: str, log: Callable[[str], None]) -> None:
     chosen, reason = choose_dtype(torch.bfloat16, "cpu", dtype)
     log(f"   in {dtype_name(chosen)}: {reason}")
     command = [sys.executable, str(EXAMPLES / "encode_photo.py"), str(folder), str(PHOTOGRAPH), str(tokens)]

@@ -1,22 +1,59 @@
-"""Draws what a tower sees: a picture with its tile grid, and beside it its tokens as colours."""
+"""Figures of visual tokens: an image with its tile grid, next to the principal components of its tokens as colours."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 
+from ..image_processing_sailvit import SAILViTImageProcessor
+from .stream import EncodedImage
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def check_figure(figure: Path, sources: Sequence[str], overwrite: bool = False, resume: bool = False) -> None:
+    """
+    Check, before anything is encoded, that a figure can be written.
+
+    Raises:
+        ValueError: `sources` is not one image, `figure` is that image, or exists and is not to be overwritten, or has
+            another suffix or no folder; or `resume` is set, with which the image might not be encoded.
+    """
+    if len(sources) != 1:
+        raise ValueError(f"--figure draws one image, got {len(sources)}")
+    if resume:
+        raise ValueError("--figure draws an image when it is encoded: leave out --resume, which may skip it")
+    if figure.suffix.lower() not in SUFFIXES or not figure.parent.is_dir():
+        raise ValueError(f"--figure {figure}: expected a {', '.join(SUFFIXES)} file in a folder that exists")
+    is_source = figure.exists() and Path(sources[0]).exists() and figure.samefile(sources[0])
+    if is_source or (figure.exists() and not overwrite):
+        raise ValueError(f"--figure {figure} exists: name another file, or give --overwrite if it is not the image")
+
+
+def draw_encoded(image: EncodedImage, processor: SAILViTImageProcessor, factor: int) -> Image.Image:
+    """Return the figure of `draw_tokens` for an encoded image, which the processor reads again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of its first reading are in image.warnings
+        picture = processor.read_picture(image.source)
+    return draw_tokens(picture, image.tokens, image.grid, factor)
+
 
 def draw_tokens(picture: Image.Image, tokens: torch.Tensor, grid: tuple[int, int], factor: int = 2) -> Image.Image:
     """
-    The picture with its tile grid, and the first three principal components of its tokens over the whole of it.
+    Return an image with its tile grid, next to the first three principal components of its tokens as colours.
 
     Args:
         picture: The image that was encoded, in RGB.
-        tokens: (tiles, N / f^2, f^2 * D) of square tiles, as `get_image_features` returns them, the thumbnail left out.
+        tokens: (tiles, N / f^2, f^2 * D) of square tiles, as `get_image_features` returns them; a thumbnail is ignored.
         grid: Columns and rows of tiles.
         factor: The pixel shuffle factor f of the tokens.
 
     Returns:
-        An RGB image, the two side by side, at the size of the picture (at most 1,024 pixels along a side).
+        An RGB image of both, each at the size of the picture (at most 1,024 pixels along a side).
     """
     picture = picture.copy()
     picture.thumbnail((1024, 1024))
@@ -30,7 +67,7 @@ def draw_tokens(picture: Image.Image, tokens: torch.Tensor, grid: tuple[int, int
 
 
 def stitch_tokens(tokens: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:
-    """Tiles of shuffled tokens (tiles, N / f^2, f^2 * D) -> the patches of the whole image (rows, columns, D)."""
+    """Return the patches (rows, columns, D) of the whole image from its tokens (tiles, N / f^2, f^2 * D)."""
     columns, rows = grid
     tiles = tokens[: columns * rows]
     side = round(tiles.shape[1] ** 0.5)
@@ -39,7 +76,7 @@ def stitch_tokens(tokens: torch.Tensor, grid: tuple[int, int], factor: int) -> t
 
 
 def principal_colours(tokens: torch.Tensor) -> Image.Image:
-    """Tokens (Y, X, D) -> an image of X x Y pixels, its channels the first three principal components, 1% clipped."""
+    """Return tokens (Y, X, D) as an image of X x Y pixels: RGB are the first three principal components, 1% clipped."""
     flat = rearrange(tokens, "y x d -> (y x) d").float()
     flat = flat - flat.mean(0)
     directions = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(-1)

@@ -737,4 +737,3 @@ def test_an_interrupt_leaves_nothing(tmp_path, apple, monkeypatch):
 def test_unknown_layouts_are_an_error(tmp_path, apple):
     with pytest.raises(CheckpointError, match="layout 'jax': there are sailvit"):
         convert(apple, tmp_path / "out", to_layout="jax")
-    assert tuple(LAYOUTS) == sailvit_cli.LAYOUTS

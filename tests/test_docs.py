@@ -53,7 +53,7 @@ def inline_code(page: Path) -> list[str]:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    return sailvit_cli._parser()
+    return sailvit_cli.build_parser()
 
 
 def verb_options() -> dict[str, set[str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PHOTOGRAPH, ROOT
+from conftest import PHOTOGRAPH
 from fake_hub import OWNER, TOKEN, serve_writable
 from safetensors.torch import load_file
 from toy_sailvl import write_release
@@ -63,7 +63,7 @@ def run(*command: object, folder: Path, **settings: str) -> str:
 @pytest.mark.nightly
 def test_from_two_parts_to_a_stranger_who_loads_what_was_trained(tmp_path):
     """Every file is the same to the byte, every token to the bit, in a fresh process and cache."""
-    sailvit = [sys.executable, ROOT / "sailvit_cli.py"]
+    sailvit = [sys.executable, "-m", "sailvit_cli"]
     write_release(tmp_path / "release")
     for part in ("vision", "language"):
         run(*sailvit, "convert", "release", part, "--part", part, "--dtype", "float32", folder=tmp_path)

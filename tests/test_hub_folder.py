@@ -168,7 +168,7 @@ def test_tower_weights_load_into_the_classifier_and_back(folder, tmp_path):
 def test_a_weight_that_is_missing_is_not_loaded_in_silence(folder, tmp_path):
     from safetensors.torch import save_file
 
-    from sailvit.encode.stream import load_tower
+    from sailvit.encode.load import load_tower
 
     shutil.copytree(folder, tmp_path / "holed")
     weights = load_file(folder / "model.safetensors")
@@ -185,7 +185,7 @@ def test_a_weight_that_is_missing_is_not_loaded_in_silence(folder, tmp_path):
 
 
 def test_a_classifiers_tower_encodes(tmp_path, pixels):
-    from sailvit.encode.stream import load_tower
+    from sailvit.encode.load import load_tower
 
     classifier = randomize(SAILViTForImageClassification(SAILViTConfig(**TINY)))
     classifier.save_pretrained(tmp_path)

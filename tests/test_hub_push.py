@@ -447,7 +447,7 @@ def test_the_command_tells_every_problem_and_publishes_nothing(hub, tmp_path, mo
         (folder / name).unlink()
     assert sailvit_cli.main(["push", str(folder), REPO, "--branch", "next", "--revision-note", "a note"]) == 0
     assert hub.repositories[REPO].commits[hub.repositories[REPO].refs["next"]].body == "a note"
-    assert "taken away: 0; every hash there is that of the folder" in capsys.readouterr().out
+    assert "deleted: 0; every hash matches the folder's" in capsys.readouterr().out
 
 
 def test_text_that_was_written_on_the_hub_stays_in_the_card(hub, folder, monkeypatch):

@@ -311,7 +311,7 @@ def test_a_cache_of_the_hub_is_left_alone(old, tmp_path):
         (["--refresh-code", "--part", "vision"], "leave out --part"),
         (["--refresh-code", "--dtype", "float16"], "leave out --dtype"),
         (["--refresh-code", "--link"], "leave out --link"),
-        ([], "OUT, the folder to be, is missing"),
+        ([], "expected an output folder OUT after it"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(made, capsys, arguments, message):

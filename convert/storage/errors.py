@@ -8,6 +8,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file or the tensor, and the mend where there is one."""
 
 
+class VerificationError(RuntimeError):
+    """A written folder does not load, or its outputs differ from the source's: a failure of this package."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """
@@ -37,7 +41,3 @@ def raise_if_any(problems: Sequence[Problem], source: str = "") -> None:
     if problems:
         more = f" (and {len(problems) - 1} more; `sailvit inspect` lists them)" if len(problems) > 1 else ""
         raise CheckpointError(f"{source + ': ' if source else ''}{problems[0]}{more}")
-
-
-class VerificationError(RuntimeError):
-    """The folder that was written does not do what its source does: a failure of this package."""

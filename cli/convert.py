@@ -1,0 +1,183 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that write a model folder: `convert` and `compose`."""
+
+import argparse
+from pathlib import Path
+
+from .arguments import (
+    DTYPES,
+    LAYOUTS,
+    Group,
+    Verbs,
+    add_max_tiles,
+    add_source,
+    add_trust_pickle,
+    add_verb,
+    count,
+    pick,
+    positive_integer,
+)
+from .progress import byte_progress, log
+from .startup import exit_on_signals, import_without_torch
+
+
+# Options of convert that --refresh-code excludes; their names are those of convert_checkpoint's arguments.
+CONVERSION_OPTIONS = (
+    *("revision", "from_layout", "prefix", "base", "average", "insert_vision"),
+    *("part", "to_layout", "image_size", "dtype", "max_shard_size", "link", "trust_pickle"),
+)
+
+
+def add_verbs(verbs: Verbs) -> None:
+    _add_convert(verbs)
+    _add_compose(verbs)
+
+
+def _add_convert(verbs: Verbs) -> None:
+    summary = "convert a checkpoint in any layout to a model folder"
+    convert = add_verb(verbs, "convert", run_convert, "SRC OUT [options]", summary)
+    _add_convert_input(convert.add_argument_group("input"))
+    _add_convert_output(convert.add_argument_group("output"))
+    checks = convert.add_argument_group("checks")
+    checks.add_argument(
+        "--no-verify", action="store_true", help="do not load the folder and compare its outputs with the source's"
+    )
+    add_trust_pickle(checks)
+
+
+def _add_convert_input(group: Group) -> None:
+    add_source(group)
+    group.add_argument(
+        "--base", metavar="BASE", help="the model that training started from: has the parameters a stage left frozen"
+    )
+    group.add_argument("--average", nargs="+", default=(), metavar="SRC", help="average SRC and these checkpoints")
+    group.add_argument("--insert-vision", metavar="TOWER", help="replace the SAIL-VL's vision tower with this one")
+
+
+def _add_convert_output(group: Group) -> None:
+    group.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the folder to write")
+    group.add_argument(
+        "--part",
+        choices=("vision", "connector", "language", "all"),
+        help="the component of a SAIL-VL to convert; default: all",
+    )
+    group.add_argument(
+        "--to-layout",
+        choices=LAYOUTS,
+        help="default: sailvit. transformers and timm load theirs; the others are parts of larger models",
+    )
+    group.add_argument(
+        "--image-size", type=positive_integer, metavar="PIXELS", help="resample learned position embeddings to it"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="default: the source's")
+    group.add_argument(
+        "--max-shard-size", metavar="SIZE", help="200MB for example; default: 5GB where weights are rewritten"
+    )
+    group.add_argument(
+        "--link",
+        action="store_true",
+        help="hard-link unchanged weight files where reflinks are impossible: writing to them changes SRC",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT if a conversion wrote it; with --refresh-code: replace edited code",
+    )
+    group.add_argument(
+        "--refresh-code",
+        action="store_true",
+        help="instead of converting: update the model code in the folder SRC to this package's, weights untouched",
+    )
+
+
+def _add_compose(verbs: Verbs) -> None:
+    summary = "combine a vision tower and a language model"
+    compose = add_verb(verbs, "compose", run_compose, "OUT --vision TOWER --language LLM [options]", summary)
+    group = compose.add_argument_group("input")
+    group.add_argument("--vision", required=True, metavar="TOWER", help="a file, a folder or a name on the Hub")
+    group.add_argument("--language", required=True, metavar="LLM", help="a folder or a name on the Hub")
+    group = compose.add_argument_group("output")
+    group.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    group.add_argument("--dtype", choices=DTYPES, help="default: the language model's")
+    group.add_argument("--seed", type=count, default=0, metavar="N", help="of the connector's weights; default: 0")
+    add_max_tiles(group)
+    group.add_argument("--overwrite", action="store_true", help="replace OUT if this package wrote it")
+    group = compose.add_argument_group("checks")
+    group.add_argument("--no-verify", action="store_true", help="do not load the folder in a clean process")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """
+    Convert a checkpoint to a folder that from_pretrained loads, and compare the outputs of both.
+
+    examples:
+      sailvit convert apple/aimv2-large-patch14-448 sailvit-large --dtype bfloat16
+      sailvit convert run/checkpoint-4000 stage3-vit --part vision --base sail-vl
+    """
+    import_without_torch()
+    if options.refresh_code:
+        return _refresh_code(options)
+    if options.out is None:
+        raise ValueError(f"{options.source}: expected an output folder OUT after it")
+    from sailvit.convert import convert_checkpoint
+    from sailvit.convert.models.sailvl import describe
+
+    exit_on_signals()
+    with byte_progress() as on_progress:
+        done = convert_checkpoint(
+            options.source,
+            options.out,
+            **pick(options, CONVERSION_OPTIONS),
+            overwrite=options.overwrite,
+            verify=not options.no_verify,
+            log=log,
+            on_progress=on_progress,
+        )
+    if done.verification:
+        print(describe(done.verification))
+    else:
+        print("not verified" if options.no_verify else "not verified: nothing loads these tensors alone")
+    print(options.out)
+    return 0
+
+
+def _refresh_code(options: argparse.Namespace) -> int:
+    from sailvit.convert import refresh_code
+
+    for name in ("out", *CONVERSION_OPTIONS):
+        if getattr(options, name) not in (None, False, ()):
+            excluded = "OUT" if name == "out" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"--refresh-code updates the code of {options.source} in place: leave out {excluded}")
+    done = refresh_code(options.source, overwrite=options.overwrite, verify=not options.no_verify, log=log)
+    print(f"{options.source}: code of version {done.after}, before {done.before}; files written: {len(done.files)}")
+    return 0
+
+
+def run_compose(options: argparse.Namespace) -> int:
+    """
+    Build a multimodal model from a vision tower, a randomly initialised connector and a language model.
+
+    examples:
+      sailvit compose new-vl --vision sailvit-large --language Qwen/Qwen2.5-1.5B-Instruct
+      sailvit compose new-vl --vision stage3-vit --language Qwen/Qwen2.5-7B-Instruct --dtype bfloat16
+    """
+    import_without_torch()
+    from transformers import logging
+
+    from sailvit.convert import compose_model
+    from sailvit.convert.models.sailvl import describe
+
+    logging.disable_progress_bar()
+    exit_on_signals()
+    done = compose_model(
+        options.vision,
+        options.language,
+        options.out,
+        **pick(options, ("dtype", "seed", "max_tiles", "overwrite")),
+        verify=not options.no_verify,
+        log=log,
+    )
+    print(describe(done.verification) if done.verification else "not verified")
+    print(options.out)
+    return 0
