@@ -246,7 +246,7 @@ def _encode(options: argparse.Namespace) -> int:
         if options.figure:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # told already
-                picture = processor.read_picture(image.source)
+                picture = processor.to_rgb_image(image.source)
             draw_tokens(picture, image.tokens, image.grid, model.config.pixel_shuffle_factor).save(options.figure)
     progress.close()
     kept = f", {len(images) - len(targets)} encoded already" if options.resume else ""
@@ -307,7 +307,7 @@ def _image_options(options: argparse.Namespace) -> dict[str, Any]:
     for name, _ in given:
         if name not in names:
             try:
-                SAILViTImageProcessor.refuse_unknown({name: None})
+                SAILViTImageProcessor.check_option_names({name: None})
             except TypeError as error:
                 raise ValueError(f"--image-option: {error}") from error
             raise ValueError(f"--image-option: expected one of {', '.join(sorted(names))}, got {name[:80]!r}")

@@ -98,16 +98,16 @@ def test_precision_is_never_lowered_unasked(cpu, stored, native):
     cpu("x86_64", native, native)
     dtype, reason = choose_dtype(stored, "cpu")
     assert torch.finfo(dtype).eps <= torch.finfo(stored).eps and dtype != torch.float16
-    assert reason == "as the weights are stored" if dtype == stored else "lacks units" in reason
+    assert reason == "dtype of the stored weights" if dtype == stored else "not native" in reason
 
 
 def test_what_is_asked_for_is_done_and_its_price_told(cpu):
     cpu("x86_64", False)
     assert choose_dtype(torch.float32, "cpu", "bfloat16") == (
         torch.bfloat16,
-        "as asked; this cpu lacks units for it, float32 is faster",
+        "as requested; not native on this cpu, float32 is faster",
     )
-    assert choose_dtype(torch.bfloat16, "cpu", torch.float32) == (torch.float32, "as asked")
+    assert choose_dtype(torch.bfloat16, "cpu", torch.float32) == (torch.float32, "as requested")
     for wrong in ("int8", torch.int8, "nn"):
         with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
             choose_dtype(torch.float32, "cpu", wrong)
@@ -126,11 +126,11 @@ def test_a_device_is_the_accelerator_unless_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("stored", "native", "asked", "computed", "reason"),
     [
-        ("bfloat16", True, "auto", torch.bfloat16, "as the weights are stored"),
-        ("bfloat16", False, "auto", torch.float32, "the weights are bfloat16, for which this cpu lacks units"),
-        ("float32", True, "auto", torch.float32, "as the weights are stored"),
+        ("bfloat16", True, "auto", torch.bfloat16, "dtype of the stored weights"),
+        ("bfloat16", False, "auto", torch.float32, "the weights are bfloat16, which is not native on this cpu"),
+        ("float32", True, "auto", torch.float32, "dtype of the stored weights"),
         ("float16", True, "auto", torch.float32, "the weights are float16"),
-        ("float32", False, "bfloat16", torch.bfloat16, "as asked; this cpu lacks units"),
+        ("float32", False, "bfloat16", torch.bfloat16, "as requested; not native on this cpu"),
     ],
 )
 def test_encode_computes_in_it_and_prints_why(folder, tmp_path, cpu, capsys, stored, native, asked, computed, reason):

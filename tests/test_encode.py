@@ -412,7 +412,7 @@ def test_demo_runs_from_an_empty_folder(tmp_path, dtype):
     assert (done.returncode, done.stderr) == (0, "")
     for expected in (
         "RANDOM weights",
-        f"in {dtype}: as asked",
+        f"in {dtype}: as requested",
         "(5, 3, 448, 448) -> tokens (5, 256, 3072)",
         "figure.png",
     ):

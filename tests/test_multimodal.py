@@ -639,7 +639,10 @@ DAMAGE = {
     "unknown language": (llm_with(model_type="gpt-17"), "'gpt-17' is not known .*--part vision"),
     "internlm2": (llm_with(model_type="internlm2"), "'internlm2' is not known .*convert it to Llama's names"),
     "ps_version": (config_with(ps_version="v1"), "ps_version 'v1' is not supported"),
-    "select_layer": (config_with(select_layer=7), "select_layer 7 is out of range: a tower of 3 blocks has -4 to 3"),
+    "select_layer": (
+        config_with(select_layer=7),
+        "select_layer 7 is out of range: expected -4 to 3 for a vision encoder of 3 blocks",
+    ),
     "padded pictures": (config_with(pad2square=True), "pad2square pads pictures to a square, which nothing here does"),
     "max tiles": (config_with(max_dynamic_patch=0), "max_tiles"),
     "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; .64. is wanted"),

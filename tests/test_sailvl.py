@@ -85,22 +85,25 @@ def test_the_language_model_says_whether_embeddings_are_tied():
 
 BAD_FIELDS = [
     ({"ps_version": "v1"}, "ps_version 'v1' is not supported"),
-    ({"select_layer": 25}, "select_layer 25 is out of range: a tower of 24 blocks has -25 to 24"),
+    ({"select_layer": 25}, "select_layer 25 is out of range: expected -25 to 24 for a vision encoder of 24"),
     ({"select_layer": -26}, "select_layer -26 is out of range"),
-    ({"downsample_ratio": 0.4}, "downsample_ratio must be 1 over a whole number"),
+    ({"downsample_ratio": 0.4}, "downsample_ratio must be 1 / integer"),
     ({"pixel_shuffle_factor": 3}, "does not divide the 32 x 32 patches"),
     ({"vision_batch_size": 0}, "vision_batch_size must be a positive integer"),
-    ({"force_image_size": 224}, "force_image_size is 224"),
+    ({"force_image_size": 224}, "force_image_size 224"),
     (
         {"text_config": {"model_type": "internlm2"}},
         "'internlm2' is not known to the installed transformers: convert it",
     ),
-    ({"text_config": {"model_type": "gpt-17"}}, "'gpt-17' is not known to the installed transformers: name one"),
+    (
+        {"text_config": {"model_type": "gpt-17"}},
+        "'gpt-17' is not known to the installed transformers: use a supported one",
+    ),
     ({"text_config": {"hidden_size": 8}}, "text_config.model_type None is not known"),
     ({"vision_config": {"model_type": "intern_vit_6b"}}, "convert it to transformers' internvl_vision"),
-    ({"vision_config": {"model_type": "qwen2"}}, "'qwen2' is no vision tower: it has no image_size"),
-    ({"llm_config": {"model_type": "qwen2"}, "text_config": {"model_type": "llama"}}, "both given"),
-    ({"image_token": ""}, "must be texts"),
+    ({"vision_config": {"model_type": "qwen2"}}, "'qwen2' is no vision encoder: missing image_size"),
+    ({"llm_config": {"model_type": "qwen2"}, "text_config": {"model_type": "llama"}}, "two names of one field"),
+    ({"image_token": ""}, "must be non-empty strings"),
 ]
 
 
@@ -267,7 +270,7 @@ def test_the_base_model_is_the_model_without_its_head(model):
         torch.testing.assert_close(model.language_model.lm_head(state), model(ids, pixels, mask).logits)
     own = {name: parameter for name, parameter in model.named_parameters() if "lm_head" not in name}
     assert {*map(id, base.parameters())} == {*map(id, own.values())} and model.model is not model
-    assert all("base_model" not in name and ".whole" not in name for name in model.state_dict())
+    assert all("base_model" not in name and "full_model" not in name for name in model.state_dict())
     base.train()
     assert model.vision_model.training and not model.training
     model.eval()
@@ -390,7 +393,7 @@ def test_attention_is_set_part_by_part(release):
 
 
 @pytest.mark.parametrize(("placeholders", "tiles", "message"), [
-    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: expected 4 placeholders for"),
+    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: expected 4 per tile"),
     (9, 2, "9 placeholders"),
     (4, 0, "4 placeholders .* 0 visual tokens"),
     (0, 1, "0 placeholders .* 4 visual tokens"),
@@ -412,7 +415,7 @@ def test_tiles_of_a_wrong_shape_are_refused(model, shape):
 def test_images_without_a_known_placeholder_are_refused(release):
     model = SAILVLForConditionalGeneration.from_pretrained(release)
     assert model.config.image_token_id is None
-    with pytest.raises(ValueError, match=r"config\.image_token_id is not known: set it to"):
+    with pytest.raises(ValueError, match=r"config\.image_token_id is None: set it to"):
         model(prompt(1), random_pixels(1, 3, 56, 56))
 
 
@@ -430,7 +433,7 @@ def test_placeholders_are_counted_before_images_are_repeated_for_beams(model):
 
 def test_a_folder_of_another_model_is_refused(tmp_path):
     Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"its config.json is of a .qwen2., not of a SAIL"):
+    with pytest.raises(ValueError, match=r"expected a SAIL-VL config.json, got model_type .qwen2."):
         SAILVLForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -438,7 +441,7 @@ def test_a_broken_shard_is_refused_with_what_would_do(tmp_path):
     release = write_release(tmp_path / "toy")
     shard = release / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"toy: a file of weights is corrupt .*`sailvit inspect` names it"):
+    with pytest.raises(ValueError, match=r"toy: a weight file is truncated or corrupt .*`sailvit inspect`"):
         SAILVLForConditionalGeneration.from_pretrained(release)
 
 

@@ -272,12 +272,12 @@ def test_greedy_is_greedy_for_a_model_that_samples_by_default(model, by_hand, to
 # Bad input
 
 WRONG_COUNTS = [
-    ("Why?", 2, [3], r"1 <image> in the prompt, num_patches_list \[3\] of 3 tiles, 2 tiles in pixel_values"),
-    ("Why?", 2, [1, 1], r"1 <image> in the prompt, num_patches_list \[1, 1\] of 2 tiles, 2 tiles in pixel_values"),
-    ("<image> <image>", 2, None, r"2 <image> in the prompt, num_patches_list \[2\] of 2 tiles"),
+    ("Why?", 2, [3], r"1 <image> in the prompt, num_patches_list \[3\] with 3 tiles, 2 tiles in pixel_values"),
+    ("Why?", 2, [1, 1], r"1 <image> in the prompt, num_patches_list \[1, 1\] with 2 tiles, 2 tiles in pixel_values"),
+    ("<image> <image>", 2, None, r"2 <image> in the prompt, num_patches_list \[2\] with 2 tiles"),
     ("<image> <image>", 2, [0, 2], r"2 <image> in the prompt, num_patches_list \[0, 2\]"),
-    ("Why?", 2, [], r"1 <image> in the prompt, num_patches_list \[\] of 0 tiles"),
-    ("Why?", 0, [2], r"num_patches_list is \[2\], but there are no pixel_values"),
+    ("Why?", 2, [], r"1 <image> in the prompt, num_patches_list \[\] with 0 tiles"),
+    ("Why?", 0, [2], r"num_patches_list is \[2\], but pixel_values is None"),
 ]
 
 
@@ -288,26 +288,28 @@ def test_images_that_do_not_match_their_tiles_are_refused(question, tiles, count
 
 
 def test_the_images_of_a_history_count_too(model, tokenizer):
-    with pytest.raises(ValueError, match=r"1 <image> in the prompt, num_patches_list \[2, 1\] of 3 tiles"):
+    with pytest.raises(ValueError, match=r"1 <image> in the prompt, num_patches_list \[2, 1\] with 3 tiles"):
         model.chat(tokenizer, tiles_of(2, 1), "Why?", GREEDY, history=FIRST_TURN, num_patches_list=[2, 1])
 
 
 def test_a_tokenizer_without_the_image_tokens_is_refused(model, tmp_path):
     stranger = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path, image_tokens=False))
-    with pytest.raises(ValueError, match=r"the tokenizer has no '<IMG_CONTEXT>': take the one that was published"):
+    with pytest.raises(ValueError, match=r"the tokenizer has no '<IMG_CONTEXT>': use the tokenizer published"):
         model.chat(stranger, tiles_of(1), "Why?", GREEDY)
     assert model.chat(stranger, None, "Why?", GREEDY)
 
 
 def test_another_prompt_than_the_releases_is_refused(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model.config, "template", "internvl2_5")
-    with pytest.raises(ValueError, match=r"prompt is 'internvl2_5', chat knows 'sailvl-chat': build the prompt with"):
+    with pytest.raises(
+        ValueError, match=r"template is 'internvl2_5', chat supports 'sailvl-chat': build the prompt with"
+    ):
         model.chat(tokenizer, None, "Why?", GREEDY)
 
 
 def test_what_chat_does_not_give_is_refused(model, tokenizer):
     for asked in ({"num_return_sequences": 3, "do_sample": True}, {"return_dict_in_generate": True}):
-        with pytest.raises(ValueError, match="one answer a question, as text"):
+        with pytest.raises(ValueError, match="one answer per question, as text"):
             model.chat(tokenizer, None, "hello", asked)
     with pytest.raises(ValueError, match="questions must be a list of questions"):
         model.batch_chat(tokenizer, None, "hello")
@@ -315,7 +317,7 @@ def test_what_chat_does_not_give_is_refused(model, tokenizer):
 
 @pytest.mark.parametrize(("questions", "histories"), [(["Why?"], [[], []]), ([], None)])
 def test_another_number_of_histories_than_of_questions_is_refused(questions, histories, model, tokenizer):
-    with pytest.raises(ValueError, match=rf"{len(questions)} questions and {len(histories or [])} histories"):
+    with pytest.raises(ValueError, match=rf"got {len(questions)} questions and {len(histories or [])} histories"):
         model.batch_chat(tokenizer, None, questions, GREEDY, history=histories)
 
 

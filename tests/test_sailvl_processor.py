@@ -415,7 +415,7 @@ MISMATCHES = [
     (["<IMG_CONTEXT>"] * 500, [PICTURE], None, "500 <IMG_CONTEXT> in the text, 1 images"),
     ("Why?", None, [[PICTURE]], "0 <video> in the text, 1 videos"),
     (None, PICTURE, None, "text must be a prompt or a list of prompts"),
-    ("<video>", None, [np.zeros((0, 8, 8, 3), np.uint8)], "a video without frames"),
+    ("<video>", None, [np.zeros((0, 8, 8, 3), np.uint8)], "the video has no frames"),
 ]
 
 
@@ -428,7 +428,7 @@ def test_placeholders_and_pictures_that_do_not_match_are_refused(text, images, v
 @pytest.mark.parametrize("token", ["image_token", "image_start_token", "image_end_token"])
 def test_a_tokenizer_that_lacks_a_token_is_refused(token, processor, tmp_path):
     with pytest.raises(
-        ValueError, match=r"the tokenizer has no '<pic>': take the one .* or one that `sailvit compose`"
+        ValueError, match=r"the tokenizer has no '<pic>': use the tokenizer .* or one extended by `sailvit compose`"
     ):
         SAILVLProcessor(processor.image_processor, processor.tokenizer, **{token: "<pic>"})
     bare = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path, image_tokens=False))
@@ -632,15 +632,15 @@ BROKEN = {
     "None for an image": ({"type": "image", "image": None}, "needs one of image, url, path, base64; got none"),
     "an image under no key of its own": ({"type": "image", "img": "a.png"}, "one of image, url, path, base64; got img"),
     "two images": ({"type": "image", "url": "a", "path": "b"}, "one of image, url, path, base64; got url, path"),
-    "an option of an image": ({"type": "image", "image": "a", "max_pixels": 9}, "base64, not max_pixels: options are"),
+    "an option of an image": ({"type": "image", "image": "a", "max_pixels": 9}, "base64, not max_pixels: pass options"),
     "no video": ({"type": "video"}, "a video part needs one of video, url, path; got none"),
     "a video in base64": ({"type": "video", "base64": "a"}, "a video part needs one of video, url, path; got base64"),
-    "an option of a video": ({"type": "video", "video": "a", "fps": 1}, "video, url, path, not fps: options are given"),
+    "an option of a video": ({"type": "video", "video": "a", "fps": 1}, "video, url, path, not fps: pass options"),
     "no URL": ({"type": "image_url"}, 'an image_url part needs "image_url": {"url": ...}'),
     "an empty URL": ({"type": "image_url", "image_url": {}}, 'an image_url part needs "image_url": {"url": ...}'),
-    "None for a text": ({"type": "text", "text": None}, "a text part needs text, a string, got NoneType"),
-    "no text": ({"type": "text"}, "a text part needs text, a string, got NoneType"),
-    "a number for a text": ({"type": "text", "text": 3}, "a text part needs text, a string, got int"),
+    "None for a text": ({"type": "text", "text": None}, "a text part needs a string as text, got NoneType"),
+    "no text": ({"type": "text"}, "a text part needs a string as text, got NoneType"),
+    "a number for a text": ({"type": "text", "text": 3}, "a text part needs a string as text, got int"),
     "no type": ({"text": "Why?"}, "expected a part with a type, .* got a dict of text"),
     "a plain text": ("Why?", "expected a part with a type, .* got str"),
     "a plain picture": (Image.new("RGB", (8, 8)), "expected a part with a type, .* got Image"),
@@ -672,9 +672,12 @@ CONVERSATIONS = {
     ),
     "texts": (["Why?"], "message 0: expected {'role': 'user', 'content': ...}, got str"),
     "no role": ([{"content": "Why?"}], "message 0: expected {'role': 'user', 'content': ...}, got a dict of content"),
-    "no content": ([{"role": "user"}], "message 0: content must be a text or a list of parts, got NoneType"),
-    "a number": ([{"role": "user", "content": 3}], "message 0: content must be a text or a list of parts, got int"),
-    "one part": ([{"role": "user", "content": TEXT}], "message 0: content must be a text or a list of parts, got dict"),
+    "no content": ([{"role": "user"}], "message 0: content must be a string or a list of parts, got NoneType"),
+    "a number": ([{"role": "user", "content": 3}], "message 0: content must be a string or a list of parts, got int"),
+    "one part": (
+        [{"role": "user", "content": TEXT}],
+        "message 0: content must be a string or a list of parts, got dict",
+    ),
 }
 
 
@@ -718,13 +721,13 @@ def test_options_of_a_call_are_checked_where_only_the_prompt_is_asked_for(proces
     ["data:image/jpeg;base64,@@@@", "data:text/plain,Why?", "data:image/svg+xml,<svg/>", "data:video/mp4;base64,AAAA"],
 )
 def test_a_url_of_what_is_no_image_is_said_to_be_none(uri, processor):
-    with pytest.raises(ValueError, match=r"its \d bytes are no image that Pillow reads$"):
+    with pytest.raises(ValueError, match=r"these \d bytes are not an image that Pillow can read$"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": uri}]}], tokenize=True)
 
 
 @pytest.mark.parametrize("source", ["ftp://host/a.png", "s3://bucket/a.png", "iVBORw0KGgo"])
 def test_the_urls_that_are_read_are_named(source, processor):
-    with pytest.raises(ValueError, match=r"no such file.* of URLs http, https, file and data are read"):
+    with pytest.raises(ValueError, match=r"no such file.* supported URLs: http, https, file, data"):
         processor(source, "<IMG_CONTEXT>")
 
 

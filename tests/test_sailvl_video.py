@@ -183,7 +183,7 @@ def test_each_video_has_its_own_metadata(processor):
     videos, prompt = [np.stack(pictures(8)), np.stack(pictures(6))], "<video>\n<video>"
     rates = [{"fps": 2}, {"fps": 3}]
     assert frames_of(processor, videos, prompt, fps=1, video_metadata=rates) == [0, 2, 4, 6, 0, 3]
-    with pytest.raises(ValueError, match="expected a video_metadata for each of 2 videos, got 1"):
+    with pytest.raises(ValueError, match="expected one video_metadata for each of 2 videos, got 1"):
         processor(text=prompt, videos=videos, video_metadata=rates[:1])
 
 
@@ -231,9 +231,9 @@ def test_indices_are_plain_integers(processor, clip):
 
 
 def test_a_rate_needs_to_know_that_of_the_frames(processor):
-    with pytest.raises(ValueError, match=r"video\[0\]: fps=1 needs the rate of its frames: pass video_metadata="):
+    with pytest.raises(ValueError, match=r"video\[0\]: fps=1 needs the frame rate of the video: pass video_metadata="):
         processor(text=PROMPT, videos=np.stack(pictures(4)), fps=1)
-    with pytest.raises(ValueError, match=r"4 frames, but video_metadata is of 40 frames.* pass the frames_indices"):
+    with pytest.raises(ValueError, match=r"4 frames, but video_metadata describes 40 frames.* pass frames_indices"):
         known = {"fps": 10, "total_num_frames": 40}
         processor(text=PROMPT, videos=np.stack(pictures(4)), fps=1, video_metadata=known)
 
@@ -245,7 +245,7 @@ def test_options_of_images_are_not_those_of_frames(processor, clip):
     expected = [processor.image_processor(picture, do_normalize=False)["pixel_values"]]
     expected.append(processor.image_processor(Image.new("RGB", (64, 64)), do_rescale=False)["pixel_values"])
     torch.testing.assert_close(batch["pixel_values"], torch.cat(expected), rtol=0, atol=0.1)
-    with pytest.raises(ValueError, match="expected one size"):
+    with pytest.raises(ValueError, match="expected the same size"):
         processor(picture, text, clip, images_kwargs={"size": 28})
 
 
@@ -374,14 +374,14 @@ def test_a_url_of_a_video_is_read(processor, clip):
 
 UNREADABLE = [
     ("nowhere.mp4", FileNotFoundError, r"video\[0\] \(nowhere.mp4\): no such video"),
-    ("s3://bucket/clip.mp4", FileNotFoundError, "of URLs http, https, file and data are read"),
+    ("s3://bucket/clip.mp4", FileNotFoundError, "expected a URL with http, https, file or data"),
     ("A" * 100_000, FileNotFoundError, "no such video"),
     ("data:video/mp4;base64," + "A" * 100_001, ValueError, "cannot be read"),
     ("data:video/mp4;base64," + "A" * 100_000, ValueError, "cannot be opened as a video"),
     ("http://127.0.0.1:9/clip.mp4", ValueError, "cannot be read: .*refused"),
     (b"clip", TypeError, r"video\[0\]: expected a path, a URL, or a sequence of frames, got bytes"),
     (3.0, TypeError, "expected a path, a URL, or a sequence of frames, got float"),
-    (np.zeros((0, 8, 8, 3), np.uint8), ValueError, "a video without frames"),
+    (np.zeros((0, 8, 8, 3), np.uint8), ValueError, "the video has no frames"),
 ]
 
 
@@ -399,7 +399,7 @@ def test_a_sound_is_no_video(processor, tmp_path):
         frame.rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"sound.wav\): cannot be opened as a video: it holds no video"):
+    with pytest.raises(ValueError, match=r"sound.wav\): cannot be opened as a video: the file has no video stream"):
         processor(text=PROMPT, videos=tmp_path / "sound.wav")
 
 
@@ -414,7 +414,7 @@ def without_pyav(original):
 
 def test_a_film_without_pyav_is_refused_with_what_to_install(processor, clip, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_pyav(builtins.__import__))
-    with pytest.raises(ImportError, match=r"clip.mp4\): PyAV reads video files: pip install av, or pass the frames"):
+    with pytest.raises(ImportError, match=r"clip.mp4\): video files need PyAV: pip install av, or pass the frames"):
         processor(text=PROMPT, videos=clip)
 
 

@@ -202,8 +202,8 @@ def test_images_of_one_size_grouped_for_an_accelerator_give_the_same(processor, 
     module = importlib.import_module("sailvit.image_processing_sailvit")
     images = [photograph, noise(1024, 768), noise(300, 900)]
     expected = processor(images)["pixel_values"]
-    groups = module._groups
-    monkeypatch.setattr(module, "_groups", lambda pictures, device: groups(pictures, torch.device("cuda")))
+    batches = module._batches
+    monkeypatch.setattr(module, "_batches", lambda arrays, device: batches(arrays, torch.device("cuda")))
     assert torch.equal(processor(images)["pixel_values"], expected)
 
 
@@ -320,7 +320,9 @@ def test_a_16_bit_picture_of_seemingly_fewer_bits_is_warned_of_once(processor, t
     levels = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
     samples = np.dstack([twelve_bits(levels)] * channels)
     path = png_of_16_bits(tmp_path / "dark.png", samples)
-    with pytest.warns(UserWarning, match=r"image \(.*dark.png\): no 16-bit sample exceeds 4095: if 12 bits") as found:
+    with pytest.warns(
+        UserWarning, match=r"image \(.*dark.png\): no 16-bit sample exceeds 4095: if it has 12 bits"
+    ) as found:
         processor(path)
     assert len(found) == 1
     with Image.open(path) as opened, pytest.warns(UserWarning, match=r"image\[1\] \(.*dark.png\): no 16-bit"):
@@ -330,7 +332,7 @@ def test_a_16_bit_picture_of_seemingly_fewer_bits_is_warned_of_once(processor, t
 def test_of_12_bit_colour_what_pillow_reads_is_scaled_with_a_warning(processor, tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
     path = png_of_16_bits(tmp_path / "colour.png", np.dstack([twelve_bits(levels)] * 3), significant=12)
-    with pytest.warns(UserWarning, match="of its 12 bits, stored in 16, only 4 are read"):
+    with pytest.warns(UserWarning, match="only 4 of its 12 bits, stored in 16, are read"):
         ours = eight_bit(processor(path)["pixel_values"])
     assert (ours - torch.from_numpy(levels)).abs().max() <= 17
 
@@ -356,7 +358,9 @@ def test_deep_modes_are_read_up_to_255_and_refused_beyond(processor, mode):
         processor(Image.new(mode, (448, 448), 4000))
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.5, "do_rescale=False"), (float("nan"), "NaN"), (-3.0, "outside")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(0.5, "do_rescale=False"), (float("nan"), "NaN"), (-3.0, "expected floats")]
+)
 def test_pil_floats_are_checked_as_arrays_are(processor, value, message):
     values = np.full((60, 60), 0.0, np.float32)
     values[3, 4] = value
@@ -511,19 +515,19 @@ def broken_png() -> Image.Image:
         (np.zeros((0, 5), np.uint8), r"image\[1\]: .*empty"),
         (np.zeros((5, 6, 2), np.uint8), r"image\[1\]: .*\(5, 6, 2\)"),
         (np.zeros((2, 5, 6, 3, 1), np.uint8), r"image\[1\]: "),
-        (np.full((5, 6, 3), np.nan, np.float32), r"image\[1\]: holds NaN"),
-        (np.full((5, 6, 3), np.inf, np.float32), r"image\[1\]: holds NaN"),
-        (np.full((5, 6, 3), -2.0, np.float32), r"image\[1\]: .*outside 0\.\.255 .*: scale them to it"),
+        (np.full((5, 6, 3), np.nan, np.float32), r"image\[1\]: contains NaN"),
+        (np.full((5, 6, 3), np.inf, np.float32), r"image\[1\]: contains NaN"),
+        (np.full((5, 6, 3), -2.0, np.float32), r"image\[1\]: expected floats in 0\.\.255 .*: scale them"),
         (np.full((5, 6, 3), 0.5, np.float32), r"image\[1\]: .*do_rescale=False"),
         (
             np.full((5, 6, 3), 4000, np.uint16),
-            r"integers from 4000 to 4000 lie outside 0\.\.255: scale .* image // 257",
+            r"expected integers in 0\.\.255, got 4000 to 4000: scale .* image // 257",
         ),
-        (np.zeros((5, 6, 3), np.complex64), r"image\[1\]: .*not ndarray of complex64"),
+        (np.zeros((5, 6, 3), np.complex64), r"image\[1\]: .*got ndarray of complex64"),
         (np.array(["a"]), r"image\[1\]: "),
-        (b"bytes", r"image\[1\]: .*not bytes: open it with PIL.Image.open .*, or pass base64"),
-        (io.BytesIO(b"bytes"), r"image\[1\]: .*not BytesIO: open it with PIL.Image.open"),
-        (None, r"image\[1\]: .*not NoneType"),
+        (b"bytes", r"image\[1\]: .*got bytes: open it with PIL.Image.open .*, or pass base64"),
+        (io.BytesIO(b"bytes"), r"image\[1\]: .*got BytesIO: open it with PIL.Image.open"),
+        (None, r"image\[1\]: .*got NoneType"),
         ("/no/such/file.jpg", r"image\[1\] \(/no/such/file.jpg\): cannot be opened"),
         (str(ROOT / "LICENSE"), r"image\[1\] \(.*LICENSE\): cannot be opened"),
         (str(ROOT), r"image\[1\] \(.*\): cannot be opened"),
@@ -596,11 +600,11 @@ def test_arrays_of_foreign_byte_order_and_width_are_read(processor):
 
 
 def test_picture_is_what_the_processor_tiles(processor, photograph):
-    assert (np.array(processor.read_picture(photograph)) == np.array(photograph)).all()
+    assert (np.array(processor.to_rgb_image(photograph)) == np.array(photograph)).all()
     levels = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint16)
-    deep = np.array(processor.read_picture(Image.fromarray(levels * 257)))
+    deep = np.array(processor.to_rgb_image(Image.fromarray(levels * 257)))
     assert (deep == levels[..., None]).all()
-    floats = processor.read_picture(np.array(photograph) / 255, do_rescale=False)
+    floats = processor.to_rgb_image(np.array(photograph) / 255, do_rescale=False)
     assert (np.array(floats) == np.array(photograph)).all()
 
 
