@@ -201,8 +201,8 @@ def _read_clip(video: Any, name: str, options: SimpleNamespace, given: dict[str,
         total = metadata.total_num_frames
         if len(numbers) != len(video) or (options.fps and metadata.frames_indices is None and total != len(video)):
             raise ValueError(
-                f"{name}: got {len(video)} frames, but video_metadata describes {total} frames, and indices of "
-                f"{len(numbers)}: pass frames_indices of the frames given, or do_sample_frames=False"
+                f"{name}: got {len(video)} frames, but video_metadata describes {total} frames, with "
+                f"{len(numbers)} frames_indices: pass frames_indices of these frames, or do_sample_frames=False"
             )
         indices = _sample(_Timestamps.at_rate(numbers, metadata.fps, total), name, options)
     metadata.frames_indices = [int(numbers[index]) for index in indices] if len(numbers) == len(video) else numbers
@@ -355,9 +355,8 @@ def _open_animation(source: str | io.BytesIO) -> _VideoFile | None:
     """Open an image with Pillow (GIF, WebP, APNG, AVIF, ...); None if Pillow cannot decode the file."""
     try:
         with Image.open(_rewind(source)) as image:
-            skipped = int(
-                image.info.get("default_image", False)
-            )  # fallback image of an APNG, not part of the animation
+            # an APNG may begin with a fallback image that is not part of the animation
+            skipped = int(image.info.get("default_image", False))
             num_frames = _count_frames(image) - skipped
             if image.format == "MPEG":  # Pillow identifies MPEG files, but does not decode them
                 return None
