@@ -1,8 +1,8 @@
 """
-SAILViT, the vision tower of arXiv 2507.01643, for transformers.
+SAILViT vision encoder (arXiv 2507.01643) and SAIL-VL multimodal model for transformers.
 
-`import sailvit` registers the classes with transformers' Auto classes, so that they load without remote code. This file
-is not part of a model folder on the Hub, and does nothing when it is not imported as the package.
+`import sailvit` registers the classes with transformers' Auto classes, so models load without `trust_remote_code`.
+This file is not part of a model folder on the Hub; it does nothing unless imported as the package `sailvit`.
 """
 
 if __package__ == "sailvit":
@@ -35,7 +35,7 @@ if __package__ == "sailvit":
     for config_class in (SAILViTConfig, SAILVLConfig):
         try:
             AutoImageProcessor.register(config_class, image_processor_classes={"torchvision": SAILViTImageProcessor})
-        except TypeError:  # transformers < 5.4, where the fast one of two would be announced by a warning at every load
+        except TypeError:  # transformers < 5.4 would warn about slow and fast processors at every load
             from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
             IMAGE_PROCESSOR_MAPPING.register(config_class, (SAILViTImageProcessor, None))

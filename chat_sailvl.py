@@ -1,11 +1,12 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-How SAIL-VL is spoken to: the prompt, and the released `chat` and `batch_chat`, which evaluation harnesses call.
+Prompt format and chat API of SAIL-VL: the chat template, and the `chat` and `batch_chat` of the releases.
 
     <|im_start|>system\n{system}<|im_end|><|im_start|>user\n{message}<|im_end|><|im_start|>assistant\n
 
-An image is `<img>`, its tiles' `<IMG_CONTEXT>`s, `</img>`; in the questions of `chat` it is `<image>`.
+An image is `<img>`, one `<IMG_CONTEXT>` per visual token of its tiles, `</img>`; in the questions of `chat` it is
+`<image>`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,18 +21,18 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-TEMPLATE_NAME = "sailvl-chat"  # what the config.json of a release calls its prompt
+TEMPLATE_NAME = "sailvl-chat"  # `template` in the config.json of a release
 SYSTEM_MESSAGE = "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。"
 END_OF_TURN = "<|im_end|>"
 IMAGE = "<image>"
 VIDEO = "<video>"
-# Under which key a part of a message holds its image or video.
+# Keys that may hold the image or video of a message part.
 MEDIA_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
 # An image becomes one <IMG_CONTEXT> and a video one <video>, which the processor expands; several images of a message
-# are numbered, as the releases were trained. What the assistant writes, the end of its turn included, is between the
-# tags `generation` and `endgeneration`, by which transformers and TRL find the tokens to train on. They are tags of
-# transformers' own, and write nothing: an engine of plain Jinja renders the same prompt when they are deleted.
+# are numbered, as in the training of the releases. The assistant's text, its end of turn included, is enclosed in
+# `generation` and `endgeneration`, which transformers and TRL read to build the mask of training targets. These tags
+# are a transformers extension without output: for a plain Jinja engine delete them, and the prompt stays the same.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\n" + SYSTEM_MESSAGE + "<|im_end|>' -}}"
@@ -71,110 +72,114 @@ CHAT_TEMPLATE = (
 
 def token_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
     """
-    The id of a special token.
+    Return the id of a special token.
 
     Raises:
-        ValueError: The tokenizer does not have it.
+        ValueError: The tokenizer does not have the token.
     """
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or tokenizer.convert_ids_to_tokens(index) != token:
         raise ValueError(
-            f"the tokenizer has no {token!r}: take the one that was published with the model, or one that "
-            "`sailvit compose` has extended"
+            f"the tokenizer has no {token!r}: use the tokenizer published with the model, or one extended by "
+            "`sailvit compose`"
         )
     return index
 
 
 def split_batch(conversation: Any) -> tuple[list[Any], bool]:
-    """One conversation or several, each a list of messages or a pipeline's Chat -> all of them; whether several."""
+    """Return a list of conversations (lists of messages or a pipeline's Chat) and whether a batch was given."""
     first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
     is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
     return list(conversation) if is_batch else [conversation], is_batch
 
 
-def fields_of(entry: Any) -> dict[str, Any]:
-    """A message or a part of one, as a dict or an object -> its fields that are not None; {} of anything else."""
+def as_dict(entry: Any) -> dict[str, Any]:
+    """Return the fields that are not None of a message or message part, a dict or an object; {} for other types."""
     fields = entry if isinstance(entry, Mapping) else getattr(entry, "__dict__", {})
     return {key: value for key, value in fields.items() if value is not None}
 
 
 def check_conversations(conversation: Any, required: Collection[str] = ()) -> None:
     """
-    Refuse what is no conversation, before a template makes something else of it.
+    Validate conversations before a chat template renders them.
 
     Args:
         conversation: A list of messages or of conversations, as `apply_chat_template` takes it.
-        required: Types of parts, "image" or "video", that must hold one; otherwise they may be bare placeholders.
+        required: Part types ("image", "video") whose parts must contain the image or video; parts of other types may
+            be placeholders only.
 
     Raises:
-        ValueError: Something is missing, or is given twice; the message says of which message and part.
-        TypeError: Something is of another type than expected, or a part has a key that nothing reads.
+        ValueError: Something is missing or given twice; the message names the message and part.
+        TypeError: Something has the wrong type, or a part has an unknown key.
     """
     chats, is_batch = split_batch(conversation)
     for index, chat in enumerate(chats):
-        place = f"conversation {index}" if is_batch else "the conversation"
+        location = f"conversation {index}" if is_batch else "the conversation"
         messages = getattr(chat, "messages", chat)
         if not isinstance(messages, (list, tuple)):
-            raise TypeError(f"{place}: expected a list of messages, got {type(messages).__name__}")
+            raise TypeError(f"{location}: expected a list of messages, got {type(messages).__name__}")
         if not messages:
-            raise ValueError(f"{place} is empty: expected a list of messages")
+            raise ValueError(f"{location} is empty: expected a list of messages")
         for number, message in enumerate(messages):
-            _check_message(message, f"{place}, message {number}" if is_batch else f"message {number}", required)
+            _check_message(message, f"{location}, message {number}" if is_batch else f"message {number}", required)
 
 
-def _check_message(message: Any, place: str, required: Collection[str]) -> None:
-    fields = fields_of(message)
+def _check_message(message: Any, location: str, required: Collection[str]) -> None:
+    fields = as_dict(message)
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str):
-        raise ValueError(f'{place}: expected {{"role": "user", "content": ...}}, got {_outline(message)}')
+        raise ValueError(f'{location}: expected {{"role": "user", "content": ...}}, got {_summary(message)}')
     if isinstance(content, str) or (content is None and role == "assistant"):
         return
     if not isinstance(content, (list, tuple)):
-        raise TypeError(f"{place}: content must be a text or a list of parts, got {type(content).__name__}")
+        raise TypeError(f"{location}: content must be a string or a list of parts, got {type(content).__name__}")
     for index, part in enumerate(content):
-        _check_part(part, f"{place}, part {index}", required)
+        _check_part(part, f"{location}, part {index}", required)
 
 
-def _check_part(part: Any, place: str, required: Collection[str]) -> None:
-    fields = fields_of(part)
-    kind = fields.pop("type", None)
-    if not isinstance(kind, str):
-        raise ValueError(f'{place}: expected a part with a type, {{"type": "text", "text": ...}}, got {_outline(part)}')
-    if kind == "text" and not isinstance(text := fields.get("text"), str):
-        raise TypeError(f"{place}: a text part needs text, a string, got {type(text).__name__}")
-    if kind == "image_url":
+def _check_part(part: Any, location: str, required: Collection[str]) -> None:
+    fields = as_dict(part)
+    part_type = fields.pop("type", None)
+    if not isinstance(part_type, str):
+        example = '{"type": "text", "text": ...}'
+        raise ValueError(f"{location}: expected a part with a type, {example}, got {_summary(part)}")
+    if part_type == "text" and not isinstance(text := fields.get("text"), str):
+        raise TypeError(f"{location}: a text part needs a string as text, got {type(text).__name__}")
+    if part_type == "image_url":
         url = fields.get("image_url")
         if not isinstance(url.get("url") if isinstance(url, Mapping) else url, str):
-            raise ValueError(f'{place}: an image_url part needs "image_url": {{"url": ...}}')
-    if kind in MEDIA_KEYS:
-        _check_media(kind, list(fields), place, kind in required)
+            raise ValueError(f'{location}: an image_url part needs "image_url": {{"url": ...}}')
+    if part_type in MEDIA_KEYS:
+        _check_media(part_type, list(fields), location, part_type in required)
 
 
-def _outline(entry: Any) -> str:
-    """What a message quotes of anything, however long it is."""
+def _summary(entry: Any) -> str:
+    """Return a short description of a value for an error message."""
     return f"a dict of {', '.join(map(str, entry))}"[:80] if isinstance(entry, Mapping) else type(entry).__name__
 
 
-def _check_media(kind: str, given: list[str], place: str, is_required: bool) -> None:
-    keys = MEDIA_KEYS[kind]
+def _check_media(part_type: str, given: list[str], location: str, is_required: bool) -> None:
+    keys = MEDIA_KEYS[part_type]
     found = [key for key in given if key in keys]
     others = ", ".join(str(key) for key in given if key not in keys)[:80]
-    part = f"{place}: {'an' if kind == 'image' else 'a'} {kind} part"
+    part = f"{location}: {'an' if part_type == 'image' else 'a'} {part_type} part"
     if len(found) > 1 or (is_required and not found):
         raise ValueError(f"{part} needs one of {', '.join(keys)}; got {', '.join(found) or others or 'none'}")
     if others:
         raise TypeError(
-            f"{part} takes one of {', '.join(keys)}, not {others}: options are given to the call, as in "
+            f"{part} takes one of {', '.join(keys)}, not {others}: pass options to the call, as in "
             "apply_chat_template(messages, max_tiles=4)"
         )
 
 
 class SAILVLChat:
     """
-    `chat` and `batch_chat`, for a model that generates from `input_ids` and `pixel_values`.
+    Mixin with `chat` and `batch_chat`, the API that evaluation harnesses call.
+
+    The model must generate from `input_ids` and `pixel_values`.
 
     Attributes:
-        system_message: What stands in the system's turn; the releases' own.
+        system_message: Text of the system turn; by default that of the releases.
     """
 
     system_message = SYSTEM_MESSAGE
@@ -194,23 +199,24 @@ class SAILVLChat:
         verbose: bool = False,
     ) -> str | tuple[str, list[tuple[str, str]]]:
         """
-        Answers a question about images, or about none.
+        Answer a question about images, or a text-only question.
 
         Args:
-            tokenizer: The model's.
-            pixel_values: (tiles, 3, h, w) of all images of the conversation, on any device, in any floating point type;
-                None where there are none.
-            question: With an `<image>` for every image of this turn. Without any, the images of a first question stand
-                before it.
-            generation_config: What `generate` is given; a value of None is as if it were not there.
-            history: Earlier questions and answers.
-            return_history: Whether to return the history, this turn added, beside the answer.
-            num_patches_list: Tiles of every image of the conversation, in order; one image of all tiles if not given.
-            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: What an image is written as.
-            verbose: Log the prompt and the answer, at the level INFO.
+            tokenizer: The tokenizer of the model.
+            pixel_values: (tiles, 3, h, w) of all images of the conversation, on any device, in any float dtype; None
+                without images.
+            question: Text with an `<image>` for every image of this turn. If a first question has none, `<image>` is
+                prepended.
+            generation_config: Options of `generate`; options that are None are ignored.
+            history: Earlier (question, answer) pairs.
+            return_history: Also return the history including this turn.
+            num_patches_list: Number of tiles of every image of the conversation, in order. Default: one image with all
+                tiles.
+            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: The special tokens of an image.
+            verbose: Log the prompt and the answer at level INFO.
 
         Raises:
-            ValueError: Images, tiles and `<image>`s do not match; the tokenizer lacks a token of the prompt.
+            ValueError: The images, tiles and `<image>`s do not match, or the tokenizer lacks a special token.
         """
         tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
         past = list(history or [])
@@ -235,22 +241,24 @@ class SAILVLChat:
         verbose: bool = False,
     ) -> list[str] | tuple[list[str], list[list[tuple[str, str]]]]:
         """
-        Answers several questions at once, each in a conversation of its own. Takes what `chat` takes, and:
+        Answer a batch of questions, each in its own conversation. The other arguments are those of `chat`.
 
         Args:
-            questions: Where there are images, one without an `<image>` (and without a history) has one before it.
-            num_patches_list: Tiles of every image, question by question; one tile an image if not given.
-            history: Earlier questions and answers, one list a question.
+            questions: If there are images, `<image>` is prepended to a question without one and without history.
+            num_patches_list: Number of tiles of every image, question by question. Default: one tile per image.
+            history: Earlier (question, answer) pairs, one list per question.
 
         Raises:
-            ValueError: As `chat` does, and if there are not as many histories as questions.
+            ValueError: As in `chat`, or the numbers of histories and questions differ.
         """
         if isinstance(questions, str):
-            raise ValueError("questions must be a list of questions; chat takes a single one")
+            raise ValueError("questions must be a list of questions; for a single question call chat")
         tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
         pasts = [list(past or []) for past in history or [None] * len(questions)]
         if not questions or len(pasts) != len(questions):
-            raise ValueError(f"{len(questions)} questions and {len(pasts)} histories: as many of each are wanted")
+            raise ValueError(
+                f"expected one history per question, got {len(questions)} questions and {len(pasts)} histories"
+            )
         if pixel_values is not None:
             num_patches_list = [1] * len(pixel_values) if num_patches_list is None else num_patches_list
             questions = [
@@ -267,12 +275,12 @@ class SAILVLChat:
         template = getattr(self.config, "template", None)
         if template not in (None, TEMPLATE_NAME):
             raise ValueError(
-                f"the model's prompt is {template!r}, chat knows {TEMPLATE_NAME!r}: build the prompt with the template "
-                "of its own processor and call generate"
+                f"config.template is {template!r}, chat supports {TEMPLATE_NAME!r}: build the prompt with the "
+                "chat template of the model's processor and call generate"
             )
         turns = [{"role": "system", "content": self.system_message}]
-        for asked, answered in past:
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        for user, assistant in past:
+            turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         turns.append({"role": "user", "content": question})
         return tokenizer.apply_chat_template(
             turns, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
@@ -283,18 +291,18 @@ class SAILVLChat:
         tokenizer: "PreTrainedTokenizerBase",
         prompts: list[str],
         pixel_values: torch.Tensor | None,
-        tiles: Sequence[int] | None,
+        num_tiles: Sequence[int] | None,
         generation_config: "Mapping[str, Any] | GenerationConfig | None",
         tokens: tuple[str, str, str],
         verbose: bool,
     ) -> list[str]:
-        """Prompts with an `<image>` for every image -> answers."""
+        """Generate the answers to prompts with an `<image>` for every image."""
         if pixel_values is not None:
-            tiles = [len(pixel_values)] if tiles is None else list(tiles)
-            prompts = _with_tiles(prompts, tiles, len(pixel_values), self.config.image_seq_length, tokens)
+            num_tiles = [len(pixel_values)] if num_tiles is None else list(num_tiles)
+            prompts = _expand_images(prompts, num_tiles, len(pixel_values), self.config.image_seq_length, tokens)
             self.img_context_token_id = token_id(tokenizer, tokens[1])
-        elif tiles:
-            raise ValueError(f"num_patches_list is {list(tiles)}, but there are no pixel_values")
+        elif num_tiles:
+            raise ValueError(f"num_patches_list is {list(num_tiles)}, but pixel_values is None")
         padding = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
         inputs = tokenizer(prompts, return_tensors="pt", return_token_type_ids=False, **padding).to(self.device)
         options = _generation_options(generation_config, tokenizer)
@@ -308,42 +316,43 @@ class SAILVLChat:
 
 
 def _with_image(question: str) -> str:
+    """Prepend `<image>` to a question without one."""
     return question if IMAGE in question else f"{IMAGE}\n{question}"
 
 
-def _with_tiles(
-    prompts: list[str], tiles: list[int], available: int, tile_tokens: int, tokens: tuple[str, str, str]
+def _expand_images(
+    prompts: list[str], num_tiles: list[int], available: int, tokens_per_tile: int, tokens: tuple[str, str, str]
 ) -> list[str]:
-    """Every `<image>` -> the tokens of its tiles."""
+    """Replace every `<image>` by the special tokens of its tiles."""
     start, context, end = tokens
     images = sum(prompt.count(IMAGE) for prompt in prompts)
-    if images != len(tiles) or sum(tiles) != available or min(tiles, default=1) < 1:
+    if images != len(num_tiles) or sum(num_tiles) != available or min(num_tiles, default=1) < 1:
         raise ValueError(
-            f"{images} {IMAGE} in the prompt, num_patches_list {tiles} of {sum(tiles)} tiles, {available} tiles in "
-            "pixel_values: an entry of at least one tile for every image, and their sum, are wanted"
+            f"{images} {IMAGE} in the prompt, num_patches_list {num_tiles} with {sum(num_tiles)} tiles, {available} "
+            f"tiles in pixel_values: expected one entry of at least 1 per {IMAGE}, adding up to all tiles"
         )
-    rest = iter(tiles)
-    filled = []
+    counts = (tokens_per_tile * count for count in num_tiles)
+    expanded = []
     for prompt in prompts:
         first, *others = prompt.split(IMAGE)
-        filled.append(first + "".join(start + context * (tile_tokens * next(rest)) + end + other for other in others))
-    return filled
+        expanded.append(first + "".join(start + context * next(counts) + end + other for other in others))
+    return expanded
 
 
 def _generation_options(
     generation_config: "Mapping[str, Any] | GenerationConfig | None", tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
     """
-    What `generate` is given; the end of a turn ends the answer, as in the releases.
+    Return the options for `generate`; the end-of-turn token ends the answer, as in the releases.
 
     Raises:
-        ValueError: It asks for what is no text.
+        ValueError: The config requests several answers or a dict instead of text.
     """
     if generation_config is not None and not isinstance(generation_config, Mapping):
         generation_config = generation_config.to_diff_dict()
     options = {key: value for key, value in (generation_config or {}).items() if value is not None}
     if options.get("num_return_sequences", 1) > 1 or options.get("return_dict_in_generate"):
-        raise ValueError("chat gives one answer a question, as text: for more build the prompt and call generate")
+        raise ValueError("chat returns one answer per question, as text: for more, build the prompt and call generate")
     options["eos_token_id"] = token_id(tokenizer, END_OF_TURN)
     padding = options["eos_token_id"] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {"pad_token_id": padding, **options}

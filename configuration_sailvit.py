@@ -1,6 +1,6 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of the SAILViT vision tower (arXiv 2507.01643)."""
+"""Configuration of the SAILViT vision encoder (arXiv 2507.01643)."""
 
 import inspect
 from typing import Any
@@ -13,7 +13,7 @@ try:
 except ImportError:  # transformers < 5.2
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
-# The published widths of AIMv2, from which SAILViT is refined (arXiv 2411.14402, table 1).
+# The published sizes of AIMv2, which SAILViT is initialised from (arXiv 2411.14402, table 1).
 SIZES = {
     "base": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 6},
     "large": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8},
@@ -22,9 +22,9 @@ SIZES = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 24},
 }
 
-# Of all the code in a folder; raised where folders that were written before want newer code.
+# Version of the code copied into a model folder; raised when folders written before need newer code.
 CODE_VERSION = 2
-# What each Auto class of transformers loads from a folder that holds these files.
+# The class that each Auto class of transformers loads from a model folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_sailvit.SAILViTConfig",
     "AutoModel": "modeling_sailvit.SAILViTModel",
@@ -36,32 +36,32 @@ AUTO_MAP = {
 
 class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
     r"""
-    Shape and options of one SAILViT tower. The defaults are SAILViT-Large; `SAILViTConfig.from_size("huge")` gives the
-    others. The field names are those of the released checkpoints.
+    Configuration of a SAILViT vision encoder. The defaults are SAILViT-Large; `SAILViTConfig.from_size("huge")` returns
+    another published size. The field names are those of the released checkpoints.
 
     Args:
         hidden_size: Width D of a token; a multiple of `num_attention_heads`.
         intermediate_size: Width of the SwiGLU.
         num_hidden_layers: Number of blocks.
-        num_attention_heads: Number of heads; the published towers have 128 channels a head.
+        num_attention_heads: Number of heads; the published models have 128 channels per head.
         num_channels: Channels of `pixel_values`.
-        image_size: Height and width in pixels of the square the position embeddings stand for.
+        image_size: Height and width of a tile in pixels, for which the position embeddings are defined.
         patch_size: Height and width of a patch in pixels; divides `image_size`.
         rms_norm_eps: Epsilon of every RMSNorm.
-        attention_dropout: Dropout probability of the attention weights, while training.
-        projection_dropout: Dropout probability behind the attention's and the SwiGLU's last product, while training.
-        qkv_bias: Whether the query, key and value product has a bias.
-        use_bias: Whether the attention's output product and the SwiGLU's products have one.
-        hidden_act: Activation of the SwiGLU's gate.
-        initializer_range: Standard deviation of fresh weights.
-        pos_embed_type: `"absolute"`, learned and interpolated on request, or `"sincos"`, the 2-D sine-cosine of the
-            `native` checkpoints, computed for the grid at hand.
-        pixel_shuffle_factor: Side of the square of tokens that `get_image_features` folds into one.
+        attention_dropout: Dropout probability of the attention weights, during training.
+        projection_dropout: Dropout probability of the outputs of attention and SwiGLU, during training.
+        qkv_bias: Whether the query, key and value projection has a bias.
+        use_bias: Whether the output projection of attention and the linear layers of the SwiGLU have a bias.
+        hidden_act: Activation of the gate of the SwiGLU.
+        initializer_range: Standard deviation of newly initialised weights.
+        pos_embed_type: `"absolute"`, learned and interpolated on request, or `"sincos"`, the 2-D sine-cosine embeddings
+            of the `native` checkpoints, computed for the grid of the input.
+        pixel_shuffle_factor: Side of the square of tokens that `get_image_features` merges into one token.
         out_features: Feature maps that SAILViTBackbone returns: `"stem"` (embeddings), `"stage1"` ... one per block.
         out_indices: The same as indices into `stage_names`; the last block if neither is given.
 
     Raises:
-        ValueError: A field is out of its range, or contradicts another; the message names it.
+        ValueError: A field is out of range or contradicts another; the message names it.
     """
 
     model_type = "sailvit"
@@ -105,15 +105,15 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         self.pos_embed_type = pos_embed_type
         self.pixel_shuffle_factor = pixel_shuffle_factor
         self._check_fields()
-        self._choose_feature_maps(out_features, out_indices)
+        self._set_feature_maps(out_features, out_indices)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(**kwargs)
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "SAILViTConfig":
-        """The configuration of a published size: "base", "large", "huge", "1b" or "3b", with `overrides` on top."""
+        """Return the config of a published size ("base", "large", "huge", "1b", "3b"), updated with `overrides`."""
         if str(size).lower() not in SIZES:
-            raise ValueError(f"size {size!r} is not published; choose one of {', '.join(SIZES)}")
+            raise ValueError(f"unknown size {size!r}: expected one of {', '.join(SIZES)}")
         config = cls(**{**SIZES[size.lower()], **overrides})
         fields = {*dir(cls()), "attn_implementation"}
         unknown = [key for key in overrides if key not in fields]
@@ -123,28 +123,30 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches along each side of the square the position embeddings stand for."""
+        """Number of patches along each side of a tile of `image_size` pixels."""
         return self.image_size // self.patch_size
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the feature maps a backbone can return, in order: the embeddings, then every block."""
+        """Names of the feature maps that SAILViTBackbone can return, in order: the embeddings, then every block."""
         return ["stem", *(f"stage{block}" for block in range(1, self.num_hidden_layers + 1))]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own, but overrides of fields are checked with the others, not set one by one afterwards."""
+        """As in transformers, except that field overrides are validated together with the other fields."""
         fields = inspect.signature(cls.__init__).parameters
         overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in fields}
-        if overrides.keys() & {"out_features", "out_indices"}:  # either replaces both
+        if overrides.keys() & {"out_features", "out_indices"}:  # one override replaces both fields
             config_dict = {
                 key: value for key, value in config_dict.items() if key not in ("out_features", "out_indices")
             }
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers' own, without the feature maps where they are the default, so that a tower saved with 24
-        blocks and loaded with 12 has the last of its 12."""
+        """
+        As in transformers, without `out_features` and `out_indices` where they are the default: a model saved with 24
+        blocks and loaded with 12 then returns the feature map of block 12.
+        """
         output = super().to_dict()
         if output.get("out_features") == self.stage_names[-1:]:
             del output["out_features"], output["out_indices"]
@@ -164,7 +166,7 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         ):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ValueError(f"{field} must lie in [{low:g}, {high:g}), got {value!r}")
+                raise ValueError(f"{field} must be in [{low:g}, {high:g}), got {value!r}")
         for field in ("qkv_bias", "use_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
@@ -179,16 +181,16 @@ class SAILViTConfig(BackboneConfigMixin, PretrainedConfig):
         if self.pos_embed_type == "sincos" and self.hidden_size % 4:
             raise ValueError(f'pos_embed_type "sincos" needs a hidden_size divisible by 4, got {self.hidden_size}')
 
-    def _choose_feature_maps(self, out_features: list[str] | None, out_indices: list[int] | None) -> None:
+    def _set_feature_maps(self, out_features: list[str] | None, out_indices: list[int] | None) -> None:
         for field, value in (("out_features", out_features), ("out_indices", out_indices)):
             if value is not None and (not isinstance(value, (list, tuple)) or not value):
-                raise ValueError(f"{field} must be a list of stages, got {value!r}")
+                raise ValueError(f"{field} must be a non-empty list of stages, got {value!r}")
         if out_indices is None:
             self.out_features = out_features if out_features is None else list(out_features)
             return
         self.out_indices = list(out_indices)
         if out_features is not None and list(out_features) != self.out_features:
-            raise ValueError(f"out_features {out_features} are not the stages of out_indices {out_indices}")
+            raise ValueError(f"out_features {out_features} and out_indices {out_indices} name different stages")
 
 
 SAILViTConfig.register_for_auto_class()

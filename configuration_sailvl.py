@@ -1,6 +1,6 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of SAIL-VL, the multimodal language model around a vision tower (arXiv 2507.01643, 2509.14033)."""
+"""Configuration of the SAIL-VL multimodal model: vision, connector, language (arXiv 2507.01643, 2509.14033)."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 from .configuration_sailvit import SAILViTConfig
 
 
-# What each Auto class of transformers loads from a folder that holds these files.
+# The class that each Auto class of transformers loads from a model folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_sailvl.SAILVLConfig",
     "AutoModel": "modeling_sailvl.SAILVLForConditionalGeneration",
@@ -20,45 +20,44 @@ AUTO_MAP = {
     "AutoProcessor": "processing_sailvl.SAILVLProcessor",
     "AutoImageProcessor": "image_processing_sailvit.SAILViTImageProcessor",
 }
-# The id of <IMG_CONTEXT> in the releases with Qwen2.5, whose tokenizer they extend.
+# The id of <IMG_CONTEXT> in the SAIL-VL releases with Qwen2.5, which extend its tokenizer.
 RELEASED_IMAGE_TOKEN_ID = 151667
-# Of a nested configuration: where it came from and how it was run, which is for the whole model to say.
-NOT_OF_A_PART = {
+# Keys of a nested config that record its origin and how it was run; only the top-level config holds them.
+NON_MODEL_KEYS = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "attn_implementation",
     "auto_map", "dtype", "torch_dtype", "transformers_version", "use_flash_attn",
 }  # fmt: skip
-# Old configurations hold the defaults of generation too; the ids of special tokens are the model's.
+# Older configs also contain generation defaults, which are dropped; the ids of special tokens are kept.
 GENERATION_FIELDS = {key for key in GenerationConfig().to_dict() if not key.endswith("_token_id")} - {"use_cache"}
-TEXT_MENDS = {"internlm2": "convert it to Llama's names with `sailvit convert SRC OUT --part language`"}
-VISION_MENDS = {
+TEXT_HINTS = {"internlm2": "convert it to Llama's names with `sailvit convert SRC OUT --part language`"}
+VISION_HINTS = {
     "intern_vit_6b": "convert it to transformers' internvl_vision with `sailvit convert SRC OUT --part vision`"
 }
 
 
 class SAILVLConfig(PretrainedConfig):
     r"""
-    A vision tower, the connector behind it, and a language model. The config.json of a SAIL-VL release (`llm_config`,
-    `downsample_ratio`, a nested "aimv2", ...) is read as it is.
+    Configuration of a vision encoder, a connector and a language model. Also reads the config.json of a SAIL-VL release
+    (`llm_config`, `downsample_ratio`, a nested "aimv2", ...) unchanged.
 
     Args:
-        vision_config: The tower's configuration, or its fields with a `model_type`: "sailvit" (in releases "aimv2") or
-            any vision tower of transformers; SAILViT-Large if not given.
-        text_config: The language model's, likewise; any causal language model of transformers. Qwen2's defaults if not
-            given.
-        pixel_shuffle_factor: Side of the square of tokens that is folded into one.
-        select_layer: What of the tower the connector is given: -1 is `last_hidden_state`; any other index is into its
-            `hidden_states`, the embeddings being 0.
-        image_token: The placeholder of one visual token in a prompt.
-        image_start_token, image_end_token: What stands around the visual tokens of an image.
-        image_token_id: The id of `image_token` in the tokenizer; that of the Qwen2.5 releases if not given and the
-            language model is a Qwen2 of such a vocabulary, else None, and to be set before images are shown.
-        vision_batch_size: Tiles that go through the tower at once, outside training.
-        initializer_range: Standard deviation of a fresh connector's weights.
-        kwargs: Fields of any configuration. Whether the embeddings are tied is the language model's to say.
+        vision_config: Config of the vision encoder, or its fields with a `model_type`: "sailvit" ("aimv2" in releases)
+            or any vision encoder of transformers. Default: SAILViT-Large.
+        text_config: Config of the language model, or its fields with a `model_type`: any causal language model of
+            transformers. Default: Qwen2Config().
+        pixel_shuffle_factor: Side of the square of tokens that is merged into one token.
+        select_layer: Input of the connector: -1 for `last_hidden_state` of the vision encoder, any other value is an
+            index into its `hidden_states`, where 0 is the embeddings.
+        image_token: Placeholder of one visual token in a prompt.
+        image_start_token, image_end_token: Tokens before and after the visual tokens of an image.
+        image_token_id: The id of `image_token` in the tokenizer. Default: the id in the Qwen2.5 releases if the
+            language model is a Qwen2 with a large enough vocabulary, else None; then set it before passing images.
+        vision_batch_size: Tiles per forward pass of the vision encoder, outside training.
+        initializer_range: Standard deviation of a newly initialised connector.
+        kwargs: Fields of any PretrainedConfig. `tie_word_embeddings` is taken from `text_config`.
 
     Raises:
-        ValueError: A field is out of its range, contradicts another, or names what is not known; the message says what
-            would do.
+        ValueError: A field is out of range, contradicts another, or is unknown; the message names it and the fix.
     """
 
     model_type = "sailvl"
@@ -100,28 +99,28 @@ class SAILVLConfig(PretrainedConfig):
 
     @property
     def llm_config(self) -> PretrainedConfig:
-        """`text_config`, under the name of the releases."""
+        """`text_config`, under its name in the releases."""
         return self.text_config
 
     @property
     def downsample_ratio(self) -> float:
-        """Side of the grid of visual tokens as a fraction of the patches', under the name of the releases."""
+        """1 / `pixel_shuffle_factor`, under its name in the releases."""
         return 1 / self.pixel_shuffle_factor
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Height and width in pixels of a patch of the tower."""
+        """Height and width of a patch of the vision encoder, in pixels."""
         return _pair(self.vision_config.patch_size)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches in one tile."""
+        """Rows and columns of the patch grid of one tile."""
         (height, width), (patch_height, patch_width) = _pair(self.vision_config.image_size), self.patch_size
         return height // patch_height, width // patch_width
 
     @property
     def image_seq_length(self) -> int:
-        """Visual tokens of one tile."""
+        """Number of visual tokens per tile."""
         rows, columns = self.grid_size
         return (rows // self.pixel_shuffle_factor) * (columns // self.pixel_shuffle_factor)
 
@@ -130,32 +129,33 @@ class SAILVLConfig(PretrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """
-        As transformers' own; a release that calls itself "internvl_chat" is meant to be loaded here.
+        As in transformers; also accepts the model_type "internvl_chat" of the releases.
 
         Raises:
-            ValueError: It is another model's.
+            ValueError: The config.json has another model_type.
         """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        said = config.get("model_type", cls.model_type)
-        if said not in (cls.model_type, "internvl_chat"):
+        model_type = config.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, "internvl_chat"):
             raise ValueError(
-                f"{pretrained_model_name_or_path}: its config.json is of a {said!r}, not of a SAIL-VL: load it with an "
-                "Auto class; `sailvit compose` makes a SAIL-VL of a tower and a language model"
+                f"{pretrained_model_name_or_path}: expected a SAIL-VL config.json, got model_type {model_type!r}: "
+                "load it with an Auto class, or build a SAIL-VL from a vision encoder and a language model with "
+                "`sailvit compose`"
             )
         return {**config, "model_type": cls.model_type}, unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own, but overrides of fields are checked with the others, not set one by one afterwards."""
+        """As in transformers, except that field overrides are validated together with the other fields."""
         fields = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"} | {"downsample_ratio"}
         overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in fields}
-        for part in overrides.keys() & cls.sub_configs.keys():
-            if isinstance(overrides[part], Mapping) and isinstance(config_dict.get(part), Mapping):
-                overrides[part] = {**config_dict[part], **overrides[part]}
+        for name in overrides.keys() & cls.sub_configs.keys():
+            if isinstance(overrides[name], Mapping) and isinstance(config_dict.get(name), Mapping):
+                overrides[name] = {**config_dict[name], **overrides[name]}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers' own; where the code of a part would be found is said once, for the whole."""
+        """As in transformers, without the `auto_map` of the vision config: the top-level one covers it."""
         output = super().to_dict()
         output["vision_config"].pop("auto_map", None)
         return output
@@ -168,8 +168,8 @@ class SAILVLConfig(PretrainedConfig):
         blocks = self.vision_config.num_hidden_layers
         if type(self.select_layer) is not int or not -(blocks + 1) <= self.select_layer <= blocks:
             raise ValueError(
-                f"select_layer {self.select_layer!r} is out of range: a tower of {blocks} blocks has "
-                f"{-(blocks + 1)} to {blocks}, -1 for its last_hidden_state"
+                f"select_layer {self.select_layer!r} is out of range: expected {-(blocks + 1)} to {blocks} for a "
+                f"vision encoder of {blocks} blocks, -1 for its last_hidden_state"
             )
         rows, columns = self.grid_size
         if rows % self.pixel_shuffle_factor or columns % self.pixel_shuffle_factor:
@@ -179,36 +179,37 @@ class SAILVLConfig(PretrainedConfig):
             )
         if force_image_size not in (None, *_pair(self.vision_config.image_size)):
             raise ValueError(
-                f"force_image_size is {force_image_size!r}, but vision_config.image_size "
-                f"{self.vision_config.image_size!r}: one of them is wrong"
+                f"force_image_size {force_image_size!r} contradicts vision_config.image_size "
+                f"{self.vision_config.image_size!r}: correct one of them"
             )
         if not all(isinstance(token, str) and token for token in self.special_tokens):
             raise ValueError(
-                f"image_token, image_start_token and image_end_token must be texts, got {self.special_tokens}"
+                "image_token, image_start_token and image_end_token must be non-empty strings, got "
+                f"{self.special_tokens}"
             )
 
     @property
     def special_tokens(self) -> tuple[str, str, str]:
-        """Start, placeholder and end of an image."""
+        """`image_start_token`, `image_token` and `image_end_token`."""
         return self.image_start_token, self.image_token, self.image_end_token
 
 
 def _read_release(kwargs: dict[str, Any], text_config: Any, factor: int) -> tuple[Any, int]:
-    """Takes the names of a release out of `kwargs`; what they mean wins over a default, and may not contradict."""
+    """Pop the fields of a release from `kwargs`; return the text config and the pixel shuffle factor they define."""
     if kwargs.get("ps_version", "v2") != "v2":
         raise ValueError(
-            f"ps_version {kwargs['ps_version']!r} is not supported: it swaps rows and columns behind the pixel "
-            'shuffle, as InternVL 1 alone was trained; "v2" is that of SAIL-VL'
+            f"ps_version {kwargs['ps_version']!r} is not supported: it transposes rows and columns after the pixel "
+            'shuffle, as in InternVL 1; expected "v2", the order of SAIL-VL'
         )
     ratio = kwargs.get("downsample_ratio", 1 / factor)
     if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1 or round(1 / ratio) != 1 / ratio:
-        raise ValueError(f"downsample_ratio must be 1 over a whole number, such as 0.5, got {ratio!r}")
+        raise ValueError(f"downsample_ratio must be 1 / integer, such as 0.5, got {ratio!r}")
     if kwargs.get("llm_config") is not None and text_config is not None:
-        raise ValueError("llm_config and text_config are both given: they are two names of one thing")
+        raise ValueError("llm_config and text_config are two names of one field: pass one of them")
     text_config = kwargs.get("llm_config") or text_config
     for key in ("llm_config", "downsample_ratio", "ps_version"):
         kwargs.pop(key, None)
-    for key in ("auto_map", "architectures"):  # of the code that the release came with
+    for key in ("auto_map", "architectures"):  # of the code in the release
         kwargs.pop(key, None)
     return text_config, round(1 / ratio)
 
@@ -218,41 +219,41 @@ def _vision_config(config: PretrainedConfig | Mapping[str, Any] | None) -> Pretr
         return SAILViTConfig()
     if isinstance(config, PretrainedConfig):
         return config
-    fields = _fields_of_a_part(config)
-    kind = fields.pop("model_type", "sailvit")
-    built = (
-        SAILViTConfig(**fields) if kind in ("sailvit", "aimv2") else _build("vision_config", kind, fields, VISION_MENDS)
-    )
-    missing = [
-        key for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers") if not hasattr(built, key)
-    ]
+    fields = _model_fields(config)
+    model_type = fields.pop("model_type", "sailvit")
+    if model_type in ("sailvit", "aimv2"):
+        return SAILViTConfig(**fields)
+    built = _build_config("vision_config", model_type, fields, VISION_HINTS)
+    required = ("hidden_size", "image_size", "patch_size", "num_hidden_layers")
+    missing = [key for key in required if not hasattr(built, key)]
     if missing:
-        raise ValueError(f"vision_config.model_type {kind!r} is no vision tower: it has no {', '.join(missing)}")
+        raise ValueError(f"vision_config.model_type {model_type!r} is no vision encoder: missing {', '.join(missing)}")
     return built
 
 
 def _text_config(config: PretrainedConfig | Mapping[str, Any] | None) -> PretrainedConfig:
     if isinstance(config, PretrainedConfig):
         return config
-    fields = _fields_of_a_part(config or {"model_type": "qwen2"})
-    return _build("text_config", fields.pop("model_type", None), fields, TEXT_MENDS)
+    fields = _model_fields(config or {"model_type": "qwen2"})
+    return _build_config("text_config", fields.pop("model_type", None), fields, TEXT_HINTS)
 
 
-def _fields_of_a_part(config: Mapping[str, Any]) -> dict[str, Any]:
+def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a nested config that describe the model."""
     if not isinstance(config, Mapping):
-        raise ValueError(f"a configuration or its fields are wanted, got {config!r}")
-    return {key: value for key, value in config.items() if key not in NOT_OF_A_PART | GENERATION_FIELDS}
+        raise ValueError(f"expected a config or a dict of its fields, got {config!r}")
+    return {key: value for key, value in config.items() if key not in NON_MODEL_KEYS | GENERATION_FIELDS}
 
 
-def _build(part: str, kind: Any, fields: dict[str, Any], mends: Mapping[str, str]) -> PretrainedConfig:
-    if kind not in CONFIG_MAPPING:
-        mend = mends.get(kind, "name one that it knows, or install a newer transformers")
-        raise ValueError(f"{part}.model_type {kind!r} is not known to the installed transformers: {mend}")
-    return CONFIG_MAPPING[kind](**fields)
+def _build_config(name: str, model_type: Any, fields: dict[str, Any], hints: Mapping[str, str]) -> PretrainedConfig:
+    if model_type not in CONFIG_MAPPING:
+        hint = hints.get(model_type, "use a supported one, or install a newer transformers")
+        raise ValueError(f"{name}.model_type {model_type!r} is not known to the installed transformers: {hint}")
+    return CONFIG_MAPPING[model_type](**fields)
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a size that may be one number for both."""
+    """Return (height, width) of a size given as one number or as a pair."""
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return height, width
 

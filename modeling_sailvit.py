@@ -1,16 +1,16 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The SAILViT vision tower (arXiv 2507.01643): a pre-norm ViT with the architecture of AIMv2 (arXiv 2411.14402).
+SAILViT vision encoder (vision tower, arXiv 2507.01643): a pre-norm ViT with the AIMv2 architecture (arXiv 2411.14402).
 
     pixels -> patches (convolution, RMSNorm) -> + positions -> blocks x L -> RMSNorm -> tokens
     block:  x + attention(norm_1(x));  x + swiglu(norm_2(x))
 
-No class token, one fused query-key-value product, no biases besides the patch convolution's, positions learned (and
-interpolated on request) or sine-cosine. Parameter names are those of the released SAILViT checkpoints.
+No class token, fused query-key-value projection, no biases except in the patch convolution, position embeddings learned
+(interpolated on request) or sine-cosine. Parameter names are those of the released SAILViT checkpoints.
 
-Shapes: B tiles, H and W pixels, R x C the patch grid (rows, columns), N = R * C tokens, D width, h heads, f the pixel
-shuffle factor.
+Shapes: B tiles, H and W their height and width in pixels, R x C patch grid (rows, columns), N = R * C tokens, D width,
+h heads, f pixel shuffle factor.
 """
 
 from collections.abc import Callable
@@ -35,24 +35,24 @@ except ImportError:  # transformers < 5.2
 
 def pixel_shuffle(tokens: torch.Tensor, grid: tuple[int, int], factor: int = 2) -> torch.Tensor:
     """
-    Folds every `factor` x `factor` square of tokens into the channels of one ("v2" of the SAIL-VL releases).
+    Merge every `factor` x `factor` square of tokens into one token (`ps_version` "v2" of the SAIL-VL releases).
 
     Args:
         tokens: (B, R * C, D), row by row.
-        grid: (R, C), the rows and columns the tokens stand in.
+        grid: (R, C), rows and columns of the patch grid.
         factor: Side f of the square.
 
     Returns:
-        (B, R/f * C/f, f * f * D), row by row; the channels run over the row in the square, its column, then D.
+        (B, R/f * C/f, f * f * D), row by row; channels are ordered by row in the square, column in the square, then D.
 
     Raises:
-        ValueError: The tokens do not fill the grid, or the factor does not divide it.
+        ValueError: The number of tokens is not R * C, or the factor does not divide the grid.
     """
     rows, columns = grid
     if tokens.shape[1] != rows * columns:
-        raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns} = {rows * columns}")
+        raise ValueError(f"expected {rows * columns} tokens for a grid of {rows} x {columns}, got {tokens.shape[1]}")
     if factor < 1 or rows % factor or columns % factor:
-        raise ValueError(f"a grid of {rows} x {columns} tokens cannot be folded in squares of {factor} x {factor}")
+        raise ValueError(f"factor {factor} does not divide a grid of {rows} x {columns} tokens")
     return rearrange(
         tokens, "b (r p c q) d -> b (r c) (p q d)", r=rows // factor, c=columns // factor, p=factor, q=factor
     )
@@ -60,14 +60,14 @@ def pixel_shuffle(tokens: torch.Tensor, grid: tuple[int, int], factor: int = 2) 
 
 def resample_position_embeddings(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    Resamples learned positions to another grid: bicubic, antialiased, in float32, as timm does for the same towers.
+    Resample learned position embeddings to another grid: bicubic, antialiased, in float32, like timm.
 
     Args:
         positions: (1, N, D) of a square grid, row by row.
-        grid: (R, C) wanted.
+        grid: Target grid (R, C).
 
     Returns:
-        (1, R * C, D) in the dtype of `positions`; `positions` itself where the grid is the one they have.
+        (1, R * C, D) in the dtype of `positions`; `positions` itself if the grid does not change.
     """
     side = round(positions.shape[1] ** 0.5)
     if grid == (side, side):
@@ -79,10 +79,10 @@ def resample_position_embeddings(positions: torch.Tensor, grid: tuple[int, int])
 
 def sincos_position_embeddings(grid: tuple[int, int], width: int, device: torch.device | None = None) -> torch.Tensor:
     """
-    2-D sine-cosine positions of the `native` AIMv2 checkpoints: (1, R * C, `width`), float32.
+    Return the 2-D sine-cosine position embeddings of the `native` AIMv2 checkpoints, (1, R * C, `width`), float32.
 
-    The first half of the channels stands for the column, the second for the row; each is sines, then cosines, of
-    `width / 4` frequencies from 1 down towards 1e-4.
+    The first half of the channels encodes the column, the second half the row; each half is the sines, then the
+    cosines, of `width / 4` frequencies from 1 towards 1e-4.
     """
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float32, device=device) / (width // 4))
     rows, columns = (torch.arange(count, dtype=torch.float32, device=device) for count in grid)
@@ -101,7 +101,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: query, key and value (B, h, N, D/h) -> output (B, N, h, D/h), weights (B, h, N, N)."""
+    """Eager attention: query, key and value (B, h, N, D/h) -> output (B, N, h, D/h), weights (B, h, N, N)."""
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -111,14 +111,14 @@ def eager_attention_forward(
 
 
 class SAILViTRMSNorm(nn.RMSNorm):
-    """torch's fused RMSNorm, in the dtype of its weight: float32 under autocast, as autocast runs LayerNorm."""
+    """Fused RMSNorm of torch, in the dtype of its weight: under autocast float32, like LayerNorm."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states.to(self.weight.dtype))
 
 
 class SAILViTPatchifier(nn.Module):
-    """Pixels (B, channels, H, W) -> normed patches (B, N, D)."""
+    """Patch embedding: pixels (B, channels, H, W) -> normalized patches (B, N, D)."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__()
@@ -131,7 +131,7 @@ class SAILViTPatchifier(nn.Module):
 
 
 class SAILViTPreprocessor(nn.Module):
-    """Pixels (B, channels, H, W) -> embeddings (B, N, D): patches and their positions."""
+    """Input embeddings: pixels (B, channels, H, W) -> patches plus position embeddings (B, N, D)."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__()
@@ -150,10 +150,10 @@ class SAILViTPreprocessor(nn.Module):
         return patches + positions
 
     def patch_grid(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
-        """The grid (R, C) of a batch of tiles, or a ValueError that says what would fit."""
+        """Return the patch grid (R, C) of a batch of tiles after checking their shape, dtype and size."""
         channels, patch, size = self.config.num_channels, self.config.patch_size, self.config.image_size
-        shaped = pixel_values.ndim == 4 and 0 not in pixel_values.shape and pixel_values.shape[1] == channels
-        if not shaped or not pixel_values.is_floating_point():
+        has_shape = pixel_values.ndim == 4 and 0 not in pixel_values.shape and pixel_values.shape[1] == channels
+        if not has_shape or not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values must be floats of shape (tiles, {channels}, height, width), normalized by the image "
                 f"processor; got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}"
@@ -163,13 +163,13 @@ class SAILViTPreprocessor(nn.Module):
             nearest = " x ".join(str(max(round(side / patch), 1) * patch) for side in (height, width))
             raise ValueError(
                 f"pixel_values of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}: resize "
-                f"to {nearest}, or to the {size} x {size} of this tower"
+                f"to {nearest}, or to the {size} x {size} of this model"
             )
-        fixed = self.config.pos_embed_type == "absolute" and not interpolate_pos_encoding
-        if fixed and (height, width) != (size, size):
+        is_fixed = self.config.pos_embed_type == "absolute" and not interpolate_pos_encoding
+        if is_fixed and (height, width) != (size, size):
             raise ValueError(
-                f"pixel_values of {height} x {width} pixels do not fit this tower's {size} x {size}: resize them, or "
-                "pass interpolate_pos_encoding=True"
+                f"expected pixel_values of {size} x {size} pixels, got {height} x {width}: resize them, or pass "
+                "interpolate_pos_encoding=True"
             )
         return height // patch, width // patch
 
@@ -208,7 +208,7 @@ class SAILViTAttention(nn.Module):
 
 
 class SAILViTMLP(nn.Module):
-    """SwiGLU: fc1 is the gate, fc3 the branch it gates, fc2 the way back to the width D."""
+    """SwiGLU MLP: fc1 is the gate projection, fc3 the up projection, fc2 the down projection."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__()
@@ -217,7 +217,9 @@ class SAILViTMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.use_bias)
         self.fc3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
         if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is none of transformers' activations")
+            raise ValueError(
+                f"hidden_act {config.hidden_act!r} is not an activation of transformers: use a key of ACT2FN"
+            )
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -226,7 +228,7 @@ class SAILViTMLP(nn.Module):
 
 
 class SAILViTBlock(GradientCheckpointingLayer):
-    """One pre-norm block: attention, then SwiGLU, each added to what came in."""
+    """Pre-norm transformer block: attention, then SwiGLU, each with a residual connection."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__()
@@ -238,13 +240,13 @@ class SAILViTBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.attn(self.norm_1(hidden_states), output_attentions)
-        hidden_states = hidden_states + attended
+        attention, weights = self.attn(self.norm_1(hidden_states), output_attentions)
+        hidden_states = hidden_states + attention
         return hidden_states + self.mlp(self.norm_2(hidden_states)), weights
 
 
 class SAILViTTransformer(nn.Module):
-    """The blocks and the final norm."""
+    """The transformer blocks and the final norm."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__()
@@ -254,7 +256,7 @@ class SAILViTTransformer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
-        """(B, N, D) -> tokens after the final norm; on request the embeddings and every block's output; the weights."""
+        """(B, N, D) -> tokens after the final norm, hidden states and attention weights; the last two on request."""
         states, attentions = [hidden_states] if output_hidden_states else [], []
         for block in self.blocks:
             hidden_states, weights = block(hidden_states, output_attentions)
@@ -270,7 +272,7 @@ class SAILViTTransformer(nn.Module):
 
 
 class SAILViTPreTrainedModel(PreTrainedModel):
-    """Loading, saving, initialization and what the tower supports; see transformers' PreTrainedModel."""
+    """Base class: loading, saving, weight initialization and supported features; see transformers' PreTrainedModel."""
 
     config_class = SAILViTConfig
     base_model_prefix = "vision_model"
@@ -294,10 +296,10 @@ class SAILViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SAILViTPreprocessor) and hasattr(module, "pos_embed"):
             nn.init.trunc_normal_(module.pos_embed, std=self.config.initializer_range)
 
-    def _outputs_wanted(
+    def _resolve_output_flags(
         self, output_hidden_states: bool | None, output_attentions: bool | None, return_dict: bool | None
     ) -> tuple[bool, bool, bool]:
-        """Each flag as the call gives it, else as the configuration does."""
+        """Return the flags of the call, with the defaults from the config."""
         config = self.config
         return (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
@@ -307,7 +309,7 @@ class SAILViTPreTrainedModel(PreTrainedModel):
 
 
 class SAILViTModel(SAILViTPreTrainedModel):
-    """The tower: pixels in, tokens out."""
+    """The SAILViT vision encoder: tiles in, tokens out."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__(config)
@@ -334,13 +336,13 @@ class SAILViTModel(SAILViTPreTrainedModel):
         """
         Args:
             pixel_values: (B, channels, H, W) floats, cast to the dtype of the weights.
-            interpolate_pos_encoding: Resample learned positions to the grid at hand, so that any multiples of the patch
-                size fit. Sine-cosine positions fit any grid without it.
+            interpolate_pos_encoding: Resample learned position embeddings to the grid of the input, whose height and
+                width may be any multiples of the patch size. Sine-cosine embeddings do not need it.
             output_hidden_states: Return the embeddings and the output of every block, before the final norm.
-            output_attentions: Return the attention weights; computed by the eager attention, whichever is set.
+            output_attentions: Return the attention weights; uses eager attention, whichever is configured.
             return_dict: Return an object with named fields (the default) or a tuple.
-            num_tiles, tile_grids: What the image processor says beside the pixels; accepted so that its whole output
-                can be passed, and not used: every tile is encoded by itself.
+            num_tiles, tile_grids: Outputs of the image processor; unused, accepted so that its whole output can be
+                passed. Every tile is encoded independently.
 
         Returns:
             last_hidden_state (B, N, D) after the final norm; pooler_output (B, D), its mean over the tokens (the
@@ -348,9 +350,9 @@ class SAILViTModel(SAILViTPreTrainedModel):
             num_hidden_layers of (B, h, N, N).
 
         Raises:
-            ValueError: Pixels of a shape, size or type that does not fit; the message says what would.
+            ValueError: pixel_values have a wrong shape, size or dtype; the message names the expected one.
         """
-        hidden, attentions, as_dict = self._outputs_wanted(output_hidden_states, output_attentions, return_dict)
+        hidden, attentions, as_dict = self._resolve_output_flags(output_hidden_states, output_attentions, return_dict)
         embeddings = self.preprocessor(pixel_values, interpolate_pos_encoding)
         tokens, states, weights = self.trunk(embeddings, hidden, attentions)
         output = BaseModelOutputWithPooling(
@@ -367,20 +369,20 @@ class SAILViTModel(SAILViTPreTrainedModel):
         output_attentions: bool = False,
     ) -> torch.Tensor | BaseModelOutputWithPooling:
         """
-        Tokens ready for a connector: `last_hidden_state` after `pixel_shuffle` by `config.pixel_shuffle_factor` f.
+        Return the input of a connector: `last_hidden_state` after `pixel_shuffle` by `config.pixel_shuffle_factor` f.
 
         Args:
-            pixel_values: (B, channels, H, W), as `forward` takes them.
-            interpolate_pos_encoding: As `forward` takes it.
-            return_dict: Return what `forward` returns, these tokens as its pooler_output, as transformers' own models
-                do.
-            output_hidden_states, output_attentions: Return those too, in that object.
+            pixel_values: (B, channels, H, W), as in `forward`.
+            interpolate_pos_encoding: As in `forward`.
+            return_dict: Return the output of `forward` with these tokens as pooler_output, like the models of
+                transformers.
+            output_hidden_states, output_attentions: Also return those, in that object.
 
         Returns:
             (B, N / f^2, f^2 * D), or that object.
 
         Raises:
-            ValueError: As `forward` and `pixel_shuffle` do.
+            ValueError: As in `forward` and `pixel_shuffle`.
         """
         output = self(pixel_values, interpolate_pos_encoding, output_hidden_states, output_attentions, return_dict=True)
         grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
@@ -392,7 +394,7 @@ class SAILViTModel(SAILViTPreTrainedModel):
 
 
 class SAILViTBackbone(BackboneMixin, SAILViTPreTrainedModel):
-    """The tower as a backbone of transformers: feature maps of the blocks that `config.out_features` names."""
+    """SAILViT as a transformers backbone: feature maps of the blocks in `config.out_features`."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__(config)
@@ -420,13 +422,13 @@ class SAILViTBackbone(BackboneMixin, SAILViTPreTrainedModel):
         tile_grids: torch.Tensor | None = None,
     ) -> BackboneOutput | tuple[torch.Tensor, ...]:
         """
-        Takes what `SAILViTModel.forward` takes.
+        The arguments are those of `SAILViTModel.forward`.
 
         Returns:
-            feature_maps, one (B, D, R, C) for every stage of out_features ("stem" is the embeddings), each after the
-            final norm, as in transformers' DINOv2 backbone; hidden_states and attentions as SAILViTModel returns them.
+            feature_maps, one (B, D, R, C) per stage in out_features ("stem" is the embeddings), each after the final
+            norm, as in transformers' DINOv2 backbone; hidden_states and attentions as in SAILViTModel.
         """
-        hidden, attentions, as_dict = self._outputs_wanted(output_hidden_states, output_attentions, return_dict)
+        hidden, attentions, as_dict = self._resolve_output_flags(output_hidden_states, output_attentions, return_dict)
         embeddings = self.preprocessor(pixel_values, interpolate_pos_encoding)
         _, states, weights = self.trunk(embeddings, True, attentions)
         rows = pixel_values.shape[-2] // self.config.patch_size
@@ -437,7 +439,7 @@ class SAILViTBackbone(BackboneMixin, SAILViTPreTrainedModel):
 
 
 class SAILViTClassificationHead(nn.Module):
-    """The paper's recognition head, a 2-layer MLP: pooled features (images, D) -> logits (images, labels)."""
+    """Recognition head of the paper, a 2-layer MLP: pooled features (images, D) -> logits (images, labels)."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__()
@@ -449,7 +451,7 @@ class SAILViTClassificationHead(nn.Module):
 
 
 class SAILViTForImageClassification(SAILViTPreTrainedModel):
-    """The tower with a classification head on the mean of its tokens (the paper's visual recognition setting)."""
+    """SAILViT with a classification head on the mean of its tokens (visual recognition in the paper)."""
 
     def __init__(self, config: SAILViTConfig):
         super().__init__(config)
@@ -470,39 +472,40 @@ class SAILViTForImageClassification(SAILViTPreTrainedModel):
         tile_grids: torch.Tensor | None = None,
     ) -> ImageClassifierOutput | tuple[torch.Tensor, ...]:
         """
-        Takes what `SAILViTModel.forward` takes, and:
+        The other arguments are those of `SAILViTModel.forward`.
 
         Args:
-            labels: (images,) class indices, or what `config.problem_type` calls for; a loss is returned with them.
-            num_tiles: (images,) tiles of each image, as the image processor returns them: the mean runs over all the
-                tokens of an image, its tiles and its thumbnail. Without it every tile is an image.
+            labels: (images,) class indices, or targets for `config.problem_type`; with labels a loss is returned.
+            num_tiles: (images,) number of tiles of each image, from the image processor: the mean is taken over all
+                tokens of an image, its tiles and thumbnail. Without it every tile is an image.
 
         Returns:
             loss, logits (images, num_labels), hidden_states, attentions.
 
         Raises:
-            ValueError: num_tiles does not add up to the tiles in pixel_values, or leaves an image without any.
+            ValueError: num_tiles does not add up to the tiles in pixel_values, or an entry is below 1.
         """
-        hidden, attentions, as_dict = self._outputs_wanted(output_hidden_states, output_attentions, return_dict)
-        tower = self.vision_model(pixel_values, interpolate_pos_encoding, hidden, attentions, return_dict=True)
-        logits = self.classifier(self._pool_images(tower.pooler_output, num_tiles))
+        hidden, attentions, as_dict = self._resolve_output_flags(output_hidden_states, output_attentions, return_dict)
+        encoded = self.vision_model(pixel_values, interpolate_pos_encoding, hidden, attentions, return_dict=True)
+        logits = self.classifier(self._pool_images(encoded.pooler_output, num_tiles))
         output = ImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,
-            hidden_states=tower.hidden_states,
-            attentions=tower.attentions,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
         return output if as_dict else output.to_tuple()
 
     @staticmethod
     def _pool_images(pooled_tiles: torch.Tensor, num_tiles: torch.Tensor | None) -> torch.Tensor:
+        """Average the pooled tiles (B, D) of each image: (images, D)."""
         if num_tiles is None:
             return pooled_tiles
         counts = torch.as_tensor(num_tiles).reshape(-1).tolist()
         if sum(counts) != len(pooled_tiles) or min(counts) < 1:
             raise ValueError(
-                f"num_tiles must be at least 1 for each image and add up to the {len(pooled_tiles)} tiles in "
-                f"pixel_values, got {counts}"
+                f"num_tiles must be at least 1 per image and add up to the {len(pooled_tiles)} tiles in pixel_values, "
+                f"got {counts}"
             )
         return torch.stack([tiles.mean(0) for tiles in pooled_tiles.split(counts)])
 

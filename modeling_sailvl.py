@@ -1,16 +1,17 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-SAIL-VL (arXiv 2507.01643, 2509.14033): a vision tower (the vision encoder), a connector and a language model.
+SAIL-VL multimodal model (arXiv 2507.01643, 2509.14033): vision encoder (vision tower), connector and language model.
 
-    tiles -> tower -> tokens of the patches -> pixel shuffle (f x f) -> LayerNorm, Linear, GELU, Linear -> visual tokens
-    input_ids -> embeddings, the visual tokens in place of <IMG_CONTEXT> -> language model -> logits
+    vision:     tiles -> vision encoder -> patch tokens
+    connector:  patch tokens -> pixel shuffle (f x f) -> LayerNorm, Linear, GELU, Linear -> visual tokens
+    language:   input_ids -> embeddings, with visual tokens at the <IMG_CONTEXT> positions -> language model -> logits
 
 Works with any vision encoder of AutoModel and any AutoModelForCausalLM. Parameter names are those of the released
 SAIL-VL checkpoints: vision_model, mlp1, language_model.
 
-Shapes: B prompts, S positions of a prompt, n tiles of all prompts together, h and w the pixels of a tile, N its visual
-tokens, D the width of the tower, f the pixel shuffle factor, E the width of the language model.
+Shapes: B prompts, S tokens of a prompt, n tiles of all prompts, h and w the height and width of a tile in pixels, N
+visual tokens of a tile, D width of the vision encoder, f pixel shuffle factor, E width of the language model.
 """
 
 import functools
@@ -34,7 +35,7 @@ from .modeling_sailvit import SAILViTModel, pixel_shuffle
 
 logger = logging.get_logger(__name__)
 
-# What the argument with the cache of keys and values is called; "cache" since transformers 5.24.
+# Names of the key-value cache argument; "cache" since transformers 5.24.
 CACHE_NAMES = ("cache", "past_key_values")
 _GENERATION_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = next((name for name in CACHE_NAMES if name in _GENERATION_ARGUMENTS), CACHE_NAMES[-1])
@@ -42,7 +43,7 @@ CACHE = next((name for name in CACHE_NAMES if name in _GENERATION_ARGUMENTS), CA
 
 def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return `arguments` with the cache under the name that the installed transformers gives it.
+    Rename the key-value cache in `arguments` to its name in the installed transformers.
 
     Raises:
         ValueError: A cache is given under both names.
@@ -55,7 +56,7 @@ def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixin):
-    """Vision tower, connector and language model. `generate` is transformers' own, `chat` the API of the releases."""
+    """Vision encoder, connector and language model, with `generate` of transformers and `chat` of the releases."""
 
     config_class = SAILVLConfig
     main_input_name = "input_ids"
@@ -74,17 +75,19 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         vision, text = config.vision_config, config.text_config
         is_sailvit = vision.model_type == SAILViTModel.config_class.model_type
         self.vision_model = SAILViTModel._from_config(vision) if is_sailvit else AutoModel.from_config(vision)
-        if config.select_layer != -1:  # not every tower of transformers 4.57 takes it in a call
+        if config.select_layer != -1:  # some vision encoders of transformers 4.57 do not accept it as an argument
             self.vision_model.config.output_hidden_states = True
-        folded = config.pixel_shuffle_factor**2 * vision.hidden_size
+        shuffled_size = config.pixel_shuffle_factor**2 * vision.hidden_size
         self.mlp1 = nn.Sequential(
-            nn.LayerNorm(folded),
-            nn.Linear(folded, text.hidden_size),
+            nn.LayerNorm(shuffled_size),
+            nn.Linear(shuffled_size, text.hidden_size),
             nn.GELU(),
             nn.Linear(text.hidden_size, text.hidden_size),
         )
         self.language_model = AutoModelForCausalLM.from_config(text)
-        if isinstance(self.language_model._tied_weights_keys, list):  # transformers < 5, which asks the whole alone
+        if isinstance(
+            self.language_model._tied_weights_keys, list
+        ):  # transformers < 5 reads only the top-level model's
             self._tied_weights_keys = [f"language_model.{name}" for name in self.language_model._tied_weights_keys]
         self.post_init()
 
@@ -98,14 +101,14 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         **kwargs: Any,
     ) -> Any:
         """
-        As transformers' own, plus the arguments that evaluation harnesses and InternVL's cards pass.
+        As in transformers, plus the arguments that evaluation harnesses and the InternVL model cards pass.
 
         Args:
-            load_in_8bit, load_in_4bit: Quantize with bitsandbytes; transformers >= 5 has dropped these two.
-            use_flash_attn: Use FlashAttention 2 where it is installed, as the cards of InternVL ask for it.
+            load_in_8bit, load_in_4bit: Quantize with bitsandbytes; transformers >= 5 removed these arguments.
+            use_flash_attn: Use FlashAttention 2 if it is installed, as in the InternVL model cards.
 
         Raises:
-            ValueError: A shard is missing or broken, or it is no SAIL-VL.
+            ValueError: A shard is missing or corrupt, or the checkpoint is not a SAIL-VL.
         """
         if load_in_8bit or load_in_4bit:
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
@@ -116,13 +119,16 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         try:
             return super().from_pretrained(*args, **kwargs)
         except FileNotFoundError as error:
-            raise ValueError(f"{error}: the checkpoint is incomplete, download that file again") from error
+            raise ValueError(f"{error}: the checkpoint is incomplete; download this file") from error
         except SafetensorError as error:
-            what = f"{args[0] if args else cls.__name__}: a file of weights is corrupt ({error})"
-            raise ValueError(f"{what}: `sailvit inspect` names it; download it again") from error
+            name = args[0] if args else cls.__name__
+            raise ValueError(
+                f"{name}: a weight file is truncated or corrupt ({error}): find it with `sailvit inspect` and "
+                "re-download it"
+            ) from error
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize the connector; vision tower and language model initialize themselves."""
+        """Initialize the connector; vision encoder and language model initialize themselves."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             nn.init.zeros_(module.bias)
@@ -132,7 +138,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
     @property
     def img_context_token_id(self) -> int | None:
-        """`config.image_token_id`, under the name of the releases."""
+        """`config.image_token_id`, under its name in the releases."""
         return self.config.image_token_id
 
     @img_context_token_id.setter
@@ -156,21 +162,21 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
     @property
     def base_model(self) -> "SAILVLModel":
-        """The model without its head: what trainers call that compute the loss themselves."""
+        """The model without the LM head, for trainers that compute the loss themselves."""
         return SAILVLModel(self)
 
     @property
     def model(self) -> "SAILVLModel":
-        """`base_model`, under the name that multimodal models of transformers 4 have."""
+        """`base_model`, under its name in the multimodal models of transformers 4."""
         return self.base_model
 
     @property
     def num_image_token(self) -> int:
-        """Visual tokens of one tile, under InternVL's name."""
+        """Visual tokens per tile, under its name in InternVL."""
         return self.config.image_seq_length
 
     def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`get_image_features`, under InternVL's name."""
+        """`get_image_features`, under its name in InternVL."""
         return self.get_image_features(pixel_values)
 
     def get_image_features(
@@ -181,43 +187,49 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         output_attentions: bool = False,
     ) -> torch.Tensor | BaseModelOutputWithPooling:
         """
-        The visual tokens of tiles. Outside training the tower sees `config.vision_batch_size` tiles at a time; while
-        training all at once, since its activations are kept anyway, and ranks must call it equally often.
+        Return the visual tokens of tiles: the outputs of vision encoder and connector.
+
+        The vision encoder processes `config.vision_batch_size` tiles at a time. During training it processes all tiles
+        at once: their activations are kept anyway, and all ranks must call it equally often.
 
         Args:
-            pixel_values: (n, channels, h, w), floats of any type.
-            return_dict: Return an object, as transformers' own models do, in place of the tensor.
-            output_hidden_states, output_attentions: Return those of the tower too, in that object.
+            pixel_values: (n, channels, h, w), any float dtype.
+            return_dict: Return an object instead of the tensor, like the models of transformers.
+            output_hidden_states, output_attentions: Also return those of the vision encoder, in that object.
 
         Returns:
-            (n, N, E); or pooler_output (n, N, E), and last_hidden_state, hidden_states and attentions of the tower.
+            (n, N, E); or an object with pooler_output (n, N, E), and last_hidden_state, hidden_states and attentions of
+            the vision encoder.
 
         Raises:
-            ValueError: The tiles are not of the shape and size that the tower was made for.
+            ValueError: The tiles do not have the shape and size that the vision encoder expects.
         """
-        size = (self.config.vision_config.num_channels, *self._tile_size())
-        if not (
-            isinstance(pixel_values, torch.Tensor)
-            and tuple(pixel_values.shape[1:]) == size
-            and len(pixel_values)
-            and pixel_values.is_floating_point()
-        ):
-            kind, shape = (getattr(pixel_values, key, "unknown") for key in ("dtype", "shape"))
-            raise ValueError(
-                f"pixel_values must be a tensor of floats of shape (tiles, {', '.join(map(str, size))}), as the "
-                f"processor makes it; got a {type(pixel_values).__name__}, dtype {kind}, shape {shape}"
-            )
+        self._check_pixel_values(pixel_values)
         batch_size = len(pixel_values) if self.training else self.config.vision_batch_size
         batches = pixel_values.split(batch_size)
         if return_dict or output_hidden_states or output_attentions:
             options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-            return _concatenate_outputs([self._tower_and_features(batch, **options) for batch in batches])
+            return _concatenate_outputs([self._run_vision_and_connector(batch, **options) for batch in batches])
         if len(batches) == 1:
             return self._encode_tiles(pixel_values)
         return self._encode_in_batches(batches)
 
+    def _check_pixel_values(self, pixel_values: Any) -> None:
+        expected = (self.config.vision_config.num_channels, *self._tile_size())
+        if not (
+            isinstance(pixel_values, torch.Tensor)
+            and tuple(pixel_values.shape[1:]) == expected
+            and len(pixel_values)
+            and pixel_values.is_floating_point()
+        ):
+            dtype, shape = (getattr(pixel_values, key, "unknown") for key in ("dtype", "shape"))
+            raise ValueError(
+                f"pixel_values must be a tensor of floats of shape (tiles, {', '.join(map(str, expected))}), as "
+                f"returned by the processor; got a {type(pixel_values).__name__}, dtype {dtype}, shape {shape}"
+            )
+
     def _encode_in_batches(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Fill one output tensor: concatenating the micro-batches would take its memory twice."""
+        """Encode micro-batches into one preallocated tensor: torch.cat would need its memory twice."""
         first = self._encode_tiles(batches[0])
         features, end = first.new_empty(sum(map(len, batches)), *first.shape[1:]), len(first)
         features[:end] = first
@@ -228,19 +240,19 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         return features
 
     def _encode_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
-        return self._tower_and_features(tiles).pooler_output
+        return self._run_vision_and_connector(tiles).pooler_output
 
-    def _tower_and_features(self, tiles: torch.Tensor, **options: bool) -> BaseModelOutputWithPooling:
-        """Run tower and connector on (n, channels, h, w); the features are the pooler_output."""
+    def _run_vision_and_connector(self, tiles: torch.Tensor, **options: bool) -> BaseModelOutputWithPooling:
+        """Run vision encoder and connector on (n, channels, h, w); pooler_output is the output of the connector."""
         layer, (rows, columns) = self.config.select_layer, self.config.grid_size
         tiles = tiles.to(self.vision_model.dtype)
-        if self.vision_model.device.type != "meta":  # an offloaded tower takes its input along by itself
+        if self.vision_model.device.type != "meta":  # an offloaded vision encoder moves its input itself
             tiles = tiles.to(self.vision_model.device)
-        output = self.vision_model(pixel_values=tiles, **{name: True for name, wanted in options.items() if wanted})
+        output = self.vision_model(pixel_values=tiles, **{name: True for name, is_set in options.items() if is_set})
         tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        tokens = tokens[:, tokens.shape[1] - rows * columns :]  # without a class token and registers, which come first
-        folded = pixel_shuffle(tokens, (rows, columns), self.config.pixel_shuffle_factor)
-        features = self.mlp1(folded.to(next(self.mlp1.parameters()).dtype))
+        tokens = tokens[:, tokens.shape[1] - rows * columns :]  # drop class token and registers, which come first
+        shuffled = pixel_shuffle(tokens, (rows, columns), self.config.pixel_shuffle_factor)
+        features = self.mlp1(shuffled.to(next(self.mlp1.parameters()).dtype))
         states = (output.last_hidden_state, features, output.get("hidden_states"), output.get("attentions"))
         return BaseModelOutputWithPooling(*states)
 
@@ -266,30 +278,29 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """
         Args:
-            input_ids: (B, S), with `config.image_token_id` in the place of every visual token, tile after tile.
+            input_ids: (B, S), with `config.image_token_id` at the position of every visual token, tile after tile.
             pixel_values: (n, channels, h, w), the tiles of all prompts, in order.
-            attention_mask, position_ids: As the language model takes them.
-            past_key_values, cache: Keys and values of earlier positions, by either of the names that transformers has
-                for them.
-            inputs_embeds: (B, S, E) instead of `input_ids`, with the embedding of `config.image_token_id` in the place
-                of every visual token.
-            labels: (B, S) token ids; those of visual tokens are ignored, as -100 is.
-            image_features: (n, N, E) instead of `pixel_values`: what `get_image_features` has returned.
-            logits_to_keep: Number of last positions, or the positions, whose logits are computed; 0 for all.
-            mm_token_type_ids: (B, S) of the processor; not used, accepted so that its whole output can be passed.
-            kwargs: Whatever the language model takes: use_cache, num_items_in_batch, ...
+            attention_mask, position_ids: Passed to the language model.
+            past_key_values, cache: The key-value cache, under either of its names in transformers.
+            inputs_embeds: (B, S, E) instead of `input_ids`, with the embedding of `config.image_token_id` at the
+                position of every visual token.
+            labels: (B, S) token ids; positions of visual tokens are ignored, like -100.
+            image_features: (n, N, E) instead of `pixel_values`: the output of `get_image_features`.
+            logits_to_keep: Number of last positions, or the positions, to compute logits for; 0 for all.
+            mm_token_type_ids: (B, S) from the processor; unused, accepted so that its whole output can be passed.
+            kwargs: Passed to the language model: use_cache, num_items_in_batch, ...
 
         Returns:
-            What the language model returns: loss, logits (B, S, vocabulary), the cache, ...
+            The output of the language model: loss, logits (B, S, vocabulary), the cache, ...
 
         Raises:
-            ValueError: Another number of placeholders than of visual tokens; both ids and embeddings, or neither; tiles
-                of a wrong shape.
+            ValueError: The numbers of placeholders and visual tokens differ; both or neither of `input_ids` and
+                `inputs_embeds` are given; the tiles have a wrong shape.
         """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
         if labels is not None and (placeholders := self._placeholders(input_ids, inputs_embeds)) is not None:
             labels = labels.masked_fill(placeholders.to(labels.device), -100)
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:  # some language models do not take it
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:  # some language models lack this argument
             kwargs["logits_to_keep"] = logits_to_keep
         return self.language_model(
             inputs_embeds=self._embed(input_ids, inputs_embeds, pixel_values, image_features, kwargs.get(CACHE)),
@@ -307,7 +318,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         image_features: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
-        """What the language model reads, (B, S, E): the embeddings, visual tokens in the place of the placeholders."""
+        """Return the input embeddings (B, S, E), with visual tokens at the positions of the placeholders."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         if pixel_values is not None and image_features is not None:
@@ -325,11 +336,11 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         return self.language_model._supports_logits_to_keep()
 
     def _placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """(B, S) booleans: where a visual token belongs; None if the id of the placeholder is not known."""
+        """Return the mask (B, S) of placeholder positions; None if `config.image_token_id` is not set."""
         image_token_id = self.config.image_token_id
         if image_token_id is None or (input_ids is None and inputs_embeds is None):
             return None
-        if input_ids is not None and (inputs_embeds is None or input_ids.shape[1]):  # `generate` gives empty ones too
+        if input_ids is not None and (inputs_embeds is None or input_ids.shape[1]):  # `generate` may pass empty ones
             return input_ids == image_token_id
         token = torch.tensor(image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
@@ -341,7 +352,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             if features is None:
                 return inputs_embeds
             raise ValueError(
-                "config.image_token_id is not known: set it to tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>')"
+                "config.image_token_id is None: set it to tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>')"
             )
         self._check_count(placeholders.sum(), 0 if features is None else features.shape[:2].numel())
         if features is None:
@@ -349,14 +360,16 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         visual = features.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders.to(inputs_embeds.device)[..., None], visual)
 
-    def _check_count(self, found: torch.Tensor, wanted: int) -> None:
-        message = f"visual tokens, but another number of placeholders ({self.config.image_token})"
-        if torch.compiler.is_compiling():  # a value cannot be read there; inductor on CPU aborts the process
-            torch._assert_async(found == wanted, f"{wanted} {message}")
-        elif found != wanted:
+    def _check_count(self, num_placeholders: torch.Tensor, num_visual_tokens: int) -> None:
+        if torch.compiler.is_compiling():  # the value of a tensor is unknown here; inductor on CPU aborts the process
+            message = (
+                f"{num_visual_tokens} visual tokens, but another number of placeholders ({self.config.image_token})"
+            )
+            torch._assert_async(num_placeholders == num_visual_tokens, message)
+        elif num_placeholders != num_visual_tokens:
             raise ValueError(
-                f"{found} placeholders ({self.config.image_token}, id {self.config.image_token_id}) in the input, "
-                f"{wanted} visual tokens: expected {self.config.image_seq_length} placeholders for every tile"
+                f"{num_placeholders} placeholders ({self.config.image_token}, id {self.config.image_token_id}) in the "
+                f"input, {num_visual_tokens} visual tokens: expected {self.config.image_seq_length} per tile"
             )
 
     @functools.wraps(GenerationMixin.generate)
@@ -372,18 +385,19 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         is_first_iteration: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers' own; images are shown once, and kept out of the steps that follow."""
+        """As in transformers; images are passed in the first step only."""
         if is_first_iteration is not None:  # transformers >= 5
             kwargs["is_first_iteration"] = is_first_iteration
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        read = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        is_first = is_first_iteration or _is_first_step(kwargs.get(CACHE), read.shape[1])  # an assistant is told False
+        step = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        # in assisted generation is_first_iteration is False even for the first step
+        is_first = is_first_iteration or _is_first_step(kwargs.get(CACHE), step.shape[1])
         if is_first or (is_first_iteration is None and self._continues_with_images(inputs.get("input_ids"))):
             inputs |= {"pixel_values": pixel_values, "image_features": image_features}
         return inputs
 
     def _continues_with_images(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether a new turn with images follows a cache that was given; transformers >= 5 says so itself."""
+        """Return whether a turn with images follows a given cache; transformers >= 5 passes is_first_iteration."""
         if input_ids is None or input_ids.shape[1] == 1:
             return False
         return bool((input_ids == self.config.image_token_id).any())
@@ -395,8 +409,12 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """As transformers' own, for beams and several answers; images are encoded once, and repeated prompt by prompt,
-        since the tiles of a prompt must stay together."""
+        """
+        As in transformers, for beam search and several answers per prompt.
+
+        Images are encoded once; their visual tokens are repeated prompt by prompt, which keeps the tiles of a prompt
+        together.
+        """
         pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
         if expand_size > 1 and (pixel_values is not None or features is not None):
             features = self.get_image_features(pixel_values) if features is None else features
@@ -412,18 +430,19 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
 class SAILVLModel(nn.Module):
     """
-    A SAILVLForConditionalGeneration without the head of its language model: `model.base_model`. It has no weights of
-    its own, and takes what the whole model takes, but for `labels` and `logits_to_keep`.
+    SAILVLForConditionalGeneration without the LM head, as returned by `model.base_model`.
+
+    It shares the weights of the full model and takes the same arguments, except `labels` and `logits_to_keep`.
     """
 
     _tp_plan = _pp_plan = None  # read by transformers >= 5
 
-    def __init__(self, whole: SAILVLForConditionalGeneration):
+    def __init__(self, full_model: SAILVLForConditionalGeneration):
         super().__init__()
-        self.training, self.config = whole.training, whole.config
-        object.__setattr__(self, "whole", whole)  # not as a submodule
-        self.vision_model, self.mlp1 = whole.vision_model, whole.mlp1
-        self.language_model = whole.language_model.base_model
+        self.training, self.config = full_model.training, full_model.config
+        object.__setattr__(self, "full_model", full_model)  # not as a submodule
+        self.vision_model, self.mlp1 = full_model.vision_model, full_model.mlp1
+        self.language_model = full_model.language_model.base_model
 
     def forward(
         self,
@@ -439,13 +458,13 @@ class SAILVLModel(nn.Module):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[torch.Tensor, ...]:
         """
-        Return what the language model returns without its head: last_hidden_state (B, S, E), the cache, ...
+        Return the output of the language model without its LM head: last_hidden_state (B, S, E), the cache, ...
 
         Raises:
-            ValueError: As SAILVLForConditionalGeneration.forward does.
+            ValueError: As in SAILVLForConditionalGeneration.forward.
         """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
-        embeds = self.whole._embed(input_ids, inputs_embeds, pixel_values, image_features, kwargs.get(CACHE))
+        embeds = self.full_model._embed(input_ids, inputs_embeds, pixel_values, image_features, kwargs.get(CACHE))
         return self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -456,25 +475,29 @@ def _is_empty(cache: Any) -> bool:
 
 
 def _is_first_step(cache: Any, length: int) -> bool:
-    """Whether a forward of `length` positions begins a prompt. A static cache holds its length in a tensor, which is
-    not read where that would synchronize every step or break a compiled graph."""
+    """
+    Return whether a forward of `length` tokens is the first of a prompt.
+
+    A static cache holds its length in a tensor; it is not read where that would synchronize every step or break a
+    compiled graph.
+    """
     return cache is None or (length > 1 and not torch.compiler.is_compiling() and _is_empty(cache))
 
 
 def _concatenate_outputs(outputs: Sequence[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
     """Concatenate the outputs of micro-batches of tiles."""
-    joined = {}
+    concatenated = {}
     for name in outputs[0]:
-        parts = [output[name] for output in outputs]
-        is_tensor = isinstance(parts[0], torch.Tensor)
-        joined[name] = torch.cat(parts) if is_tensor else tuple(map(torch.cat, zip(*parts, strict=True)))
-    return BaseModelOutputWithPooling(**joined)
+        values = [output[name] for output in outputs]
+        is_tensor = isinstance(values[0], torch.Tensor)
+        concatenated[name] = torch.cat(values) if is_tensor else tuple(map(torch.cat, zip(*values, strict=True)))
+    return BaseModelOutputWithPooling(**concatenated)
 
 
 def _repeat_by_prompt(features: torch.Tensor, placeholders: torch.Tensor, times: int) -> torch.Tensor:
-    """(n, N, E), the tiles of prompts (B, S) -> (times * n, N, E): each prompt's tiles `times` times, in order."""
-    tiles = (placeholders.sum(1) // features.shape[1]).tolist()
-    return torch.cat([part for own in features.split(tiles) for part in [own] * times])
+    """Repeat the visual tokens (n, N, E) of each prompt (B, S) `times` times, in order: (times * n, N, E)."""
+    num_tiles = (placeholders.sum(1) // features.shape[1]).tolist()
+    return torch.cat([repeat for prompt in features.split(num_tiles) for repeat in [prompt] * times])
 
 
 SAILVLForConditionalGeneration.register_for_auto_class("AutoModel")

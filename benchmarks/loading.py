@@ -1,6 +1,7 @@
 """
-`from_pretrained` of a Large tower, with remote code and from the package, against transformers' own model with the same
-weights; interleaved in one process, files in the page cache.
+Benchmark of `from_pretrained` against transformers' Aimv2VisionModel.
+
+SAILViT-Large with remote code and from the package; same weights, interleaved in one process, files in the page cache.
 
     python benchmarks/loading.py
 """

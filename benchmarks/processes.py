@@ -1,4 +1,4 @@
-"""Runs a command in a process of its own: how long it takes, how much memory it peaks at."""
+"""Run a command in its own process; measure its time and peak memory."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-# A process begins with the peak of the one that forked it: this small one stands between.
+# A process inherits the peak memory of its parent, so a small process launches the command.
 LAUNCHER = """
 import json, os, sys, time
 started = time.perf_counter()
@@ -19,10 +19,10 @@ print(json.dumps([time.perf_counter() - started, usage.ru_maxrss * 1024, status]
 
 def measure(*command: str | os.PathLike[str] | int) -> tuple[float, int]:
     """
-    Seconds and peak resident bytes of a command.
+    Return the seconds and the peak resident memory in bytes of a command.
 
     Raises:
-        RuntimeError: It failed.
+        RuntimeError: The command failed.
     """
     launch = [sys.executable, "-S", "-c", LAUNCHER, *(str(part) for part in command)]
     done = subprocess.run(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
@@ -33,7 +33,7 @@ def measure(*command: str | os.PathLike[str] | int) -> tuple[float, int]:
 
 
 def idle_bytes() -> int:
-    """Peak resident bytes of an interpreter that does nothing."""
+    """Return the peak resident memory in bytes of an idle Python interpreter."""
     return measure(sys.executable, "-c", "pass")[1]
 
 

@@ -1,4 +1,4 @@
-"""A SAILViT folder with random weights, of any published size: what the benchmarks load."""
+"""Create SAILViT folders with random weights, for benchmarks and tests."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
 
 
 def make_random_tower(folder: Path, size: str = "large", seed: int = 0, **overrides: Any) -> SAILViTModel:
-    """A tower with random weights in bfloat16, saved to `folder` with its processor and the code that loads them."""
+    """Save a SAILViT with random bfloat16 weights, its image processor and its code to `folder`; return the model."""
     torch.manual_seed(seed)
     model = SAILViTModel(SAILViTConfig.from_size(size, **overrides)).to(torch.bfloat16).eval()
     model.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """
-Tiling of photographs of mixed sizes (0.06 to 6 megapixels) against the released Pillow pipeline and transformers'
-GotOcr2, one process, interleaved; and the cost a tile in a batch against one image at a time.
+Benchmark of tiling against the released Pillow pipeline and transformers' GotOcr2ImageProcessor.
+
+Photos of 0.06 to 6 megapixels, interleaved in one process; also the time per tile in a batch against single images.
 
     python benchmarks/tiling.py
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/tiling.py  # no page faults
@@ -22,7 +23,7 @@ TO_TENSOR = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 
 
 
 def card_tiles(image: Image.Image) -> torch.Tensor:
-    """Tiles and thumbnail by Pillow, ToTensor and Normalize, as the released code makes them."""
+    """Return tiles and thumbnail as the released code computes them, with Pillow, ToTensor and Normalize."""
     image = image.convert("RGB")
     columns, rows = choose_tile_grid(*image.size)
     large = image.resize((448 * columns, 448 * rows), Image.BICUBIC)
@@ -43,10 +44,10 @@ def main() -> None:
             "GotOcr2": lambda: got(images, return_tensors="pt"),
             "ours, pil backend": lambda: ours(images, resize_backend="pil"),
             "ours": lambda: ours(images),
-            "8 photos of 7 tiles, alone": lambda: [ours(photograph) for _ in range(8)],
-            "8 photos of 7 tiles, a batch": lambda: ours([photograph] * 8),
-            "8 photos of 1 tile, alone": lambda: [ours(image, do_tile=False) for image in one_tile],
-            "8 photos of 1 tile, a batch": lambda: ours(one_tile, do_tile=False),
+            "8 photos of 7 tiles, single": lambda: [ours(photograph) for _ in range(8)],
+            "8 photos of 7 tiles, batched": lambda: ours([photograph] * 8),
+            "8 photos of 1 tile, single": lambda: [ours(image, do_tile=False) for image in one_tile],
+            "8 photos of 1 tile, batched": lambda: ours(one_tile, do_tile=False),
         },
         rounds=15,
     )
@@ -54,9 +55,9 @@ def main() -> None:
         print(f"{value * 1e3:8.1f} ms  {name}")
     names = ("GotOcr2", "ours, pil backend", "ours")
     print_ratios("speed, the card's pipeline = 1", {name: seconds["card"] / seconds[name] for name in names})
-    kinds = ("8 photos of 7 tiles", "8 photos of 1 tile")
-    batch_costs = {kind: seconds[f"{kind}, a batch"] / seconds[f"{kind}, alone"] for kind in kinds}
-    print_ratios("cost a tile in a batch, one image at a time = 1", batch_costs)
+    cases = ("8 photos of 7 tiles", "8 photos of 1 tile")
+    batch_costs = {case: seconds[f"{case}, batched"] / seconds[f"{case}, single"] for case in cases}
+    print_ratios("time per tile in a batch, single images = 1", batch_costs)
 
 
 if __name__ == "__main__":

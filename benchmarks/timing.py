@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender in turn, round after round, so that a drifting machine is unfair to none."""
+"""Interleaved timing: all candidates run in every round, so that changes of machine speed affect all equally."""
 
 import statistics
 import time
@@ -7,28 +7,28 @@ from collections.abc import Callable
 import torch
 
 
-def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of every contender over `rounds` rounds, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for counted in [False, *[True] * rounds]:
-        for name, run in contenders.items():
+def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of every candidate over `rounds` rounds, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for is_warm in [False, *[True] * rounds]:
+        for name, run in candidates.items():
             synchronize()
             started = time.perf_counter()
             run()
             synchronize()
-            if counted:
+            if is_warm:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def synchronize() -> None:
-    """Waits for the accelerator, if there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def print_ratios(title: str, ratios: dict[str, float]) -> None:
-    """The last lines of a benchmark: what the README's table is made of."""
+    """Print the ratios of a benchmark, which the documentation lists."""
     print(f"\n{title}")
     for name, ratio in ratios.items():
         print(f"{ratio:6.2f}x  {name}")

@@ -1,11 +1,13 @@
 """
-Forward of a SAILViT tower against transformers' Aimv2VisionModel and timm, the same weights, one process, interleaved.
+Benchmark of the forward pass of SAILViT against transformers' Aimv2VisionModel and timm.
 
-    python benchmarks/tower.py                       # Large, 1 and 8 tiles: eager, then 6 blocks of it compiled
-    python benchmarks/tower.py --compiled-blocks 0   # eager alone
-    python benchmarks/tower.py --dtype bfloat16      # else what the device computes natively: bf16 or float32
+Same weights, interleaved in one process.
 
-Compiled means torch.compile, on a CPU also with inductor's weight freezing.
+    python benchmarks/tower.py                       # Large, 1 and 8 tiles: eager, then 6 blocks compiled
+    python benchmarks/tower.py --compiled-blocks 0   # eager only
+    python benchmarks/tower.py --dtype bfloat16      # default: bfloat16 if native, else float32
+
+Compiled: torch.compile, on a CPU also with weight freezing by inductor.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from sailvit.devices import DTYPES, choose_device, choose_dtype, dtype_name
 
 
 def forwards(tower: SAILViTModel) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The three towers as functions of pixels."""
+    """Return the three models as functions of pixel_values."""
     native, timm_model = native_twin(tower).to(tower.device), timm_twin(tower).to(tower.device)
     return {
         "native": lambda pixels: native(pixels).last_hidden_state,
@@ -34,7 +36,7 @@ def forwards(tower: SAILViTModel) -> dict[str, Callable[[torch.Tensor], torch.Te
 
 
 def compiled(functions: dict[str, Callable], pixels: torch.Tensor, freezing: bool) -> dict[str, Callable]:
-    """Each function compiled and warmed up on `pixels`."""
+    """Compile every function and run it once on `pixels`."""
     ready = {}
     with inductor.patch(freezing=freezing):
         for name, function in functions.items():
@@ -47,47 +49,47 @@ def compiled(functions: dict[str, Callable], pixels: torch.Tensor, freezing: boo
 
 
 def product_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the matrix product that a block spends most of its time in: 1,024 tokens, width 1,024 to 2,816."""
+    """Measure the FLOP/s of the largest matrix product of a block: 1,024 tokens, width 1,024 to 2,816."""
     tokens, weight = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((8192, 1024), (2816, 1024)))
     return 2 * 8192 * 1024 * 2816 / medians({"product": lambda: F.linear(tokens, weight)}, 10)["product"]
 
 
 def flops(config: SAILViTConfig, tiles: int) -> float:
-    """Multiplications and additions of a forward."""
+    """Return the FLOPs of a forward pass."""
     tokens, width = config.grid_size**2, config.hidden_size
     block = 4 * width * width + 3 * width * config.intermediate_size + 2 * tokens * width
     return 2 * tiles * tokens * (config.num_hidden_layers * block + config.num_channels * config.patch_size**2 * width)
 
 
 def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int, compile: bool) -> None:
-    """Print seconds, and the speed of all against native and of ours against timm."""
+    """Print the seconds, the speed of all models relative to native, and ours relative to timm."""
     size = tower.config.image_size
     pixels = torch.randn(tiles, 3, size, size, device=options.device, dtype=tower.dtype)
     functions = forwards(tower)
-    contenders = {f"{name} eager": function for name, function in functions.items()}
+    candidates = {f"{name} eager": function for name, function in functions.items()}
     if compile:
         for freezing in (False, True) if options.device == "cpu" else (False,):
             ready = compiled(functions, pixels, freezing)
-            contenders |= {f"{name} compiled{', frozen' if freezing else ''}": run for name, run in ready.items()}
-    seconds = medians({name: lambda run=run: run(pixels) for name, run in contenders.items()}, options.rounds)
+            candidates |= {f"{name} compiled{', frozen' if freezing else ''}": run for name, run in ready.items()}
+    seconds = medians({name: lambda run=run: run(pixels) for name, run in candidates.items()}, options.rounds)
     rate = product_rate(options.device, tower.dtype)
     for name, value in seconds.items():
         share = flops(tower.config, tiles) / value / rate
-        print(f"{value:9.4f} s  {share:6.1%} of the rate of its matrix products  {name}")
+        print(f"{value:9.4f} s  {share:6.1%} of the FLOP/s of its matrix products  {name}")
     depth, dtype = tower.config.num_hidden_layers, dtype_name(tower.dtype)
     title = f"{tiles} tile(s), {options.size}, {depth} blocks, {dtype}: speed"
     against_native = {name: seconds["native eager"] / value for name, value in seconds.items()}
     print_ratios(f"{title}, native eager = 1", against_native)
-    kinds = [name.removeprefix("ours ") for name in seconds if name.startswith("ours ")]
-    against_timm = {f"ours {kind}": seconds[f"timm {kind}"] / seconds[f"ours {kind}"] for kind in kinds}
-    print_ratios(f"{title}, timm's of the same kind = 1", against_timm)
+    modes = [name.removeprefix("ours ") for name in seconds if name.startswith("ours ")]
+    against_timm = {f"ours {mode}": seconds[f"timm {mode}"] / seconds[f"ours {mode}"] for mode in modes}
+    print_ratios(f"{title}, timm in the same mode = 1", against_timm)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large")
-    parser.add_argument("--blocks", type=int, default=24, help="of the eager towers (24)")
-    parser.add_argument("--compiled-blocks", type=int, default=6, help="of the compiled ones (6); 0: none")
+    parser.add_argument("--blocks", type=int, default=24, help="blocks of the eager models (24)")
+    parser.add_argument("--compiled-blocks", type=int, default=6, help="blocks of the compiled models (6); 0: none")
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", type=choose_device, default=choose_device())

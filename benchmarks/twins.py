@@ -1,4 +1,4 @@
-"""The same tower in other people's code: transformers' Aimv2VisionModel and timm, given the weights of one of ours."""
+"""Reference models: transformers' Aimv2VisionModel and timm's AIMv2 with the weights of a SAILViTModel."""
 
 import timm
 import torch
@@ -10,7 +10,7 @@ from sailvit.convert.export.runtimes import timm_config, transformers_config
 
 
 def native_twin(tower: nn.Module, attn_implementation: str = "sdpa") -> Aimv2VisionModel:
-    """transformers' own model with the weights of `tower` (a SAILViTModel), in its dtype, in evaluation mode."""
+    """Return transformers' model with the weights of `tower` (a SAILViTModel), in its dtype, in evaluation mode."""
     config = transformers_config(vars(tower.config))
     twin = Aimv2VisionModel(Aimv2VisionConfig(**config, attn_implementation=attn_implementation))
     twin.load_state_dict(convert_tensors(tower.state_dict(), "transformers"), strict=True)
@@ -18,7 +18,7 @@ def native_twin(tower: nn.Module, attn_implementation: str = "sdpa") -> Aimv2Vis
 
 
 def timm_twin(tower: nn.Module, **options) -> nn.Module:
-    """timm's AIMv2 with the weights of `tower` (a SAILViTModel), in its dtype, in evaluation mode."""
+    """Return timm's AIMv2 with the weights of `tower` (a SAILViTModel), in its dtype, in evaluation mode."""
     config = timm_config(vars(tower.config))
     arguments = {**config["model_args"], **options}
     twin = timm.create_model(config["architecture"], pretrained=False, num_classes=0, **arguments)
@@ -27,5 +27,5 @@ def timm_twin(tower: nn.Module, **options) -> nn.Module:
 
 
 def timm_tokens(twin: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, N, D) after the final norm, as `last_hidden_state` of the others."""
+    """Return the tokens (B, N, D) after the final norm, like `last_hidden_state` of the other models."""
     return twin.forward_features(pixel_values)

@@ -34,35 +34,35 @@ def check_figure(figure: Path, sources: Sequence[str], overwrite: bool = False, 
         raise ValueError(f"--figure {figure} exists: name another file, or give --overwrite if it is not the image")
 
 
-def draw_encoded(image: EncodedImage, processor: SAILViTImageProcessor, factor: int) -> Image.Image:
+def draw_encoded(encoded: EncodedImage, processor: SAILViTImageProcessor, factor: int) -> Image.Image:
     """Return the figure of `draw_tokens` for an encoded image, which the processor reads again."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of its first reading are in image.warnings
-        picture = processor.read_picture(image.source)
-    return draw_tokens(picture, image.tokens, image.grid, factor)
+        warnings.simplefilter("ignore")  # those of its first reading are in encoded.warnings
+        image = processor.to_rgb_image(encoded.source)
+    return draw_tokens(image, encoded.tokens, encoded.grid, factor)
 
 
-def draw_tokens(picture: Image.Image, tokens: torch.Tensor, grid: tuple[int, int], factor: int = 2) -> Image.Image:
+def draw_tokens(image: Image.Image, tokens: torch.Tensor, grid: tuple[int, int], factor: int = 2) -> Image.Image:
     """
     Return an image with its tile grid, next to the first three principal components of its tokens as colours.
 
     Args:
-        picture: The image that was encoded, in RGB.
+        image: The image that was encoded, in RGB.
         tokens: (tiles, N / f^2, f^2 * D) of square tiles, as `get_image_features` returns them; a thumbnail is ignored.
         grid: Columns and rows of tiles.
         factor: The pixel shuffle factor f of the tokens.
 
     Returns:
-        An RGB image of both, each at the size of the picture (at most 1,024 pixels along a side).
+        An RGB image of both, each at the size of the image (at most 1,024 pixels along a side).
     """
-    picture = picture.copy()
-    picture.thumbnail((1024, 1024))
-    picture = picture.resize((max(picture.width, 16), max(picture.height, 16)))
-    colours = principal_colours(stitch_tokens(tokens, grid, factor)).resize(picture.size, Image.Resampling.NEAREST)
+    image = image.copy()
+    image.thumbnail((1024, 1024))
+    image = image.resize((max(image.width, 16), max(image.height, 16)))
+    colours = principal_colours(stitch_tokens(tokens, grid, factor)).resize(image.size, Image.Resampling.NEAREST)
     gap = 16
-    sheet = Image.new("RGB", (2 * picture.width + gap, picture.height), "white")
-    sheet.paste(_with_grid(picture, grid), (0, 0))
-    sheet.paste(_with_grid(colours, grid), (picture.width + gap, 0))
+    sheet = Image.new("RGB", (2 * image.width + gap, image.height), "white")
+    sheet.paste(_with_grid(image, grid), (0, 0))
+    sheet.paste(_with_grid(colours, grid), (image.width + gap, 0))
     return sheet
 
 
@@ -87,13 +87,13 @@ def principal_colours(tokens: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels.round().byte().reshape(*tokens.shape[:2], 3).numpy())
 
 
-def _with_grid(picture: Image.Image, grid: tuple[int, int]) -> Image.Image:
-    picture = picture.copy()
-    draw = ImageDraw.Draw(picture)
-    width = max(1, max(picture.size) // 300)
+def _with_grid(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    width = max(1, max(image.size) // 300)
     for axis, tiles in enumerate(grid):
         for line in range(1, tiles):
-            at = line * picture.size[axis] / tiles
-            ends = ((at, 0), (at, picture.height)) if axis == 0 else ((0, at), (picture.width, at))
+            at = line * image.size[axis] / tiles
+            ends = ((at, 0), (at, image.height)) if axis == 0 else ((0, at), (image.width, at))
             draw.line(ends, fill="white", width=width)
-    return picture
+    return image

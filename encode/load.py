@@ -60,7 +60,7 @@ def _checked_options(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in options:
         if name not in valid:
             try:
-                SAILViTImageProcessor.refuse_unknown({name: None})
+                SAILViTImageProcessor.check_option_names({name: None})
             except TypeError as error:
                 raise ValueError(f"--image-option: {error}") from error
             raise ValueError(f"--image-option: expected one of {', '.join(sorted(valid))}, got {name[:80]!r}")

@@ -1,4 +1,4 @@
-"""Encodes a photograph with transformers alone: python encode_photo.py MODEL_FOLDER PHOTO OUT.safetensors"""
+"""Encode a photo with transformers only: python encode_photo.py MODEL_FOLDER PHOTO OUT.safetensors"""
 
 import argparse
 import time
@@ -13,17 +13,17 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", metavar="MODEL_FOLDER")
 parser.add_argument("photo", metavar="PHOTO")
 parser.add_argument("out", metavar="OUT.safetensors")
-parser.add_argument("--max-tiles", type=int, default=8, help="the thumbnail not counted (8)")
+parser.add_argument("--max-tiles", type=int, default=8, help="without the thumbnail (8)")
 parser.add_argument(
     "--dtype",
     choices=("auto", "float32", "bfloat16", "float16"),
     default="auto",
-    help="auto: float32, which every processor computes natively; bfloat16 is faster on one that has units for it",
+    help="auto: float32, native on every CPU; bfloat16 is faster on a CPU with bfloat16 instructions",
 )
 options = parser.parse_args()
-dtype, reason = torch.float32, "which every processor computes natively"
+dtype, reason = torch.float32, "native on every CPU"
 if options.dtype != "auto":
-    dtype, reason = getattr(torch, options.dtype), "as asked"
+    dtype, reason = getattr(torch, options.dtype), "as requested"
 
 started = time.perf_counter()
 processor = AutoImageProcessor.from_pretrained(options.folder, trust_remote_code=True)

@@ -1,4 +1,4 @@
-"""Brings transformers' common tests from its source distribution, and says which of them are expected to fail."""
+"""Download the common tests of transformers from its source distribution, and mark expected failures."""
 
 import functools
 import importlib.metadata
@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 
-# What these tests import and the source distribution leaves out; the last, in place of what they download.
-LEFT_OUT = {
+# Modules that these tests import and the source distribution lacks; the last one replaces their downloads.
+REPLACEMENTS = {
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
-    "../fetch_hub_objects_for_ci.py": "from common_suites import write_local_file as url_to_local_path\n",
+    "../fetch_hub_objects_for_ci.py": "from common_suites import write_sample_file as url_to_local_path\n",
 }
 MAPPINGS = {
     "SAILViTModel": ("MODEL_MAPPING_NAMES", "sailvit"),
@@ -31,7 +31,7 @@ MAPPINGS = {
 }
 
 
-def bring_tests(folder: Path) -> Path:
+def download_tests(folder: Path) -> Path:
     """Write the common tests of the installed transformers to `folder`/transformers_tests; returns `folder`."""
     version = importlib.metadata.version("transformers")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
@@ -41,31 +41,31 @@ def bring_tests(folder: Path) -> Path:
     tests = folder / "transformers_tests"
     (folder / f"transformers-{version}" / "tests").rename(tests)
     (tests / "__init__.py").touch()
-    for name, content in LEFT_OUT.items():
+    for name, content in REPLACEMENTS.items():
         (tests / name).parent.mkdir(exist_ok=True)
         if not (tests / name).exists():
             (tests / name).write_text(content)
     return folder
 
 
-def write_local_file(url: str) -> str:
-    """Write a small picture or film, in place of one that a test would download, to the current folder."""
+def write_sample_file(url: str) -> str:
+    """Write a small image or video to the current folder, instead of one that a test would download."""
     path = Path(url.rpartition("/")[2]).resolve()
     if path.suffix in (".png", ".jpg") and not path.exists():
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
     elif path.suffix == ".mp4" and not path.exists():
-        with av.open(str(path), "w") as film:
-            stream = film.add_stream("libx264", rate=30)
+        with av.open(str(path), "w") as video:
+            stream = video.add_stream("libx264", rate=30)
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             for level in range(0, 220, 20):
                 frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
-                film.mux(stream.encode(frame))
-            film.mux(stream.encode())
+                video.mux(stream.encode(frame))
+            video.mux(stream.encode())
     return str(path)
 
 
-def register_names(*model_classes: type) -> None:
-    """Tell the mixins what kind of model each class is, as transformers' tables do for its own."""
+def register_model_mappings(*model_classes: type) -> None:
+    """Register model classes in the mappings of transformers that the mixins read."""
     from transformers.models.auto import modeling_auto
 
     for model_class in model_classes:
@@ -73,11 +73,11 @@ def register_names(*model_classes: type) -> None:
         getattr(modeling_auto, table)[model_type] = model_class.__name__
 
 
-def expect_failures(left: Mapping[str, Mapping[str, str]]) -> Callable[[type], type]:
-    """A decorator: the tests of a suite that `left` names must fail; one that passes is to be struck off."""
+def expect_failures(failures: Mapping[str, Mapping[str, str]]) -> Callable[[type], type]:
+    """Decorator: the tests in `failures` must fail; remove a test from it when it passes."""
 
     def mark(suite: type) -> type:
-        for name, reason in left[suite.__name__].items():
+        for name, reason in failures[suite.__name__].items():
             expected = pytest.mark.xfail(reason=reason, strict=True)(_without_subtests(getattr(suite, name)))
             setattr(suite, name, expected)
         return suite
@@ -86,7 +86,7 @@ def expect_failures(left: Mapping[str, Mapping[str, str]]) -> Callable[[type], t
 
 
 def _without_subtests(test: Callable) -> Callable:
-    """A subtest that fails is not seen by xfail."""
+    """Run a test without subtests: xfail does not see a failing subtest."""
 
     @functools.wraps(test)
     def run(self: unittest.TestCase, *args: object) -> None:

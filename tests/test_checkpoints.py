@@ -1,4 +1,4 @@
-"""Files of weights: what is read from them, what is refused, what is written; safetensors and torch are the judges."""
+"""Reading, validating and writing weight files, compared with safetensors and torch."""
 
 import json
 import os
@@ -53,14 +53,14 @@ def assorted_tensors() -> dict[str, torch.Tensor]:
 # Reading
 
 
-def test_safetensors_are_read_as_the_library_reads_them(tmp_path):
+def test_safetensors_reads_equal_the_library(tmp_path):
     tensors = assorted_tensors()
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
     assert_reads(tmp_path / "a.safetensors", read_safetensors, tensors)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
-def test_pickles_are_read_as_torch_reads_them(tmp_path, zipped):
+def test_pickle_reads_equal_torch_load(tmp_path, zipped):
     tensors = assorted_tensors()
     base = torch.randn(4, 6)
     tensors |= {"transposed": base.t(), "part": base[1:3, ::2], "shared": base, "parameter": torch.nn.Parameter(base)}
@@ -79,7 +79,7 @@ def test_a_training_checkpoint_is_flattened(tmp_path):
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, None), (3, 5), (1, 699_999), (262_144, 262_145), (9, 9)])
-def test_part_of_a_tensor_is_read(tmp_path, start, stop):
+def test_a_slice_of_a_tensor_is_read(tmp_path, start, stop):
     tensor = torch.randn(700_000)
     save_file({"before": torch.ones(3), "t": tensor}, tmp_path / "a.safetensors")
     torch.save({"t": tensor}, tmp_path / "a.bin")
@@ -93,7 +93,7 @@ class Code:
         return os.system, ("touch opened",)
 
 
-def test_a_pickle_that_wants_code_is_refused_unless_trusted(tmp_path, monkeypatch):
+def test_a_pickle_with_code_raises_unless_trusted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "code": Code()}, "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt: opening it could run code.*--trust-pickle"):
@@ -103,14 +103,14 @@ def test_a_pickle_that_wants_code_is_refused_unless_trusted(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pickle", pickle.dumps({"a": 1}), b"\x80\x02}q\x00."])
-def test_what_is_no_file_of_torch_save_is_refused(tmp_path, content):
+def test_a_file_not_written_by_torch_save_raises(tmp_path, content):
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.bin"):
         read_pickle(tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_truncated_pickle_is_refused(tmp_path, share):
+def test_a_truncated_pickle_raises(tmp_path, share):
     torch.save(assorted_tensors(), tmp_path / "a.bin")
     content = (tmp_path / "a.bin").read_bytes()
     (tmp_path / "a.bin").write_bytes(content[: int(len(content) * share)])
@@ -166,7 +166,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_headers_are_refused(tmp_path, kind):
+def test_broken_headers_raise(tmp_path, kind):
     header, data, claimed, message = BROKEN[kind]
     path = write_raw(tmp_path / "a.safetensors", header, data, claimed)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -174,14 +174,14 @@ def test_broken_headers_are_refused(tmp_path, kind):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_header_beyond_the_formats_limit_is_refused_unread(tmp_path):
+def test_a_header_above_the_size_limit_raises_without_reading_it(tmp_path):
     path = write_raw(tmp_path / "a.safetensors", b"{}", claimed=LONGEST_HEADER + 1)
     os.truncate(path, LONGEST_HEADER + 100)
     with pytest.raises(CheckpointError, match="is the most there can be"):
         read_safetensors(path)
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path):
+def test_a_file_truncated_anywhere_raises(tmp_path):
     save_file({"a": torch.ones(3), "b": torch.ones(2, 2)}, tmp_path / "whole.safetensors")
     content = (tmp_path / "whole.safetensors").read_bytes()
     for length in range(len(content)):
@@ -202,8 +202,8 @@ def accepted_by_the_library(path: Path) -> bool:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_what_is_read_the_library_reads_too(tmp_path_factory, data):
-    """Bytes of a file changed at random: nothing passes here that the library refuses, nothing raises another error."""
+def test_files_that_are_accepted_are_accepted_by_the_library(tmp_path_factory, data):
+    """Files with random changes: accepted only if the library accepts them, and no unexpected errors."""
     path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
     save_file({"a": torch.ones(3), "b.c": torch.ones(2, 2, dtype=torch.bfloat16)}, path, metadata={"format": "pt"})
     content = bytearray(path.read_bytes())
@@ -233,7 +233,7 @@ names = st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata_
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(names, st.lists(st.integers(0, 3), max_size=3), max_size=5))
-def test_what_the_library_writes_is_read(tmp_path_factory, shapes):
+def test_files_written_by_the_library_are_read(tmp_path_factory, shapes):
     path = tmp_path_factory.mktemp("written") / "a.safetensors"
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, path)
     assert {name: list(stored.shape) for name, stored in read_safetensors(path).items()} == shapes
@@ -242,13 +242,13 @@ def test_what_the_library_writes_is_read(tmp_path_factory, shapes):
 # Shards
 
 
-def test_only_the_shards_that_hold_the_tower_are_opened(tmp_path):
+def test_only_shards_with_vision_tensors_are_opened(tmp_path):
     source = make_checkpoint(tmp_path / "m", "ovis2", max_shard_size="100KB")
     index = json.loads((source / "model.safetensors.index.json").read_text())
     tower_files = set(index["weight_map"].values())
     index["weight_map"] |= {"llm.model.norm.weight": "llm-1.safetensors", "llm.lm_head.weight": "llm-2.safetensors"}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    (source / "llm-1.safetensors").write_bytes(b"garbage")  # and the second is missing
+    (source / "llm-1.safetensors").write_bytes(b"garbage")  # the second one is missing
     checkpoint = Checkpoint(*find_source(str(source)))
     tower = find_aimv2(checkpoint)
     assert not tower.problems and set(checkpoint.opened) == tower_files and len(tower_files) > 2
@@ -256,7 +256,7 @@ def test_only_the_shards_that_hold_the_tower_are_opened(tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "a/../../b", "..\\a", "C:a", ""])
-def test_an_index_that_leaves_its_folder_is_refused(tmp_path, shard):
+def test_an_index_pointing_outside_its_folder_raises(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(CheckpointError, match="lies outside its folder"):
         read_index(tmp_path / "model.safetensors.index.json")
@@ -265,7 +265,7 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path, shard):
 @pytest.mark.parametrize(
     "content", ["[]", "{}", '{"weight_map": {"a": 1}}', "{", '{"weight_map": []}', "[" * 99999, "\xff"]
 )
-def test_what_is_no_index_is_refused(tmp_path, content):
+def test_an_invalid_index_raises(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content, encoding="latin-1")
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
         read_index(tmp_path / "model.safetensors.index.json")
@@ -290,7 +290,7 @@ def test_sharded_pickles_are_read(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(bits=st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=9))
-def test_finite_means_what_it_means_to_torch(dtype, bits):
+def test_is_finite_equals_torch(dtype, bits):
     numbers = torch.from_numpy(np.array(bits, np.uint64).view(np.uint8)).view(dtype)
     assert is_finite(to_bytes(numbers), TORCH_DTYPES[str(dtype)[6:]]) == bool(torch.isfinite(numbers).all())
 
@@ -310,11 +310,11 @@ def new_tensors(tensors: dict[str, torch.Tensor]) -> list[NewTensor]:
     ]
 
 
-def test_what_is_written_the_library_reads(tmp_path):
+def test_written_files_are_read_by_the_library(tmp_path):
     import hashlib
 
-    tensors, told = assorted_tensors(), []
-    digests = write_weights(tmp_path, new_tensors(tensors), "5GB", told.append)
+    tensors, progress = assorted_tensors(), []
+    digests = write_weights(tmp_path, new_tensors(tensors), "5GB", progress.append)
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -322,10 +322,10 @@ def test_what_is_written_the_library_reads(tmp_path):
         assert digests[name] == hashlib.sha256(to_bytes(tensor)).hexdigest()
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(progress) == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_shards_are_those_of_the_hubs_client(tmp_path):
+def test_shards_equal_those_of_huggingface_hub(tmp_path):
     from huggingface_hub import save_torch_state_dict
 
     tensors = {f"blocks.{number}.weight": torch.full((number + 1, 25), float(number)) for number in range(20)}
@@ -345,13 +345,13 @@ def test_shards_are_those_of_the_hubs_client(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["", "5XB", "GB", "-1"])
-def test_sizes_are_sizes(tmp_path, size):
+def test_sizes_are_parsed(tmp_path, size):
     tensors = new_tensors({"a": torch.ones(9)})
     with pytest.raises(CheckpointError, match="--max-shard-size"):
         write_weights(tmp_path, tensors, size, lambda written: None)
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_written_atomically(tmp_path):
     out = tmp_path / "deep" / "out"
     with pytest.raises(ZeroDivisionError), new_folder(out) as part:
         (part / "a").write_text("half")
@@ -363,7 +363,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (out / "a").read_text() == "whole" and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_a_folder_that_is_there_is_replaced_only_if_a_conversion_wrote_it(tmp_path):
+def test_only_a_converted_folder_is_overwritten(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
@@ -377,7 +377,7 @@ def test_a_folder_that_is_there_is_replaced_only_if_a_conversion_wrote_it(tmp_pa
     assert [path.name for path in out.iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
 
 
-def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+def test_two_writers_of_one_folder_are_serialized(tmp_path):
     with new_folder(tmp_path / "out") as part:
         with pytest.raises(CheckpointError, match="another process is writing"), new_folder(tmp_path / "out"):
             pass
@@ -385,7 +385,7 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path):
     assert (tmp_path / "out" / "a").exists()
 
 
-def test_what_a_killed_attempt_left_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / ".out.part" / "deep").mkdir(parents=True)
     (tmp_path / ".out.part" / "model.safetensors").write_text("half")
     with new_folder(tmp_path / "out") as part:

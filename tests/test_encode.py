@@ -37,12 +37,12 @@ def encode(*arguments: object) -> int:
 
 @pytest.fixture
 def album(tmp_path: Path) -> Path:
-    """Four photographs of other shapes in two folders, and a file that is none."""
+    """Four photos of different shapes in two folders, and a file that is not an image."""
     photograph = Image.open(PHOTOGRAPH)
     (tmp_path / "album" / "sub").mkdir(parents=True)
     for index, size in enumerate([(300, 200), (100, 100), (90, 300), (640, 480)]):
         photograph.resize(size).save(tmp_path / "album" / ("sub" if index % 2 else ".") / f"{index}.png")
-    (tmp_path / "album" / "notes.txt").write_text("no picture")
+    (tmp_path / "album" / "notes.txt").write_text("not an image")
     return tmp_path / "album"
 
 
@@ -92,17 +92,17 @@ def test_tiling_options_reach_the_processor(folder, tmp_path, flags, options):
 
 
 @pytest.mark.parametrize(
-    ("scale", "before", "asked"),
+    ("scale", "before", "option"),
     [(1 / 255, [], "do_rescale=False"), (1, ["resize_backend=pil"], "resize_backend=torchvision")],
 )
-def test_the_option_that_an_error_asks_for_can_be_given(folder, tmp_path, capsys, scale, before, asked):
+def test_the_option_named_in_an_error_exists(folder, tmp_path, capsys, scale, before, option):
     gray = np.array(Image.open(PHOTOGRAPH).resize((64, 48)).convert("L"), np.float32)
     Image.fromarray(gray * np.float32(scale)).save(tmp_path / "photo.tif")
     arguments = (tmp_path / "photo.tif", "--model", folder, "--out", tmp_path / "out")
     assert encode(*arguments, *(word for option in before for word in ("--image-option", option))) == 2
     error = capsys.readouterr().err
-    assert "photo.tif" in error and f"give --image-option {asked}" in error
-    assert encode(*arguments, "--image-option", asked) == 0
+    assert "photo.tif" in error and f"give --image-option {option}" in error
+    assert encode(*arguments, "--image-option", option) == 0
     expected = expected_tokens(folder, tmp_path / "photo.tif", **({"do_rescale": False} if not before else {}))
     torch.testing.assert_close(load_file(tmp_path / "out" / "photo.tif.safetensors")["tokens"], expected)
 
@@ -126,7 +126,7 @@ def test_exif_rotation_reaches_the_processor(folder, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_folder_streams_in_micro_batches_of_any_size(folder, album, batch_size, workers):
+def test_micro_batches_of_any_size_give_the_same_tokens(folder, album, batch_size, workers):
     model, processor = SAILViTModel.from_pretrained(folder), SAILViTImageProcessor.from_pretrained(folder)
     seen = []
     model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
@@ -138,7 +138,7 @@ def test_a_folder_streams_in_micro_batches_of_any_size(folder, album, batch_size
         torch.testing.assert_close(image.tokens, expected_tokens(folder, image.source))
 
 
-def test_broken_images_are_named_skipped_and_counted(folder, album, tmp_path, capsys):
+def test_broken_images_are_reported_skipped_and_counted(folder, album, tmp_path, capsys):
     (album / "1broken.png").write_bytes((album / "0.png").read_bytes()[:500])
     (album / "sub" / "empty.jpg").touch()
     assert encode(album, "--model", folder, "--out", tmp_path / "out", "--batch-size", 2) == 2
@@ -158,7 +158,7 @@ def test_strict_stops_at_the_first_broken_image(folder, album, tmp_path, capsys)
     assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 1
 
 
-def test_existing_tokens_are_refused_kept_or_replaced(folder, album, tmp_path, capsys):
+def test_existing_outputs_raise_are_skipped_or_overwritten(folder, album, tmp_path, capsys):
     out = tmp_path / "out"
     assert encode(album / "0.png", "--model", folder, "--out", out) == 0
     target = out / "0.png.safetensors"
@@ -172,7 +172,7 @@ def test_existing_tokens_are_refused_kept_or_replaced(folder, album, tmp_path, c
     assert target.stat().st_mtime_ns != before
 
 
-def test_figure_shows_the_picture_and_its_tokens(folder, tmp_path):
+def test_figure_shows_the_image_and_its_tokens(folder, tmp_path):
     assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, "--figure", tmp_path / "figure.png") == 0
     figure = Image.open(tmp_path / "figure.png")
     assert figure.size == (1024 * 2 + 16, 768)
@@ -181,20 +181,20 @@ def test_figure_shows_the_picture_and_its_tokens(folder, tmp_path):
     assert len(np.unique(np.array(figure.crop((1050, 10, 1300, 300))).reshape(-1, 3), axis=0)) > 10
 
 
-def test_stitched_tokens_stand_where_their_patches_stood(folder):
+def test_stitched_tokens_keep_the_position_of_their_patches(folder):
     model = SAILViTModel.from_pretrained(folder)
     processor = SAILViTImageProcessor.from_pretrained(folder)
     batch = processor(PHOTOGRAPH)
     with torch.no_grad():
         tokens = model.get_image_features(batch["pixel_values"])
         patches = model(batch["pixel_values"]).last_hidden_state.reshape(7, 4, 4, 64)
-    whole = stitch_tokens(tokens, (3, 2), 2)
-    assert whole.shape == (8, 12, 64)
+    stitched = stitch_tokens(tokens, (3, 2), 2)
+    assert stitched.shape == (8, 12, 64)
     for row, column in [(0, 0), (3, 4), (5, 11), (7, 2)]:
-        assert torch.equal(whole[row, column], patches[row // 4 * 3 + column // 4, row % 4, column % 4])
+        assert torch.equal(stitched[row, column], patches[row // 4 * 3 + column // 4, row % 4, column % 4])
 
 
-def test_principal_colours_find_the_directions_of_most_variance():
+def test_principal_colours_equal_the_principal_components():
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(8, 8)).Q
     scores = torch.randn(20, 30, 8) * torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1])
@@ -235,7 +235,7 @@ def test_principal_colours_find_the_directions_of_most_variance():
         (["{album}/" + "long" * 60 + ".png"], "rename it"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_two(folder, album, tmp_path, capsys, arguments, message):
+def test_invalid_input_is_one_line_and_exit_code_2(folder, album, tmp_path, capsys, arguments, message):
     (album / "copy").mkdir()
     (album / "bare").mkdir()
     if "copy" in str(arguments):
@@ -252,14 +252,14 @@ def test_bad_input_is_one_line_and_exit_code_two(folder, album, tmp_path, capsys
 
 
 @pytest.mark.parametrize("option", ["do_rescal=False", "max_tiles=0", "size=57"])
-def test_wrong_image_options_are_found_before_the_model_is_loaded(folder, tmp_path, monkeypatch, option):
+def test_invalid_image_options_raise_before_the_model_is_loaded(folder, tmp_path, monkeypatch, option):
     monkeypatch.setattr(SAILViTModel, "from_pretrained", lambda *arguments, **options: pytest.fail("loaded"))
     assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, "--image-option", option) == 2
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./towr", "../towr", "/absent/towr", "a/b/c", "", "long" * 200])
 @pytest.mark.parametrize("verb", ["encode", "demo", "convert", "inspect"])
-def test_what_is_no_path_and_no_name_on_the_hub_is_told_at_once(tmp_path, capsys, monkeypatch, verb, name):
+def test_an_invalid_model_name_raises_without_network(tmp_path, capsys, monkeypatch, verb, name):
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("went online"))
     monkeypatch.chdir(tmp_path)
     arguments = {"encode": [str(PHOTOGRAPH), "--model", name], "demo": ["--model", name], "convert": [name, "out"]}
@@ -270,7 +270,7 @@ def test_what_is_no_path_and_no_name_on_the_hub_is_told_at_once(tmp_path, capsys
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_warnings_of_the_image_processor_are_one_line_each_and_count_for_nothing(folder, tmp_path, workers):
+def test_image_warnings_are_one_line_and_do_not_change_the_exit_code(folder, tmp_path, workers):
     dark = (np.random.default_rng(0).random((60, 60)) * 4095).astype(np.uint16)
     Image.fromarray(dark).save(tmp_path / "dark.png")
     arguments = ("encode", "dark.png", "--model", folder, "--workers", workers, "--figure", "figure.png")
@@ -279,7 +279,7 @@ def test_warnings_of_the_image_processor_are_one_line_each_and_count_for_nothing
     assert re.fullmatch(r"warning: dark\.png: no 16-bit sample exceeds \d+: .*\n", done.stderr)
 
 
-def test_a_model_that_is_none_is_refused(folder, tmp_path, capsys):
+def test_a_path_that_is_not_a_sailvit_raises(folder, tmp_path, capsys):
     assert encode(PHOTOGRAPH, "--model", folder / "model.safetensors", "--out", tmp_path / "out") == 2
     assert "expected a SAILViT folder, got a file" in capsys.readouterr().err
     shutil.copytree(folder, tmp_path / "truncated")
@@ -298,8 +298,8 @@ def bytes_of_live_tiles(side: int) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_memory_holds_a_micro_batch_and_the_images_it_is_of(folder, tmp_path):
-    """Of 65 tiles an image the tower sees four at a time, and no tiles of finished images are kept."""
+def test_memory_is_limited_to_a_micro_batch_and_its_images(folder, tmp_path):
+    """Images of 65 tiles are encoded four tiles at a time; tiles of finished images are released."""
     model = SAILViTModel.from_pretrained(folder)
     processor = SAILViTImageProcessor.from_pretrained(folder, max_tiles=64, min_tiles=64)
     sources = []
@@ -320,7 +320,7 @@ def run_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=500)
 
 
-def test_ctrl_c_is_one_line_and_leaves_no_half_file(folder, tmp_path):
+def test_ctrl_c_prints_one_line_and_leaves_no_partial_file(folder, tmp_path):
     for index in range(400):
         shutil.copy(PHOTOGRAPH, tmp_path / f"{index}.jpg")
     command = [*SAILVIT, "encode", str(tmp_path), "--model", str(folder)]
@@ -359,7 +359,7 @@ def test_demo_runs_from_an_empty_folder(tmp_path, dtype):
     assert (done.returncode, done.stderr) == (0, "")
     for expected in (
         "RANDOM weights",
-        f"in {dtype}: as asked",
+        f"in {dtype}: as requested",
         "(5, 3, 448, 448) -> tokens (5, 256, 3072)",
         "figure.png",
     ):
@@ -373,7 +373,7 @@ def test_demo_runs_from_an_empty_folder(tmp_path, dtype):
     assert run_command("demo", cwd=tmp_path).returncode == 2
 
 
-def test_random_towers_are_the_same_for_a_seed(tmp_path):
+def test_random_models_are_reproducible(tmp_path):
     options = {"num_hidden_layers": 1, "image_size": 28}
     first, second = (make_random_tower(tmp_path / name, "base", **options) for name in ("a", "b"))
     for name, tensor in first.state_dict().items():

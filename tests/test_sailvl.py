@@ -1,4 +1,4 @@
-"""SAIL-VL against the same weights in parts of transformers, and everything that transformers does with a model."""
+"""SAIL-VL model: parity with transformers components of the same weights, generation, training, offloading."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import random_pixels, randomize, relative_difference
-from toy_sailvl import LANGUAGE, HandMade, released_config, released_tensors, write_release
+from toy_sailvl import LANGUAGE, ReferenceModel, released_config, released_tensors, write_release
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,13 +44,13 @@ def model(release) -> SAILVLForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def by_hand() -> HandMade:
+def reference() -> ReferenceModel:
     config = released_config()
-    return HandMade(config, released_tensors(config), IMAGE)
+    return ReferenceModel(config, released_tensors(config), IMAGE)
 
 
 def prompt(tiles: int, seed: int = 0, length: int = 9) -> torch.Tensor:
-    """(1, S): some text, an image of that many tiles, more text."""
+    """Return ids (1, S): text, an image of `tiles` tiles, text."""
     text = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     return torch.tensor([text[:4] + TILE * tiles + text[4:]])
 
@@ -58,7 +58,7 @@ def prompt(tiles: int, seed: int = 0, length: int = 9) -> torch.Tensor:
 # Configuration
 
 
-def test_a_released_configuration_loads_as_it_is_and_is_stable(release, tmp_path):
+def test_a_released_config_loads_and_round_trips(release, tmp_path):
     config = SAILVLConfig.from_pretrained(release)
     assert config.vision_config.model_type == "sailvit" and config.text_config.model_type == "qwen2"
     assert config.llm_config is config.text_config and config.pixel_shuffle_factor == 2
@@ -72,45 +72,48 @@ def test_a_released_configuration_loads_as_it_is_and_is_stable(release, tmp_path
     assert again.auto_map["AutoModelForImageTextToText"] == "modeling_sailvl.SAILVLForConditionalGeneration"
 
 
-def test_a_bare_configuration_is_sailvit_large_before_qwen2():
+def test_the_default_config_is_sailvit_large_and_qwen2():
     config = SAILVLConfig()
     assert repr(config) and config.image_seq_length == 256 and config.vision_config.hidden_size == 1024
     assert config.image_token_id is None or config.text_config.vocab_size > config.image_token_id == 151667
 
 
-def test_the_language_model_says_whether_embeddings_are_tied():
+def test_tied_embeddings_follow_the_text_config():
     tied = SAILVLConfig(text_config={"model_type": "qwen2", "tie_word_embeddings": True}, tie_word_embeddings=False)
     assert tied.tie_word_embeddings and SAILVLConfig.from_dict(tied.to_dict()).tie_word_embeddings
 
 
 BAD_FIELDS = [
     ({"ps_version": "v1"}, "ps_version 'v1' is not supported"),
-    ({"select_layer": 25}, "select_layer 25 is out of range: a tower of 24 blocks has -25 to 24"),
+    ({"select_layer": 25}, "select_layer 25 is out of range: expected -25 to 24 for a vision encoder of 24"),
     ({"select_layer": -26}, "select_layer -26 is out of range"),
-    ({"downsample_ratio": 0.4}, "downsample_ratio must be 1 over a whole number"),
+    ({"downsample_ratio": 0.4}, "downsample_ratio must be 1 / integer"),
     ({"pixel_shuffle_factor": 3}, "does not divide the 32 x 32 patches"),
     ({"vision_batch_size": 0}, "vision_batch_size must be a positive integer"),
-    ({"force_image_size": 224}, "force_image_size is 224"),
+    ({"force_image_size": 224}, "force_image_size 224"),
     (
         {"text_config": {"model_type": "internlm2"}},
         "'internlm2' is not known to the installed transformers: convert it",
     ),
-    ({"text_config": {"model_type": "gpt-17"}}, "'gpt-17' is not known to the installed transformers: name one"),
+    (
+        {"text_config": {"model_type": "gpt-17"}},
+        "'gpt-17' is not known to the installed transformers: use a supported one",
+    ),
     ({"text_config": {"hidden_size": 8}}, "text_config.model_type None is not known"),
     ({"vision_config": {"model_type": "intern_vit_6b"}}, "convert it to transformers' internvl_vision"),
-    ({"vision_config": {"model_type": "qwen2"}}, "'qwen2' is no vision tower: it has no image_size"),
-    ({"llm_config": {"model_type": "qwen2"}, "text_config": {"model_type": "llama"}}, "both given"),
-    ({"image_token": ""}, "must be texts"),
+    ({"vision_config": {"model_type": "qwen2"}}, "'qwen2' is no vision encoder: missing image_size"),
+    ({"llm_config": {"model_type": "qwen2"}, "text_config": {"model_type": "llama"}}, "two names of one field"),
+    ({"image_token": ""}, "must be non-empty strings"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), BAD_FIELDS)
-def test_a_bad_field_is_refused_with_what_would_do(fields, message):
+def test_an_invalid_field_raises_with_a_hint(fields, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         SAILVLConfig(**fields)
 
 
-def test_an_override_at_loading_is_checked_with_the_other_fields(release):
+def test_an_override_at_loading_is_validated_with_the_other_fields(release):
     assert SAILVLConfig.from_pretrained(release, select_layer=-2).select_layer == -2
     with pytest.raises(ValueError, match="select_layer 9 is out of range"):
         SAILVLConfig.from_pretrained(release, select_layer=9)
@@ -121,9 +124,9 @@ def test_an_override_at_loading_is_checked_with_the_other_fields(release):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("language", ["qwen2", "qwen3", "llama"])
-def test_logits_are_those_of_the_parts_put_together_by_hand(language, tied, tmp_path):
+def test_logits_equal_the_reference_model(language, tied, tmp_path):
     config = released_config(language, tied)
-    twin = HandMade(config, released_tensors(config), IMAGE)
+    twin = ReferenceModel(config, released_tensors(config), IMAGE)
     path = write_release(tmp_path / "toy", language, tied)
     model, report = SAILVLForConditionalGeneration.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, image_token_id=IMAGE
@@ -142,7 +145,7 @@ def test_logits_are_those_of_the_parts_put_together_by_hand(language, tied, tmp_
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_batch_of_left_padded_prompts_gives_what_each_gives_alone(model, by_hand):
+def test_left_padded_batch_equals_single_prompts(model, reference):
     counts, ids = (2, 0, 1), [prompt(tiles, seed, length) for tiles, seed, length in ((2, 1, 9), (0, 2, 7), (1, 3, 12))]
     longest = max(row.shape[1] for row in ids)
     batch = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in ids])
@@ -152,12 +155,12 @@ def test_a_batch_of_left_padded_prompts_gives_what_each_gives_alone(model, by_ha
         batch, attention_mask=mask, pixel_values=pixels, do_sample=False, max_new_tokens=5, eos_token_id=None
     )
     for row, own, answer in zip(ids, pixels.split(counts), written, strict=True):
-        assert answer[longest:].tolist() == by_hand.greedy(row, own if len(own) else None, 5)
+        assert answer[longest:].tolist() == reference.greedy(row, own if len(own) else None, 5)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
-def test_beams_see_the_images_of_their_own_prompt(model, options):
-    """Two prompts of two tiles each: expanding tile by tile would mix them."""
+def test_beams_use_the_images_of_their_prompt(model, options):
+    """Two prompts of two tiles each: repeating single tiles would mix up the prompts."""
     ids, pixels = torch.cat([prompt(2, 1), prompt(2, 2)]), random_pixels(4, 3, 56, 56)
     settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, **options}
     together = model.generate(ids, pixel_values=pixels, **settings).split(options.get("num_return_sequences", 1))
@@ -171,7 +174,7 @@ def test_beams_see_the_images_of_their_own_prompt(model, options):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_embeddings_instead_of_ids_give_the_same_tokens(beams, model):
+def test_inputs_embeds_generate_the_same_tokens_as_input_ids(beams, model):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     settings = {"pixel_values": pixels, "do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
     settings["num_beams"] = beams
@@ -180,16 +183,16 @@ def test_embeddings_instead_of_ids_give_the_same_tokens(beams, model):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
-def test_every_cache_gives_the_same_tokens(model, by_hand, cache):
+def test_every_cache_generates_the_same_tokens(model, reference, cache):
     ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
     options = {"use_cache": False} if cache is None else {"cache_implementation": cache, "disable_compile": True}
     written = model.generate(ids, pixel_values=pixels, do_sample=False, max_new_tokens=5, eos_token_id=None, **options)
-    assert written[0, -5:].tolist() == by_hand.greedy(ids, pixels, 5)
+    assert written[0, -5:].tolist() == reference.greedy(ids, pixels, 5)
 
 
-def test_assisted_and_streamed_generation_give_the_same_tokens(model, by_hand, release):
+def test_assisted_and_streamed_generation_give_the_same_tokens(model, reference, release):
     ids, pixels = prompt(1, seed=5), random_pixels(1, 3, 56, 56)
-    expected = by_hand.greedy(ids, pixels, 6)
+    expected = reference.greedy(ids, pixels, 6)
     assert 1 not in expected
     settings = {"pixel_values": pixels, "do_sample": False, "max_new_tokens": 6, "eos_token_id": 1}
     assert model.generate(ids, prompt_lookup_num_tokens=2, **settings)[0, -6:].tolist() == expected
@@ -205,47 +208,47 @@ def test_a_turn_with_a_new_image_continues_a_cache(model):
     first, second = prompt(1, 1), prompt(2, 2)
     pixels = random_pixels(3, 3, 56, 56)
     settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
-    whole = model.generate(torch.cat([first, second], 1), pixel_values=pixels, **settings)
+    full = model.generate(torch.cat([first, second], 1), pixel_values=pixels, **settings)
     both = torch.cat([first, second], 1)
     for name in ("past_key_values", "cache"):
         with torch.no_grad():
             past = model(first, pixels[:1], use_cache=True)[CACHE]
         continued = model.generate(both, pixel_values=pixels[1:], **{name: past}, **settings)
-        assert torch.equal(whole, continued)
+        assert torch.equal(full, continued)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_a_cache_is_taken_by_either_of_its_names(model, name):
+def test_the_cache_is_accepted_under_both_names(model, name):
     ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
     with torch.no_grad():
-        whole = model(ids, pixels, use_cache=True)
+        full = model(ids, pixels, use_cache=True)
         cache = model(ids[:, :-1], pixels, use_cache=True)[CACHE]
         last = model(ids[:, -1:], **{name: cache}, use_cache=True)
         read = model.base_model(ids[:, :-1], pixels, use_cache=True)[CACHE]
         state = model.base_model(ids[:, -1:], **{name: read}).last_hidden_state
-    torch.testing.assert_close(last.logits, whole.logits[:, -1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last.logits, full.logits[:, -1:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.language_model.lm_head(state), last.logits, rtol=1e-5, atol=1e-5)
     assert last.keys() == model.language_model(ids, use_cache=True).keys()
 
 
-def test_a_cache_under_both_names_is_refused(model):
+def test_two_caches_raise(model):
     caches = {"past_key_values": DynamicCache(), "cache": DynamicCache()}
     for call in (model, model.base_model, model.generate):
         with pytest.raises(ValueError, match="two names of one argument"):
             call(prompt(0), **caches)
 
 
-def test_the_length_of_a_static_cache_is_read_for_the_prompt_alone(model, by_hand, monkeypatch):
-    """It is a tensor: on an accelerator each step would wait for it, and a compiled graph would break."""
+def test_the_length_of_a_static_cache_is_read_only_for_the_prompt(model, reference, monkeypatch):
+    """The length is a tensor: reading it synchronizes every step on a GPU and breaks compiled graphs."""
     read, is_empty = [], modeling_sailvl._is_empty
     monkeypatch.setattr(modeling_sailvl, "_is_empty", lambda cache: read.append(cache) or is_empty(cache))
     ids, pixels = prompt(1, 3), random_pixels(1, 3, 56, 56)
     settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "cache_implementation": "static"}
     written = model.generate(ids, pixel_values=pixels, **settings)
-    assert written[0, -4:].tolist() == by_hand.greedy(ids, pixels, 4) and len(read) <= 2
+    assert written[0, -4:].tolist() == reference.greedy(ids, pixels, 4) and len(read) <= 2
 
 
-def test_the_whole_output_of_the_processor_can_be_passed(model):
+def test_forward_accepts_every_output_of_the_processor(model):
     ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
     kinds = {"mm_token_type_ids": (ids == IMAGE).long(), "attention_mask": torch.ones_like(ids)}
     settings = {"pixel_values": pixels, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
@@ -253,10 +256,10 @@ def test_the_whole_output_of_the_processor_can_be_passed(model):
     assert torch.equal(model(ids, pixels, **kinds).logits, model(ids, pixels).logits)
 
 
-# Without the head
+# base_model
 
 
-def test_the_base_model_is_the_model_without_its_head(model):
+def test_base_model_is_the_model_without_lm_head(model):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     base = model.base_model
     with torch.no_grad():
@@ -267,7 +270,7 @@ def test_the_base_model_is_the_model_without_its_head(model):
         torch.testing.assert_close(model.language_model.lm_head(state), model(ids, pixels, mask).logits)
     own = {name: parameter for name, parameter in model.named_parameters() if "lm_head" not in name}
     assert {*map(id, base.parameters())} == {*map(id, own.values())} and model.model is not model
-    assert all("base_model" not in name and ".whole" not in name for name in model.state_dict())
+    assert all("base_model" not in name and "full_model" not in name for name in model.state_dict())
     base.train()
     assert model.vision_model.training and not model.training
     model.eval()
@@ -275,10 +278,10 @@ def test_the_base_model_is_the_model_without_its_head(model):
         base(ids, pixel_values=pixels[:1])
 
 
-# The tower's side
+# Image features
 
 
-def test_image_features_come_as_transformers_returns_them(model):
+def test_image_features_with_return_dict_match_transformers(model):
     pixels = random_pixels(3, 3, 56, 56)
     with torch.no_grad():
         features, tower = model.get_image_features(pixels), model.vision_model(pixels, output_hidden_states=True)
@@ -293,7 +296,7 @@ def test_image_features_come_as_transformers_returns_them(model):
     model.config.vision_batch_size = 8
 
 
-def test_callers_of_internvl_find_what_their_cards_name(release, model):
+def test_internvl_names_are_available(release, model):
     loaded = SAILVLForConditionalGeneration.from_pretrained(release, use_flash_attn=False, load_in_8bit=False)
     assert loaded.num_image_token == 4 and loaded.config.downsample_ratio == 0.5
     pixels = random_pixels(2, 3, 56, 56)
@@ -303,29 +306,29 @@ def test_callers_of_internvl_find_what_their_cards_name(release, model):
     assert (config.pixel_shuffle_factor, config.downsample_ratio, config.image_seq_length) == (4, 0.25, 1)
 
 
-def test_flash_attention_that_is_asked_for_is_used_where_it_is_installed(release, monkeypatch):
-    asked = []
+def test_use_flash_attn_selects_flash_attention_if_installed(release, monkeypatch):
+    calls = []
     monkeypatch.setattr(
-        PreTrainedModel, "from_pretrained", classmethod(lambda cls, path, **options: asked.append(options))
+        PreTrainedModel, "from_pretrained", classmethod(lambda cls, path, **options: calls.append(options))
     )
     for installed in (True, False):
         monkeypatch.setattr(modeling_sailvl, "is_flash_attn_2_available", lambda found=installed: found)
         SAILVLForConditionalGeneration.from_pretrained(release, use_flash_attn=True)
-    assert asked == [{"attn_implementation": "flash_attention_2"}, {}]
+    assert calls == [{"attn_implementation": "flash_attention_2"}, {}]
 
 
-def test_micro_batches_of_tiles_give_the_features_of_all_at_once(model):
+def test_micro_batches_equal_one_batch(model):
     pixels = random_pixels(7, 3, 56, 56)
     with torch.no_grad():
-        whole = model.get_image_features(pixels)
+        full = model.get_image_features(pixels)
         for size in (1, 3, 7):
             model.config.vision_batch_size = size
-            torch.testing.assert_close(model.get_image_features(pixels), whole, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model.get_image_features(pixels), full, rtol=1e-5, atol=1e-5)
     model.config.vision_batch_size = 8
-    assert whole.shape == (7, 4, 64)
+    assert full.shape == (7, 4, 64)
 
 
-def test_features_can_be_computed_once_and_given_instead_of_pixels(model):
+def test_image_features_replace_pixel_values(model):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     with torch.no_grad():
         features = model.get_image_features(pixels)
@@ -349,7 +352,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("layer", [-1, -2, 0, 2])
-def test_any_tower_composes_and_its_class_token_is_dropped(tower, layer, tmp_path):
+def test_any_vision_encoder_works_and_its_class_token_is_dropped(tower, layer, tmp_path):
     config = SAILVLConfig(
         vision_config=TOWERS[tower].to_dict(), text_config=TEXTS["qwen2"], image_token_id=IMAGE, select_layer=layer
     )
@@ -358,7 +361,7 @@ def test_any_tower_composes_and_its_class_token_is_dropped(tower, layer, tmp_pat
     with torch.no_grad():
         output = model.vision_model(pixel_values=pixels)
         tokens = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        tokens = tokens[:, -16:].reshape(2, 4, 4, 32)  # without the class token of two of them
+        tokens = tokens[:, -16:].reshape(2, 4, 4, 32)  # drop the class token
         squares = [tokens[:, row : row + 2, column : column + 2] for row in (0, 2) for column in (0, 2)]
         folded = torch.stack([square.reshape(2, 128) for square in squares], 1)
         torch.testing.assert_close(model.get_image_features(pixels), model.mlp1(folded))
@@ -368,7 +371,7 @@ def test_any_tower_composes_and_its_class_token_is_dropped(tower, layer, tmp_pat
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_any_language_model_composes(text):
+def test_any_language_model_works(text):
     config = SAILVLConfig(vision_config=SAILViTConfig(**{**VISION, "image_size": 56}), text_config=TEXTS[text])
     config.image_token_id = IMAGE
     model = SAILVLForConditionalGeneration(config).eval()
@@ -376,7 +379,7 @@ def test_any_language_model_composes(text):
     assert model(prompt(1), random_pixels(1, 3, 56, 56)).logits.shape == (1, 13, 384)
 
 
-def test_attention_is_set_part_by_part(release):
+def test_attention_is_set_per_component(release):
     chosen = {"vision_config": "eager", "text_config": "sdpa"}
     model = SAILVLForConditionalGeneration.from_pretrained(release, attn_implementation=chosen, image_token_id=IMAGE)
     assert model.vision_model.config._attn_implementation == "eager"
@@ -386,16 +389,16 @@ def test_attention_is_set_part_by_part(release):
     assert model.language_model.config._attn_implementation == "eager"
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(("placeholders", "tiles", "message"), [
-    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: expected 4 placeholders for"),
+    (4, 2, r"4 placeholders \(<IMG_CONTEXT>, id 309\) in the input, 8 visual tokens: expected 4 per tile"),
     (9, 2, "9 placeholders"),
     (4, 0, "4 placeholders .* 0 visual tokens"),
     (0, 1, "0 placeholders .* 4 visual tokens"),
 ])  # fmt: skip
-def test_placeholders_that_do_not_match_the_tiles_are_refused(model, placeholders, tiles, message):
+def test_mismatched_placeholders_raise(model, placeholders, tiles, message):
     ids = torch.tensor([[1, 2, *[IMAGE] * placeholders, 3]])
     with pytest.raises(ValueError, match=message):
         model(ids, random_pixels(tiles, 3, 56, 56) if tiles else None)
@@ -404,41 +407,41 @@ def test_placeholders_that_do_not_match_the_tiles_are_refused(model, placeholder
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 28, 28), (3, 56, 56), (1, 2, 3, 56, 56), (1, 4, 56, 56), (0, 3, 56, 56)])
-def test_tiles_of_a_wrong_shape_are_refused(model, shape):
+def test_tiles_of_a_wrong_shape_raise(model, shape):
     with pytest.raises(ValueError, match=r"pixel_values must be a tensor of floats of shape \(tiles, 3, 56, 56\)"):
         model(prompt(1), torch.zeros(shape))
 
 
-def test_images_without_a_known_placeholder_are_refused(release):
+def test_images_without_image_token_id_raise(release):
     model = SAILVLForConditionalGeneration.from_pretrained(release)
     assert model.config.image_token_id is None
-    with pytest.raises(ValueError, match=r"config\.image_token_id is not known: set it to"):
+    with pytest.raises(ValueError, match=r"config\.image_token_id is None: set it to"):
         model(prompt(1), random_pixels(1, 3, 56, 56))
 
 
-def test_ids_and_embeddings_together_are_refused(model):
+def test_input_ids_with_inputs_embeds_raise(model):
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="either pixel_values or image_features"):
         model(prompt(1), random_pixels(1, 3, 56, 56), image_features=torch.zeros(1, 4, 64))
 
 
-def test_placeholders_are_counted_before_images_are_repeated_for_beams(model):
+def test_placeholders_are_checked_before_beam_expansion(model):
     with pytest.raises(ValueError, match=r"8 placeholders .* 4 visual tokens"):
         model.generate(prompt(2), pixel_values=random_pixels(1, 3, 56, 56), num_beams=2, max_new_tokens=2)
 
 
-def test_a_folder_of_another_model_is_refused(tmp_path):
+def test_a_checkpoint_of_another_model_raises(tmp_path):
     Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"its config.json is of a .qwen2., not of a SAIL"):
+    with pytest.raises(ValueError, match=r"expected a SAIL-VL config.json, got model_type .qwen2."):
         SAILVLForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_a_broken_shard_is_refused_with_what_would_do(tmp_path):
+def test_a_corrupt_shard_raises_with_a_hint(tmp_path):
     release = write_release(tmp_path / "toy")
     shard = release / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"toy: a file of weights is corrupt .*`sailvit inspect` names it"):
+    with pytest.raises(ValueError, match=r"toy: a weight file is truncated or corrupt .*`sailvit inspect`"):
         SAILVLForConditionalGeneration.from_pretrained(release)
 
 
@@ -452,19 +455,19 @@ def test_a_missing_shard_is_named(tmp_path):
 # Training
 
 
-def test_loss_counts_text_alone_and_is_the_language_models_own(model, by_hand):
+def test_loss_ignores_visual_tokens_and_equals_the_language_models(model, reference):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     everywhere = model(ids, pixels, labels=ids.clone()).loss
-    text_alone = ids.masked_fill(ids == IMAGE, -100)
-    assert torch.equal(everywhere, model(ids, pixels, labels=text_alone).loss)
-    logits = by_hand.logits(ids, pixels)[0, :-1]
-    torch.testing.assert_close(everywhere, torch.nn.functional.cross_entropy(logits, text_alone[0, 1:]))
-    count = (text_alone[0, 1:] != -100).sum()
+    text_labels = ids.masked_fill(ids == IMAGE, -100)
+    assert torch.equal(everywhere, model(ids, pixels, labels=text_labels).loss)
+    logits = reference.logits(ids, pixels)[0, :-1]
+    torch.testing.assert_close(everywhere, torch.nn.functional.cross_entropy(logits, text_labels[0, 1:]))
+    count = (text_labels[0, 1:] != -100).sum()
     spread = model(ids, pixels, labels=ids, num_items_in_batch=2 * count).loss
     assert math.isclose(spread.item(), everywhere.item() / 2, rel_tol=1e-5)
 
 
-def test_only_the_logits_that_are_asked_for_are_computed(model):
+def test_logits_to_keep_limits_the_logits(model):
     ids, pixels = prompt(1), random_pixels(1, 3, 56, 56)
     with torch.no_grad():
         last = model(ids, pixels, logits_to_keep=1).logits
@@ -473,8 +476,8 @@ def test_only_the_logits_that_are_asked_for_are_computed(model):
         assert isinstance(model(ids, pixels, return_dict=False), tuple)
 
 
-def test_generate_computes_the_logits_of_one_position_a_step(model):
-    """All of a prompt's would cost more than the language model itself."""
+def test_generate_computes_one_logit_position_per_step(model):
+    """The logits of a whole prompt would cost more than the language model itself."""
     seen = []
     hook = model.language_model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
     model.generate(prompt(1), pixel_values=random_pixels(1, 3, 56, 56), max_new_tokens=3, min_new_tokens=3)
@@ -498,7 +501,7 @@ def test_gradient_checkpointing_changes_nothing_and_every_parameter_gets_a_gradi
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_lora_on_the_language_model_with_the_connector_trained_whole(model):
+def test_lora_on_the_language_model_with_a_fully_trained_connector(model):
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(target_modules=".*language_model.*q_proj", modules_to_save=["mlp1"], r=2)
     adapted = peft.get_peft_model(copy.deepcopy(model).train(), options)
@@ -510,7 +513,7 @@ def test_lora_on_the_language_model_with_the_connector_trained_whole(model):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("part", ["vision_model.*(qkv|fc1)", "language_model.*(q_proj|v_proj)"])
-def test_lora_trains_the_part_it_is_put_on(model, part, tmp_path):
+def test_lora_trains_only_its_component(model, part, tmp_path):
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(target_modules=f".*{part}", task_type="CAUSAL_LM", r=2)
     adapted = peft.get_peft_model(copy.deepcopy(model).train(), options)
@@ -520,10 +523,10 @@ def test_lora_trains_the_part_it_is_put_on(model, part, tmp_path):
     assert trained and all("lora_" in name and part.split(".")[0] in name for name in trained)
     adapted.save_pretrained(tmp_path)
     merged = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).merge_and_unload()
-    assert torch.equal(merged(ids, pixels).logits, model(ids, pixels).logits)  # a fresh adapter adds nothing
+    assert torch.equal(merged(ids, pixels).logits, model(ids, pixels).logits)  # a new adapter changes nothing
 
 
-def test_embeddings_are_resized_where_the_language_model_has_them(model):
+def test_embeddings_can_be_resized(model):
     resized = copy.deepcopy(model)
     resized.resize_token_embeddings(400)
     assert resized.config.text_config.vocab_size == 400
@@ -532,7 +535,7 @@ def test_embeddings_are_resized_where_the_language_model_has_them(model):
     assert logits.shape[-1] == 400
 
 
-# Compiled, quantized, spread
+# Compilation, quantization, device maps
 
 
 @pytest.mark.slow
@@ -559,7 +562,7 @@ def test_generate_with_a_static_cache_compiles_without_a_graph_break(model, imag
 
 
 @pytest.mark.slow
-def test_int8_weights_of_the_language_model_answer_nearly_alike(model):
+def test_int8_language_model_has_similar_logits(model):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
@@ -576,7 +579,7 @@ def test_int8_weights_of_the_language_model_answer_nearly_alike(model):
     )
 
 
-def test_parts_are_spread_over_devices_and_disk(release, model, tmp_path):
+def test_device_map_spreads_the_model_over_devices_and_disk(release, model, tmp_path):
     size = sum(parameter.nbytes for parameter in model.parameters())
     spread = SAILVLForConditionalGeneration.from_pretrained(
         release,
@@ -592,7 +595,7 @@ def test_parts_are_spread_over_devices_and_disk(release, model, tmp_path):
         torch.testing.assert_close(spread(ids, pixels).logits, model(ids, pixels).logits)
 
 
-def test_a_tower_on_disk_is_brought_along_tile_by_tile(release, model, tmp_path):
+def test_a_disk_offloaded_vision_encoder_runs_in_micro_batches(release, model, tmp_path):
     places = {"vision_model": "disk", "mlp1": "cpu", "language_model": "cpu"}
     options = {"dtype": torch.float32, "device_map": places, "offload_folder": tmp_path, "image_token_id": IMAGE}
     spread = SAILVLForConditionalGeneration.from_pretrained(release, **options).eval()
@@ -601,6 +604,6 @@ def test_a_tower_on_disk_is_brought_along_tile_by_tile(release, model, tmp_path)
         torch.testing.assert_close(spread(ids, pixels).logits, model(ids, pixels).logits)
 
 
-def test_the_causal_language_model_class_loads_it_too(release):
+def test_auto_model_for_causal_lm_loads_it(release):
     config = SAILVLConfig.from_pretrained(release)
     assert type(AutoModelForCausalLM.from_config(config)) is SAILVLForConditionalGeneration

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation the assistant wrote, against ids that are put together turn by turn."""
+"""assistant_masks of the chat template, compared with masks built turn by turn."""
 
 import re
 
@@ -29,20 +29,20 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> SAILVLProcessor:
     return SAILVLProcessor(SAILViTImageProcessor(size=56, max_tiles=4), tokenizer, image_seq_length=2)
 
 
-def asked(text: str, *media: str) -> dict:
+def user_turn(text: str, *media: str) -> dict:
     return {"role": "user", "content": [*(MEDIA[kind] for kind in media), {"type": "text", "text": text}]}
 
 
-def answered(text: str) -> dict:
+def assistant_turn(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
 def split(processor: SAILVLProcessor, conversation: list[dict]) -> tuple[list[int], list[int]]:
-    """The ids of a conversation and its mask: each turn tokenized by itself."""
+    """Return the ids and the mask of a conversation, tokenized turn by turn."""
     ids, mask = processor.tokenizer(SYSTEM)["input_ids"], []
     for message in conversation:
         if message["role"] == "user":
-            # a turn of its own as the processor expands it, without the system's
+            # the expanded turn without the system turn
             own = processor.apply_chat_template([message], tokenize=True)[0][
                 len(processor.tokenizer(SYSTEM).input_ids) :
             ]
@@ -60,29 +60,29 @@ def check(processor: SAILVLProcessor, conversations: list[list[dict]], **options
     for ids, mask, attention, (own, labels) in zip(
         *(np.asarray(batch[key]).tolist() if options else batch[key] for key in KEYS), expected, strict=True
     ):
-        kept = [place for place, seen in enumerate(attention) if seen]
-        assert [ids[place] for place in kept] == own
-        assert [mask[place] for place in kept] == labels and sum(mask) == sum(labels)
+        kept = [index for index, attended in enumerate(attention) if attended]
+        assert [ids[index] for index in kept] == own
+        assert [mask[index] for index in kept] == labels and sum(mask) == sum(labels)
 
 
 KEYS = ("input_ids", "assistant_masks", "attention_mask")
 CONVERSATIONS = {
-    "text": [asked("Why?"), answered("So.")],
-    "an image": [asked("Why?", "image"), answered("The total is 42.")],
-    "two images": [asked("Why?", "image", "small image"), answered("The total is 42.")],
-    "a video": [asked("Why?", "video"), answered("So.")],
+    "text": [user_turn("Why?"), assistant_turn("So.")],
+    "an image": [user_turn("Why?", "image"), assistant_turn("The total is 42.")],
+    "two images": [user_turn("Why?", "image", "small image"), assistant_turn("The total is 42.")],
+    "a video": [user_turn("Why?", "video"), assistant_turn("So.")],
     "several turns": [
-        asked("Why?", "image"), answered("The total is 42."),
-        asked("And here?", "small image", "video"), answered("So."),
-        asked("What?"), answered("Answer with one word."),
+        user_turn("Why?", "image"), assistant_turn("The total is 42."),
+        user_turn("And here?", "small image", "video"), assistant_turn("So."),
+        user_turn("What?"), assistant_turn("Answer with one word."),
     ],
-    "no answer": [asked("Why?", "image")],
-    "an empty answer": [asked("Why?", "image"), answered("")],
+    "no answer": [user_turn("Why?", "image")],
+    "an empty answer": [user_turn("Why?", "image"), assistant_turn("")],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
-def test_the_mask_is_of_the_answers_and_the_ends_of_their_turns(case, processor):
+def test_the_mask_covers_answers_and_their_end_of_turn(case, processor):
     check(processor, [CONVERSATIONS[case]])
     one = processor.apply_chat_template(CONVERSATIONS[case], **READING)
     assert one["assistant_masks"] == [split(processor, CONVERSATIONS[case])[1]]
@@ -98,11 +98,13 @@ def test_a_batch_is_masked_with_padding_on_either_side(side, processor):
     assert batch["assistant_masks"].dtype == torch.int64
 
 
-def test_answers_that_are_cut_off_are_not_masked(processor):
+def test_truncated_answers_are_not_masked(processor):
     conversation = CONVERSATIONS["several turns"]
     ids, mask = split(processor, conversation)
     end = mask.index(1) + 3
-    batch = processor.apply_chat_template([asked("Why?"), answered("So.")], **READING, truncation=True, max_length=4)
+    batch = processor.apply_chat_template(
+        [user_turn("Why?"), assistant_turn("So.")], **READING, truncation=True, max_length=4
+    )
     assert batch["assistant_masks"] == [[0] * 4]
     batch = processor.apply_chat_template(
         CONVERSATIONS["an image"],
@@ -113,9 +115,9 @@ def test_answers_that_are_cut_off_are_not_masked(processor):
     assert sum(batch["assistant_masks"][0]) == 2 and end < len(ids)
 
 
-def test_an_image_of_the_assistant_is_no_target(processor):
+def test_an_image_in_an_answer_is_not_masked(processor):
     content = [{"type": "text", "text": "Here: "}, MEDIA["image"], {"type": "text", "text": "So."}]
-    batch = processor.apply_chat_template([asked("Why?"), {"role": "assistant", "content": content}], **READING)
+    batch = processor.apply_chat_template([user_turn("Why?"), {"role": "assistant", "content": content}], **READING)
     (ids,), (mask,) = batch["input_ids"], batch["assistant_masks"]
     masked = [token for token, label in zip(ids, mask, strict=True) if label]
     assert not set(masked) & set(processor.image_token_ids) and ids.count(processor.image_token_id) > 2
@@ -123,33 +125,37 @@ def test_an_image_of_the_assistant_is_no_target(processor):
     assert masked == [token for part in parts for token in part]
 
 
-# A space or line break at its start may join the token before it.
+# Leading whitespace could merge with the token before it.
 ANSWERS = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=12).filter(lambda t: t == t.strip())
 TURNS = st.tuples(st.text("Why? 42.", max_size=9), st.lists(st.sampled_from(list(MEDIA)), max_size=3), ANSWERS)
 
 
 @given(st.lists(st.lists(TURNS, min_size=1, max_size=3), min_size=1, max_size=3), st.sampled_from(["left", "right"]))
 @settings(max_examples=60, deadline=None)
-def test_any_conversations_are_masked(processor, batch, side):
+def test_random_conversations_are_masked(processor, batch, side):
     conversations = [
-        [message for question, media, answer in turns for message in (asked(question, *media), answered(answer))]
+        [
+            message
+            for question, media, answer in turns
+            for message in (user_turn(question, *media), assistant_turn(answer))
+        ]
         for turns in batch
     ]
     check(processor, conversations, padding=True, padding_side=side, return_tensors="np")
 
 
-def test_a_mask_goes_with_nothing_to_continue(processor):
+def test_a_mask_excludes_continue_final_message(processor):
     with pytest.raises(ValueError, match="continue_final_message"):
         processor.apply_chat_template(CONVERSATIONS["text"], **READING, continue_final_message=True)
 
 
-def test_a_mask_needs_what_holds_it(processor):
+def test_a_mask_needs_tokenize_and_return_dict(processor):
     for missing in ("tokenize", "return_dict"):
         with pytest.raises(ValueError, match="needs tokenize=True and return_dict=True"):
             processor.apply_chat_template(CONVERSATIONS["text"], **{**READING, missing: False})
 
 
-def test_another_template_is_masked_by_its_own_marks(processor):
+def test_another_template_is_masked_by_its_generation_tags(processor):
     template = (
         "{% for m in messages %}{{ m['role'] }}:{% generation %}{{ m['content'] }}{% endgeneration %};{% endfor %}"
     )
@@ -159,8 +165,8 @@ def test_another_template_is_masked_by_its_own_marks(processor):
     assert masked == [*processor.tokenizer("Why?")["input_ids"], *processor.tokenizer("42.")["input_ids"]]
 
 
-def test_the_marks_are_transformers_and_an_engine_without_them_renders_the_same(processor):
-    """They are written as the engines look for them that take them out before they render."""
+def test_plain_jinja_renders_the_same_without_generation_tags(processor):
+    """The tags have the form that plain Jinja engines remove before rendering."""
     template, tags = processor.chat_template, ("{% generation %}", "{% endgeneration %}")
     assert [template.count(tag) for tag in tags] == [2, 2] and len(re.findall("generation *-?%}", template)) == 4
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
@@ -175,7 +181,7 @@ def test_the_marks_are_transformers_and_an_engine_without_them_renders_the_same(
             assert plain.from_string(template).render(messages=conversation, add_generation_prompt=prompt) == ours
 
 
-def test_variables_of_a_template_are_told_from_options(processor):
+def test_template_variables_are_distinguished_from_options(processor):
     template = "{{ greeting }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     messages = [{"role": "user", "content": "Why?"}]
     options = {"chat_template": template, "greeting": "Hello. ", "tokenize": True, "padding": "max_length"}
@@ -187,7 +193,7 @@ def test_variables_of_a_template_are_told_from_options(processor):
             processor.apply_chat_template(messages, chat_template=template, greetin="Hello. ", tokenize=tokenize)
 
 
-def test_one_of_several_templates_is_taken_by_its_name(processor):
+def test_a_template_is_selected_by_name(processor):
     templates = {"default": "{{ messages[0]['content'] }}!", "plain": "{{ messages[0]['content'] }}."}
     own = SAILVLProcessor(processor.image_processor, processor.tokenizer, chat_template=templates)
     messages = [{"role": "user", "content": "Why"}]

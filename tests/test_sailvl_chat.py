@@ -1,4 +1,4 @@
-"""The released chat, against the same weights put together by hand and prompts that are written out here."""
+"""`chat` and `batch_chat`: prompts and answers compared with the releases' format and a reference model."""
 
 import copy
 import json
@@ -12,8 +12,8 @@ from torchvision import transforms
 from toy_sailvl import (
     SYSTEM,
     TILE,
-    HandMade,
-    Recorder,
+    RecordingTokenizer,
+    ReferenceModel,
     load_tokenizer,
     released_config,
     released_tensors,
@@ -44,17 +44,17 @@ def model(release) -> SAILVLForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def by_hand() -> HandMade:
+def reference() -> ReferenceModel:
     config = released_config()
-    return HandMade(config, released_tensors(config, attentive=True), image_token_id=309)
+    return ReferenceModel(config, released_tensors(config, attentive=True), image_token_id=309)
 
 
 def tiles_of(*counts: int) -> torch.Tensor:
     return random_pixels(sum(counts), 3, 56, 56, seed=sum(counts))
 
 
-class Dictation(LogitsProcessor):
-    """Has the model write these tokens, a row a prompt, the last of a row again and again."""
+class ForcedTokens(LogitsProcessor):
+    """Force the generated tokens, one row per prompt; the last token of a row repeats."""
 
     def __init__(self, *rows: list[int]):
         self.rows, self.steps = rows, 0
@@ -68,7 +68,7 @@ class Dictation(LogitsProcessor):
 # One question
 
 FIRST_TURN = [("<image>\nWhat is the total?", "The total is 42.")]
-# question, tiles of the images, history, the prompt behind the system's turn
+# question, tiles of the images, history, the prompt after the system turn
 QUESTIONS = {
     "text alone": (
         "What is the total?", None, None,
@@ -109,64 +109,64 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize("case", QUESTIONS)
-def test_prompt_is_the_releases_to_the_byte_and_answer_the_hand_made_models(case, model, by_hand, tokenizer):
+def test_prompt_equals_the_releases_and_answer_equals_the_reference_model(case, model, reference, tokenizer):
     question, counts, history, rest = QUESTIONS[case]
-    recorder, pixels = Recorder(tokenizer), tiles_of(*counts) if counts else None
+    recorder, pixels = RecordingTokenizer(tokenizer), tiles_of(*counts) if counts else None
     answer = model.chat(recorder, pixels, question, GREEDY, history=history, num_patches_list=counts)
     assert recorder.prompts == [SYSTEM + rest]
-    assert answer and answer == by_hand.answer(tokenizer, SYSTEM + rest, pixels)
+    assert answer and answer == reference.answer(tokenizer, SYSTEM + rest, pixels)
 
 
 def test_one_image_of_all_tiles_is_the_default(model, tokenizer):
-    recorder = Recorder(tokenizer)
+    recorder = RecordingTokenizer(tokenizer)
     model.chat(recorder, tiles_of(3), "What is the total?", GREEDY)
     assert f"<img>{TILE * 3}</img>\nWhat" in recorder.prompts[0]
 
 
-def test_tiles_may_be_floats_of_any_type(model, by_hand, tokenizer):
+def test_tiles_of_any_float_dtype_are_accepted(model, reference, tokenizer):
     pixels = tiles_of(2).bfloat16()
     prompt = SYSTEM + QUESTIONS["an image before the question"][3].replace(TILE, TILE * 2)
-    assert model.chat(tokenizer, pixels, "What is the total?", GREEDY) == by_hand.answer(
+    assert model.chat(tokenizer, pixels, "What is the total?", GREEDY) == reference.answer(
         tokenizer, prompt, pixels.float()
     )
 
 
-def test_a_returned_history_continues_the_conversation(model, by_hand, tokenizer):
-    """The image of the first turn comes without an <image>, that of the second with one."""
+def test_a_returned_history_continues_the_conversation(model, reference, tokenizer):
+    """The first question has no <image>, the second has one."""
     pixels = tiles_of(2, 1)
     options = {"generation_config": GREEDY, "return_history": True}
     first, history = model.chat(tokenizer, pixels[:2], "What is the total?", **options)
     assert history == [("<image>\nWhat is the total?", first)]
     second, longer = model.chat(tokenizer, pixels, "And <image>?", history=history, num_patches_list=[2, 1], **options)
     prompt = f"{SYSTEM}<|im_start|>user\n<img>{TILE * 2}</img>\nWhat is the total?<|im_end|><|im_start|>assistant\n"
-    assert first == by_hand.answer(tokenizer, prompt, pixels[:2])
+    assert first == reference.answer(tokenizer, prompt, pixels[:2])
     prompt += f"{first}<|im_end|><|im_start|>user\nAnd <img>{TILE}</img>?<|im_end|><|im_start|>assistant\n"
-    assert second == by_hand.answer(tokenizer, prompt, pixels)
+    assert second == reference.answer(tokenizer, prompt, pixels)
     assert longer == [*history, ("And <image>?", second)] and len(history) == 1
 
 
-def test_an_image_may_be_written_with_other_tokens(release, tokenizer):
+def test_image_tokens_can_be_changed(release, tokenizer):
     config = released_config()
-    by_hand = HandMade(config, released_tensors(config, attentive=True), image_token_id=314)
+    reference = ReferenceModel(config, released_tensors(config, attentive=True), image_token_id=314)
     model, pixels = SAILVLForConditionalGeneration.from_pretrained(release, dtype=torch.float32).eval(), tiles_of(2)
     answer = model.chat(
         tokenizer, pixels, "Why?", GREEDY,
         IMG_START_TOKEN="<ref>", IMG_END_TOKEN="</ref>", IMG_CONTEXT_TOKEN="<box>",
     )  # fmt: skip
     prompt = f"{SYSTEM}<|im_start|>user\n<ref>{'<box>' * 8}</ref>\nWhy?<|im_end|><|im_start|>assistant\n"
-    assert answer == by_hand.answer(tokenizer, prompt, pixels)
+    assert answer == reference.answer(tokenizer, prompt, pixels)
 
 
-def test_the_systems_turn_can_be_replaced(model, tokenizer, monkeypatch):
+def test_the_system_message_can_be_replaced(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model, "system_message", "Answer in one word.")
-    recorder = Recorder(tokenizer)
+    recorder = RecordingTokenizer(tokenizer)
     model.chat(recorder, None, "Why?", GREEDY)
     assert recorder.prompts == [
         "<|im_start|>system\nAnswer in one word.<|im_end|><|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"
     ]
 
 
-def test_verbose_logs_the_prompt_with_its_images_folded_and_the_answer(model, tokenizer, caplog):
+def test_verbose_logs_the_compact_prompt_and_the_answer(model, tokenizer, caplog):
     with caplog.at_level("INFO", logger="sailvit.chat_sailvl"):
         assert model.chat(tokenizer, tiles_of(2), "Why?", GREEDY) and not caplog.messages
         answer = model.chat(tokenizer, tiles_of(2), "Why?", GREEDY, verbose=True)
@@ -176,7 +176,7 @@ def test_verbose_logs_the_prompt_with_its_images_folded_and_the_answer(model, to
 
 # Several questions at once
 
-# questions, tiles of the images question by question, histories
+# questions, tiles of the images per question, histories
 BATCHES = {
     "of other lengths and tiles": (
         ["What is the total?", "<image>\nDescribe the image. Answer with one word.", "In <image>?"], [[3], [1], [2]],
@@ -192,15 +192,15 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("case", BATCHES)
-def test_a_batch_gives_what_each_question_gives_alone(case, model, by_hand, tokenizer):
+def test_batch_chat_equals_chat_per_question(case, model, reference, tokenizer):
     questions, counts, histories = BATCHES[case]
     flat = [count for own in counts for count in own]
-    pixels, recorder = tiles_of(*flat) if flat else None, Recorder(tokenizer)
+    pixels, recorder = tiles_of(*flat) if flat else None, RecordingTokenizer(tokenizer)
     answers = model.batch_chat(recorder, pixels, questions, GREEDY, flat if flat else None, histories)
     own_tiles = pixels.split([sum(own) for own in counts]) if flat else [None] * len(questions)
     own_tiles = [None if own is None or not len(own) else own for own in own_tiles]
-    assert answers == [by_hand.answer(tokenizer, *own) for own in zip(recorder.prompts, own_tiles, strict=True)]
-    alone = Recorder(tokenizer)
+    assert answers == [reference.answer(tokenizer, *own) for own in zip(recorder.prompts, own_tiles, strict=True)]
+    alone = RecordingTokenizer(tokenizer)
     for answer, question, own, tiles, history in zip(
         answers, questions, own_tiles, counts, histories or [None] * len(questions), strict=True
     ):
@@ -208,8 +208,8 @@ def test_a_batch_gives_what_each_question_gives_alone(case, model, by_hand, toke
     assert alone.prompts == recorder.prompts
 
 
-def test_an_image_of_a_batch_is_one_tile_by_default(model, tokenizer):
-    recorder, pixels, questions = Recorder(tokenizer), tiles_of(2), ["What is the total?", "Why? <image>"]
+def test_batch_chat_uses_one_tile_per_image_by_default(model, tokenizer):
+    recorder, pixels, questions = RecordingTokenizer(tokenizer), tiles_of(2), ["What is the total?", "Why? <image>"]
     answers = model.batch_chat(recorder, pixels, questions, GREEDY)
     assert [prompt.removeprefix(SYSTEM) for prompt in recorder.prompts] == [
         f"<|im_start|>user\n<img>{TILE}</img>\nWhat is the total?<|im_end|><|im_start|>assistant\n",
@@ -218,7 +218,7 @@ def test_an_image_of_a_batch_is_one_tile_by_default(model, tokenizer):
     assert answers == [model.chat(tokenizer, pixels[i : i + 1], questions[i], GREEDY) for i in (0, 1)]
 
 
-def test_returned_histories_of_a_batch_continue_it(model, tokenizer):
+def test_returned_histories_continue_a_batch(model, tokenizer):
     pixels = tiles_of(2)
     options = {"generation_config": GREEDY, "return_history": True}
     first, histories = model.batch_chat(tokenizer, pixels, ["Why?", "What is the total?"], **options)
@@ -232,12 +232,12 @@ def test_returned_histories_of_a_batch_continue_it(model, tokenizer):
 # Generation
 
 
-def test_an_answer_ends_with_its_turn_and_is_stripped(model, tmp_path):
+def test_an_answer_ends_at_the_end_of_turn_and_is_stripped(model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path))
     short, long = (tokenizer(text).input_ids for text in (" 42.\n<|im_end|>The total", "The total is 42.<|im_end|>"))
     end = short.index(306) + 1
     assert end < len(long)
-    alone, together = Dictation(short), Dictation(long, short)
+    alone, together = ForcedTokens(short), ForcedTokens(long, short)
     answer = model.chat(tokenizer, None, "Why?", {"logits_processor": [alone], "max_new_tokens": 40})
     assert (answer, alone.steps) == ("42.", end)
     answers = model.batch_chat(tokenizer, None, ["Why?"] * 2, {"logits_processor": [together], "max_new_tokens": 40})
@@ -245,87 +245,91 @@ def test_an_answer_ends_with_its_turn_and_is_stripped(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [dict, GenerationConfig])
-def test_the_generation_settings_are_heeded_and_stay_as_they_were(kind, model, by_hand, tokenizer):
+def test_generation_config_is_used_and_not_modified(kind, model, reference, tokenizer):
     settings = kind(do_sample=False, max_new_tokens=4, top_p=None)
     before = copy.deepcopy(settings)
     prompt = SYSTEM + QUESTIONS["text alone"][3]
     for _ in range(2):
-        assert model.chat(tokenizer, None, "What is the total?", settings) == by_hand.answer(tokenizer, prompt, None, 4)
+        assert model.chat(tokenizer, None, "What is the total?", settings) == reference.answer(
+            tokenizer, prompt, None, 4
+        )
     assert settings == before
 
 
-def test_a_setting_of_none_leaves_the_models_own(model, by_hand, tokenizer, monkeypatch):
+def test_none_in_generation_config_keeps_the_models_default(model, reference, tokenizer, monkeypatch):
     monkeypatch.setattr(model.generation_config, "max_new_tokens", 3)
     prompt = SYSTEM + QUESTIONS["text alone"][3]
     answer = model.chat(tokenizer, None, "What is the total?", {"do_sample": False, "max_new_tokens": None})
-    assert answer == by_hand.answer(tokenizer, prompt, tokens=3)
+    assert answer == reference.answer(tokenizer, prompt, tokens=3)
 
 
-def test_greedy_is_greedy_for_a_model_that_samples_by_default(model, by_hand, tokenizer, monkeypatch):
-    """As Qwen2's own generation_config.json has it."""
+def test_do_sample_false_overrides_the_models_default(model, reference, tokenizer, monkeypatch):
+    """As in the generation_config.json of Qwen2."""
     for name, value in {"do_sample": True, "temperature": 50.0, "top_k": 300}.items():
         monkeypatch.setattr(model.generation_config, name, value)
     prompt = SYSTEM + QUESTIONS["text alone"][3]
-    assert model.chat(tokenizer, None, "What is the total?", GREEDY) == by_hand.answer(tokenizer, prompt)
+    assert model.chat(tokenizer, None, "What is the total?", GREEDY) == reference.answer(tokenizer, prompt)
 
 
-# Bad input
+# Invalid input
 
 WRONG_COUNTS = [
-    ("Why?", 2, [3], r"1 <image> in the prompt, num_patches_list \[3\] of 3 tiles, 2 tiles in pixel_values"),
-    ("Why?", 2, [1, 1], r"1 <image> in the prompt, num_patches_list \[1, 1\] of 2 tiles, 2 tiles in pixel_values"),
-    ("<image> <image>", 2, None, r"2 <image> in the prompt, num_patches_list \[2\] of 2 tiles"),
+    ("Why?", 2, [3], r"1 <image> in the prompt, num_patches_list \[3\] with 3 tiles, 2 tiles in pixel_values"),
+    ("Why?", 2, [1, 1], r"1 <image> in the prompt, num_patches_list \[1, 1\] with 2 tiles, 2 tiles in pixel_values"),
+    ("<image> <image>", 2, None, r"2 <image> in the prompt, num_patches_list \[2\] with 2 tiles"),
     ("<image> <image>", 2, [0, 2], r"2 <image> in the prompt, num_patches_list \[0, 2\]"),
-    ("Why?", 2, [], r"1 <image> in the prompt, num_patches_list \[\] of 0 tiles"),
-    ("Why?", 0, [2], r"num_patches_list is \[2\], but there are no pixel_values"),
+    ("Why?", 2, [], r"1 <image> in the prompt, num_patches_list \[\] with 0 tiles"),
+    ("Why?", 0, [2], r"num_patches_list is \[2\], but pixel_values is None"),
 ]
 
 
 @pytest.mark.parametrize(("question", "tiles", "counts", "message"), WRONG_COUNTS)
-def test_images_that_do_not_match_their_tiles_are_refused(question, tiles, counts, message, model, tokenizer):
+def test_mismatched_images_and_tiles_raise(question, tiles, counts, message, model, tokenizer):
     with pytest.raises(ValueError, match=message):
         model.chat(tokenizer, tiles_of(tiles) if tiles else None, question, GREEDY, num_patches_list=counts)
 
 
-def test_the_images_of_a_history_count_too(model, tokenizer):
-    with pytest.raises(ValueError, match=r"1 <image> in the prompt, num_patches_list \[2, 1\] of 3 tiles"):
+def test_images_in_the_history_are_counted(model, tokenizer):
+    with pytest.raises(ValueError, match=r"1 <image> in the prompt, num_patches_list \[2, 1\] with 3 tiles"):
         model.chat(tokenizer, tiles_of(2, 1), "Why?", GREEDY, history=FIRST_TURN, num_patches_list=[2, 1])
 
 
-def test_a_tokenizer_without_the_image_tokens_is_refused(model, tmp_path):
-    stranger = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path, image_tokens=False))
-    with pytest.raises(ValueError, match=r"the tokenizer has no '<IMG_CONTEXT>': take the one that was published"):
-        model.chat(stranger, tiles_of(1), "Why?", GREEDY)
-    assert model.chat(stranger, None, "Why?", GREEDY)
+def test_a_tokenizer_without_image_tokens_raises(model, tmp_path):
+    plain_tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path, image_tokens=False))
+    with pytest.raises(ValueError, match=r"the tokenizer has no '<IMG_CONTEXT>': use the tokenizer published"):
+        model.chat(plain_tokenizer, tiles_of(1), "Why?", GREEDY)
+    assert model.chat(plain_tokenizer, None, "Why?", GREEDY)
 
 
-def test_another_prompt_than_the_releases_is_refused(model, tokenizer, monkeypatch):
+def test_an_unknown_prompt_format_raises(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model.config, "template", "internvl2_5")
-    with pytest.raises(ValueError, match=r"prompt is 'internvl2_5', chat knows 'sailvl-chat': build the prompt with"):
+    with pytest.raises(
+        ValueError, match=r"template is 'internvl2_5', chat supports 'sailvl-chat': build the prompt with"
+    ):
         model.chat(tokenizer, None, "Why?", GREEDY)
 
 
-def test_what_chat_does_not_give_is_refused(model, tokenizer):
-    for asked in ({"num_return_sequences": 3, "do_sample": True}, {"return_dict_in_generate": True}):
-        with pytest.raises(ValueError, match="one answer a question, as text"):
-            model.chat(tokenizer, None, "hello", asked)
+def test_unsupported_generation_options_raise(model, tokenizer):
+    for options in ({"num_return_sequences": 3, "do_sample": True}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="one answer per question, as text"):
+            model.chat(tokenizer, None, "hello", options)
     with pytest.raises(ValueError, match="questions must be a list of questions"):
         model.batch_chat(tokenizer, None, "hello")
 
 
 @pytest.mark.parametrize(("questions", "histories"), [(["Why?"], [[], []]), ([], None)])
-def test_another_number_of_histories_than_of_questions_is_refused(questions, histories, model, tokenizer):
-    with pytest.raises(ValueError, match=rf"{len(questions)} questions and {len(histories or [])} histories"):
+def test_mismatched_questions_and_histories_raise(questions, histories, model, tokenizer):
+    with pytest.raises(ValueError, match=rf"got {len(questions)} questions and {len(histories or [])} histories"):
         model.batch_chat(tokenizer, None, questions, GREEDY, history=histories)
 
 
-# As others use it
+# Evaluation harnesses
 
 HARNESS = """
 import json, logging, sys, torch
 from transformers import AutoModel, AutoTokenizer
-asked_for = lambda record: "`torch_dtype` is deprecated" not in record.getMessage()  # by the harness
-logging.getLogger("transformers").handlers[0].addFilter(asked_for)
+is_not_deprecation = lambda record: "`torch_dtype` is deprecated" not in record.getMessage()  # by the harness
+logging.getLogger("transformers").handlers[0].addFilter(is_not_deprecation)
 path, images = sys.argv[1], torch.load(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, use_fast=False)
 model = AutoModel.from_pretrained(
@@ -364,7 +368,7 @@ print(json.dumps([answers, written, history]))
 """
 
 
-def test_the_calls_of_vlmevalkit_run_on_a_saved_folder_with_remote_code(release, tmp_path):
+def test_vlmevalkit_calls_work_with_remote_code(release, tmp_path):
     folder, tokenizer = tmp_path / "saved", AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer"))
     model = SAILVLForConditionalGeneration.from_pretrained(release, dtype=torch.bfloat16, image_token_id=309).eval()
     model.save_pretrained(folder)
@@ -392,11 +396,11 @@ def test_the_calls_of_vlmevalkit_run_on_a_saved_folder_with_remote_code(release,
         )
         assert output[0, inputs.input_ids.shape[1] :].tolist() == tokens
         assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer
-    asked = ["<image>\nWhy?", "<image>\nAnd here?", "So?"]
-    assert history == [[question, answer] for question, answer in zip(asked, answers[3:], strict=True)]
+    questions = ["<image>\nWhy?", "<image>\nAnd here?", "So?"]
+    assert history == [[question, answer] for question, answer in zip(questions, answers[3:], strict=True)]
 
 
-def test_a_page_of_text_is_tiled_shown_and_answered(model, by_hand, tokenizer):
+def test_chat_about_a_document_page_equals_the_reference_model(model, reference, tokenizer):
     page = Image.new("RGB", (900, 1200), "white")
     text = "Invoice 17\n\nPaper, 3 boxes   27.00\nInk, 1 bottle    15.00\n\nThe total is 42."
     ImageDraw.Draw(page).multiline_text((60, 80), text, "black", ImageFont.load_default(size=56), spacing=24)
@@ -412,5 +416,5 @@ def test_a_page_of_text_is_tiled_shown_and_answered(model, by_hand, tokenizer):
     ])  # fmt: skip
     by_pillow = torch.stack([normalized(tile) for tile in cut])
     prompt = f"{SYSTEM}<|im_start|>user\n<img>{TILE * 13}</img>\nWhat is the total?<|im_end|><|im_start|>assistant\n"
-    assert answer == by_hand.answer(tokenizer, prompt, by_pillow)
-    assert answer != by_hand.answer(tokenizer, prompt, torch.zeros_like(by_pillow))
+    assert answer == reference.answer(tokenizer, prompt, by_pillow)
+    assert answer != reference.answer(tokenizer, prompt, torch.zeros_like(by_pillow))

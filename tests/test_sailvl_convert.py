@@ -16,7 +16,7 @@ from toy_sailvl import (
     IMAGE_TOKENS,
     LANGUAGE,
     LANGUAGES,
-    HandMade,
+    ReferenceModel,
     released_config,
     released_tensors,
     write_release,
@@ -161,7 +161,9 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     run_stranger(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
     ids, pixels, logits = torch.load(tmp_path / "logits.pt")
     config = released_config(language, tied)
-    assert relative_difference(logits, HandMade(config, released_tensors(config), IMAGE).logits(ids, pixels)) < 1e-4
+    assert (
+        relative_difference(logits, ReferenceModel(config, released_tensors(config), IMAGE).logits(ids, pixels)) < 1e-4
+    )
     assert inspect_checkpoint(tmp_path / "out", deep=True).whole
 
 
@@ -457,7 +459,7 @@ def test_the_language_model_taken_out_loads_alone(tmp_path, language, tied):
     ids = torch.arange(10)[None]
     config = released_config(language, tied)
     with torch.no_grad():
-        expected = HandMade(config, released_tensors(config), IMAGE).logits(ids)
+        expected = ReferenceModel(config, released_tensors(config), IMAGE).logits(ids)
         assert relative_difference(model(ids).logits, expected) < 1e-6
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<IMG_CONTEXT>") == IMAGE
     assert read(tmp_path / "out" / "generation_config.json")["eos_token_id"] == 306
@@ -638,7 +640,10 @@ DAMAGE = {
     "unknown language": (llm_with(model_type="gpt-17"), "'gpt-17' is not known .*--part vision"),
     "internlm2": (llm_with(model_type="internlm2"), "'internlm2' is not known .*convert it to Llama's names"),
     "ps_version": (config_with(ps_version="v1"), "ps_version 'v1' is not supported"),
-    "select_layer": (config_with(select_layer=7), "select_layer 7 is out of range: a tower of 3 blocks has -4 to 3"),
+    "select_layer": (
+        config_with(select_layer=7),
+        "select_layer 7 is out of range: expected -4 to 3 for a vision encoder of 3 blocks",
+    ),
     "padded pictures": (config_with(pad2square=True), "pad2square pads pictures to a square, which nothing here does"),
     "max tiles": (config_with(max_dynamic_patch=0), "max_tiles"),
     "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; .64. is wanted"),

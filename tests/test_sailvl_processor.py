@@ -1,4 +1,4 @@
-"""The processor of SAIL-VL, against prompts that are written out here, the image processor, and the hand-made model."""
+"""SAILVLProcessor: prompts, options, saving, messages; compared with the image processor and a reference model."""
 
 import base64
 import json
@@ -19,8 +19,8 @@ from test_hub_folder import run_stranger
 from toy_sailvl import (
     SYSTEM,
     TILE,
-    HandMade,
-    Recorder,
+    RecordingTokenizer,
+    ReferenceModel,
     load_tokenizer,
     released_config,
     released_tensors,
@@ -49,7 +49,7 @@ def processor(tokenizer) -> SAILVLProcessor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory):
-    """A model and its processor in one folder."""
+    """A folder with a model and its processor."""
     folder = tmp_path_factory.mktemp("saved") / "toy"
     release = write_release(folder.with_name("release"), attentive=True)
     model = SAILVLForConditionalGeneration.from_pretrained(release, dtype=torch.float32, image_token_id=CONTEXT)
@@ -60,9 +60,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def by_hand() -> HandMade:
+def reference() -> ReferenceModel:
     config = released_config()
-    return HandMade(config, released_tensors(config, attentive=True), CONTEXT)
+    return ReferenceModel(config, released_tensors(config, attentive=True), CONTEXT)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -70,16 +70,16 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(values)
 
 
-def images_in(ids: list[int]) -> list[int]:
-    """The placeholders of every image of a prompt; none stand elsewhere."""
+def image_lengths(ids: list[int]) -> list[int]:
+    """Return the number of placeholders of every image of a prompt; there must be none outside images."""
     shorthand = "".join({START: "<", CONTEXT: "x", END: ">"}.get(token, ".") for token in ids)
     images = re.findall("<(x+)>", shorthand)
     assert re.sub("<x+>", "", shorthand).strip(".") == ""
     return [len(image) for image in images]
 
 
-def tiles_of(processor: SAILVLProcessor, *pictures: Image.Image, **options) -> list[torch.Tensor]:
-    return [processor.image_processor(picture, **options)["pixel_values"] for picture in pictures]
+def tiles_of(processor: SAILVLProcessor, *images: Image.Image, **options) -> list[torch.Tensor]:
+    return [processor.image_processor(image, **options)["pixel_values"] for image in images]
 
 
 # The prompt
@@ -112,42 +112,42 @@ RENDERINGS = {
 
 
 @pytest.mark.parametrize("case", RENDERINGS)
-def test_the_template_renders_the_released_prompt_to_the_byte(case, processor):
+def test_the_template_renders_the_released_prompt(case, processor):
     messages, expected = RENDERINGS[case]
     assert processor.apply_chat_template(messages, tokenize=False) == expected
     expected += "<|im_start|>assistant\n"
     assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
 
 
-def test_the_template_refuses_what_it_has_no_words_for(processor):
+def test_the_template_raises_for_unknown_part_types(processor):
     with pytest.raises(Exception, match="content of the type audio: image, video or text is wanted"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
 
 
-def test_chat_sends_the_same_tokens(processor, saved):
+def test_chat_and_template_build_the_same_tokens(processor, saved):
     model = SAILVLForConditionalGeneration.from_pretrained(saved).eval()
-    pictures, recorder = [noise(60, 60), noise(130, 60, 1), noise(50, 90, 2)], Recorder(processor.tokenizer)
-    first, second, third = tiles_of(processor, *pictures)
-    asked = "Image-1: <image>\nImage-2: <image>\nWhy?"
+    images, recorder = [noise(60, 60), noise(130, 60, 1), noise(50, 90, 2)], RecordingTokenizer(processor.tokenizer)
+    first, second, third = tiles_of(processor, *images)
+    question = "Image-1: <image>\nImage-2: <image>\nWhy?"
     model.chat(
         recorder, torch.cat([first, second, third]), "<image>\nAnd here?", {"max_new_tokens": 1},
-        history=[(asked, "So.")], num_patches_list=[len(first), len(second), len(third)],
+        history=[(question, "So.")], num_patches_list=[len(first), len(second), len(third)],
     )  # fmt: skip
     messages = [user("<image>", "<image>", "Why?"), {"role": "assistant", "content": "So."}]
     messages.append(user("<image>", "And here?"))
     prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert processor(pictures, prompt)["input_ids"] == processor.tokenizer(recorder.prompts)["input_ids"]
+    assert processor(images, prompt)["input_ids"] == processor.tokenizer(recorder.prompts)["input_ids"]
 
 
 # Images
 
 
-def test_an_image_is_as_many_placeholders_as_its_tiles_have_tokens(processor):
-    for picture, tiles in [(noise(56, 56), 1), (noise(112, 56), 3), (noise(300, 290), 5)]:
-        batch = processor(picture, "Why? <IMG_CONTEXT>\nSo?")
+def test_an_image_expands_to_the_tokens_of_its_tiles(processor):
+    for image, tiles in [(noise(56, 56), 1), (noise(112, 56), 3), (noise(300, 290), 5)]:
+        batch = processor(image, "Why? <IMG_CONTEXT>\nSo?")
         expected = f"Why? <img>{TILE * tiles}</img>\nSo?"
         assert batch["input_ids"] == [processor.tokenizer(expected)["input_ids"]]
-        assert torch.equal(batch["pixel_values"], *tiles_of(processor, picture))
+        assert torch.equal(batch["pixel_values"], *tiles_of(processor, image))
         assert len(batch["pixel_values"]) == tiles
 
 
@@ -159,31 +159,31 @@ NESTINGS = {
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
-def test_images_fill_the_prompts_of_a_batch_in_order(nesting, processor):
-    """Three images for three prompts, not one for each."""
-    pictures = [noise(56, 56), noise(112, 56, 1), noise(56, 168, 2)]
+def test_images_are_assigned_to_prompts_in_order(nesting, processor):
+    """Three images for three prompts, not one per prompt."""
+    images = [noise(56, 56), noise(112, 56, 1), noise(56, 168, 2)]
     prompts = ["<IMG_CONTEXT>\nWhy?", "What is the total?", "Image-1: <IMG_CONTEXT>\nImage-2: <IMG_CONTEXT>\nWhy?"]
-    batch = processor(NESTINGS[nesting](*pictures), prompts)
-    tiles = tiles_of(processor, *pictures)
+    batch = processor(NESTINGS[nesting](*images), prompts)
+    tiles = tiles_of(processor, *images)
     first, second, third = (4 * len(own) for own in tiles)
     assert len({first, second, third}) == 3
-    assert [images_in(ids) for ids in batch["input_ids"]] == [[first], [], [second, third]]
+    assert [image_lengths(ids) for ids in batch["input_ids"]] == [[first], [], [second, third]]
     assert torch.equal(batch["pixel_values"], torch.cat(tiles))
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_placeholders_tiles_and_the_counter_for_servers_agree(processor, width, height, max_tiles):
-    picture = np.zeros((height, width, 3), np.uint8)
+def test_placeholders_tiles_and_token_counts_agree(processor, width, height, max_tiles):
+    image = np.zeros((height, width, 3), np.uint8)
     options = {"return_mm_token_type_ids": True, "max_tiles": max_tiles, "input_data_format": "channels_last"}
-    batch = processor(picture, "Why? <IMG_CONTEXT>", **options)
+    batch = processor(image, "Why? <IMG_CONTEXT>", **options)
     counted = processor._get_num_multimodal_tokens([(height, width)], max_tiles=max_tiles)
-    assert images_in(batch["input_ids"][0]) == [4 * len(batch["pixel_values"])]
+    assert image_lengths(batch["input_ids"][0]) == [4 * len(batch["pixel_values"])]
     assert counted["num_image_patches"] == [len(batch["pixel_values"])]
     assert counted["num_image_tokens"] == [sum(batch["mm_token_type_ids"][0])]
 
 
-def test_image_positions_are_marked_with_their_start_and_end(processor):
+def test_mm_token_type_ids_include_start_and_end_tokens(processor):
     prompts = ["<IMG_CONTEXT>\nWhy?", "What is the total, and what is it in words?"]
     batch = processor(noise(56, 56), prompts, padding=True, return_mm_token_type_ids=True, return_tensors="pt")
     assert batch["mm_token_type_ids"].shape == batch["input_ids"].shape
@@ -198,7 +198,7 @@ def frames(*seeds: int) -> list[Image.Image]:
     return [noise(80, 40, seed) for seed in seeds]
 
 
-def test_a_video_is_numbered_frames_of_one_tile_in_whatever_form_it_comes(processor, tmp_path):
+def test_a_video_of_any_form_expands_to_numbered_frames(processor, tmp_path):
     clip, prompt = frames(1, 2, 3), "<video>\nWhy?"
     expected = f"Frame-1: <img>{TILE}</img>\nFrame-2: <img>{TILE}</img>\nFrame-3: <img>{TILE}</img>\nWhy?"
     tiles = torch.cat(tiles_of(processor, *clip, do_tile=False))
@@ -215,18 +215,18 @@ def test_a_video_is_numbered_frames_of_one_tile_in_whatever_form_it_comes(proces
 
 @pytest.mark.parametrize("order", ["<IMG_CONTEXT>\n<video>\nWhy?", "<video>\n<IMG_CONTEXT>\nWhy?"])
 def test_images_and_videos_keep_the_order_of_the_prompt(order, processor):
-    picture, clip = noise(112, 56), frames(1, 2)
-    batch = processor(picture, order, clip)
-    image, *film = tiles_of(processor, picture), *tiles_of(processor, *clip, do_tile=False)
-    parts = [*image, *film] if order.startswith("<IMG") else [*film, *image]
+    image, clip = noise(112, 56), frames(1, 2)
+    batch = processor(image, order, clip)
+    image_tiles, *frame_tiles = tiles_of(processor, image), *tiles_of(processor, *clip, do_tile=False)
+    parts = [*image_tiles, *frame_tiles] if order.startswith("<IMG") else [*frame_tiles, *image_tiles]
     assert torch.equal(batch["pixel_values"], torch.cat(parts))
-    assert images_in(batch["input_ids"][0]) == [4 * len(part) for part in parts]
+    assert image_lengths(batch["input_ids"][0]) == [4 * len(part) for part in parts]
 
 
-# The tokenizer's side
+# Tokenizer options
 
 
-def test_prompts_of_a_batch_are_padded_on_the_left(processor):
+def test_prompts_are_padded_on_the_left(processor):
     prompts = ["Why?", "What is the total?"]
     batch = processor(text=prompts, padding=True, return_tensors="pt")
     short, long = (processor.tokenizer(prompt)["input_ids"] for prompt in prompts)
@@ -238,13 +238,13 @@ def test_prompts_of_a_batch_are_padded_on_the_left(processor):
 
 
 def sides(processor: SAILVLProcessor, **options) -> str:
-    """Where the padding of a batch is."""
+    """Return the side of the padding of a batch."""
     ids = processor(text=["Why?", "What is the total?"], padding=True, **options)["input_ids"][0]
     assert (ids[0] == PAD) != (ids[-1] == PAD)
     return "left" if ids[0] == PAD else "right"
 
 
-def test_the_padding_side_is_left_unless_somebody_says_otherwise(tokenizer, processor, tmp_path):
+def test_the_padding_side_is_left_unless_specified(tokenizer, processor, tmp_path):
     folder = write_tokenizer(tmp_path / "toy")
     build = partial(SAILVLProcessor, processor.image_processor, image_seq_length=4)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -255,7 +255,7 @@ def test_the_padding_side_is_left_unless_somebody_says_otherwise(tokenizer, proc
     assert sides(build(AutoTokenizer.from_pretrained(folder))) == "right"
 
 
-def test_a_padding_side_that_is_set_is_followed_and_saved(processor, tmp_path):
+def test_a_specified_padding_side_is_used_and_saved(processor, tmp_path):
     own = SAILVLProcessor(
         processor.image_processor, AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "toy")), image_seq_length=4
     )
@@ -271,8 +271,8 @@ def test_a_padding_side_that_is_set_is_followed_and_saved(processor, tmp_path):
         assert sides(SAILVLProcessor.from_pretrained(tmp_path / "again")) == side
 
 
-def test_options_that_the_tokenizer_was_loaded_with_are_followed(processor, tmp_path):
-    """As transformers' own processors do."""
+def test_options_of_the_loaded_tokenizer_are_used(processor, tmp_path):
+    """As in the processors of transformers."""
     folder = write_tokenizer(tmp_path / "toy")
     own = SAILVLProcessor(
         processor.image_processor, AutoTokenizer.from_pretrained(folder, padding="max_length", max_length=20)
@@ -286,7 +286,7 @@ def test_options_that_the_tokenizer_was_loaded_with_are_followed(processor, tmp_
     assert "token_type_ids" in own(text="Why?")
 
 
-def test_lists_come_back_unless_tensors_are_asked_for(processor):
+def test_lists_are_returned_unless_tensors_are_requested(processor):
     plain, tensors = (processor(noise(56, 56), "<IMG_CONTEXT>", return_tensors=kind) for kind in (None, "pt"))
     assert plain.keys() == tensors.keys() == {"input_ids", "attention_mask", "pixel_values"}
     assert isinstance(plain["input_ids"][0], list)
@@ -296,11 +296,11 @@ def test_lists_come_back_unless_tensors_are_asked_for(processor):
     assert isinstance(arrays["input_ids"], np.ndarray) and isinstance(arrays["pixel_values"], np.ndarray)
 
 
-def test_options_may_be_given_for_their_part(processor):
-    picture, prompt = noise(300, 300), "<IMG_CONTEXT>\nWhy?"
-    flat = processor(picture, prompt, max_tiles=2, use_thumbnail=False, padding="max_length", max_length=40)
+def test_options_can_be_grouped_by_modality(processor):
+    image, prompt = noise(300, 300), "<IMG_CONTEXT>\nWhy?"
+    flat = processor(image, prompt, max_tiles=2, use_thumbnail=False, padding="max_length", max_length=40)
     parted = processor(
-        picture,
+        image,
         prompt,
         images_kwargs={"max_tiles": 2, "use_thumbnail": False},
         text_kwargs={"padding": "max_length", "max_length": 40},
@@ -331,7 +331,7 @@ MISSPELT = [
 
 
 @pytest.mark.parametrize(("options", "message"), MISSPELT)
-def test_a_misspelt_option_is_refused_with_the_nearest(options, message, processor):
+def test_a_misspelt_option_raises_with_the_closest_name(options, message, processor):
     with pytest.raises(TypeError, match=re.escape(message)) as caught:
         processor(noise(56, 56), "<IMG_CONTEXT>", **options)
     assert len(str(caught.value)) < 400
@@ -342,7 +342,7 @@ def test_a_misspelt_option_is_refused_with_the_nearest(options, message, process
 
 
 @pytest.mark.parametrize("nothing", [None, [], [[]], [None], ()])
-def test_nothing_of_a_kind_that_is_not_taken_is_nothing(nothing, processor):
+def test_empty_audio_is_ignored(nothing, processor):
     expected = processor(text="Why?", return_tensors="pt")
     for media in ({"audio": nothing}, {"audios": nothing}, {"images": nothing}, {"videos": nothing}):
         batch = processor(text="Why?", return_tensors="pt", audio_kwargs={}, **media)
@@ -358,7 +358,7 @@ TWICE = [
 
 
 @pytest.mark.parametrize("options", TWICE)
-def test_an_option_that_is_given_twice_is_refused(options, processor):
+def test_an_option_given_twice_raises(options, processor):
     with pytest.raises(ValueError, match=r"given twice, in .*_kwargs and outside of it"):
         processor(text="Why?", **options)
     conversation, (name, *_) = [user("Why?")], options
@@ -371,7 +371,7 @@ def test_an_option_that_is_given_twice_is_refused(options, processor):
             )
 
 
-def test_common_options_are_for_every_part_and_give_way(processor):
+def test_common_kwargs_apply_to_all_and_can_be_overridden(processor):
     common = {"return_tensors": "np", "max_tiles": 1}
     batch = processor(noise(300, 300), "<IMG_CONTEXT>", common_kwargs=common)
     assert isinstance(batch["pixel_values"], np.ndarray) and isinstance(batch["input_ids"], np.ndarray)
@@ -380,23 +380,23 @@ def test_common_options_are_for_every_part_and_give_way(processor):
     assert isinstance(batch["pixel_values"], torch.Tensor)
 
 
-def test_pixels_may_be_of_a_type_of_their_own(processor):
+def test_pixel_values_can_have_their_own_tensor_type(processor):
     batch = processor(noise(56, 56), "<IMG_CONTEXT>", images_kwargs={"return_tensors": "np"})
     assert isinstance(batch["pixel_values"], np.ndarray) and isinstance(batch["input_ids"], list)
 
 
 # "<img>", 4 placeholders, "</img>", then 5 tokens of text
 @pytest.mark.parametrize(("length", "side"), [(5, "right"), (3, "right"), (9, "left"), (10, "left")])
-def test_truncation_through_an_image_is_refused(length, side, processor, monkeypatch):
+def test_truncation_through_an_image_raises(length, side, processor, monkeypatch):
     monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
     with pytest.raises(ValueError, match=rf"max_length {length}: truncation would cut through an image"):
         processor(noise(56, 56), "<IMG_CONTEXT>What is the total?", truncation=True, max_length=length)
 
 
-def test_truncation_of_text_alone_is_not(processor):
-    whole = processor(noise(56, 56), "<IMG_CONTEXT>What is the total?")["input_ids"][0]
+def test_truncation_of_text_works(processor):
+    full_ids = processor(noise(56, 56), "<IMG_CONTEXT>What is the total?")["input_ids"][0]
     cut = processor(noise(56, 56), "<IMG_CONTEXT>What is the total?", truncation=True, max_length=8)
-    assert cut["input_ids"] == [whole[:8]] and images_in(whole) == [4] and len(whole) == 11
+    assert cut["input_ids"] == [full_ids[:8]] and image_lengths(full_ids) == [4] and len(full_ids) == 11
 
 
 PICTURE = noise(56, 56)
@@ -415,20 +415,20 @@ MISMATCHES = [
     (["<IMG_CONTEXT>"] * 500, [PICTURE], None, "500 <IMG_CONTEXT> in the text, 1 images"),
     ("Why?", None, [[PICTURE]], "0 <video> in the text, 1 videos"),
     (None, PICTURE, None, "text must be a prompt or a list of prompts"),
-    ("<video>", None, [np.zeros((0, 8, 8, 3), np.uint8)], "a video without frames"),
+    ("<video>", None, [np.zeros((0, 8, 8, 3), np.uint8)], "the video has no frames"),
 ]
 
 
 @pytest.mark.parametrize(("text", "images", "videos", "message"), MISMATCHES)
-def test_placeholders_and_pictures_that_do_not_match_are_refused(text, images, videos, message, processor):
+def test_mismatched_placeholders_and_media_raise(text, images, videos, message, processor):
     with pytest.raises(ValueError, match=re.escape(message)):
         processor(images, text, videos)
 
 
 @pytest.mark.parametrize("token", ["image_token", "image_start_token", "image_end_token"])
-def test_a_tokenizer_that_lacks_a_token_is_refused(token, processor, tmp_path):
+def test_a_tokenizer_without_an_image_token_raises(token, processor, tmp_path):
     with pytest.raises(
-        ValueError, match=r"the tokenizer has no '<pic>': take the one .* or one that `sailvit compose`"
+        ValueError, match=r"the tokenizer has no '<pic>': use the tokenizer .* or one extended by `sailvit compose`"
     ):
         SAILVLProcessor(processor.image_processor, processor.tokenizer, **{token: "<pic>"})
     bare = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path, image_tokens=False))
@@ -440,7 +440,7 @@ def test_a_tokenizer_that_lacks_a_token_is_refused(token, processor, tmp_path):
 
 
 def test_saved_equals_loaded(processor, saved, tmp_path):
-    """Beside the model's configuration, which says of what class the image processor is."""
+    """In a model folder, whose config.json names the class of the image processor."""
     template = "{% for message in messages %}{{ message['content'][0]['text'] }}!{% endfor %}"
     options = {"image_seq_length": 9, "image_start_token": "<quad>", "image_end_token": "</quad>"}
     kept = SAILViTImageProcessor(size=56, max_tiles=3, use_thumbnail=False)
@@ -456,7 +456,7 @@ def test_saved_equals_loaded(processor, saved, tmp_path):
     assert released.image_seq_length == 4 and released.image_processor.max_tiles == 4
 
 
-def test_the_tokenizer_is_left_alone(saved):
+def test_the_saved_tokenizer_is_unchanged(saved):
     text = f"{SYSTEM}<quad><img>{TILE}</img></quad>\n Why?  42\n<|im_end|>"
     original = AutoTokenizer.from_pretrained(saved.with_name("tokenizer"))
     for other in (AutoTokenizer.from_pretrained(saved), AutoProcessor.from_pretrained(saved).tokenizer):
@@ -466,14 +466,14 @@ def test_the_tokenizer_is_left_alone(saved):
         assert (other.padding_side, other.model_max_length) == ("left", original.model_max_length)
 
 
-LOADER_SCRIPT = """
+LOAD_IMAGE_PROCESSORS = """
 import json, sys
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils import logging
-logging.set_verbosity_error()  # transformers < 5.4 has something to say on fast and slow ones
-both, pictures = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(both, trust_remote_code=True)
-parts = [AutoImageProcessor.from_pretrained(folder, trust_remote_code=True) for folder in (both, pictures)]
+logging.set_verbosity_error()  # transformers < 5.4 warns about fast and slow processors
+full, images_only = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(full, trust_remote_code=True)
+parts = [AutoImageProcessor.from_pretrained(folder, trust_remote_code=True) for folder in (full, images_only)]
 parts.append(processor.image_processor)
 assert not any(name.split(".")[0] == "sailvit" for name in sys.modules)
 print(json.dumps([type(processor).__name__, processor.image_seq_length, *(part.to_dict() for part in parts)]))
@@ -481,24 +481,24 @@ print(json.dumps([type(processor).__name__, processor.image_seq_length, *(part.t
 
 
 def test_a_processor_without_a_model_loads_from_its_folder(processor, tmp_path):
-    """As beside an adapter: no config.json says of what class the image processor is."""
-    both, pictures = tmp_path / "both", tmp_path / "pictures"
-    processor.save_pretrained(both)
-    processor.image_processor.save_pretrained(pictures)
+    """As in an adapter folder: there is no config.json with the class of the image processor."""
+    full, images_only = tmp_path / "full", tmp_path / "images_only"
+    processor.save_pretrained(full)
+    processor.image_processor.save_pretrained(images_only)
     expected = processor.image_processor.to_dict()
     for options in ({}, {"trust_remote_code": True}):
         for loaded in (
-            SAILVLProcessor.from_pretrained(both, **options),
-            AutoProcessor.from_pretrained(both, **options),
+            SAILVLProcessor.from_pretrained(full, **options),
+            AutoProcessor.from_pretrained(full, **options),
         ):
             assert loaded.to_dict() == processor.to_dict() and loaded.image_processor.to_dict() == expected
-        for folder in (both, pictures):
+        for folder in (full, images_only):
             assert AutoImageProcessor.from_pretrained(folder, **options).to_dict() == expected
-    loaded = json.loads(run_stranger(LOADER_SCRIPT, both, pictures, home=tmp_path))
+    loaded = json.loads(run_stranger(LOAD_IMAGE_PROCESSORS, full, images_only, home=tmp_path))
     assert loaded == ["SAILVLProcessor", 4, *[json.loads(json.dumps(expected))] * 3]
 
 
-def test_beside_a_model_its_configuration_alone_names_classes(saved, processor):
+def test_in_a_model_folder_only_config_json_names_classes(saved, processor):
     named = {"auto_map", "image_processor_type"}
     assert not named & json.loads((saved / "preprocessor_config.json").read_text()).keys()
     assert not named & processor.image_processor.to_dict().keys()
@@ -525,41 +525,41 @@ print(json.dumps([inputs["input_ids"].tolist(), new.tolist(), processor.decode(n
 """
 
 
-def asked_about_the_photograph(processor: SAILVLProcessor) -> tuple[str, torch.Tensor]:
-    """The prompt and the tiles of a question about the photograph."""
+def photograph_question(processor: SAILVLProcessor) -> tuple[str, torch.Tensor]:
+    """Return the prompt and the tiles of a question about the photo."""
     tiles = processor.image_processor(Image.open(PHOTOGRAPH))["pixel_values"]
     image = f"<img>{TILE * len(tiles)}</img>"
     prompt = f"{SYSTEM}<|im_start|>user\n{image}\nWhat is the total?<|im_end|><|im_start|>assistant\n"
     return prompt, tiles
 
 
-def test_card_usage_with_remote_code_is_silent_and_writes_the_hand_made_models_tokens(saved, by_hand, tmp_path):
+def test_card_usage_with_remote_code_is_silent_and_equals_the_reference_model(saved, reference, tmp_path):
     ids, tokens, answer = json.loads(run_stranger(CARD, saved, PHOTOGRAPH, home=tmp_path))
     processor = SAILVLProcessor.from_pretrained(saved)
-    prompt, tiles = asked_about_the_photograph(processor)
+    prompt, tiles = photograph_question(processor)
     expected = processor.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    assert ids == expected.tolist() and tokens == by_hand.greedy(expected, tiles, 6)
+    assert ids == expected.tolist() and tokens == reference.greedy(expected, tiles, 6)
     assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_the_pipeline_writes_the_hand_made_models_tokens(saved, by_hand):
-    """With the package imported, and so without remote code."""
+def test_the_pipeline_equals_the_reference_model(saved, reference):
+    """The package is imported, so no remote code is needed."""
     answerer = pipeline("image-text-to-text", model=str(saved), device="cpu")
-    prompt, tiles = asked_about_the_photograph(answerer.processor)
+    prompt, tiles = photograph_question(answerer.processor)
     ids = answerer.tokenizer(prompt, return_tensors="pt")["input_ids"]
     content = [{"type": "image", "image": str(PHOTOGRAPH)}, {"type": "text", "text": "What is the total?"}]
     settings = {"do_sample": False, "max_new_tokens": 6}
     options = {"text": [{"role": "user", "content": content}], "generate_kwargs": settings}
     (written,) = answerer(**options, return_tensors=True)
-    expected = by_hand.greedy(ids, tiles, 6)
+    expected = reference.greedy(ids, tiles, 6)
     assert written["generated_token_ids"].tolist() == ids[0].tolist() + expected
     (written,) = answerer(**options, return_full_text=False)
     assert written["generated_text"] == answerer.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_a_batch_of_messages_writes_what_each_writes_alone(saved, by_hand):
+def test_a_batch_of_conversations_equals_single_conversations(saved, reference):
     processor, model = AutoProcessor.from_pretrained(saved), AutoModelForImageTextToText.from_pretrained(saved).eval()
-    prompt, tiles = asked_about_the_photograph(processor)
+    prompt, tiles = photograph_question(processor)
     content = [{"type": "image", "path": str(PHOTOGRAPH)}, {"type": "text", "text": "What is the total?"}]
     messages = [[{"role": "user", "content": "Why?"}], [{"role": "user", "content": content}]]
     batch = processor.apply_chat_template(
@@ -568,11 +568,13 @@ def test_a_batch_of_messages_writes_what_each_writes_alone(saved, by_hand):
     output = model.generate(**batch, do_sample=False, max_new_tokens=6, pad_token_id=PAD)
     alone = [(f"{SYSTEM}<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n", None), (prompt, tiles)]
     for row, (text, own) in zip(output, alone, strict=True):
-        assert row[-6:].tolist() == by_hand.greedy(processor.tokenizer(text, return_tensors="pt")["input_ids"], own, 6)
+        assert row[-6:].tolist() == reference.greedy(
+            processor.tokenizer(text, return_tensors="pt")["input_ids"], own, 6
+        )
 
 
-def test_a_pipeline_writes_the_same_in_batches_as_one_by_one(saved):
-    """The tokenizer's own files name no padding side."""
+def test_a_batched_pipeline_equals_single_calls(saved):
+    """The files of the tokenizer specify no padding side."""
     image = {"type": "image", "image": str(PHOTOGRAPH)}
     questions = ("Why?", "What is the total?", "Describe the image. Answer with one word.")
     chats = [[{"role": "user", "content": [image, {"type": "text", "text": text}]}] for text in questions]
@@ -586,7 +588,7 @@ def test_a_pipeline_writes_the_same_in_batches_as_one_by_one(saved):
 
 
 @pytest.mark.skipif(RELEASE < (5, 23), reason="the pipeline drops the options of a chat")
-def test_a_pipeline_hands_on_the_options_of_a_call(saved):
+def test_a_pipeline_passes_processor_options(saved):
     answerer = pipeline("image-text-to-text", model=str(saved), device="cpu")
     video = [noise(60, 60, seed) for seed in range(6)]
     chat = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "Why?"}]}]
@@ -598,12 +600,12 @@ def test_a_pipeline_hands_on_the_options_of_a_call(saved):
 # Messages
 
 
-def image_forms(path: Path, picture: Image.Image) -> dict[str, dict]:
-    picture.save(path)
+def image_forms(path: Path, image: Image.Image) -> dict[str, dict]:
+    image.save(path)
     content = base64.b64encode(path.read_bytes()).decode()
     return {
-        "a picture": {"image": picture},
-        "an array": {"image": np.asarray(picture)},
+        "an image": {"image": image},
+        "an array": {"image": np.asarray(image)},
         "a path": {"path": str(path)},
         "a path as an image": {"image": str(path)},
         "a path as a URL": {"url": str(path)},
@@ -615,7 +617,7 @@ def image_forms(path: Path, picture: Image.Image) -> dict[str, dict]:
     }
 
 
-def test_a_message_takes_an_image_in_every_form(processor, tmp_path):
+def test_a_message_accepts_an_image_in_every_form(processor, tmp_path):
     (tiles,) = tiles_of(processor, noise(130, 60))
     for name, form in image_forms(tmp_path / "noise.png", noise(130, 60)).items():
         parts = [{"type": "image", **form}, {"type": "text", "text": "Why?"}]
@@ -623,7 +625,7 @@ def test_a_message_takes_an_image_in_every_form(processor, tmp_path):
         for conversation, rows in (messages, 1), ([messages, messages], 2):
             batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
             assert torch.equal(batch["pixel_values"], torch.cat([tiles] * rows)), name
-            assert [images_in(ids) for ids in batch["input_ids"].tolist()] == [[4 * len(tiles)]] * rows
+            assert [image_lengths(ids) for ids in batch["input_ids"].tolist()] == [[4 * len(tiles)]] * rows
 
 
 TEXT = {"type": "text", "text": "Why?"}
@@ -632,23 +634,23 @@ BROKEN = {
     "None for an image": ({"type": "image", "image": None}, "needs one of image, url, path, base64; got none"),
     "an image under no key of its own": ({"type": "image", "img": "a.png"}, "one of image, url, path, base64; got img"),
     "two images": ({"type": "image", "url": "a", "path": "b"}, "one of image, url, path, base64; got url, path"),
-    "an option of an image": ({"type": "image", "image": "a", "max_pixels": 9}, "base64, not max_pixels: options are"),
+    "an option of an image": ({"type": "image", "image": "a", "max_pixels": 9}, "base64, not max_pixels: pass options"),
     "no video": ({"type": "video"}, "a video part needs one of video, url, path; got none"),
     "a video in base64": ({"type": "video", "base64": "a"}, "a video part needs one of video, url, path; got base64"),
-    "an option of a video": ({"type": "video", "video": "a", "fps": 1}, "video, url, path, not fps: options are given"),
+    "an option of a video": ({"type": "video", "video": "a", "fps": 1}, "video, url, path, not fps: pass options"),
     "no URL": ({"type": "image_url"}, 'an image_url part needs "image_url": {"url": ...}'),
     "an empty URL": ({"type": "image_url", "image_url": {}}, 'an image_url part needs "image_url": {"url": ...}'),
-    "None for a text": ({"type": "text", "text": None}, "a text part needs text, a string, got NoneType"),
-    "no text": ({"type": "text"}, "a text part needs text, a string, got NoneType"),
-    "a number for a text": ({"type": "text", "text": 3}, "a text part needs text, a string, got int"),
+    "None for a text": ({"type": "text", "text": None}, "a text part needs a string as text, got NoneType"),
+    "no text": ({"type": "text"}, "a text part needs a string as text, got NoneType"),
+    "a number for a text": ({"type": "text", "text": 3}, "a text part needs a string as text, got int"),
     "no type": ({"text": "Why?"}, "expected a part with a type, .* got a dict of text"),
     "a plain text": ("Why?", "expected a part with a type, .* got str"),
-    "a plain picture": (Image.new("RGB", (8, 8)), "expected a part with a type, .* got Image"),
+    "a plain image": (Image.new("RGB", (8, 8)), "expected a part with a type, .* got Image"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_part_that_cannot_be_read_is_refused_where_it_is(case, processor):
+def test_an_invalid_part_raises_with_its_location(case, processor):
     part, message = BROKEN[case]
     message = message.replace("{", r"\{")
     chat = [{"role": "user", "content": "Why?"}, {"role": "user", "content": [TEXT, part]}]
@@ -672,25 +674,28 @@ CONVERSATIONS = {
     ),
     "texts": (["Why?"], "message 0: expected {'role': 'user', 'content': ...}, got str"),
     "no role": ([{"content": "Why?"}], "message 0: expected {'role': 'user', 'content': ...}, got a dict of content"),
-    "no content": ([{"role": "user"}], "message 0: content must be a text or a list of parts, got NoneType"),
-    "a number": ([{"role": "user", "content": 3}], "message 0: content must be a text or a list of parts, got int"),
-    "one part": ([{"role": "user", "content": TEXT}], "message 0: content must be a text or a list of parts, got dict"),
+    "no content": ([{"role": "user"}], "message 0: content must be a string or a list of parts, got NoneType"),
+    "a number": ([{"role": "user", "content": 3}], "message 0: content must be a string or a list of parts, got int"),
+    "one part": (
+        [{"role": "user", "content": TEXT}],
+        "message 0: content must be a string or a list of parts, got dict",
+    ),
 }
 
 
 @pytest.mark.parametrize("tokenize", [False, True])
 @pytest.mark.parametrize("case", CONVERSATIONS)
-def test_what_is_no_conversation_is_refused(case, tokenize, processor):
+def test_an_invalid_conversation_raises(case, tokenize, processor):
     conversation, message = CONVERSATIONS[case]
     with pytest.raises((TypeError, ValueError), match="^" + message.replace("'", '"').replace("{", r"\{")):
         processor.apply_chat_template(conversation, tokenize=tokenize)
 
 
-def test_what_a_template_can_render_is_a_conversation(processor):
+def test_tool_calls_and_merged_parts_are_valid(processor):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
     prompt = processor.apply_chat_template([user("Why?"), call])
     assert prompt == processor.apply_chat_template([user("Why?"), {"role": "assistant", "content": ""}])
-    merged = {"type": "text", "text": "Why?", "image": None}  # as rows of a table hold it
+    merged = {"type": "text", "text": "Why?", "image": None}  # as in rows of a data set
     chats = [[{"role": "user", "content": [merged]}], [user("Why?")]]
     alone = processor.apply_chat_template(chats[1])
     assert processor.apply_chat_template(chats) == [alone] * 2
@@ -701,12 +706,12 @@ def test_what_a_template_can_render_is_a_conversation(processor):
 @pytest.mark.parametrize(
     ("name", "nearest"), [("add_generation_promt", "add_generation_prompt"), ("tokenise", "tokenize")]
 )
-def test_a_misspelt_option_of_a_template_is_refused(name, nearest, tokenize, processor):
+def test_a_misspelt_template_variable_raises(name, nearest, tokenize, processor):
     with pytest.raises(TypeError, match=f"no option '{name}'; did you mean {nearest}\\?"):
         processor.apply_chat_template([user("Why?")], tokenize=tokenize, **{name: True})
 
 
-def test_options_of_a_call_are_checked_where_only_the_prompt_is_asked_for(processor):
+def test_options_are_checked_without_tokenize(processor):
     with pytest.raises(TypeError, match="processor_kwargs must be a dict of options, got list"):
         processor.apply_chat_template([user("Why?")], processor_kwargs=[1])
     with pytest.raises(TypeError, match="did you mean max_tiles"):
@@ -717,18 +722,18 @@ def test_options_of_a_call_are_checked_where_only_the_prompt_is_asked_for(proces
     "uri",
     ["data:image/jpeg;base64,@@@@", "data:text/plain,Why?", "data:image/svg+xml,<svg/>", "data:video/mp4;base64,AAAA"],
 )
-def test_a_url_of_what_is_no_image_is_said_to_be_none(uri, processor):
-    with pytest.raises(ValueError, match=r"its \d bytes are no image that Pillow reads$"):
+def test_a_url_without_an_image_raises(uri, processor):
+    with pytest.raises(ValueError, match=r"these \d bytes are not an image that Pillow can read$"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": uri}]}], tokenize=True)
 
 
 @pytest.mark.parametrize("source", ["ftp://host/a.png", "s3://bucket/a.png", "iVBORw0KGgo"])
-def test_the_urls_that_are_read_are_named(source, processor):
-    with pytest.raises(ValueError, match=r"no such file.* of URLs http, https, file and data are read"):
+def test_an_unsupported_url_raises_with_the_supported_ones(source, processor):
+    with pytest.raises(ValueError, match=r"no such file.* supported URLs: http, https, file, data"):
         processor(source, "<IMG_CONTEXT>")
 
 
-def test_openais_image_url_is_an_image(processor):
+def test_openai_image_url_parts_are_images(processor):
     noise_url = {"type": "image_url", "image_url": {"url": str(PHOTOGRAPH)}}
     options = {"tokenize": True, "return_dict": True}
     ours = processor.apply_chat_template([{"role": "user", "content": [noise_url]}], **options)
@@ -738,31 +743,31 @@ def test_openais_image_url_is_an_image(processor):
 
 
 @pytest.mark.parametrize("form", [{"base64": "A" * 100_000}, {"image": "A" * 100_000}, {"url": "B" * 9000}])
-def test_a_picture_that_cannot_be_read_is_not_written_out(form, processor):
+def test_an_error_message_does_not_contain_base64_images(form, processor):
     with pytest.raises(ValueError, match="cannot be opened") as caught:
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image", **form}]}], tokenize=True)
     assert len(str(caught.value)) < 600
 
 
-# What servers and training frameworks ask for
+# Interface for servers and training frameworks
 
 
-def test_placeholders_are_found_by_servers(processor):
+def test_servers_find_the_placeholder_attributes(processor):
     assert (processor.image_token, processor.image_token_id) == ("<IMG_CONTEXT>", CONTEXT)
     assert sorted(processor.image_token_ids) == [START, END, CONTEXT] and processor.video_token == "<video>"
     assert processor.tokenizer.convert_tokens_to_ids("<video>") in (None, processor.tokenizer.unk_token_id)
 
 
-def test_ms_swift_expands_an_image_as_a_call_does(processor):
-    """What its template sail_vl2 does: the ids around a placeholder, and as many of it as there are tiles."""
-    picture = noise(130, 60)
-    tiles = len(processor.image_processor(picture)["pixel_values"])
+def test_ms_swift_expands_images_like_the_processor(processor):
+    """As in its template sail_vl2: start and end ids around the placeholders of all tiles."""
+    image = noise(130, 60)
+    tiles = len(processor.image_processor(image)["pixel_values"])
     context = processor.encode("<IMG_CONTEXT>", add_special_tokens=False) * processor.num_image_token * tiles
     before, after = (processor.encode(text, add_special_tokens=False) for text in ("<img>", "</img>\nWhy?"))
-    assert processor(picture, "<IMG_CONTEXT>\nWhy?")["input_ids"] == [before + context + after]
+    assert processor(image, "<IMG_CONTEXT>\nWhy?")["input_ids"] == [before + context + after]
 
 
-def test_offsets_lead_from_placeholders_to_what_replaced_them(processor):
+def test_replacement_offsets_map_placeholders_to_their_expansion(processor):
     prompts = ["Why?<IMG_CONTEXT>\nSo? \n<video>\n", "<video><IMG_CONTEXT>"]
     media = ([noise(56, 56), noise(112, 56)], prompts, [[noise(60, 60)], [noise(60, 60), noise(60, 60)]])
     batch = processor(*media, return_text_replacement_offsets=True, return_offsets_mapping=True)
@@ -782,12 +787,12 @@ def test_offsets_lead_from_placeholders_to_what_replaced_them(processor):
 
 
 @pytest.mark.skipif(RELEASE < (5, 24), reason="of transformers 5.24")
-def test_placeholders_that_a_user_types_stay_text_if_asked_for(processor):
+def test_escaped_placeholders_stay_text(processor):
     text = "What is <IMG_CONTEXT> and <|im_end|>?"
     content = [{"type": "image", "image": noise(56, 56)}, {"type": "text", "text": text}]
     batch = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, sanitize_control_tokens=True
     )
     (ids,) = batch["input_ids"]
-    assert images_in(ids) == [4] and len(batch["pixel_values"]) == 1
+    assert image_lengths(ids) == [4] and len(batch["pixel_values"]) == 1
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2

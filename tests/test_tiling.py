@@ -1,4 +1,4 @@
-"""The image processor: its grids and pixels against the released rule written out, Pillow, and hypothesis."""
+"""Image processor: grids and pixels compared with the released code and Pillow, also on random input."""
 
 import base64
 import copy
@@ -48,7 +48,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def released_tiles(image: Image.Image, columns: int, rows: int, thumbnail: bool = True) -> list[Image.Image]:
-    """The tiles as the released code makes them, with Pillow alone."""
+    """Return the tiles as the released code computes them, with Pillow."""
     large = image.resize((448 * columns, 448 * rows), Image.BICUBIC)
     corners = [(448 * column, 448 * row) for row in range(rows) for column in range(columns)]
     tiles = [large.crop((left, top, left + 448, top + 448)) for left, top in corners]
@@ -65,7 +65,7 @@ def eight_bit(pixel_values: torch.Tensor) -> torch.Tensor:
 def exact_grid(
     width: int, height: int, maximum: int, pairs: list[tuple[int, int]] | None = None
 ) -> tuple[int, int] | None:
-    """The released rule by brute force, its ratios from exact fractions, over all grids or some."""
+    """Apply the released rule by brute force, with exact fractions as aspect ratios."""
     pairs = itertools.product(range(1, maximum + 1), repeat=2) if pairs is None else pairs
     best, nearest = None, None
     for columns, rows in sorted((pair for pair in pairs if math.prod(pair) <= maximum), key=math.prod):
@@ -86,7 +86,7 @@ def test_grid_equals_got_ocr2_of_transformers():
     from transformers.models.got_ocr2 import image_processing_got_ocr2 as got
 
     theirs = getattr(got, "get_optimal_tiled_canvas", None)
-    if theirs is None:  # transformers < 5: in the slow processor's file under the same name
+    if theirs is None:  # transformers < 5: same name, in the slow processor's file
         pytest.fail("GotOcr2 has moved its grid rule")
     for width, height in itertools.product([1, 100, 224, 448, 449, 672, 896, 897, 1000, 1344, 4000], repeat=2):
         for minimum, maximum in [(1, 6), (1, 8), (1, 12), (2, 8), (4, 4)]:
@@ -94,7 +94,7 @@ def test_grid_equals_got_ocr2_of_transformers():
             assert choose_tile_grid(width, height, minimum, maximum) == tuple(expected)
 
 
-def test_fixture_for_ports_is_what_the_rule_says():
+def test_the_grid_fixture_for_ports_matches_the_rule():
     cases = json.loads(FIXTURE.read_text())["cases"]
     assert len(cases) > 300
     for width, height, maximum, columns, rows, tiles in cases:
@@ -111,7 +111,7 @@ def test_a_square_of_one_tile_stays_one_tile(processor):
 @pytest.mark.parametrize(
     ("width", "height", "bounds"), [(0, 5, (1, 8)), (5, -1, (1, 8)), (5, 5, (3, 2)), (5, 5, (0, 2))]
 )
-def test_grid_refuses_what_it_cannot_tile(width, height, bounds):
+def test_an_empty_image_or_invalid_bounds_raise(width, height, bounds):
     with pytest.raises(ValueError, match=r"pixels|min_tiles"):
         choose_tile_grid(width, height, *bounds)
 
@@ -119,7 +119,7 @@ def test_grid_refuses_what_it_cannot_tile(width, height, bounds):
 @pytest.mark.parametrize(
     "options", [{}, {"max_tiles": 3}, {"use_thumbnail": False}, {"do_tile": False}, {"min_tiles": 4}]
 )
-def test_counter_for_servers_equals_the_tiles(processor, options):
+def test_get_number_of_image_patches_equals_the_tiles(processor, options):
     for width, height in [(448, 448), (1000, 300), (30, 500), (1, 1)]:
         counted = processor.get_number_of_image_patches(height, width, options)
         batch = processor(noise(width, height), **options)
@@ -150,7 +150,7 @@ def test_pil_backend_is_bit_equal_to_the_released_code(processor, photograph, si
 
 
 def evaluated_tiles(image: Image.Image, maximum: int) -> list[Image.Image]:
-    """The tiles of msac as SAIL-VL is evaluated: a second cut goes in before the last tile of the first."""
+    """Return the msac tiles of the SAIL-VL evaluation: the second grid is inserted before the last tile."""
     first = exact_grid(*image.size, maximum)
     pairs = itertools.product(range(1, maximum + 1), repeat=2)
     others = [pair for pair in pairs if math.prod(pair) <= maximum and any(map(int.__mod__, first, pair))]
@@ -161,7 +161,7 @@ def evaluated_tiles(image: Image.Image, maximum: int) -> list[Image.Image]:
 
 @pytest.mark.parametrize("size", [(300, 300), (1000, 640), (600, 1500), (448, 448), (2000, 700)])
 @pytest.mark.parametrize("maximum", [1, 2, 6, 10])
-def test_msac_cuts_a_second_time_as_the_evaluation_does(photograph, size, maximum):
+def test_msac_equals_the_tiles_of_the_evaluation(photograph, size, maximum):
     processor = SAILViTImageProcessor(msac=True, max_tiles=maximum, resize_backend="pil")
     image = photograph.resize(size)
     expected = [T.functional.to_tensor(tile) for tile in evaluated_tiles(image, maximum)]
@@ -172,7 +172,7 @@ def test_msac_cuts_a_second_time_as_the_evaluation_does(photograph, size, maximu
     assert processor.get_number_of_image_patches(size[1], size[0], {"do_tile": False}) == 1
 
 
-def test_without_tiling_it_is_the_cards_plain_resize(processor, photograph):
+def test_do_tile_false_equals_the_resize_of_the_released_card(processor, photograph):
     interpolation = T.InterpolationMode.BICUBIC
     transform = T.Compose(
         [
@@ -187,7 +187,7 @@ def test_without_tiling_it_is_the_cards_plain_resize(processor, photograph):
     assert ((ours - expected) * STD * 255).abs().max() < 2.01
 
 
-def test_a_batch_gives_what_its_images_give_alone(processor, photograph):
+def test_a_batch_equals_single_images(processor, photograph):
     images = [photograph, noise(300, 900), photograph.resize((500, 500)), noise(300, 900, seed=1)]
     batch = processor(images)
     alone = [processor(image) for image in images]
@@ -196,18 +196,18 @@ def test_a_batch_gives_what_its_images_give_alone(processor, photograph):
     assert batch["num_tiles"].tolist() == [7, 4, 1, 4]
 
 
-def test_images_of_one_size_grouped_for_an_accelerator_give_the_same(processor, photograph, monkeypatch):
+def test_batching_images_of_one_size_changes_nothing(processor, photograph, monkeypatch):
     import importlib
 
     module = importlib.import_module("sailvit.image_processing_sailvit")
     images = [photograph, noise(1024, 768), noise(300, 900)]
     expected = processor(images)["pixel_values"]
-    groups = module._groups
-    monkeypatch.setattr(module, "_groups", lambda pictures, device: groups(pictures, torch.device("cuda")))
+    batches = module._batches
+    monkeypatch.setattr(module, "_batches", lambda arrays, device: batches(arrays, torch.device("cuda")))
     assert torch.equal(processor(images)["pixel_values"], expected)
 
 
-def test_floats_give_the_tiles_of_their_eight_bit_twin(processor, photograph):
+def test_float_images_equal_their_8_bit_version(processor, photograph):
     expected = processor(photograph)["pixel_values"]
     values = torch.from_numpy(np.array(photograph))
     for image, options in [(values.float(), {}), (values.double() / 255, {"do_rescale": False})]:
@@ -215,7 +215,7 @@ def test_floats_give_the_tiles_of_their_eight_bit_twin(processor, photograph):
         assert ((ours - expected) * STD * 255).abs().max() < 2.01
 
 
-def test_rescale_and_normalize_can_be_left_out(processor):
+def test_rescale_and_normalize_can_be_disabled(processor):
     image = noise(448, 448)
     raw = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     torch.testing.assert_close(processor(image, do_rescale=False, do_normalize=False)["pixel_values"], raw)
@@ -225,13 +225,13 @@ def test_rescale_and_normalize_can_be_left_out(processor):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_pixels_of_the_cpu(processor, photograph):
+def test_gpu_equals_cpu(processor, photograph):
     ours = processor([photograph, noise(1000, 300)], device="cuda")["pixel_values"]
     expected = processor([photograph, noise(1000, 300)])["pixel_values"]
     assert ((ours.cpu() - expected) * STD * 255).abs().max() < 2.01
 
 
-# What comes in
+# Input types
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBX", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "HSV"])
@@ -250,20 +250,20 @@ def test_a_palette_with_transparency_is_read_without_a_warning(processor, photog
     assert torch.equal(processor(image)["pixel_values"], expected)
 
 
-def test_sixteen_bits_are_scaled_not_saturated(processor):
+def test_16_bit_images_are_scaled_not_saturated(processor):
     levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint16)
     deep, plain = Image.fromarray(levels * 257), Image.fromarray(levels.astype(np.uint8))
     assert deep.mode == "I;16"
     assert torch.equal(processor(deep)["pixel_values"], processor(plain)["pixel_values"])
 
 
-def twelve_bits(levels: np.ndarray) -> np.ndarray:
-    """8-bit levels in the lower 12 of 16 bits."""
+def as_12_bits(levels: np.ndarray) -> np.ndarray:
+    """Store 8-bit levels in the lower 12 of 16 bits."""
     return (levels * (4095 / 255)).round().astype(np.uint16)
 
 
 def png_of_16_bits(path: Path, samples: np.ndarray, significant: int | None = None) -> Path:
-    """A PNG, written by hand since Pillow writes no 16-bit colour: (H, W, channels), 1 to 4 of them."""
+    """Write a PNG from (H, W, 1 to 4 channels); Pillow cannot write 16-bit colour."""
     height, width, channels = samples.shape
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -278,7 +278,7 @@ def png_of_16_bits(path: Path, samples: np.ndarray, significant: int | None = No
 
 
 def tiff_of_packed_12_bits(path: Path, samples: np.ndarray) -> Path:
-    """A TIFF whose BitsPerSample is 12, two samples in three bytes."""
+    """Write a TIFF with BitsPerSample 12: two samples in three bytes."""
     first, second = samples.reshape(-1, 2).T.astype(np.uint32)
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
     height, width = samples.shape
@@ -288,22 +288,22 @@ def tiff_of_packed_12_bits(path: Path, samples: np.ndarray) -> Path:
     return path
 
 
-def test_twelve_bits_in_sixteen_are_scaled_as_their_file_says(processor, tmp_path):
+def test_12_bit_images_are_scaled_by_the_bit_depth_in_the_file(processor, tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
-    expected, samples = processor(Image.fromarray(levels))["pixel_values"], twelve_bits(levels)
+    expected, samples = processor(Image.fromarray(levels))["pixel_values"], as_12_bits(levels)
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[281] = 4095  # MaxSampleValue
-    Image.fromarray(samples).save(tmp_path / "said.tif", tiffinfo=tags)
-    (tmp_path / "said.pgm").write_bytes(b"P5 448 448 4095\n" + samples.astype(">u2").tobytes())
-    said = png_of_16_bits(tmp_path / "said.png", samples[..., None], significant=12)
-    with Image.open(said) as opened:
-        images = [said, opened, tmp_path / "said.tif", tmp_path / "said.pgm"]
+    Image.fromarray(samples).save(tmp_path / "tagged.tif", tiffinfo=tags)
+    (tmp_path / "tagged.pgm").write_bytes(b"P5 448 448 4095\n" + samples.astype(">u2").tobytes())
+    tagged = png_of_16_bits(tmp_path / "tagged.png", samples[..., None], significant=12)
+    with Image.open(tagged) as opened:
+        images = [tagged, opened, tmp_path / "tagged.tif", tmp_path / "tagged.pgm"]
         for image in (*images, tiff_of_packed_12_bits(tmp_path / "packed.tif", samples)):
             assert torch.equal(processor(image)["pixel_values"], expected)
 
 
-def test_sixteen_bits_are_read_as_sixteen_whatever_their_file_says(processor, tmp_path):
-    """By the PNG specification samples of 12 significant bits still fill 16; a TIFF's maximum may be a statistic."""
+def test_16_bit_values_override_a_lower_bit_depth_in_the_file(processor, tmp_path):
+    """PNG samples of 12 significant bits may use all 16 bits; the maximum in a TIFF may be a statistic."""
     levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
     expected, samples = processor(Image.fromarray(levels))["pixel_values"], levels.astype(np.uint16) * 257
     tags = TiffImagePlugin.ImageFileDirectory_v2()
@@ -316,30 +316,32 @@ def test_sixteen_bits_are_read_as_sixteen_whatever_their_file_says(processor, tm
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_a_16_bit_picture_of_seemingly_fewer_bits_is_warned_of_once(processor, tmp_path, channels):
+def test_a_16_bit_image_that_looks_like_12_bits_warns_once(processor, tmp_path, channels):
     levels = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
-    samples = np.dstack([twelve_bits(levels)] * channels)
+    samples = np.dstack([as_12_bits(levels)] * channels)
     path = png_of_16_bits(tmp_path / "dark.png", samples)
-    with pytest.warns(UserWarning, match=r"image \(.*dark.png\): no 16-bit sample exceeds 4095: if 12 bits") as found:
+    with pytest.warns(
+        UserWarning, match=r"image \(.*dark.png\): no 16-bit sample exceeds 4095: if it has 12 bits"
+    ) as found:
         processor(path)
     assert len(found) == 1
     with Image.open(path) as opened, pytest.warns(UserWarning, match=r"image\[1\] \(.*dark.png\): no 16-bit"):
         processor([noise(9, 9), opened])
 
 
-def test_of_12_bit_colour_what_pillow_reads_is_scaled_with_a_warning(processor, tmp_path):
+def test_12_bit_colour_warns_of_bits_that_pillow_drops(processor, tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (448, 448), dtype=np.uint8)
-    path = png_of_16_bits(tmp_path / "colour.png", np.dstack([twelve_bits(levels)] * 3), significant=12)
-    with pytest.warns(UserWarning, match="of its 12 bits, stored in 16, only 4 are read"):
+    path = png_of_16_bits(tmp_path / "colour.png", np.dstack([as_12_bits(levels)] * 3), significant=12)
+    with pytest.warns(UserWarning, match="only 4 of its 12 bits, stored in 16, are read"):
         ours = eight_bit(processor(path)["pixel_values"])
     assert (ours - torch.from_numpy(levels)).abs().max() <= 17
 
 
-def test_a_black_picture_of_16_bits_is_black(processor):
+def test_a_black_16_bit_image_is_black(processor):
     assert processor(Image.fromarray(np.zeros((9, 9), np.uint16)))["pixel_values"].unique().numel() == 3
 
 
-def test_a_broken_chunk_is_an_error_that_names_the_file(processor, tmp_path):
+def test_a_broken_png_chunk_raises_with_the_file_name(processor, tmp_path):
     whole = png_of_16_bits(tmp_path / "whole.png", np.zeros((9, 9, 1), np.uint16), significant=12).read_bytes()
     for cut in range(34, 60, 3):
         (tmp_path / "cut.png").write_bytes(whole[:cut])
@@ -348,7 +350,7 @@ def test_a_broken_chunk_is_an_error_that_names_the_file(processor, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_deep_modes_are_read_up_to_255_and_refused_beyond(processor, mode):
+def test_integer_and_float_modes_are_limited_to_255(processor, mode):
     image = Image.new(mode, (448, 448), 200)
     expected = processor(Image.new("L", (448, 448), 200))["pixel_values"]
     assert torch.equal(processor(image)["pixel_values"], expected)
@@ -356,8 +358,10 @@ def test_deep_modes_are_read_up_to_255_and_refused_beyond(processor, mode):
         processor(Image.new(mode, (448, 448), 4000))
 
 
-@pytest.mark.parametrize(("value", "message"), [(0.5, "do_rescale=False"), (float("nan"), "NaN"), (-3.0, "outside")])
-def test_pil_floats_are_checked_as_arrays_are(processor, value, message):
+@pytest.mark.parametrize(
+    ("value", "message"), [(0.5, "do_rescale=False"), (float("nan"), "NaN"), (-3.0, "expected floats")]
+)
+def test_pil_float_images_are_checked_like_arrays(processor, value, message):
     values = np.full((60, 60), 0.0, np.float32)
     values[3, 4] = value
     for image in (values, Image.fromarray(values)):
@@ -368,7 +372,7 @@ def test_pil_floats_are_checked_as_arrays_are(processor, value, message):
     assert torch.equal(ours, array) and ours.max() > 2
 
 
-def test_arrays_and_tensors_of_any_layout_are_one_image(processor, photograph):
+def test_array_layouts_give_the_same_tiles(processor, photograph):
     array = np.array(photograph)
     expected = processor(photograph)["pixel_values"]
     layouts = [array, array.transpose(2, 0, 1), torch.from_numpy(array), torch.from_numpy(array).permute(2, 0, 1)]
@@ -381,20 +385,20 @@ def test_arrays_and_tensors_of_any_layout_are_one_image(processor, photograph):
         assert torch.equal(processor(image)["pixel_values"], expected)
 
 
-def test_a_row_of_pixels_is_not_taken_for_a_channel(processor):
+def test_an_image_of_one_row_is_channels_last(processor):
     row = np.random.default_rng(0).integers(0, 256, (1, 500, 3), dtype=np.uint8)
     assert torch.equal(processor(row)["pixel_values"], processor(Image.fromarray(row))["pixel_values"])
 
 
 @pytest.mark.parametrize("shape", [(3, 50), (50, 4), (1, 9), (40, 40)])
-def test_a_matrix_is_a_gray_image_whatever_its_shape(processor, shape):
+def test_a_2d_array_is_a_gray_image(processor, shape):
     gray = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = processor(Image.fromarray(gray))["pixel_values"]
     for layout in (None, "channels_first", "channels_last"):
         assert torch.equal(processor(gray, input_data_format=layout)["pixel_values"], expected)
 
 
-def test_layout_that_does_not_show_must_be_said(processor):
+def test_an_ambiguous_layout_raises_without_input_data_format(processor):
     image = np.zeros((3, 40, 3), np.uint8)
     with pytest.raises(ValueError, match="input_data_format"):
         processor(image)
@@ -444,8 +448,8 @@ def test_paths_and_urls_are_opened(processor, tmp_path):
         server.shutdown()
 
 
-def test_text_is_read_as_transformers_reads_it(processor, tmp_path):
-    """Names that are base64 too, and spaces."""
+def test_strings_are_read_like_in_transformers(processor, tmp_path):
+    """File names that are also base64, and names with spaces."""
     noise(60, 40).save(tmp_path / "abcd", "PNG")
     noise(60, 40).save(tmp_path / "two words.png")
     spelt = base64.b64encode((tmp_path / "abcd").read_bytes()).decode()
@@ -470,14 +474,14 @@ PICTURE_AS_TEXT = "iVBORw0KGgo" + "A" * 1_000_001
         Path("a" * 3000),
     ],
 )
-def test_a_message_quotes_no_more_than_fits_a_screen(processor, source):
+def test_error_messages_shorten_long_sources(processor, source):
     with pytest.raises(ValueError, match=r"^image \(.*\.\.\..*\): cannot be opened as an image: ") as error:
         processor(source)
     assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize("name", ["image_mean", "size", "resize_backend", "max_tiles", "do_tile", "rescale_factor"])
-def test_a_message_quotes_an_option_of_any_length_in_part(processor, name):
+def test_error_messages_shorten_long_options(processor, name):
     with pytest.raises(ValueError, match=name) as error:
         processor(noise(9, 9), **{name: list(range(10_000))})
     assert len(str(error.value)) < 400
@@ -486,16 +490,16 @@ def test_a_message_quotes_an_option_of_any_length_in_part(processor, name):
     assert len(str(error.value)) < 600
 
 
-def test_exif_rotation_is_followed_on_request(processor, tmp_path):
+def test_exif_orientation_is_applied_on_request(processor, tmp_path):
     image, exif = noise(300, 200), Image.Exif()
-    exif[0x0112] = 6  # turn right by 90 degrees
+    exif[0x0112] = 6  # rotate right by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     stored, upright = (processor(tmp_path / "turned.png", do_exif_transpose=turn) for turn in (False, True))
     assert torch.equal(stored["pixel_values"], processor(image)["pixel_values"])
     assert torch.equal(upright["pixel_values"], processor(image.transpose(Image.Transpose.ROTATE_270))["pixel_values"])
 
 
-# What must not happen
+# Invalid input
 
 
 def broken_png() -> Image.Image:
@@ -511,19 +515,19 @@ def broken_png() -> Image.Image:
         (np.zeros((0, 5), np.uint8), r"image\[1\]: .*empty"),
         (np.zeros((5, 6, 2), np.uint8), r"image\[1\]: .*\(5, 6, 2\)"),
         (np.zeros((2, 5, 6, 3, 1), np.uint8), r"image\[1\]: "),
-        (np.full((5, 6, 3), np.nan, np.float32), r"image\[1\]: holds NaN"),
-        (np.full((5, 6, 3), np.inf, np.float32), r"image\[1\]: holds NaN"),
-        (np.full((5, 6, 3), -2.0, np.float32), r"image\[1\]: .*outside 0\.\.255 .*: scale them to it"),
+        (np.full((5, 6, 3), np.nan, np.float32), r"image\[1\]: contains NaN"),
+        (np.full((5, 6, 3), np.inf, np.float32), r"image\[1\]: contains NaN"),
+        (np.full((5, 6, 3), -2.0, np.float32), r"image\[1\]: expected floats in 0\.\.255 .*: scale them"),
         (np.full((5, 6, 3), 0.5, np.float32), r"image\[1\]: .*do_rescale=False"),
         (
             np.full((5, 6, 3), 4000, np.uint16),
-            r"integers from 4000 to 4000 lie outside 0\.\.255: scale .* image // 257",
+            r"expected integers in 0\.\.255, got 4000 to 4000: scale .* image // 257",
         ),
-        (np.zeros((5, 6, 3), np.complex64), r"image\[1\]: .*not ndarray of complex64"),
+        (np.zeros((5, 6, 3), np.complex64), r"image\[1\]: .*got ndarray of complex64"),
         (np.array(["a"]), r"image\[1\]: "),
-        (b"bytes", r"image\[1\]: .*not bytes: open it with PIL.Image.open .*, or pass base64"),
-        (io.BytesIO(b"bytes"), r"image\[1\]: .*not BytesIO: open it with PIL.Image.open"),
-        (None, r"image\[1\]: .*not NoneType"),
+        (b"bytes", r"image\[1\]: .*got bytes: open it with PIL.Image.open .*, or pass base64"),
+        (io.BytesIO(b"bytes"), r"image\[1\]: .*got BytesIO: open it with PIL.Image.open"),
+        (None, r"image\[1\]: .*got NoneType"),
         ("/no/such/file.jpg", r"image\[1\] \(/no/such/file.jpg\): cannot be opened"),
         (str(ROOT / "LICENSE"), r"image\[1\] \(.*LICENSE\): cannot be opened"),
         (str(ROOT), r"image\[1\] \(.*\): cannot be opened"),
@@ -532,12 +536,12 @@ def broken_png() -> Image.Image:
         (broken_png(), r"image\[1\]: cannot be decoded"),
     ],
 )
-def test_a_bad_image_is_named(processor, image, message):
+def test_an_invalid_image_raises_with_its_name(processor, image, message):
     with pytest.raises(ValueError, match=message):
         processor([noise(10, 10), image])
 
 
-def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
+def test_a_decompression_bomb_raises(processor, tmp_path, monkeypatch):
     path = tmp_path / "bomb.png"
     Image.new("1", (3000, 3000)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
@@ -570,7 +574,7 @@ def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
         ({"input_data_format": "last"}, ValueError, "input_data_format"),
     ],
 )
-def test_bad_options_are_refused_at_construction_and_in_a_call(processor, options, error, message):
+def test_invalid_options_raise_in_constructor_and_call(processor, options, error, message):
     with pytest.raises(error, match=message):
         SAILViTImageProcessor(**options)
     with pytest.raises(error, match=message):
@@ -585,7 +589,7 @@ def test_size_may_be_a_number_a_pair_or_a_dictionary(processor, size):
     assert torch.equal(SAILViTImageProcessor(size=size)(image)["pixel_values"], expected)
 
 
-def test_arrays_of_foreign_byte_order_and_width_are_read(processor):
+def test_arrays_of_any_byte_order_and_width_are_read(processor):
     array = np.array(noise(50, 40))
     expected = processor(array)["pixel_values"]
     for dtype in (">u2", ">i4", "u8"):
@@ -595,17 +599,17 @@ def test_arrays_of_foreign_byte_order_and_width_are_read(processor):
         assert torch.equal(processor(array.astype(dtype))["pixel_values"], floats)
 
 
-def test_picture_is_what_the_processor_tiles(processor, photograph):
-    assert (np.array(processor.read_picture(photograph)) == np.array(photograph)).all()
+def test_to_rgb_image_returns_the_tiled_image(processor, photograph):
+    assert (np.array(processor.to_rgb_image(photograph)) == np.array(photograph)).all()
     levels = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint16)
-    deep = np.array(processor.read_picture(Image.fromarray(levels * 257)))
+    deep = np.array(processor.to_rgb_image(Image.fromarray(levels * 257)))
     assert (deep == levels[..., None]).all()
-    floats = processor.read_picture(np.array(photograph) / 255, do_rescale=False)
+    floats = processor.to_rgb_image(np.array(photograph) / 255, do_rescale=False)
     assert (np.array(floats) == np.array(photograph)).all()
 
 
 @pytest.mark.parametrize("kind", [None, "pt", "np"])
-def test_num_patches_list_is_answered_without_being_a_key(processor, kind):
+def test_num_patches_list_is_an_alias_and_not_a_key(processor, kind):
     batch = processor([noise(300, 200), noise(50, 50)], return_tensors=kind)
     assert batch["num_patches_list"] == batch.num_patches_list == batch.get("num_patches_list") == [7, 1]
     assert all(type(count) is int for count in batch["num_patches_list"]) and "num_patches_list" in batch
@@ -621,7 +625,7 @@ def test_num_patches_list_is_answered_without_being_a_key(processor, kind):
         again["num_patches_list"]
 
 
-def test_a_model_takes_the_whole_output(tower):
+def test_the_model_accepts_every_output_of_the_processor(tower):
     batch = SAILViTImageProcessor(size=56)([noise(300, 200), noise(50, 50)], return_tensors="pt")
     with torch.no_grad():
         assert len(tower(**batch).last_hidden_state) == sum(batch["num_patches_list"]) == 8
@@ -632,7 +636,7 @@ def test_numpy_tensors_are_returned_on_request(processor):
     assert {type(value) for value in batch.values()} == {np.ndarray}
 
 
-def test_an_unknown_override_of_from_pretrained_is_refused():
+def test_a_misspelt_option_of_from_pretrained_raises():
     with pytest.raises(TypeError, match="did you mean max_tiles"):
         SAILViTImageProcessor.from_pretrained(ROOT, max_tile=4)
     with pytest.raises(ValueError, match="max_tiles <= 1024"):
@@ -641,12 +645,12 @@ def test_an_unknown_override_of_from_pretrained_is_refused():
     assert SAILViTImageProcessor.from_pretrained(ROOT, max_tiles=4).max_tiles == 4
 
 
-def test_no_image_at_all_is_refused(processor):
+def test_an_empty_list_raises(processor):
     with pytest.raises(ValueError, match="images is empty"):
         processor([])
 
 
-def test_nothing_is_mutated(processor):
+def test_inputs_are_not_modified(processor):
     before = processor.to_dict()
     image = np.array(noise(300, 200))
     copy, options = image.copy(), {"size": {"height": 224, "width": 224}, "max_tiles": 4}
@@ -663,7 +667,7 @@ def test_saved_equals_loaded(tmp_path):
 
 
 def test_an_explicit_none_is_kept(tmp_path):
-    """As transformers keeps it: the switch is off."""
+    """transformers keeps None, which counts as False."""
     ours, image = SAILViTImageProcessor(do_rescale=None, do_normalize=None), noise(60, 60)
     ours.save_pretrained(tmp_path)
     loaded = SAILViTImageProcessor.from_pretrained(tmp_path)
@@ -682,10 +686,10 @@ def test_root_preprocessor_config_is_the_default():
 sides = st.one_of(st.integers(1, 40), st.integers(1, 1200), st.sampled_from([447, 448, 449, 896, 50_000]))
 
 
-@pytest.mark.filterwarnings("ignore:.*no 16-bit sample exceeds")  # of a few random pixels all may be dark
+@pytest.mark.filterwarnings("ignore:.*no 16-bit sample exceeds")  # a few random pixels may all be dark
 @given(data=st.data(), width=sides, height=sides)
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_image_becomes_tiles_that_the_counter_counts(data, width, height):
+def test_random_images_have_the_predicted_number_of_tiles(data, width, height):
     width, height = (width, min(height, 2_000_000 // width + 1))
     mode = data.draw(st.sampled_from(["RGB", "L", "RGBA", "1", "P", "CMYK", "LA", "I;16", "array", "float", "chw"]))
     image = noise(width, height)

@@ -1,4 +1,4 @@
-"""What the tower can do, one test a capability; other people's code is the judge of its numbers."""
+"""Vision encoder: one test per capability; numbers are compared with transformers and timm."""
 
 import copy
 import inspect
@@ -43,7 +43,7 @@ def test_equals_timm(tower, pixels):
     assert relative_difference(tower(pixels).last_hidden_state, timm_tokens(timm_twin(tower), pixels)) < 2e-6
 
 
-def test_interpolated_positions_equal_timms(tower):
+def test_interpolated_positions_equal_timm(tower):
     pytest.importorskip("timm")
     from twins import timm_tokens, timm_twin
 
@@ -58,7 +58,7 @@ SMALLER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
 def test_reference_tensor_is_unchanged():
-    """Guards the numbers where neither transformers' nor timm's model is at hand."""
+    """Checks the numbers where transformers and timm lack the model."""
     reference = load_file(Path(__file__).parent / "data" / "tiny_tower.safetensors")
     tower = SAILViTModel(SAILViTConfig(**{**TINY, **SMALLER})).eval()
     tower.load_state_dict({k.removeprefix("weight."): v for k, v in reference.items() if k.startswith("weight.")})
@@ -70,7 +70,7 @@ def test_reference_tensor_is_unchanged():
     )
 
 
-def test_bfloat16_is_no_further_from_the_truth_than_the_native_model(pixels):
+def test_bfloat16_error_is_no_larger_than_the_native_models(pixels):
     from twins import native_twin
 
     tower = make(hidden_size=256, intermediate_size=512)
@@ -81,7 +81,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_native_model(pixels):
     assert ours <= native * 1.05
 
 
-def test_sincos_positions_are_those_of_the_formula():
+def test_sincos_positions_equal_the_formula():
     positions = sincos_position_embeddings((3, 5), 16)[0]
     assert positions.shape == (15, 16)
     for row, column, channel in [(0, 0, 0), (2, 4, 3), (1, 3, 6), (2, 1, 9), (1, 4, 15)]:
@@ -116,7 +116,7 @@ def test_full_width_equals_native_and_timm(size):
 
 
 @pytest.mark.parametrize(("grid", "factor"), [((4, 6), 2), ((6, 3), 3), ((2, 4), 1), ((8, 4), 4)])
-def test_pixel_shuffle_folds_any_grid_by_any_factor(grid, factor):
+def test_pixel_shuffle_works_for_any_grid_and_factor(grid, factor):
     rows, columns = grid
     tokens = torch.arange(2 * rows * columns * 5.0).reshape(2, rows * columns, 5)
     folded = pixel_shuffle(tokens, grid, factor)
@@ -130,25 +130,25 @@ def test_pixel_shuffle_folds_any_grid_by_any_factor(grid, factor):
 @pytest.mark.parametrize(
     ("count", "grid", "factor"), [(12, (4, 4), 2), (12, (3, 4), 2), (12, (4, 3), 2), (4, (2, 2), 0)]
 )
-def test_pixel_shuffle_refuses_what_does_not_fold(count, grid, factor):
+def test_pixel_shuffle_raises_for_mismatched_grids(count, grid, factor):
     with pytest.raises(ValueError, match="grid of"):
         pixel_shuffle(torch.zeros(1, count, 8), grid, factor)
 
 
-def test_image_features_are_shuffled_tokens(tower, pixels):
+def test_image_features_are_pixel_shuffled_tokens(tower, pixels):
     features = tower.get_image_features(pixels)
     assert features.shape == (2, 4, 256)
     assert torch.equal(features, pixel_shuffle(tower(pixels).last_hidden_state, (4, 4), 2))
 
 
-def test_image_features_come_as_transformers_returns_them(tower, pixels):
-    features, whole = tower.get_image_features(pixels), tower(pixels, output_hidden_states=True)
+def test_image_features_with_return_dict_match_transformers(tower, pixels):
+    features, expected = tower.get_image_features(pixels), tower(pixels, output_hidden_states=True)
     output = tower.get_image_features(pixels, return_dict=True)
     assert torch.equal(output.pooler_output, features) and output.hidden_states is None
-    assert torch.equal(output.last_hidden_state, whole.last_hidden_state)
-    asked = tower.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
-    torch.testing.assert_close(asked.hidden_states, whole.hidden_states)
-    assert len(asked.attentions) == 3
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+    with_states = tower.get_image_features(pixels, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(with_states.hidden_states, expected.hidden_states)
+    assert len(with_states.attentions) == 3
 
 
 def test_hidden_states_are_the_embeddings_and_every_block(tower, pixels):
@@ -159,7 +159,7 @@ def test_hidden_states_are_the_embeddings_and_every_block(tower, pixels):
     assert torch.equal(output.pooler_output, output.last_hidden_state.mean(1))
 
 
-def test_attentions_sum_to_one_whatever_the_implementation(tower, pixels):
+def test_attentions_sum_to_one_for_every_implementation(tower, pixels):
     tower.set_attn_implementation("sdpa")
     output = tower(pixels, output_attentions=True)
     assert [weights.shape for weights in output.attentions] == [(2, 2, 16, 16)] * 3
@@ -180,7 +180,7 @@ def test_height_and_width_may_differ_with_interpolation(tower):
         tower(pixel_values)
 
 
-def test_interpolation_to_the_own_grid_changes_nothing(tower, pixels):
+def test_interpolation_to_the_same_grid_changes_nothing(tower, pixels):
     assert torch.equal(tower(pixels, interpolate_pos_encoding=True).last_hidden_state, tower(pixels).last_hidden_state)
 
 
@@ -200,16 +200,16 @@ def test_sincos_positions_fit_any_grid():
         (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), "floats"),
     ],
 )
-def test_pixels_that_do_not_fit_are_refused_with_what_would(tower, pixel_values, message):
+def test_invalid_pixel_values_raise_with_a_hint(tower, pixel_values, message):
     with pytest.raises(ValueError, match=message):
         tower(pixel_values)
 
 
-# Types, devices, compilers
+# Dtypes, devices, compilation
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_runs_in_every_float_type_and_casts_the_pixels(tower, pixels, dtype):
+def test_runs_in_every_float_dtype_and_casts_the_pixels(tower, pixels, dtype):
     output = tower.to(dtype)(pixels).last_hidden_state
     assert output.dtype == dtype and output.isfinite().all()
 
@@ -243,7 +243,7 @@ def test_compiles_as_one_graph(tower, pixels, features):
 
 
 @pytest.mark.slow
-def test_a_model_compiled_in_place_compiles_its_image_features(tower, pixels):
+def test_image_features_use_a_model_compiled_in_place(tower, pixels):
     from torch._dynamo.testing import CompileCounter
 
     counter, expected = CompileCounter(), tower.get_image_features(pixels)
@@ -260,7 +260,7 @@ def test_flex_attention_equals_eager(tower, pixels):
         assert relative_difference(tower(pixels).last_hidden_state, eager) < 1e-4
 
 
-def test_an_attention_registered_by_the_user_is_called(tower, pixels):
+def test_a_registered_attention_function_is_called(tower, pixels):
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -319,14 +319,14 @@ def test_gradient_checkpointing_of_every_second_block():
     assert [block.gradient_checkpointing for block in tower.trunk.blocks] == [True, False, True]
 
 
-def test_dropout_runs_in_training_alone(pixels):
+def test_dropout_is_active_only_in_training(pixels):
     tower = make(attention_dropout=0.3, projection_dropout=0.3)
     assert torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     tower.train()
     assert not torch.equal(tower(pixels).last_hidden_state, tower(pixels).last_hidden_state)
 
 
-def test_fresh_weights_follow_the_initializer_range():
+def test_new_weights_follow_the_initializer_range():
     tower = SAILViTModel(SAILViTConfig(**TINY, initializer_range=0.05))
     for name, parameter in tower.named_parameters():
         if "norm" in name:
@@ -337,7 +337,7 @@ def test_fresh_weights_follow_the_initializer_range():
             assert parameter.std().item() == pytest.approx(0.05, rel=0.15), name
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft calls it
 def test_lora_on_qkv_trains_only_its_adapters(tower, pixels):
     peft = pytest.importorskip("peft")
     expected = tower(pixels).last_hidden_state
@@ -348,7 +348,7 @@ def test_lora_on_qkv_trains_only_its_adapters(tower, pixels):
     assert trained == {"lora_B", "lora_A"}
 
 
-# The other heads
+# Backbone and classifier
 
 
 def test_backbone_returns_maps_of_the_chosen_blocks(tower, pixels):
@@ -363,7 +363,10 @@ def test_backbone_returns_maps_of_the_chosen_blocks(tower, pixels):
 
 def test_backbone_maps_keep_the_shape_of_the_image():
     backbone = make(SAILViTBackbone, out_indices=[1, 3])
-    batch = {"pixel_values": random_pixels(1, 3, 28, 84), "num_tiles": torch.tensor([1])}  # as a processor gives it
+    batch = {
+        "pixel_values": random_pixels(1, 3, 28, 84),
+        "num_tiles": torch.tensor([1]),
+    }  # from the processor
     maps = backbone(**batch, interpolate_pos_encoding=True).feature_maps
     assert [tuple(feature_map.shape) for feature_map in maps] == [(1, 64, 2, 6)] * 2
 
@@ -390,10 +393,10 @@ def test_classifier_averages_the_tiles_of_an_image():
             model(pixel_values, num_tiles=torch.tensor(counts))
 
 
-# The configuration
+# Config
 
 
-def test_published_sizes_have_their_published_parameters():
+def test_published_sizes_have_the_published_parameter_counts():
     published = {"large": 0.31, "huge": 0.68, "1b": 1.23, "3b": 2.72}  # billions, arXiv 2411.14402
     for size, billions in published.items():
         with torch.device("meta"):
@@ -420,12 +423,12 @@ def test_root_config_is_large():
 UNSHARED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
-def test_an_activation_that_does_not_exist_is_named():
+def test_an_unknown_activation_raises():
     with pytest.raises(ValueError, match="hidden_act 'nope'"):
         make(hidden_act="nope")
 
 
-def test_default_feature_map_is_the_last_block_of_the_loaded_depth(tmp_path):
+def test_the_default_feature_map_is_the_last_loaded_block(tmp_path):
     SAILViTConfig(**TINY).save_pretrained(tmp_path)
     config = SAILViTConfig.from_pretrained(tmp_path, num_hidden_layers=2)
     assert SAILViTBackbone(config).out_features == ["stage2"]
@@ -458,6 +461,6 @@ def test_config_without_arguments_and_its_repr_work():
         ("projection_dropout", None),
     ],
 )
-def test_config_refuses_what_cannot_be(field, value):
+def test_invalid_config_fields_raise(field, value):
     with pytest.raises(ValueError, match=field):
         SAILViTConfig(**{**TINY, field: value})

@@ -1,4 +1,4 @@
-"""Toy SAIL-VL releases, and the same weights in parts of transformers that are put together by hand."""
+"""Toy SAIL-VL releases, and a reference model with the same weights built from transformers components."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from sailvit.convert.models.aimv2_state_dict import convert_tensors
 
 
 IMAGE_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
-# The first turn of every prompt, as the releases have it; what the toy model's prompt holds for one tile.
+# The system turn of the releases, and the placeholders of one tile of the toy model.
 SYSTEM = (
     "<|im_start|>system\n"
     "你是由抖音内容理解组开发的多模态大模型，英文名叫UniVL, 是一个有用无害的人工智能助手。<|im_end|>"
@@ -51,7 +51,7 @@ LANGUAGES = {
 
 
 def write_tokenizer(folder: Path, image_tokens: bool = True) -> Path:
-    """A byte-level BPE of a few hundred tokens, in the files that Qwen2 and the releases come with."""
+    """Write a byte-level BPE tokenizer of a few hundred tokens, in the file layout of Qwen2 and the releases."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,16 +89,17 @@ def write_tokenizer(folder: Path, image_tokens: bool = True) -> Path:
 
 def load_tokenizer(folder: Path):
     """
-    The toy tokenizer, but what it decodes is its tokens as its vocabulary writes them: a random model writes bytes that
-    are no text, which would all read "\ufffd", and so alike.
+    Return the toy tokenizer with a decoder that joins the vocabulary entries.
+
+    A random model generates bytes that are not valid UTF-8; the normal decoder would turn all of them into "\ufffd".
     """
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(folder))
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
-class Recorder:
-    """A tokenizer that remembers the prompts it is called with."""
+class RecordingTokenizer:
+    """A tokenizer that records the prompts it is called with."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.prompts = tokenizer, []
@@ -112,7 +113,7 @@ class Recorder:
 
 
 def released_config(language: str = "qwen2", tied: bool = False) -> dict:
-    """config.json as the releases have it: every field of theirs, old keys and all."""
+    """Return the config.json of a release, with all its fields, old keys included."""
     old = {"_name_or_path": "/mnt/somebody/ckpt", "torch_dtype": "bfloat16", "transformers_version": "4.37.2"}
     generation = {"max_length": 20, "do_sample": False, "temperature": 1.0, "top_k": 50, "num_beams": 1}
     text = {**LANGUAGES[language], **LANGUAGE, **old, **generation, "tie_word_embeddings": tied, "use_cache": True}
@@ -148,13 +149,15 @@ def released_config(language: str = "qwen2", tied: bool = False) -> dict:
 
 def released_tensors(config: dict, seed: int = 0, attentive: bool = False) -> dict[str, torch.Tensor]:
     """
-    Random weights under the released names; a tied head is not among them. A random language model mostly looks at its
-    last token: an attentive one writes something else when an image changes, and only tokens that the tokenizer has.
+    Return random weights under the released names, without a tied head.
+
+    A random language model depends mostly on its last token. With `attentive` its answer depends on the image, and it
+    generates only tokens of the tokenizer.
     """
     tower = randomize(SAILViTModel(SAILViTConfig(**_fields(config["vision_config"]))), seed)
     language = randomize(_language_model(config["llm_config"]), seed + 1)
-    width, folded = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
-    connector = randomize(_connector(folded, width), seed + 2)
+    width, shuffled = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
+    connector = randomize(_connector(shuffled, width), seed + 2)
     tensors = {}
     for prefix, part in (("vision_model", tower), ("mlp1", connector), ("language_model", language)):
         tensors |= {f"{prefix}.{name}": tensor.contiguous() for name, tensor in part.state_dict().items()}
@@ -177,7 +180,7 @@ def write_release(
     attentive: bool = False,
     smallest: bool = False,
 ) -> Path:
-    """A release of SAIL-VL at toy size: weights in shards, config.json, tokenizer; no processor, no code."""
+    """Write a SAIL-VL release of toy size: sharded weights, config.json, tokenizer; no processor, no code."""
     config = released_config(language, tied)
     if smallest:
         for part, sizes in SMALLEST.items():
@@ -210,23 +213,23 @@ def _language_model(config: dict) -> nn.Module:
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**kept))
 
 
-def _connector(folded: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(folded), nn.Linear(folded, width), nn.GELU(), nn.Linear(width, width))
+def _connector(shuffled: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, width), nn.GELU(), nn.Linear(width, width))
 
 
-class HandMade:
-    """The weights of a release in transformers' Aimv2VisionModel, an nn.Sequential and a causal language model."""
+class ReferenceModel:
+    """Reference SAIL-VL: transformers' Aimv2VisionModel, an nn.Sequential and a causal language model."""
 
     def __init__(self, config: dict, tensors: dict[str, torch.Tensor], image_token_id: int):
         fields = {**_fields(config["vision_config"]), "pos_embed_type": "absolute"}
         self.tower = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(fields))).eval()
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
         self.tower.load_state_dict(convert_tensors(own, "transformers"), strict=True)
-        width, folded = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
-        self.connector = _connector(folded, width)
-        self.connector.load_state_dict(_under(tensors, "mlp1."), strict=True)
+        width, shuffled = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
+        self.connector = _connector(shuffled, width)
+        self.connector.load_state_dict(_strip_prefix(tensors, "mlp1."), strict=True)
         self.language = _language_model(config["llm_config"]).eval()
-        weights = _under(tensors, "language_model.")
+        weights = _strip_prefix(tensors, "language_model.")
         if config["llm_config"]["tie_word_embeddings"]:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         self.language.load_state_dict(weights, strict=True)
@@ -250,14 +253,14 @@ class HandMade:
         return self.language(inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=mask).logits
 
     def greedy(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, tokens: int) -> list[int]:
-        """Greedy tokens of one prompt, every step from its beginning: no cache, no generate."""
+        """Decode one prompt greedily, without cache and without `generate`."""
         for _ in range(tokens):
-            following = self.logits(input_ids, pixel_values)[:, -1:].argmax(-1)
-            input_ids = torch.cat([input_ids, following], 1)
+            next_token = self.logits(input_ids, pixel_values)[:, -1:].argmax(-1)
+            input_ids = torch.cat([input_ids, next_token], 1)
         return input_ids[0, -tokens:].tolist()
 
     def answer(self, tokenizer, prompt: str, pixel_values: torch.Tensor | None = None, tokens: int = 6) -> str:
-        """The greedy tokens after a prompt, as text, up to the end of the turn."""
+        """Return the greedy answer to a prompt as text, up to the end of the turn."""
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         written = self.greedy(ids, pixel_values, tokens)
         if (end := tokenizer.convert_tokens_to_ids("<|im_end|>")) in written:
@@ -265,5 +268,5 @@ class HandMade:
         return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
-def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _strip_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -57,9 +57,9 @@ def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
     A part's configuration as it was written, which every release of transformers reads, without what is not the part's
     to say; what transformers >= 5 calls otherwise stands there under both names.
     """
-    from ...configuration_sailvl import GENERATION_FIELDS, NOT_OF_A_PART
+    from ...configuration_sailvl import GENERATION_FIELDS, NON_MODEL_KEYS
 
-    kept = {key: value for key, value in fields.items() if key not in NOT_OF_A_PART | GENERATION_FIELDS}
+    kept = {key: value for key, value in fields.items() if key not in NON_MODEL_KEYS | GENERATION_FIELDS}
     rope = kept.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         kept.setdefault("rope_theta", rope["rope_theta"])

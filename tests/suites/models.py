@@ -1,8 +1,8 @@
 """
-transformers' own common tests (ModelTesterMixin, BackboneTesterMixin, ConfigTester) of the models, at toy size.
+Common tests of transformers (ModelTesterMixin, BackboneTesterMixin, ConfigTester) for the models, at toy size.
 
-Run by tests/test_common_suites.py, which brings these tests from the source distribution of the installed transformers.
-A test that is expected to fail is named in LEFT with the reason, and so in docs/compatibility.md.
+Run by tests/test_common_suites.py, which downloads these tests from the source distribution of the installed
+transformers. EXPECTED_FAILURES and docs/compatibility.md list the tests that fail, with the reason.
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from common_suites import expect_failures, register_names
+from common_suites import expect_failures, register_model_mappings
 from transformers_tests import test_backbone_common, test_configuration_common, test_modeling_common
 from transformers_tests.test_modeling_common import floats_tensor, ids_tensor
 
@@ -35,7 +35,7 @@ LANGUAGE = {
 }  # fmt: skip
 IMAGE = 309
 FEATURES = "get_image_features returns a tensor unless return_dict=True asks for transformers' output"
-LEFT = {
+EXPECTED_FAILURES = {
     "TowerSuite": {
         "test_get_image_features_attentions": FEATURES,
         "test_get_image_features_hidden_states": FEATURES,
@@ -59,7 +59,7 @@ LEFT = {
 
 
 class TowerTester:
-    """What the mixins ask for: a configuration and inputs; B = 2 tiles of 56 pixels."""
+    """Config and inputs for the mixins: B = 2 tiles of 56 pixels."""
 
     batch_size, is_training, num_labels = 2, True, 3
     seq_length = encoder_seq_length = key_length = 16
@@ -78,7 +78,7 @@ class TowerTester:
 
 
 class SAILVLTester:
-    """B = 2 prompts of 12 tokens, each with one tile of 28 pixels, which is one visual token."""
+    """Config and inputs: B = 2 prompts of 12 tokens, each with one tile of 28 pixels, which is one visual token."""
 
     batch_size, is_training, vocab_size, image_token_id = 2, True, 384, IMAGE
     seq_length = encoder_seq_length = key_length = 12
@@ -100,17 +100,17 @@ class SAILVLTester:
 
 
 class TextTester(SAILVLTester):
-    """The same without images: some tests leave out the pixels and keep the placeholders, which is refused."""
+    """Inputs without images: some tests drop the pixels and keep the placeholders, which raises."""
 
     def prepare_config_and_inputs_for_common(self) -> tuple[SAILVLConfig, dict[str, torch.Tensor]]:
         config, inputs = super().prepare_config_and_inputs_for_common()
         return config, {"input_ids": inputs["input_ids"].clamp(max=300), "attention_mask": inputs["attention_mask"]}
 
 
-register_names(SAILViTModel, SAILViTBackbone, SAILViTForImageClassification, SAILVLForConditionalGeneration)
+register_model_mappings(SAILViTModel, SAILViTBackbone, SAILViTForImageClassification, SAILVLForConditionalGeneration)
 
 
-@expect_failures(LEFT)
+@expect_failures(EXPECTED_FAILURES)
 class TowerSuite(test_modeling_common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (SAILViTModel, SAILViTForImageClassification, SAILViTBackbone)
     test_resize_embeddings = False
@@ -134,14 +134,14 @@ class BackboneSuite(test_backbone_common.BackboneTesterMixin, unittest.TestCase)
         self.model_tester = TowerTester()
 
 
-@expect_failures(LEFT)
+@expect_failures(EXPECTED_FAILURES)
 class SAILVLSuite(test_modeling_common.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (SAILVLForConditionalGeneration,)
     _is_composite = True
 
     def setUp(self) -> None:
-        text_alone = "eager_matches_sdpa_inference" in self._testMethodName
-        self.model_tester = TextTester() if text_alone else SAILVLTester()
+        is_text_only = "eager_matches_sdpa_inference" in self._testMethodName
+        self.model_tester = TextTester() if is_text_only else SAILVLTester()
 
     def test_config(self) -> None:
         tester = test_configuration_common.ConfigTester(self, config_class=SAILVLConfig, has_text_modality=False)

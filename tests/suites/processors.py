@@ -1,7 +1,7 @@
 """
-transformers' own common tests (ProcessorTesterMixin, ImageProcessingTestMixin) of the processors, at toy size.
+Common tests of transformers (ProcessorTesterMixin, ImageProcessingTestMixin) for the processors, at toy size.
 
-Run by tests/test_common_suites.py, as models.py.
+Run by tests/test_common_suites.py, like models.py.
 """
 
 import sys
@@ -22,13 +22,13 @@ from sailvit import SAILViTImageProcessor, SAILVLProcessor
 
 
 RGB = "images are always converted to RGB: there is no option do_convert_rgb"
-LEFT = {
+EXPECTED_FAILURES = {
     "ImageProcessorSuite": {
         "test_call_numpy_4_channels": RGB,
         "test_image_processor_from_dict_with_kwargs_has_attributes": RGB,
     },
 }
-# The image processor refuses a factor that is not positive; a tiny one gives the negative mean that is looked for, too.
+# rescale_factor must be positive; a tiny one also gives the negative mean that the test expects.
 test_processing_common.MODALITY_TEST_SPECS["images"]["init_time_kwargs"] = {"do_rescale": True, "rescale_factor": 1e-9}
 
 
@@ -48,7 +48,7 @@ class ProcessorSuite(test_processing_common.ProcessorTesterMixin, unittest.TestC
     def prepare_processor_dict() -> dict[str, int]:
         return {"image_seq_length": 2}
 
-    # These two give every kind that has a part of the processor, and so no video, to a prompt with every placeholder.
+    # These two tests pass no videos, since the processor has no video component, but a prompt with every placeholder.
 
     def test_processor_with_multiple_inputs(self) -> None:
         self.video_token = ""
@@ -60,7 +60,7 @@ class ProcessorSuite(test_processing_common.ProcessorTesterMixin, unittest.TestC
 
 
 class ImageTester(test_image_processing_common.ImageProcessingTester):
-    """One tile of 20 x 18 pixels an image, which is what the mixin's shapes expect."""
+    """One tile of 20 x 18 pixels per image, as the mixin expects."""
 
     def __init__(self, parent: unittest.TestCase, **kwargs: Any):
         options = {"size": {"height": 18, "width": 20}, "do_tile": False, "do_normalize": True}
@@ -71,7 +71,7 @@ class ImageTester(test_image_processing_common.ImageProcessingTester):
         return {"torchvision": SAILViTImageProcessor}
 
 
-@expect_failures(LEFT)
+@expect_failures(EXPECTED_FAILURES)
 class ImageProcessorSuite(test_image_processing_common.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = ImageTester
     test_cast_dtype = True
