@@ -353,13 +353,13 @@ class SAILVLPlan(StoredJob):
             **({"placed": self.placed} if self.placed else {}),
         }
         if self.tower:
-            found, checkpoint = self.tower.tower.found, self.tower.checkpoint
+            match, checkpoint = self.tower.match, self.tower.checkpoint
             record["inserted"] = {
                 "name": public_name(checkpoint.source),
                 "revision": checkpoint.source.revision,
                 **licence_of(checkpoint.source),
-                "layout": found.layout.name,
-                "prefix": found.prefix,
+                "layout": match.scheme.name,
+                "prefix": match.prefix,
                 "files": {file: {"sha256": hash_file(checkpoint.source.path(file))}
                           for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files},
             }  # fmt: skip
@@ -472,7 +472,7 @@ def _notes(job: SAILVLPlan, names: Names) -> list[str]:
         notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
     if job.tower:
         notes += [f"inserted: {note}" for note in job.tower.notes]
-        rounded = sorted(dtype for dtype in job.tower.tower.dtypes if dtype != job.dtype)
+        rounded = sorted({tensor.dtype for tensor in job.tower.inputs()} - {job.dtype})
         if rounded:
             before = ", ".join(torch_name(dtype) for dtype in rounded)
             notes.append(f"inserted: {before} became {torch_name(job.dtype)}, as the rest of the model is")
