@@ -184,7 +184,7 @@ def _verify(folder: Path, config: Mapping[str, Any], new: Mapping[str, bytes]) -
         if config["model_type"] == "sailvl":
             verify_all(trial)
         else:
-            run_in_clean_process(trial, Path(scratch))
+            run_in_clean_process(trial)
     return "with the new code it loads in a fresh process"
 
 

@@ -308,7 +308,7 @@ def test_a_table_with_two_names_exchanged_is_caught(tmp_path, apple, monkeypatch
     monkeypatch.setitem(LAYOUTS, "transformers", replace(layout, modules={**layout.modules, **wrong}))
     run(apple, tmp_path / "out", "--to-layout", "transformers", code=1)
     error = capsys.readouterr().err
-    assert "the folder's tokens are" in error and error.count("\n") == 1
+    assert "the folder's tokens differ from those of" in error and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 
@@ -317,7 +317,7 @@ def test_a_folder_that_does_not_load_is_caught(tmp_path, apple, monkeypatch):
     from sailvit.convert.export import runtimes
 
     monkeypatch.setattr(runtimes, "CODE", runtimes.CODE[:1])
-    with pytest.raises(VerificationError, match="does not load in a fresh process"):
+    with pytest.raises(VerificationError, match="does not load in a clean process"):
         convert(apple, tmp_path / "out", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 

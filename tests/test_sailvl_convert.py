@@ -697,7 +697,7 @@ def test_a_folder_that_does_not_load_is_taken_away(toys, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(code_files, "CODE_OF_ALL", code_files.CODE_OF_ALL[:-1])
     assert sailvit_cli.main(["convert", str(toys / "release"), str(tmp_path / "out")]) == 1
-    assert "does not load in a fresh process" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert "does not load in a clean process" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 # A new model

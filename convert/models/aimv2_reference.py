@@ -1,6 +1,5 @@
 """Holds a written folder against the source: both see one picture, and their tokens are compared."""
 
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -8,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.runtimes import RUNTIMES, timm_config, transformers_config
-from ..storage.errors import VerificationError
 from ..storage.tensors import load, torch_name
-from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
+from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2_names import RELEASED
 from .aimv2_state_dict import compute_positions, convert_tensors
 
@@ -36,16 +34,11 @@ def verify_folder(folder: Path, job: "AIMv2Plan") -> dict[str, Any]:
     """
     import torch
 
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = run_in_clean_process(folder, Path(scratch))
+    alone = run_in_clean_process(folder)
     with torch.inference_mode():
         name, model = _reference(job)
         tokens = model(alone["pixel_values"])
-    difference = ((alone["tokens"].double() - tokens).norm() / tokens.double().norm()).item()
-    figures = {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE, "picture": PICTURE.name}
-    if not difference <= TOLERANCE:
-        raise VerificationError(f"the folder's tokens are {difference:.1e} from those of {name}, relative")
-    return figures
+    return compare_outputs(alone["tokens"], tokens, name)
 
 
 def _reference(job: "AIMv2Plan") -> "tuple[str, Tokens]":

@@ -3,7 +3,6 @@ InternViT and InternLM2 in plain torch, by their original names, for folders tha
 Tensors are read block by block, so that what is held is never a model.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.nn import functional
 
 from ..storage.errors import VerificationError
 from ..storage.tensors import load
-from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
+from ..verify.outputs import compare_outputs, run_in_clean_process
 
 
 if TYPE_CHECKING:
@@ -42,11 +41,10 @@ def verify_internvit(folder: Path, job: "InternViTPlan") -> dict[str, Any]:
     Raises:
         VerificationError: The folder does not load, or the difference is above the tolerance.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = run_in_clean_process(folder, Path(scratch))
+    alone = run_in_clean_process(folder)
     with torch.inference_mode():
         tokens = internvit_tokens(_weights(job), job.config, alone["pixel_values"])
-    return _compare(alone["tokens"], tokens, "an InternViT in plain torch", "tokens", picture=PICTURE.name)
+    return compare_outputs(alone["tokens"], tokens, "an InternViT in plain torch")
 
 
 def verify_internlm2(folder: Path, job: "InternLM2Plan") -> dict[str, Any]:
@@ -65,14 +63,7 @@ def verify_internlm2(folder: Path, job: "InternLM2Plan") -> dict[str, Any]:
     with torch.inference_mode():
         logits = _llama_logits(folder, job.shape.num_hidden_layers, ids)
         expected = internlm2_logits(_weights(job), job.said, job.config, ids)
-    return _compare(logits, expected, "an InternLM2 in plain torch", "logits", text=f"{count} tokens")
-
-
-def _compare(ours: torch.Tensor, truth: torch.Tensor, name: str, what: str, **shown: str) -> dict[str, Any]:
-    difference = ((ours.double() - truth).norm() / truth.double().norm()).item()
-    if not difference <= TOLERANCE:
-        raise VerificationError(f"the folder's {what} are {difference:.1e} from those of {name}, relative")
-    return {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE, **shown}
+    return compare_outputs(logits, expected, "an InternLM2 in plain torch", "logits", text=f"{count} tokens")
 
 
 def _weights(job: "InternVLPlan") -> "Weights":

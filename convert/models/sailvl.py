@@ -514,21 +514,7 @@ def verify_all(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: It does not load, or makes another number of placeholders than the model wants.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = {key: int(value) for key, value in run_in_clean_process(folder, Path(scratch)).items()}
+    alone = {key: int(value) for key, value in run_in_clean_process(folder).items()}
     if alone["placeholders"] != alone["tiles"] * alone["image_seq_length"] or not alone["tiles"]:
         raise VerificationError(f"the folder's processor and model do not fit each other: {alone}")
     return alone
-
-
-def describe(figures: Mapping[str, Any]) -> str:
-    """What a verification found, for a person."""
-    from ..verify.outputs import describe as describe_tokens
-
-    if "placeholders" in figures:
-        return "it loads in a fresh process: {tiles} tiles of a picture are {placeholders} placeholders".format(
-            **figures
-        )
-    if "loaded" in figures:
-        return f"it loads in a fresh process, as {figures['loaded']}"
-    return describe_tokens(figures)
