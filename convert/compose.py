@@ -20,10 +20,17 @@ from .export.sailvl_files import (
     write_config,
     write_processor,
 )
-from .export.tokenizer_files import END_OF_TURN, TOKENIZER_FILES, VOCABULARIES, copy_tokenizer
+from .export.tokenizer_files import (
+    END_OF_TURN,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    copy_tokenizer,
+    generation_settings,
+    mark_tokenizer,
+    padding_notes,
+)
 from .models.aimv2_names import match_aimv2
 from .models.internlm2 import is_internlm2
-from .models.internlm2_tokenizer import generation_settings, mark_tokenizer, padding_notes
 from .models.internvit import is_internvit
 from .models.sailvl import build_empty, describe_all, is_sailvl, verify_all
 from .plan import DTYPES

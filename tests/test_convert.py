@@ -317,7 +317,7 @@ def test_a_folder_that_does_not_load_is_caught(tmp_path, apple, monkeypatch):
     from sailvit.convert.export import runtimes
 
     monkeypatch.setattr(runtimes, "CODE", runtimes.CODE[:1])
-    with pytest.raises(VerificationError, match="does not load in a fresh process"):
+    with pytest.raises(VerificationError, match="does not load in a clean process"):
         convert(apple, tmp_path / "out", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
@@ -381,7 +381,7 @@ BAD = {
     "too much": (tensors(lambda all: all.update({"cls_token": torch.ones(1)})), [], r"cls_token: has no mapping"),
     "mixed": (tensors(lambda all: all.update({QKV: all[QKV].half()})), [], r"qkv\.weight: expected F32 .*, got F16"),
     "whole numbers": (tensors(lambda all: all.update({QKV: all[QKV].to(torch.int8)})), ["--dtype", "float32"], "I8"),
-    "doubles": (tensors(lambda all: {name: t.double() for name, t in all.items()}), [], "got F64: choose with --dtype"),
+    "doubles": (tensors(lambda all: {name: t.double() for name, t in all.items()}), [], "F64: choose with --dtype"),
     "another": (tensors(lambda all: {"model.embed_tokens.weight": torch.ones(2, 2)}), [], "no AIMv2 tower"),
     "config width": (with_config(hidden_size=128), [], r"hidden_size: expected 64 as in the tensors, got 128"),
     "config depth": (with_config(num_hidden_layers=24), [], r"num_hidden_layers: expected 3 as in the tensors, got 24"),

@@ -426,7 +426,9 @@ def test_what_the_gate_finds_is_not_published(hub, tmp_path, monkeypatch):
     folder = tmp_path / "tower"
     convert_checkpoint(make_checkpoint(tmp_path / "apple"), folder, verify=False)
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
-    with pytest.raises(PublishError, match=r"tower: not published: provenance\.json: it was never held") as raised:
+    with pytest.raises(
+        PublishError, match=r"tower: not published: provenance\.json: this conversion was not verified"
+    ) as raised:
         push_folder(folder, REPO, api=HfApi(endpoint=hub.address, token=TOKEN))
     assert len(raised.value.problems) == 1 and hub.repositories == {}
 

@@ -163,7 +163,7 @@ def test_code_is_renewed_and_weights_are_not_touched(old, made, kind):
 
 def test_a_folder_that_would_not_load_is_left_as_it_was(old, kind, monkeypatch):
     def refuse(*arguments):
-        raise VerificationError("the folder does not load in a fresh process: of no matter what")
+        raise VerificationError("the folder does not load in a clean process: of no matter what")
 
     before = contents(old)
     monkeypatch.setattr(refreshing, "run_in_clean_process" if kind == "tower" else "verify_all", refuse)

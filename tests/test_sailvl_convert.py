@@ -213,7 +213,7 @@ def test_tokenizers_pad_left_and_name_the_placeholder(release, tmp_path, side, n
     for file in TOKENIZER:
         (language / file).write_bytes((release / file).read_bytes())
     done = convert(release, tmp_path / "all")
-    assert any("pads at the right" in note for note in done.notes) == (side == "right")
+    assert any("padding_side is right" in note for note in done.notes) == (side == "right")
     convert(release, tmp_path / "language", part="language")
     compose(release, language, tmp_path / "composed")
     for name in ("all", "language", "composed"):
@@ -697,7 +697,7 @@ def test_a_folder_that_does_not_load_is_taken_away(toys, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(code_files, "CODE_OF_ALL", code_files.CODE_OF_ALL[:-1])
     assert sailvit_cli.main(["convert", str(toys / "release"), str(tmp_path / "out")]) == 1
-    assert "does not load in a fresh process" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert "does not load in a clean process" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 # A new model

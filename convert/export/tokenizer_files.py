@@ -3,12 +3,11 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..models.internlm2_tokenizer import mark_tokenizer
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
-from ..storage.files import write_json
+from ..storage.files import read_json, write_json
 
 
 if TYPE_CHECKING:
@@ -22,6 +21,49 @@ TOKENIZER_FILES = (
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
 
 END_OF_TURN = "<|im_end|>"
+
+
+def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
+    """
+    Return tokenizer_config.json for generation, as every supported transformers reads it: padding on the left, so that
+    an answer follows its prompt, and the placeholder as `image_token`, as in transformers' multimodal tokenizers. No id
+    changes.
+
+    Args:
+        settings: As any release wrote them.
+        image_token: The placeholder of a visual token, if there is one.
+    """
+    new = {**settings, "padding_side": "left"}
+    named, extra = dict(new.pop("model_specific_special_tokens", None) or {}), new.pop("extra_special_tokens", None)
+    if isinstance(extra, list):  # written by transformers >= 5, which alone reads it
+        listed = list(new.get("additional_special_tokens") or [])
+        new["additional_special_tokens"] = [*listed, *(token for token in extra if token not in listed)]
+    elif isinstance(extra, Mapping):
+        named |= extra
+    if image_token is not None:
+        new["image_token"] = named["image_token"] = image_token
+    if named:
+        new["extra_special_tokens"] = named
+    if new.get("tokenizer_class") == "TokenizersBackend":  # of transformers >= 5
+        new["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return new
+
+
+def mark_tokenizer(folder: Path, image_token: str | None = None) -> None:
+    """Write generation_settings into a folder that has a tokenizer."""
+    file = folder / "tokenizer_config.json"
+    old = read_json(file) if file.exists() else {}
+    if not old and (folder / "tokenizer.json").exists():
+        old = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if (new := generation_settings(old, image_token)) != old or not file.exists():
+        write_json(file, new)
+
+
+def padding_notes(checkpoint: Checkpoint) -> list[str]:
+    """Return a message if padding moves to the left."""
+    if checkpoint.document("tokenizer_config.json").get("padding_side") != "right":
+        return []
+    return ["padding_side is right in the source's tokenizer, left in the folder's, as batched generation needs it"]
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:

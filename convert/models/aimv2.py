@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..export.runtimes import RUNTIMES, check_expressible, write_folder
-from ..plan import DTYPES, Options
+from ..plan import Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, raise_if_any
 from ..storage.hashes import check_values
-from ..storage.tensors import TORCH_DTYPES, StoredTensor, cast, to_bytes
+from ..storage.tensors import StoredTensor, cast, to_bytes
 from .aimv2_config import Tower, find_aimv2
 from .aimv2_names import POSITIONS, AIMv2Dimensions, get_layout, plan_layout
-from .aimv2_reference import SourceWeights, verify_folder
+from .aimv2_reference import verify_folder
 from .aimv2_state_dict import compute_positions
 from .mapped_plan import MappedPlan, image_notes, match_notes
 from .name_tables import NamingScheme, TensorSource
@@ -69,9 +69,7 @@ class AIMv2Plan(MappedPlan):
     def verify(self, folder: Path) -> dict[str, Any] | None:
         if self.layout.name not in RUNTIMES:
             return None
-        new_grid = self.grid_size if self.learned and self.positions else None
-        source = SourceWeights(self.match.scheme, self.stored, self.fields, self.layout.name, self.dtype, new_grid)
-        return verify_folder(folder, source)
+        return verify_folder(folder, self, self.fields, self.grid_size if self.learned and self.positions else None)
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -91,22 +89,16 @@ def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
     tower = find_aimv2(checkpoint, options.from_layout, options.prefix)
     accepted = ("mixed",) if options.dtype else ()
     raise_if_any([problem for problem in tower.problems if problem.kind not in accepted], checkpoint.source.name)
+    dtype = output_dtype(options.dtype, tower.tensors, checkpoint.source.name)
     plan = AIMv2Plan(
-        checkpoint=checkpoint, dtype=_output_dtype(tower, options, checkpoint.source.name), match=tower.match,
-        stored=tower.tensors, dimensions=tower.dimensions, layout=layout, fields=_output_fields(tower, layout, options),
+        checkpoint=checkpoint, dtype=dtype, match=tower.match, stored=tower.tensors, dimensions=tower.dimensions,
+        layout=layout, fields=_output_fields(tower, layout, options),
     )  # fmt: skip
     check_expressible(plan)
     plan.positions = _computed_positions(plan)
     plan.notes = _notes(plan)
     check_values(checkpoint, {tower.match.names[name]: tensor for name, tensor in tower.tensors.items()})
     return plan
-
-
-def _output_dtype(tower: Tower, options: Options, source: str) -> str:
-    dtype = TORCH_DTYPES[options.dtype] if options.dtype else next(iter(tower.dtypes))
-    if dtype not in map(TORCH_DTYPES.get, DTYPES):
-        raise CheckpointError(f"{source}: expected a tower of {', '.join(DTYPES)}, got {dtype}: choose with --dtype")
-    return dtype
 
 
 def _output_fields(tower: Tower, layout: NamingScheme, options: Options) -> dict[str, Any]:
@@ -129,7 +121,7 @@ def _computed_positions(plan: AIMv2Plan) -> dict[str, Any] | None:
 
 
 def _notes(plan: AIMv2Plan) -> list[str]:
-    notes, fields = match_notes(plan.match, "(head)"), plan.fields
+    notes, fields = match_notes(plan.match, "head"), plan.fields
     if plan.dimensions.grid_size is None:
         notes.append("no learned position embeddings: a `native` tower, with sine-cosine ones")
     if (fields["image_size"] // fields["patch_size"]) % fields.get("pixel_shuffle_factor", 2):

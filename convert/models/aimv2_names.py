@@ -62,27 +62,17 @@ TIMM = {
 }
 
 
-LAYOUTS = {
-    scheme.name: scheme
-    for scheme in (
-        NamingScheme("sailvit", "released SAILViT, Apple's AIMv2", RELEASED, ignored=HEAD),
-        NamingScheme("lit", "image tower of Apple's AIMv2 lit", RELEASED, "image_encoder.", HEAD),
-        NamingScheme("ovis2", "Ovis2, original", RELEASED, "visual_tokenizer.backbone.", HEAD),
-        NamingScheme(
-            "transformers", "transformers' aimv2_vision_model", TRANSFORMERS, ignored=HEAD, squeezed=(POSITIONS,)
-        ),
-        NamingScheme(
-            "ovis2-transformers",
-            "Ovis2 in transformers",
-            OVIS2_TRANSFORMERS,
-            "model.vision_tower.transformer.",
-            HEAD,
-            squeezed=(POSITIONS,),
-            has_sincos=False,
-        ),
-        NamingScheme("timm", "timm's aimv2", TIMM, ignored=r"(head|fc_norm)\..*", has_sincos=False),
-    )
-}
+OVIS2_PREFIX = "model.vision_tower.transformer."
+FLAT = (POSITIONS,)
+SCHEMES = (
+    NamingScheme("sailvit", "released SAILViT, Apple's AIMv2", RELEASED, "", HEAD),
+    NamingScheme("lit", "image tower of Apple's AIMv2 lit", RELEASED, "image_encoder.", HEAD),
+    NamingScheme("ovis2", "Ovis2, original", RELEASED, "visual_tokenizer.backbone.", HEAD),
+    NamingScheme("transformers", "transformers' aimv2_vision_model", TRANSFORMERS, "", HEAD, FLAT),
+    NamingScheme("ovis2-transformers", "Ovis2 in transformers", OVIS2_TRANSFORMERS, OVIS2_PREFIX, HEAD, FLAT, False),
+    NamingScheme("timm", "timm's aimv2", TIMM, "", r"(head|fc_norm)\..*", has_sincos=False),
+)
+LAYOUTS = {scheme.name: scheme for scheme in SCHEMES}
 
 
 def get_layout(name: str | None) -> NamingScheme:
@@ -133,22 +123,12 @@ class AIMv2Dimensions(Dimensions):
         return shapes
 
 
-AIMV2 = ModelFamily(
-    "AIMv2 tower",
-    "vision",
-    LAYOUTS,
-    AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True).parameters().keys(),
-    anchors=(PATCHES,),
-)
+LARGEST = AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True)
+AIMV2 = ModelFamily("AIMv2 tower", "vision", LAYOUTS, (PATCHES,), LARGEST)
 
 
 def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> Match:
-    """
-    Find the tower among the names of a checkpoint; as match_names.
-
-    Raises:
-        CheckpointError: There is no tower, or more than one, or no such layout.
-    """
+    """Find the tower among the names of a checkpoint: match_names, which also raises CheckpointError for the layout."""
     return match_names(names, AIMV2, None if layout is None else get_layout(layout).name, prefix)
 
 

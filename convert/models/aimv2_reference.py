@@ -1,7 +1,6 @@
 """Verification of a converted AIMv2 tower: outputs of the folder and of the source weights on a test image."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..storage.tensors import StoredTensor, load, torch_name
 from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2_names import POSITIONS, RELEASED
 from .aimv2_state_dict import compute_positions, convert_tensors
-from .name_tables import NamingScheme
+from .mapped_plan import MappedPlan
 
 
 if TYPE_CHECKING:
@@ -22,62 +21,19 @@ if TYPE_CHECKING:
     Reference = Callable[[torch.Tensor], torch.Tensor]  # pixels (1, C, H, W) -> tokens (1, N, D)
 
 
-@dataclass(frozen=True)
-class SourceWeights:
-    """
-    The weights of a conversion's source.
-
-    Attributes:
-        scheme: Of its names.
-        stored: Name in the scheme -> tensor.
-        fields: SAILViTConfig's, of the folder.
-        layout: Name of the folder's layout.
-        dtype: Of the folder.
-        new_grid: Side of the square of position embeddings in the folder, if they are resampled.
-    """
-
-    scheme: NamingScheme
-    stored: Mapping[str, StoredTensor]
-    fields: Mapping[str, Any]
-    layout: str
-    dtype: str
-    new_grid: int | None
-
-    @property
-    def position_name(self) -> str:
-        return self.scheme.names_of(POSITIONS)[0]
-
-    @property
-    def learned(self) -> StoredTensor | None:
-        return self.stored.get(self.position_name)
-
-    @property
-    def source_fields(self) -> dict[str, Any]:
-        """The folder's fields, with sine-cosine position embeddings if the source has those."""
-        return {**self.fields, "pos_embed_type": "absolute" if self.learned else "sincos"}
-
-    def tensors(self) -> "dict[str, torch.Tensor]":
-        """Return the tensors in float32, under the source's names, rounded to the folder's dtype; resampled."""
-        tensors = {name: load(stored, self.dtype) for name, stored in self.stored.items()}
-        if self.new_grid is not None:
-            new = compute_positions(self.learned, self.fields["hidden_size"], self.new_grid)
-            tensors[self.position_name] = self.round(new[0] if POSITIONS in self.scheme.squeezed else new)
-        return tensors
-
-    def round(self, tensor: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
-        return tensor.to(getattr(torch, torch_name(self.dtype))).float()
-
-
-def verify_folder(folder: Path, source: SourceWeights) -> dict[str, Any]:
+def verify_folder(folder: Path, plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> dict[str, Any]:
     """
     Load a folder in a clean process and compare its tokens for a test image with those of the source weights, in an
     implementation that is not the folder's, if there is one. Both run in float32, on weights rounded to the folder's
     dtype.
 
+    Args:
+        plan: Of the folder.
+        fields: SAILViTConfig's, of the folder.
+        new_grid: Side of the square of position embeddings in the folder, if they are resampled.
+
     Returns:
-        Name of the reference, relative difference, tolerance, name of the image.
+        What provenance.json records under "verification".
 
     Raises:
         VerificationError: The folder does not load, or the difference exceeds the tolerance.
@@ -86,62 +42,79 @@ def verify_folder(folder: Path, source: SourceWeights) -> dict[str, Any]:
 
     outputs = run_in_clean_process(folder)
     with torch.inference_mode():
-        name, model = _reference(source)
+        name, model = _reference(plan, fields, new_grid)
         return compare_outputs(outputs["tokens"], model(outputs["pixel_values"]), name)
 
 
-def _reference(source: SourceWeights) -> "tuple[str, Reference]":
+def _reference(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> "tuple[str, Reference]":
     """Return the name of an implementation and the source weights in it: the one of the source's names, or another
     than the folder's."""
-    released, scheme = source.scheme.modules is RELEASED, source.scheme.name
-    in_timm = source.learned is not None and not RUNTIMES["timm"].unsupported_reason(source.fields)
-    if (released or scheme == "timm") and in_timm and find_spec("timm"):
-        return f"timm {version('timm')}", _timm_reference(source)
-    if released and (source.layout != "sailvit" or RUNTIMES["transformers"].unsupported_reason(source.fields)):
-        return "SAILViTModel of this package", _sailvit_reference(source)
-    if scheme == "ovis2-transformers":
-        return f"Ovis2VisionModel of transformers {version('transformers')}", _ovis2_reference(source)
-    return f"Aimv2VisionModel of transformers {version('transformers')}", _native_reference(source)
+    scheme = plan.match.scheme
+    released, learned = scheme.modules is RELEASED, plan.stored.get(scheme.names_of(POSITIONS)[0])
+    in_timm = learned is not None and not RUNTIMES["timm"].unsupported_reason(fields)
+    if (released or scheme.name == "timm") and in_timm and find_spec("timm"):
+        return f"timm {version('timm')}", _timm_reference(plan, fields, learned)
+    source_fields = {**fields, "pos_embed_type": "absolute" if learned else "sincos"}
+    tensors = _source_tensors(plan, fields, new_grid)
+    if released and (plan.layout.name != "sailvit" or RUNTIMES["transformers"].unsupported_reason(fields)):
+        return "SAILViTModel of this package", _sailvit_reference(source_fields, tensors)
+    if scheme.name == "ovis2-transformers":
+        return f"Ovis2VisionModel of transformers {version('transformers')}", _ovis2_reference(source_fields, tensors)
+    return f"Aimv2VisionModel of transformers {version('transformers')}", _native_reference(source_fields, tensors)
 
 
-def _timm_reference(source: SourceWeights) -> "Reference":
+def _source_tensors(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> "dict[str, torch.Tensor]":
+    """Return the tensors in float32, under the source's names, rounded to the folder's dtype, positions resampled."""
+    scheme = plan.match.scheme
+    tensors, name = {name: load(one, plan.dtype) for name, one in plan.stored.items()}, scheme.names_of(POSITIONS)[0]
+    if new_grid is not None:
+        new = _round(compute_positions(plan.stored[name], fields["hidden_size"], new_grid), plan.dtype)
+        tensors[name] = new[0] if POSITIONS in scheme.squeezed else new
+    return tensors
+
+
+def _round(tensor: "torch.Tensor", dtype: str) -> "torch.Tensor":
+    import torch
+
+    return tensor.to(getattr(torch, torch_name(dtype))).float()
+
+
+def _timm_reference(plan: MappedPlan, fields: Mapping[str, Any], learned: StoredTensor) -> "Reference":
     """timm reads Apple's names as well as its own, and resamples position embeddings itself."""
     import timm
     import torch
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    config = timm_config(source.fields)
+    config, positions = timm_config(fields), plan.match.scheme.names_of(POSITIONS)[0]
     with torch.device("meta"):  # saves seconds of random initialization
         model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
-    tensors = {**source.tensors(), source.position_name: load(source.learned)}
+    tensors = {**_source_tensors(plan, fields, None), positions: load(learned)}
     model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True, assign=True)
-    model.pos_embed.data = source.round(model.pos_embed.data)
+    model.pos_embed.data = _round(model.pos_embed.data, plan.dtype)
     return model.eval().forward_features
 
 
-def _native_reference(source: SourceWeights) -> "Reference":
+def _native_reference(fields: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> "Reference":
     from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
-    model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(source.source_fields)))
-    return _load(model, convert_tensors(source.tensors(), "transformers"))
+    model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(fields)))
+    return _load(model, convert_tensors(tensors, "transformers"))
 
 
-def _sailvit_reference(source: SourceWeights) -> "Reference":
+def _sailvit_reference(fields: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> "Reference":
     from ...configuration_sailvit import SAILViTConfig
     from ...modeling_sailvit import SAILViTModel
 
-    return _load(SAILViTModel(SAILViTConfig(**source.source_fields)), source.tensors())
+    return _load(SAILViTModel(SAILViTConfig(**fields)), tensors)
 
 
-def _ovis2_reference(source: SourceWeights) -> "Reference":
+def _ovis2_reference(fields: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> "Reference":
     from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionModel
 
-    config = Ovis2VisionConfig(
-        **transformers_config(source.source_fields), vocab_size=8
-    )  # of its head, which is unused
-    return _load(Ovis2VisionModel(config).transformer, source.tensors())
+    config = Ovis2VisionConfig(**transformers_config(fields), vocab_size=8)  # of its head, which is unused
+    return _load(Ovis2VisionModel(config).transformer, tensors)
 
 
-def _load(model: "nn.Module", tensors: "Mapping[str, torch.Tensor]") -> "Reference":
+def _load(model: "nn.Module", tensors: "dict[str, torch.Tensor]") -> "Reference":
     model.load_state_dict(tensors, strict=True)
     return lambda pixel_values: model.eval()(pixel_values).last_hidden_state

@@ -88,17 +88,12 @@ class InternLM2Dimensions(Dimensions):
         }
 
 
-ORIGINAL = NamingScheme("InternLM2", "InternLM2", {name: name for name in LLAMA}, ignored=r".*\.rotary_emb\.inv_freq")
-
+BUFFERS = r".*\.rotary_emb\.inv_freq"
+ORIGINAL = NamingScheme("InternLM2", "InternLM2", {name: name for name in LLAMA}, ignored=BUFFERS)
 CONVERTED = NamingScheme("LlamaForCausalLM", "transformers' LlamaForCausalLM", LLAMA)
-
-INTERNLM2 = ModelFamily(
-    "InternLM2",
-    "language",
-    {ORIGINAL.name: ORIGINAL},
-    InternLM2Dimensions(1, 1, 1, 1, 1, 1, 1, attention_bias=True, tie_word_embeddings=False).parameters().keys(),
-    anchors=("model.layers.{}.attention.wqkv",),
-)
+ANCHORS = ("model.layers.{}.attention.wqkv",)
+LARGEST = InternLM2Dimensions(1, 1, 1, 1, 1, 1, 1, attention_bias=True, tie_word_embeddings=False)
+INTERNLM2 = ModelFamily("InternLM2", "language", {ORIGINAL.name: ORIGINAL}, ANCHORS, LARGEST)
 
 
 def is_internlm2(names: Iterable[str]) -> bool:
@@ -107,12 +102,7 @@ def is_internlm2(names: Iterable[str]) -> bool:
 
 
 def _infer_dimensions(found: MatchedTensors, original: Mapping[str, Any]) -> tuple[InternLM2Dimensions, list[Problem]]:
-    """
-    Return the dimensions, and where the configuration contradicts the tensors.
-
-    Raises:
-        CheckpointError: Dimensions are unknown.
-    """
+    """Return the dimensions, and where the configuration contradicts the tensors."""
     vocabulary, width = found.required_shape("model.tok_embeddings.weight", 2)
     layer = "model.layers.{}."
     known = {
@@ -140,12 +130,7 @@ def _infer_dimensions(found: MatchedTensors, original: Mapping[str, Any]) -> tup
 
 
 def _heads(width: int, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """
-    Return the heads, the key-value heads and the width of a head, as configured.
-
-    Raises:
-        CheckpointError: They are not configured, or impossible.
-    """
+    """Return the heads, the key-value heads and the width of a head, which only the configuration has."""
     heads, groups, head_dim = map(config.get, ("num_attention_heads", "num_key_value_heads", "head_dim"))
     fix = "tensors do not show it; set it in config.json"
     if not is_integer(heads):
@@ -259,7 +244,7 @@ def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternLM2Plan:
         checkpoint=checkpoint, dtype=dtype, match=found.match, stored=found.tensors, dimensions=dimensions,
         layout=CONVERTED, config=config, tokenizer=tokenizer,
     )  # fmt: skip
-    plan.notes = [*match_notes(found.match, "(buffers, tied weights)"), note]
+    plan.notes = [*match_notes(found.match, "buffers and tied weights"), note]
     return plan
 
 

@@ -91,16 +91,10 @@ class InternViTDimensions(Dimensions):
 
 
 ORIGINAL = NamingScheme("InternViT", "InternViT", {name: name for name in TRANSFORMERS})
-
 CONVERTED = NamingScheme("InternVLVisionModel", "transformers' InternVLVisionModel", TRANSFORMERS)
-
-INTERNVIT = ModelFamily(
-    "InternViT",
-    "vision",
-    {ORIGINAL.name: ORIGINAL},
-    InternViTDimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, norm_bias=True, qk_norm=True).parameters().keys(),
-    anchors=("encoder.layers.{}.ls1", "encoder.layers.{}.ls2"),
-)
+ANCHORS = ("encoder.layers.{}.ls1", "encoder.layers.{}.ls2")
+LARGEST = InternViTDimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, norm_bias=True, qk_norm=True)
+INTERNVIT = ModelFamily("InternViT", "vision", {ORIGINAL.name: ORIGINAL}, ANCHORS, LARGEST)
 
 
 def is_internvit(names: Iterable[str]) -> bool:
@@ -109,10 +103,6 @@ def is_internvit(names: Iterable[str]) -> bool:
 
 
 def _infer_dimensions(found: MatchedTensors) -> InternViTDimensions:
-    """
-    Raises:
-        CheckpointError: Dimensions are unknown, as a tensor is missing or no patch convolution or square of positions.
-    """
     prefix, layer = found.match.prefix, "encoder.layers.{}."
     patches = found.required_shape("embeddings.patch_embedding.weight", 4)
     if patches[2] != patches[3]:
@@ -219,7 +209,7 @@ def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:
         checkpoint=checkpoint, dtype=dtype, match=found.match, stored=found.tensors, dimensions=dimensions,
         layout=CONVERTED, config=config,
     )  # fmt: skip
-    plan.notes = [*match_notes(found.match, "(buffers)"), *image_notes(checkpoint)]
+    plan.notes = [*match_notes(found.match, "buffers"), *image_notes(checkpoint)]
     if rate := original.get("drop_path_rate"):
         plan.notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
     return plan

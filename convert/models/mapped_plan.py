@@ -45,10 +45,10 @@ class MappedPlan(ConversionPlan):
     def source_tensors(self) -> Iterable[StoredTensor]:
         return self.stored.values()
 
-    def inputs(self) -> Iterable[StoredTensor]:  # the name in this branch
+    def inputs(self) -> Iterable[StoredTensor]:  # TODO remove once plan.py says source_tensors and provenance
         return self.source_tensors()
 
-    def record(self) -> dict[str, Any]:  # the name in this branch
+    def record(self) -> dict[str, Any]:
         return self.provenance()
 
     def chunks(self, source: TensorSource) -> Iterator[np.ndarray]:
@@ -57,7 +57,7 @@ class MappedPlan(ConversionPlan):
             yield from cast_stream(self.stored[name], self.match.names[name], self.dtype, start, stop)
 
     def source_record(self, dropped: str) -> dict[str, Any]:
-        """The source in provenance.json; `dropped` is the kind of tensors that the scheme drops."""
+        """Return "source" of provenance.json; `dropped` is the kind of tensors that the scheme drops."""
         return {
             "layout": self.match.scheme.name,
             "prefix": self.match.prefix,
@@ -66,20 +66,19 @@ class MappedPlan(ConversionPlan):
         }
 
 
-def match_notes(match: Match, dropped: str) -> list[str]:
+def match_notes(match: Match, kind: str) -> list[str]:
     """
     Args:
-        dropped: What the tensors are that the scheme drops.
+        kind: Of the tensors that the scheme drops.
     """
-    notes = [match.reason]
+    notes, title = [match.reason], match.family.title
     if match.wrappers:
         notes.append(f"removed from the names: {', '.join(match.wrappers)}")
     if match.dropped:
-        notes.append(f"dropped {dropped}: {len(match.dropped)} tensors ({match.dropped[0]}, ...)")
-    title = match.family.title
-    return notes + [
-        f"not part of the {title}, not converted: {one} ({count} tensors)" for one, count in match.others.items()
-    ]
+        notes.append(f"dropped {kind}: {len(match.dropped)} tensors ({match.dropped[0]}, ...)")
+    for name, count in match.others.items():
+        notes.append(f"not part of the {title}, not converted: {name} ({count} tensors)")
+    return notes
 
 
 def image_notes(checkpoint: Checkpoint) -> list[str]:

@@ -78,20 +78,20 @@ class ModelFamily:
         title: A name for messages.
         component: The part of a multimodal model that it can be, one of plan.PARTS.
         schemes: The naming schemes in which it is recognised, by name.
-        parameters: Every (canonical module, suffix) that a model of it can have, optional ones included.
         anchors: Canonical modules whose names no other family has.
+        largest: Dimensions with every optional parameter.
     """
 
     title: str
     component: str
     schemes: Mapping[str, NamingScheme] = field(repr=False)
-    parameters: Iterable[tuple[str, str]] = field(repr=False)
     anchors: tuple[str, ...] = field(repr=False)
+    largest: Dimensions = field(repr=False)
 
     def pattern(self, scheme: NamingScheme) -> re.Pattern[str]:
         """Match any name of a scheme behind any prefix; groups "prefix" and, for an anchor, "anchor"."""
         templates: dict[bool, set[str]] = {True: set(), False: set()}
-        for module, suffix in self.parameters:
+        for module, suffix in self.largest.parameters():
             for name in scheme.names_of(module):
                 template = re.escape(name).replace(r"\{\}", r"\d+") + re.escape(suffix)
                 templates[module in self.anchors].add(template)

@@ -18,7 +18,13 @@ from ..export.code_files import copy_code
 from ..export.converted_card import save_card
 from ..export.image_settings import has_normalization
 from ..export.sailvl_files import LOAD_ALL, build_processor, write_config, write_processor
-from ..export.tokenizer_files import copy_tokenizer, find_image_token, write_generation_config
+from ..export.tokenizer_files import (
+    copy_tokenizer,
+    find_image_token,
+    mark_tokenizer,
+    padding_notes,
+    write_generation_config,
+)
 from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
@@ -41,7 +47,6 @@ from ..storage.tensors import NewTensor, StoredTensor, cast_stream, is_same, tor
 from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
-from .internlm2_tokenizer import mark_tokenizer, padding_notes
 
 
 if TYPE_CHECKING:
@@ -514,21 +519,7 @@ def verify_all(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: It does not load, or makes another number of placeholders than the model wants.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = {key: int(value) for key, value in run_in_clean_process(folder, Path(scratch)).items()}
+    alone = {key: int(value) for key, value in run_in_clean_process(folder).items()}
     if alone["placeholders"] != alone["tiles"] * alone["image_seq_length"] or not alone["tiles"]:
         raise VerificationError(f"the folder's processor and model do not fit each other: {alone}")
     return alone
-
-
-def describe(figures: Mapping[str, Any]) -> str:
-    """What a verification found, for a person."""
-    from ..verify.outputs import describe as describe_tokens
-
-    if "placeholders" in figures:
-        return "it loads in a fresh process: {tiles} tiles of a picture are {placeholders} placeholders".format(
-            **figures
-        )
-    if "loaded" in figures:
-        return f"it loads in a fresh process, as {figures['loaded']}"
-    return describe_tokens(figures)

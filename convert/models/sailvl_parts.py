@@ -1,6 +1,5 @@
 """One part of a SAIL-VL, taken out: its language model, its connector, or a tower that transformers has."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,17 @@ from ..export.converted_card import save_card
 from ..export.image_settings import clip_settings
 from ..export.runtimes import LOAD_LANGUAGE, LOAD_TRANSFORMERS
 from ..export.sailvl_files import portable, tower_config
-from ..export.tokenizer_files import VOCABULARIES, copy_tokenizer, write_generation_config
+from ..export.tokenizer_files import VOCABULARIES, copy_tokenizer, padding_notes, write_generation_config
 from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
+from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.files import first_line, write_json
 from ..storage.output_folder import final_name
 from ..storage.tensors import load, torch_name
 from ..storage.tied_embeddings import text_fields
-from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
+from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2_names import match_aimv2
 from .internlm2 import is_internlm2, plan_internlm2
-from .internlm2_tokenizer import padding_notes
 from .internvit import is_internvit, plan_internvit
 from .sailvl import (
     CONNECTOR,
@@ -89,8 +87,7 @@ class ComponentPlan(StoredJob):
             return verify_tower(folder, self)
         if self.part == "connector":
             return None
-        with tempfile.TemporaryDirectory() as scratch:
-            parameters = int(run_in_clean_process(folder, Path(scratch))["parameters"])
+        parameters = int(run_in_clean_process(folder)["parameters"])
         return {"loaded": self.config["architectures"][0], "parameters": parameters}
 
     def record(self) -> dict[str, Any]:
@@ -282,20 +279,10 @@ def verify_tower(folder: Path, job: ComponentPlan) -> dict[str, Any]:
     import torch
     from transformers import AutoModel, __version__
 
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = run_in_clean_process(folder, Path(scratch))
+    alone = run_in_clean_process(folder)
     config, _ = build_meta_model(job.checkpoint.source.name, "vision", job.config)
     model = AutoModel.from_config(config).float()
     model.load_state_dict({name: load(job.checkpoint[place], job.dtype) for name, place in job.names.items()})
     with torch.inference_mode():
         tokens = model.eval()(alone["pixel_values"]).last_hidden_state
-    difference = ((alone["tokens"].double() - tokens).norm() / tokens.double().norm()).item()
-    figures = {
-        "reference": f"{type(model).__name__} of transformers {__version__}",
-        "relative_difference": difference,
-        "tolerance": TOLERANCE,
-        "picture": PICTURE.name,
-    }
-    if not difference <= TOLERANCE:
-        raise VerificationError(f"the folder's tokens are {difference:.1e} from those of {figures['reference']}")
-    return figures
+    return compare_outputs(alone["tokens"], tokens, f"{type(model).__name__} of transformers {__version__}")
