@@ -13,7 +13,7 @@ from typing import Any
 from .export.code_files import MARK as VERSION_FILE
 from .export.code_files import PACKAGE, code_files, is_old_template, is_ours, package_version, read_version
 from .export.provenance import versions
-from .models.internlm2_tokenizer import generation_settings
+from .export.tokenizer_files import generation_settings
 from .models.sailvl import verify_all
 from .storage.errors import CheckpointError
 from .storage.files import read_json

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from ..export.card import write_conversion_card
 from ..export.image_settings import center_crops, has_normalization
-from ..export.runtimes import RUNTIMES, check_expressible, write_folder
+from ..export.runtimes import RUNTIMES, SIZE_NAMES, check_expressible
 from ..plan import DTYPES, ConversionPlan, Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, raise_if_any
 from ..storage.hashes import check_values
-from ..storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, cast, cast_stream, to_bytes
+from ..storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, cast, cast_stream, to_bytes, torch_name
 from .aimv2_config import Tower, find_aimv2
 from .aimv2_names import NamingScheme, TensorSource, get_layout, plan_tensors
 from .aimv2_reference import verify_folder
@@ -82,7 +83,17 @@ class AIMv2Plan(ConversionPlan):
         return super().write_weights(folder, max_shard_size, on_progress)
 
     def write_folder(self, folder: Path) -> None:
-        write_folder(folder, self)
+        fields, size = self.fields, self.fields["hidden_size"]
+        description = (
+            f"A vision encoder, {SIZE_NAMES.get(size, f'width {size}')}, {fields['num_hidden_layers']} blocks, "
+            f"{fields['image_size']} pixels, {torch_name(self.dtype)}, under the names of {self.layout.title}."
+        )
+        if runtime := RUNTIMES.get(self.layout.name):
+            runtime.write_configs(folder, self.checkpoint, fields, self.dtype)
+        else:
+            description += f" They are part of a larger model, under `{self.layout.prefix}`: nothing loads them alone."
+        tags = ["vision", "aimv2", *(["sailvit", "custom_code"] if self.layout.name == "sailvit" else [])]
+        write_conversion_card(folder, [self.checkpoint.source], description, tags)
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         return verify_folder(folder, self) if self.layout.name in RUNTIMES else None
@@ -121,7 +132,7 @@ def plan_aimv2(checkpoint: Checkpoint, asked: Options) -> AIMv2Plan:
     job = AIMv2Plan(checkpoint=checkpoint, dtype=dtype, tower=tower, layout=layout, fields=fields)
     if job.dtype not in map(TORCH_DTYPES.get, DTYPES):
         raise CheckpointError(f"{checkpoint.source.name}: the tower is {job.dtype}: choose with --dtype")
-    check_expressible(job)
+    check_expressible(checkpoint, layout.name, fields)
     job.positions = _how_positions(job)
     job.notes = [tower.found.reason, *_notes(job)]
     check_values(checkpoint, {tower.found.names[name]: tensor for name, tensor in tower.tensors.items()})

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isqrt, prod
 from typing import Any
 
-from ..export.runtimes import SIZE_NAMES
+from ..export.runtimes import ENCODER_FIELDS, SIZE_NAMES
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.sources import PROVENANCE
@@ -18,12 +18,6 @@ from .aimv2_names import AIMv2Match, NamingScheme, TensorSpec, TowerShape, match
 MLP_WIDTHS = {768: 2048, 1024: 2816, 1536: 4096, 2048: 5632, 3072: 8192}
 
 HEAD_WIDTH = 128  # of every published AIMv2 (arXiv 2411.14402, table 1)
-
-FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
-    "patch_size", "rms_norm_eps", "attention_dropout", "projection_dropout", "qkv_bias", "use_bias", "hidden_act",
-    "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
-)  # fmt: skip
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "mish")
 
@@ -156,7 +150,7 @@ def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of one tower, as far as they are there; transformers' own says what kind of positions it has."""
-    fields = {key: config[key] for key in FIELDS if config.get(key) is not None}
+    fields = {key: config[key] for key in ENCODER_FIELDS if config.get(key) is not None}
     kind = config.get("model_type")
     if "mlp_bias" in config:
         fields["use_bias"] = config["mlp_bias"]

@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.converted_card import save_card
-from ..export.runtimes import LOAD_LANGUAGE
+from ..export.card import write_conversion_card
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from ..storage.output_folder import final_name
 from ..storage.tensors import StoredTensor, is_same, torch_name
 from .internlm2_tokenizer import NewTokenizer, find_tokenizer
 from .internvl_common import (
@@ -51,10 +49,6 @@ INTERNLM2 = {
 }
 
 OF_INTERNLM2 = re.compile(r"(?P<prefix>(?:.*\.)?)model\.layers\.\d+\.attention\.wqkv\.(?:weight|bias)")
-
-LOAD_LANGUAGE_ALONE = """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").eval()"""
 
 # InternLM2's own defaults, as released.
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -248,13 +242,11 @@ class InternLM2Plan(InternVLPlan):
             write_json(folder / "generation_config.json", kept)
         if self.tokenizer:
             self.tokenizer.write(folder)
-        what = (
+        description = (
             f"An InternLM2, {self.shape.num_hidden_layers} blocks of width {self.shape.hidden_size}, "
             f"{torch_name(self.dtype)}, as transformers' LlamaForCausalLM."
         )
-        load = LOAD_LANGUAGE if self.tokenizer else LOAD_LANGUAGE_ALONE
-        usage = ["", "```python", load.format(name=final_name(folder)), "```"]
-        save_card(folder, self.checkpoint, [what, *usage], library_name="transformers", pipeline_tag="text-generation")
+        write_conversion_card(folder, [self.checkpoint.source], description, [])
 
     def verify(self, folder: Path) -> dict[str, Any]:
         from .internvl_reference import verify_internlm2

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.tokenizer_files import generation_settings
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
-from ..storage.files import hash_file, read_json, write_json
+from ..storage.files import hash_file, write_json
 
 
 if TYPE_CHECKING:
@@ -31,49 +32,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     5,
     6,
 )  # types of pieces  # their numbers in sentencepiece_model.proto
-
-
-def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
-    """
-    tokenizer_config.json for a model that writes, as every supported transformers reads it: it pads at the left, where
-    nothing stands between a prompt and its answer, and has its placeholder as `image_token`, as transformers' own
-    multimodal tokenizers do. No id is changed.
-
-    Args:
-        settings: As they were written, by any release.
-        image_token: The placeholder of a visual token, if it has one.
-    """
-    new = {**settings, "padding_side": "left"}
-    named, extra = dict(new.pop("model_specific_special_tokens", None) or {}), new.pop("extra_special_tokens", None)
-    if isinstance(extra, list):  # transformers >= 5, and no other reads it
-        listed = list(new.get("additional_special_tokens") or [])
-        new["additional_special_tokens"] = [*listed, *(token for token in extra if token not in listed)]
-    elif isinstance(extra, Mapping):
-        named |= extra
-    if image_token is not None:
-        new["image_token"] = named["image_token"] = image_token
-    if named:
-        new["extra_special_tokens"] = named
-    if new.get("tokenizer_class") == "TokenizersBackend":  # the name of transformers >= 5
-        new["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return new
-
-
-def mark_tokenizer(folder: Path, image_token: str | None = None) -> None:
-    """Writes these settings into a folder that has a tokenizer; as generation_settings."""
-    file = folder / "tokenizer_config.json"
-    old = read_json(file) if file.exists() else {}
-    if not old and (folder / "tokenizer.json").exists():
-        old = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if (new := generation_settings(old, image_token)) != old or not file.exists():
-        write_json(file, new)
-
-
-def padding_notes(checkpoint: Checkpoint) -> list[str]:
-    """Whether a tokenizer pads otherwise than it did."""
-    if checkpoint.document("tokenizer_config.json").get("padding_side") != "right":
-        return []
-    return ["the source's tokenizer pads at the right, the folder's at the left, as generating in batches wants it"]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from ..export.converted_card import save_card
+from ..export.card import write_conversion_card
 from ..export.image_settings import center_crops, clip_settings, has_normalization, read_image_settings
-from ..export.runtimes import LOAD_TRANSFORMERS
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from ..storage.output_folder import final_name
 from ..storage.tensors import StoredTensor, torch_name
 from .internvl_common import (
     Found,
@@ -206,14 +204,12 @@ class InternViTPlan(InternVLPlan):
         write_json(folder / "config.json", {**self.config, "dtype": torch_name(self.dtype)})
         settings = clip_settings(self.checkpoint, self.config["image_size"])
         write_json(folder / "preprocessor_config.json", settings)
-        what = (
+        description = (
             f"An InternViT, {self.shape.num_hidden_layers} blocks of width {self.shape.hidden_size}, "
             f"{self.config['image_size'][0]} pixels, {torch_name(self.dtype)}, as transformers' InternVLVisionModel. "
             "The first token is the class token."
         )
-        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=final_name(folder)), "```"]
-        told = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
-        save_card(folder, self.checkpoint, [what, *usage], **told)
+        write_conversion_card(folder, [self.checkpoint.source], description)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         from .internvl_reference import verify_internvit
