@@ -15,7 +15,7 @@ from toy_sailvl import write_release
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import CheckpointError, convert_checkpoint
 from sailvit.convert.export.card import card_problems
-from sailvit.hub import check_before_publish, write_card
+from sailvit.hub import check_before_publish, write_model_card
 from sailvit.hub.files import code_files, file_problems, published_files
 
 
@@ -27,7 +27,7 @@ def converted(tmp_path_factory) -> Path:
     """A tower as `sailvit convert` writes it, held against its source, with a card."""
     folder = tmp_path_factory.mktemp("checks") / "tower"
     convert_checkpoint(make_checkpoint(folder.with_name("apple")), folder)
-    write_card(folder, "owner/tower", "v1")
+    write_model_card(folder, "owner/tower", "v1")
     return folder
 
 
@@ -35,7 +35,7 @@ def converted(tmp_path_factory) -> Path:
 def multimodal(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checks") / "vl"
     convert_checkpoint(write_release(folder.with_name("release")), folder)
-    write_card(folder, "owner/vl", "v1")
+    write_model_card(folder, "owner/vl", "v1")
     return folder
 
 
@@ -186,7 +186,7 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
     randomize(cls(SAILViTConfig(**TINY))).save_pretrained(folder)
     SAILViTImageProcessor(size=56).save_pretrained(folder)
     assert [problem.location for problem in card_problems(folder)] == ["README.md"]
-    write_card(folder, "owner/saved", "v1")
+    write_model_card(folder, "owner/saved", "v1")
     assert check_before_publish(folder) == []
 
 
@@ -194,7 +194,7 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
 @pytest.mark.parametrize("layout", ["transformers", "timm"])
 def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path, layout):
     convert_checkpoint(converted, tmp_path / "out", to_layout=layout)
-    write_card(tmp_path / "out", "owner/out", "v1")
+    write_model_card(tmp_path / "out", "owner/out", "v1")
     assert check_before_publish(tmp_path / "out") == []
 
 

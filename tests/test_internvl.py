@@ -386,7 +386,7 @@ def test_the_card_runs_and_provenance_tells_the_kind(tmp_path, vit, lm, monkeypa
         card = (tmp_path / kind / "README.md").read_text()
         assert "license: mit" in card
         scope: dict = {}
-        exec(card.split("```python\n")[1].split("```")[0], scope)
+        exec(card.split("```python\n")[1].split("```")[0].replace("image.jpg", str(PHOTOGRAPH)), scope)
         total = sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
         assert sum(parameter.numel() for parameter in scope["model"].parameters()) == total
         record = json.loads((tmp_path / kind / "provenance.json").read_text())

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ..export.runtimes import RUNTIMES, check_expressible, write_folder
+from ..export.card import write_conversion_card
+from ..export.runtimes import RUNTIMES, SIZE_NAMES, check_expressible
 from ..plan import Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, raise_if_any
 from ..storage.hashes import check_values
-from ..storage.tensors import StoredTensor, cast, to_bytes
+from ..storage.tensors import StoredTensor, cast, to_bytes, torch_name
 from .aimv2_config import Tower, find_aimv2
 from .aimv2_names import POSITIONS, AIMv2Dimensions, get_layout, plan_layout
 from .aimv2_reference import verify_folder
@@ -64,7 +65,17 @@ class AIMv2Plan(MappedPlan):
         return super().write_weights(folder, max_shard_size, on_progress)
 
     def write_folder(self, folder: Path) -> None:
-        write_folder(folder, self)
+        fields, size = self.fields, self.fields["hidden_size"]
+        description = (
+            f"A vision encoder, {SIZE_NAMES.get(size, f'width {size}')}, {fields['num_hidden_layers']} blocks, "
+            f"{fields['image_size']} pixels, {torch_name(self.dtype)}, under the names of {self.layout.title}."
+        )
+        if runtime := RUNTIMES.get(self.layout.name):
+            runtime.write_configs(folder, self.checkpoint, fields, self.dtype)
+        else:
+            description += f" They are part of a larger model, under `{self.layout.prefix}`: nothing loads them alone."
+        tags = ["vision", "aimv2", *(["sailvit", "custom_code"] if self.layout.name == "sailvit" else [])]
+        write_conversion_card(folder, [self.checkpoint.source], description, tags)
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         if self.layout.name not in RUNTIMES:
@@ -94,7 +105,7 @@ def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
         checkpoint=checkpoint, dtype=dtype, match=tower.match, stored=tower.tensors, dimensions=tower.dimensions,
         layout=layout, fields=_output_fields(tower, layout, options),
     )  # fmt: skip
-    check_expressible(plan)
+    check_expressible(checkpoint, layout.name, plan.fields)
     plan.positions = _computed_positions(plan)
     plan.notes = _notes(plan)
     check_values(checkpoint, {tower.match.names[name]: tensor for name, tensor in tower.tensors.items()})

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import isqrt, prod
 from typing import Any
 
-from ..export.runtimes import SIZE_NAMES
+from ..export.runtimes import ENCODER_FIELDS, SIZE_NAMES
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.sources import PROVENANCE
@@ -20,12 +20,6 @@ from .name_tables import Match, MatchedTensors
 MLP_WIDTHS = {768: 2048, 1024: 2816, 1536: 4096, 2048: 5632, 3072: 8192}
 
 HEAD_WIDTH = 128  # of every published AIMv2 (arXiv 2411.14402, table 1)
-
-FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
-    "patch_size", "rms_norm_eps", "attention_dropout", "projection_dropout", "qkv_bias", "use_bias", "hidden_act",
-    "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
-)  # fmt: skip
 
 TIMM_NAME = re.compile(r"aimv2_(large|huge|1b|3b)_patch(\d+)_(\d+)(\..*)?")
 
@@ -106,7 +100,7 @@ def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {key: config[key] for key in FIELDS if config.get(key) is not None}
+    fields = {key: config[key] for key in ENCODER_FIELDS if config.get(key) is not None}
     if "mlp_bias" in config:
         fields["use_bias"] = config["mlp_bias"]
     if config.get("model_type") == "aimv2_vision_model" or "is_native" in config:

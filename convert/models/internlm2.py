@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.runtimes import LOAD_LANGUAGE
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
@@ -34,10 +33,6 @@ LLAMA = {
     "model.norm": "model.norm",
     "output": "lm_head",
 }
-
-LOAD_LANGUAGE_ALONE = """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").eval()"""
 
 # InternLM2's own defaults, as released.
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -218,8 +213,7 @@ class InternLM2Plan(InternVLPlan):
             write_json(folder / "generation_config.json", kept)
         if self.tokenizer:
             self.tokenizer.write(folder)
-        usage = LOAD_LANGUAGE if self.tokenizer else LOAD_LANGUAGE_ALONE
-        self.write_card(folder, "", usage, pipeline_tag="text-generation")
+        self.write_card(folder)
 
     def provenance(self) -> dict[str, Any]:
         return {**super().provenance(), "tokenizer": self.tokenizer.origin if self.tokenizer else None}

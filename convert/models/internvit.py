@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..export.image_settings import clip_settings, read_image_settings
-from ..export.runtimes import LOAD_TRANSFORMERS
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
@@ -188,8 +187,7 @@ class InternViTPlan(InternVLPlan):
         self.write_config(folder)
         size = self.config["image_size"]
         write_json(folder / "preprocessor_config.json", clip_settings(self.checkpoint, size))
-        data = {"pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
-        self.write_card(folder, f"{size[0]} pixels, ", LOAD_TRANSFORMERS, **data)
+        self.write_card(folder, f"{size[0]} pixels with a class token first")
 
 
 def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..export.converted_card import save_card
+from ..export.card import write_conversion_card
 from ..plan import Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.files import write_json
 from ..storage.hashes import check_values
-from ..storage.output_folder import final_name
 from ..storage.tensors import torch_name
 from ..verify.outputs import run_in_clean_process
 from .mapped_plan import MappedPlan
@@ -95,20 +94,13 @@ class InternVLPlan(MappedPlan):
     def write_config(self, folder: Path) -> None:
         write_json(folder / "config.json", {**self.config, "dtype": torch_name(self.dtype)})
 
-    def write_card(self, folder: Path, details: str, usage: str, **data: Any) -> None:
-        """
-        Args:
-            details: Follow the blocks and the width.
-            usage: Python that loads the folder {name}.
-            data: Metadata for the Hub.
-        """
+    def write_card(self, folder: Path, *details: str) -> None:
         dimensions, title = self.dimensions, self.match.family.title
-        what = (
-            f"An {title}, {dimensions.num_hidden_layers} blocks of width {dimensions.hidden_size}, {details}"
-            f"{torch_name(self.dtype)}, as transformers' {self.config['architectures'][0]}."
-        )
-        lines = [what, "", "```python", usage.format(name=final_name(folder)), "```"]
-        save_card(folder, self.checkpoint, lines, library_name="transformers", **data)
+        size = f"{dimensions.num_hidden_layers} blocks of width {dimensions.hidden_size}"
+        facts = ", ".join([f"An {title}", size, *details, torch_name(self.dtype)])
+        description = f"{facts}, as transformers' {self.config['architectures'][0]}."
+        tags = ["vision"] if self.match.family.component == "vision" else []
+        write_conversion_card(folder, [self.checkpoint.source], description, tags)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         """

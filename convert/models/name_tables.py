@@ -276,11 +276,11 @@ def _sort_names(
     cleaned: Mapping[str, str], wrappers: list[str], family: ModelFamily, scheme: NamingScheme, prefix: str
 ) -> Match:
     pattern, ignored = family.pattern(scheme), re.compile(scheme.ignored)
-    match = Match(family, scheme, prefix, {}, [], [], Counter(), wrappers)
+    match = Match(family, scheme, prefix, {}, [], [], {}, wrappers)
     for short, name in cleaned.items():
-        inside = short.removeprefix(prefix)
+        inside, first = short.removeprefix(prefix), short.split(".")[0]
         if not short.startswith(prefix):
-            match.others[short.split(".")[0]] += 1
+            match.others[first] = match.others.get(first, 0) + 1
         elif (own := pattern.fullmatch(inside)) and not own["prefix"]:
             match.names[inside] = name
         elif ignored.fullmatch(inside):

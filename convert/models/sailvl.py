@@ -14,10 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.card import write_conversion_card
 from ..export.code_files import copy_code
-from ..export.converted_card import save_card
 from ..export.image_settings import has_normalization
-from ..export.sailvl_files import LOAD_ALL, build_processor, write_config, write_processor
+from ..export.sailvl_files import build_processor, write_config, write_processor
 from ..export.tokenizer_files import (
     copy_tokenizer,
     find_image_token,
@@ -40,7 +40,7 @@ from ..storage.files import (
     write_json,
 )
 from ..storage.names import without_wrapper_prefixes
-from ..storage.output_folder import check_space, final_name
+from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
 from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
 from ..storage.tensors import NewTensor, StoredTensor, cast_stream, is_same, torch_name
@@ -345,7 +345,8 @@ class SAILVLPlan(StoredJob):
         write_generation_config(self.checkpoint, folder)
         write_processor(self.processor, folder)
         copy_code(folder)
-        write_card_of_all(folder, self.checkpoint, self.config, self.dtype)
+        tags = ["sailvl", "custom_code", "conversational"]
+        write_conversion_card(folder, [self.checkpoint.source], describe_all(self.config, self.dtype), tags)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         return verify_all(folder)
@@ -491,25 +492,14 @@ def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[in
     return digests
 
 
-def write_card_of_all(folder: Path, checkpoint: Checkpoint, config: "SAILVLConfig", dtype: str) -> None:
-    save_card(
-        folder,
-        checkpoint,
-        [*describe_all(config, dtype), "", "```python", LOAD_ALL.format(name=final_name(folder)), "```"],
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["sailvl", "custom_code", "conversational"],
-    )
-
-
-def describe_all(config: "SAILVLConfig", dtype: str) -> list[str]:
+def describe_all(config: "SAILVLConfig", dtype: str) -> str:
     vision, text = config.vision_config, config.text_config
-    return [
-        f"A multimodal language model, {torch_name(dtype)}: a vision tower ({vision.model_type}, width "
+    return (
+        f"A multimodal language model, {torch_name(dtype)}: a vision encoder ({vision.model_type}, width "
         f"{vision.hidden_size}, {vision.num_hidden_layers} blocks), a connector and a language model "
         f"({text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers). A tile becomes "
         f"{config.image_seq_length} visual tokens."
-    ]
+    )
 
 
 def verify_all(folder: Path) -> dict[str, Any]:
