@@ -26,12 +26,7 @@ def square_side(value: Any) -> Any:
 
 
 def invalid_values(config: Mapping[str, Any], fractions: Iterable[str]) -> list[Problem]:
-    """
-    Return fields with impossible values.
-
-    Args:
-        fractions: Fields of numbers from 0 to below 1.
-    """
+    """Return an unknown hidden_act, and those `fractions` that are no number from 0 to below 1."""
     problems = []
     for key in fractions:
         value = config.get(key, 0)

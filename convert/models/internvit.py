@@ -134,11 +134,9 @@ def internvit_config(
         original: The original configuration; InternViT's defaults apply where neither it nor the tensors have a value.
     """
     side, patch = dimensions.grid_size * dimensions.patch_size, dimensions.patch_size
+    shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels")
     known = {
-        "hidden_size": dimensions.hidden_size,
-        "intermediate_size": dimensions.intermediate_size,
-        "num_hidden_layers": dimensions.num_hidden_layers,
-        "num_channels": dimensions.num_channels,
+        **{key: getattr(dimensions, key) for key in shared},
         "image_size": side,
         "patch_size": patch,
         "norm_type": "layer_norm" if dimensions.norm_bias else "rms_norm",

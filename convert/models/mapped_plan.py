@@ -67,10 +67,7 @@ class MappedPlan(ConversionPlan):
 
 
 def match_notes(match: Match, kind: str) -> list[str]:
-    """
-    Args:
-        kind: Of the tensors that the scheme drops.
-    """
+    """Return messages about a match; `kind` is that of the tensors that the scheme drops."""
     notes, title = [match.reason], match.family.title
     if match.wrappers:
         notes.append(f"removed from the names: {', '.join(match.wrappers)}")

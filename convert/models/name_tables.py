@@ -242,12 +242,9 @@ def match_names(
     candidates = _candidates(cleaned, family, schemes, prefix)
     if not candidates:
         where = f" under the prefix {prefix!r}" if prefix is not None else ""
-        shown, known = (
-            ", ".join(sorted(cleaned)[:3]) or "none",
-            schemes[0].title if len(schemes) == 1 else "a known layout",
-        )
-        names_are = f"none of the {len(cleaned)} names ({shown}, ...) is one of {known}"
-        raise CheckpointError(f"no {family.title}{where}: {names_are}")
+        known = schemes[0].title if len(schemes) == 1 else "a known layout"
+        found = f"none of the {len(cleaned)} names ({', '.join(sorted(cleaned)[:3]) or 'none'}, ...) is one of {known}"
+        raise CheckpointError(f"no {family.title}{where}: {found}")
     rivals = [one for one in candidates if one[0] and one[1] >= MIN_RIVAL_NAMES]
     if len(rivals) > 1:
         listed = ", ".join(f"{own.name} under {where!r}" for _, _, own, where in rivals)
@@ -299,12 +296,7 @@ def _is_adapter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class MatchedTensors:
-    """
-    The tensors of a match.
-
-    Attributes:
-        tensors: Name in the scheme -> tensor, stored or of torch.
-    """
+    """The tensors of a match, stored or of torch, by their names in the scheme."""
 
     match: Match
     tensors: Mapping[str, Any]
@@ -346,12 +338,7 @@ class MatchedTensors:
         return problems
 
     def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        """
-        Return the shape of a tensor from which dimensions are inferred.
-
-        Raises:
-            CheckpointError: It is missing, or has another number of dimensions.
-        """
+        """Return the shape of a tensor, or raise CheckpointError if it is missing or has not `ndim` dimensions."""
         where, title = self.match.prefix + name, self.match.family.title
         if name not in self.tensors:
             raise CheckpointError(f"{where}: missing; without it the dimensions of the {title} are unknown")
@@ -361,10 +348,7 @@ class MatchedTensors:
         return shape
 
     def count_blocks(self, module: str) -> int:
-        """
-        Raises:
-            CheckpointError: A block index is not below MAX_BLOCKS.
-        """
+        """Return the number of blocks, or raise CheckpointError for MAX_BLOCKS and more."""
         start = self.match.scheme.names_of(module)[0].split("{}")[0]
         pattern = re.compile(re.escape(start) + r"(\d+)\.")
         last = max((int(block[1]) for block in map(pattern.match, self.tensors) if block), default=-1)
