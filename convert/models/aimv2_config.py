@@ -30,52 +30,52 @@ TIMM_HARMLESS = {
 }  # fmt: skip
 
 
-def infer_dimensions(found: MatchedTensors) -> tuple[AIMv2Dimensions, list[Problem]]:
+def infer_dimensions(matched: MatchedTensors) -> tuple[AIMv2Dimensions, list[Problem]]:
     """
     Return the dimensions of a tower, and its missing, unexpected, empty and wrongly shaped tensors.
 
     Raises:
         CheckpointError: The dimensions are unknown, as the patch convolution is missing, empty or no convolution.
     """
-    problems = found.name_problems()
+    problems = matched.name_problems()
     try:
-        dimensions = _infer(found)
+        dimensions = _infer(matched)
     except CheckpointError:
         raise_if_any(problems)  # the cause, if there is one
         raise
-    return dimensions, problems + found.shape_problems(dimensions)
+    return dimensions, problems + matched.shape_problems(dimensions)
 
 
-def _infer(found: MatchedTensors) -> AIMv2Dimensions:
-    scheme, prefix, block = found.match.scheme, found.match.prefix, "trunk.blocks.{}."
+def _infer(matched: MatchedTensors) -> AIMv2Dimensions:
+    scheme, prefix, block = matched.match.scheme, matched.match.prefix, "trunk.blocks.{}."
     patches = scheme.names_of(PATCHES)[0] + ".weight"
-    shape = width, channels, patch, other = found.required_shape(patches, 4)
+    shape = width, channels, patch, other = matched.required_shape(patches, 4)
     if patch != other or not prod(shape):
         raise CheckpointError(f"{prefix}{patches}: expected square patches, got shape {list(shape)}")
-    use_bias = found.has(".bias", block + "mlp.fc1")
-    if use_bias != found.has(".bias", block + "attn.proj"):
+    use_bias = matched.has(".bias", block + "mlp.fc1")
+    if use_bias != matched.has(".bias", block + "attn.proj"):
         where = prefix + scheme.names_of(block + "norm_1")[0].split("{}")[0]
         raise CheckpointError(f"{where}*: expected biases in attention and mlp or in neither, got them in one only")
     return AIMv2Dimensions(
         hidden_size=width,
-        intermediate_size=found.common_rows(block + "mlp.fc1") or MLP_WIDTHS.get(width, 1),
-        num_hidden_layers=found.count_blocks(block + "norm_1"),
+        intermediate_size=matched.common_rows(block + "mlp.fc1") or MLP_WIDTHS.get(width, 1),
+        num_hidden_layers=matched.count_blocks(block + "norm_1"),
         num_channels=channels,
         patch_size=patch,
-        grid_size=_grid_size(found, width),
-        qkv_bias=found.has(".bias", block + "attn.qkv"),
+        grid_size=_grid_size(matched, width),
+        qkv_bias=matched.has(".bias", block + "attn.qkv"),
         use_bias=use_bias,
     )
 
 
-def _grid_size(found: MatchedTensors, width: int) -> int | None:
-    name = found.match.scheme.names_of(POSITIONS)[0]
-    if name not in found.tensors:
+def _grid_size(matched: MatchedTensors, width: int) -> int | None:
+    name = matched.match.scheme.names_of(POSITIONS)[0]
+    if name not in matched.tensors:
         return None
-    shape = found.tensors[name].shape
+    shape = matched.tensors[name].shape
     positions = prod(shape) // width or 1
     if isqrt(positions) ** 2 != positions:
-        raise CheckpointError(f"{found.match.prefix}{name}: expected a square grid, got shape {list(shape)}")
+        raise CheckpointError(f"{matched.match.prefix}{name}: expected a square grid, got shape {list(shape)}")
     return isqrt(positions)
 
 
@@ -235,10 +235,10 @@ def find_aimv2(checkpoint: Checkpoint, layout: str | None = None, prefix: str | 
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.source.name}: {error}") from error
     tensors = {name: checkpoint[stored] for name, stored in match.names.items()}
-    found = MatchedTensors(match, tensors)
-    dimensions, problems = infer_dimensions(found)
+    matched = MatchedTensors(match, tensors)
+    dimensions, problems = infer_dimensions(matched)
     fields, config_problems = tower_fields(dimensions, read_source_config(checkpoint))
-    problems += [*config_problems, *_record_problems(checkpoint), *found.dtype_problems()]
+    problems += [*config_problems, *_record_problems(checkpoint), *matched.dtype_problems()]
     problems += [problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)]
     return Tower(match, dimensions, fields, tensors, problems)
 

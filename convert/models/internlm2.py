@@ -96,20 +96,22 @@ def is_internlm2(names: Iterable[str]) -> bool:
     return INTERNLM2.is_in(names)
 
 
-def _infer_dimensions(found: MatchedTensors, original: Mapping[str, Any]) -> tuple[InternLM2Dimensions, list[Problem]]:
+def _infer_dimensions(
+    matched: MatchedTensors, original: Mapping[str, Any]
+) -> tuple[InternLM2Dimensions, list[Problem]]:
     """Return the dimensions, and where the configuration contradicts the tensors."""
-    vocabulary, width = found.required_shape("model.tok_embeddings.weight", 2)
+    vocabulary, width = matched.required_shape("model.tok_embeddings.weight", 2)
     layer = "model.layers.{}."
     known = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": found.common_rows(layer + "feed_forward.w1") or 1,
-        "num_hidden_layers": found.count_blocks(layer + "attention_norm"),
+        "intermediate_size": matched.common_rows(layer + "feed_forward.w1") or 1,
+        "num_hidden_layers": matched.count_blocks(layer + "attention_norm"),
     }
-    bias = found.has(".bias", layer + "attention.wqkv", layer + "attention.wo")
+    bias = matched.has(".bias", layer + "attention.wqkv", layer + "attention.wo")
     problems = contradictions({**known, "bias": bias}, original)
     heads, groups, head_dim = _heads(width, original)
-    expected, rows = (heads + 2 * groups) * head_dim, found.common_rows(layer + "attention.wqkv")
+    expected, rows = (heads + 2 * groups) * head_dim, matched.common_rows(layer + "attention.wqkv")
     if rows != expected:
         for_heads = f"for {heads} heads and {groups} key-value heads of {head_dim}"
         what = f"expected {expected} rows of wqkv {for_heads}, got {rows}: fix config.json"
@@ -227,24 +229,24 @@ def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternLM2Plan:
         CheckpointError: There is no whole one, config.json contradicts it, LlamaForCausalLM does not support the
             variant, or an option does not apply.
     """
-    found, original = read_source(checkpoint, INTERNLM2, options)
-    dimensions, problems = _infer_dimensions(found, original)
+    matched, original = read_source(checkpoint, INTERNLM2, options)
+    dimensions, problems = _infer_dimensions(matched, original)
     if dimensions.tie_word_embeddings:
-        problems += _drop_tied_head(checkpoint, found)
+        problems += _drop_tied_head(checkpoint, matched)
     config, config_problems = llama_config(dimensions, original)
-    dtype = check_source(checkpoint, found, dimensions, options, problems + config_problems)
+    dtype = check_source(checkpoint, matched, dimensions, options, problems + config_problems)
     tokenizer, note = find_tokenizer(checkpoint)
     plan = InternLM2Plan(
-        checkpoint=checkpoint, dtype=dtype, match=found.match, stored=found.tensors, dimensions=dimensions,
+        checkpoint=checkpoint, dtype=dtype, match=matched.match, stored=matched.tensors, dimensions=dimensions,
         layout=CONVERTED, config=config, tokenizer=tokenizer,
     )  # fmt: skip
-    plan.notes = [*match_notes(found.match, "buffers and tied weights"), note]
+    plan.notes = [*match_notes(matched.match, "buffers and tied weights"), note]
     return plan
 
 
-def _drop_tied_head(checkpoint: Checkpoint, found: MatchedTensors) -> list[Problem]:
+def _drop_tied_head(checkpoint: Checkpoint, matched: MatchedTensors) -> list[Problem]:
     """Drop a stored head that is tied to the embeddings, if it equals them."""
-    tensors, names = found.tensors, found.match.names
+    tensors, names = matched.tensors, matched.match.names
     if "output.weight" not in tensors or "model.tok_embeddings.weight" not in tensors:
         return []
     if not checkpoint.headers_only and not is_same(tensors["output.weight"], tensors["model.tok_embeddings.weight"]):
@@ -252,5 +254,5 @@ def _drop_tied_head(checkpoint: Checkpoint, found: MatchedTensors) -> list[Probl
         what = f"expected {expected}, got others: fix tie_word_embeddings"
         return [Problem("config", names["output.weight"], what)]
     del tensors["output.weight"]
-    found.match.dropped.append(names.pop("output.weight"))
+    matched.match.dropped.append(names.pop("output.weight"))
     return []

@@ -101,26 +101,26 @@ def is_internvit(names: Iterable[str]) -> bool:
     return INTERNVIT.is_in(names)
 
 
-def _infer_dimensions(found: MatchedTensors) -> InternViTDimensions:
-    prefix, layer = found.match.prefix, "encoder.layers.{}."
-    patches = found.required_shape("embeddings.patch_embedding.weight", 4)
+def _infer_dimensions(matched: MatchedTensors) -> InternViTDimensions:
+    prefix, layer = matched.match.prefix, "encoder.layers.{}."
+    patches = matched.required_shape("embeddings.patch_embedding.weight", 4)
     if patches[2] != patches[3]:
         where = f"{prefix}embeddings.patch_embedding.weight"
         raise CheckpointError(f"{where}: expected square patches, got shape {list(patches)}")
-    positions = found.required_shape("embeddings.position_embedding", 3)[1] - 1
+    positions = matched.required_shape("embeddings.position_embedding", 3)[1] - 1
     if positions < 1 or isqrt(positions) ** 2 != positions:
         what = f"expected a class token and a square grid, got {positions} positions besides the class token"
         raise CheckpointError(f"{prefix}embeddings.position_embedding: {what}")
     return InternViTDimensions(
         hidden_size=patches[0],
-        intermediate_size=found.common_rows(layer + "mlp.fc1") or 1,
-        num_hidden_layers=found.count_blocks(layer + "norm1"),
+        intermediate_size=matched.common_rows(layer + "mlp.fc1") or 1,
+        num_hidden_layers=matched.count_blocks(layer + "norm1"),
         num_channels=patches[1],
         patch_size=patches[2],
         grid_size=isqrt(positions),
-        qkv_bias=found.has(".bias", layer + "attn.qkv"),
-        norm_bias=found.has(".bias", layer + "norm1", layer + "norm2"),
-        qk_norm=found.has(".weight", layer + "attn.q_norm", layer + "attn.k_norm"),
+        qkv_bias=matched.has(".bias", layer + "attn.qkv"),
+        norm_bias=matched.has(".bias", layer + "norm1", layer + "norm2"),
+        qk_norm=matched.has(".weight", layer + "attn.q_norm", layer + "attn.k_norm"),
     )
 
 
@@ -196,16 +196,16 @@ def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:
         CheckpointError: There is no whole one, config.json contradicts it, InternVLVisionModel does not support the
             variant, or an option does not apply.
     """
-    found, original = read_source(checkpoint, INTERNVIT, options)
-    dimensions = _infer_dimensions(found)
+    matched, original = read_source(checkpoint, INTERNVIT, options)
+    dimensions = _infer_dimensions(matched)
     config, problems = internvit_config(dimensions, original)
-    dtype = check_source(checkpoint, found, dimensions, options, problems)
+    dtype = check_source(checkpoint, matched, dimensions, options, problems)
     read_image_settings(checkpoint)
     plan = InternViTPlan(
-        checkpoint=checkpoint, dtype=dtype, match=found.match, stored=found.tensors, dimensions=dimensions,
+        checkpoint=checkpoint, dtype=dtype, match=matched.match, stored=matched.tensors, dimensions=dimensions,
         layout=CONVERTED, config=config,
     )  # fmt: skip
-    plan.notes = [*match_notes(found.match, "buffers"), *image_notes(checkpoint)]
+    plan.notes = [*match_notes(matched.match, "buffers"), *image_notes(checkpoint)]
     if rate := original.get("drop_path_rate"):
         plan.notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
     return plan

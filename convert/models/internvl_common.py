@@ -43,10 +43,10 @@ def read_source(
     if options.part not in (None, family.component):
         raise CheckpointError(f"{source}: --part: expected {family.component} for an {title}, got {options.part}")
     match = match_names(checkpoint.weight_map, family, prefix=options.prefix)
-    found = MatchedTensors(match, {name: checkpoint[stored] for name, stored in match.names.items()})
+    matched = MatchedTensors(match, {name: checkpoint[stored] for name, stored in match.names.items()})
     raise_if_any([problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)], source)
-    raise_if_any(found.name_problems(), source)
-    return found, _section(checkpoint, family.component)
+    raise_if_any(matched.name_problems(), source)
+    return matched, _section(checkpoint, family.component)
 
 
 def _section(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
@@ -60,7 +60,7 @@ def _section(checkpoint: Checkpoint, component: str) -> Mapping[str, Any]:
 
 
 def check_source(
-    checkpoint: Checkpoint, found: MatchedTensors, dimensions: Dimensions, options: Options, problems: list[Problem]
+    checkpoint: Checkpoint, matched: MatchedTensors, dimensions: Dimensions, options: Options, problems: list[Problem]
 ) -> str:
     """
     Return the dtype to write.
@@ -73,9 +73,9 @@ def check_source(
             differ.
     """
     source, accepted = checkpoint.source.name, ("mixed",) if options.dtype else ()
-    problems = problems + sorted(found.shape_problems(dimensions), key=lambda problem: problem.location)
-    raise_if_any(problems + [one for one in found.dtype_problems() if one.kind not in accepted], source)
-    stored = {found.match.names[name]: tensor for name, tensor in found.tensors.items()}
+    problems = problems + sorted(matched.shape_problems(dimensions), key=lambda problem: problem.location)
+    raise_if_any(problems + [one for one in matched.dtype_problems() if one.kind not in accepted], source)
+    stored = {matched.match.names[name]: tensor for name, tensor in matched.tensors.items()}
     check_values(checkpoint, stored)
     return output_dtype(options.dtype, stored, source)
 

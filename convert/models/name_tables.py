@@ -290,6 +290,10 @@ def _sort_names(
     return match
 
 
+def why_empty(shape: Sequence[int]) -> str:
+    return f"empty, shape {list(shape)}: saved under ZeRO-3 without gathering? Save the full tensor"
+
+
 def _is_adapter(name: str) -> bool:
     return "lora_" in name or ".base_layer." in name
 
@@ -305,9 +309,8 @@ class MatchedTensors:
         """Return empty tensors and names without a mapping."""
         names, unknown = self.match.names, f"has no mapping in {self.match.scheme.title}"
         adapter = "part of a LoRA adapter: merge it first (peft's merge_and_unload)"
-        hint = "saved under ZeRO-3 without gathering? Save the full tensor"
-        empty = {name: [*tensor.shape] for name, tensor in self.tensors.items() if not prod(tensor.shape)}
-        problems = [Problem("empty", names[name], f"empty, shape {shape}: {hint}") for name, shape in empty.items()]
+        empty = {name: tensor.shape for name, tensor in self.tensors.items() if not prod(tensor.shape)}
+        problems = [Problem("empty", names[name], why_empty(shape)) for name, shape in empty.items()]
         return problems + [
             Problem("unexpected", name, adapter if _is_adapter(name) else unknown) for name in self.match.unmapped
         ]
