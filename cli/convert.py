@@ -121,7 +121,7 @@ def run_convert(options: argparse.Namespace) -> int:
     if options.out is None:
         raise ValueError(f"{options.source}: expected an output folder OUT after it")
     from sailvit.convert import convert_checkpoint
-    from sailvit.convert.models.sailvl import describe
+    from sailvit.convert.verify.outputs import describe
 
     exit_on_signals()
     with byte_progress() as on_progress:
@@ -166,7 +166,7 @@ def run_compose(options: argparse.Namespace) -> int:
     from transformers import logging
 
     from sailvit.convert import compose_model
-    from sailvit.convert.models.sailvl import describe
+    from sailvit.convert.verify.outputs import describe
 
     logging.disable_progress_bar()
     exit_on_signals()

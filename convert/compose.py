@@ -8,29 +8,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .conversion import convert_checkpoint, keep_apart
+from .export.card import write_conversion_card
 from .export.code_files import copy_code
-from .export.converted_card import write_card
 from .export.image_settings import has_normalization
 from .export.provenance import save_record
 from .export.sailvl_files import (
-    LOAD_ALL,
     PROCESSOR_FILES,
     new_processor,
     sailvl_image_settings,
     write_config,
     write_processor,
 )
-from .export.tokenizer_files import END_OF_TURN, TOKENIZER_FILES, VOCABULARIES, copy_tokenizer
+from .export.tokenizer_files import (
+    END_OF_TURN,
+    TOKENIZER_FILES,
+    VOCABULARIES,
+    copy_tokenizer,
+    generation_settings,
+    mark_tokenizer,
+    padding_notes,
+)
 from .models.aimv2_names import match_aimv2
 from .models.internlm2 import is_internlm2
-from .models.internlm2_tokenizer import generation_settings, mark_tokenizer, padding_notes
 from .models.internvit import is_internvit
 from .models.sailvl import build_empty, describe_all, is_sailvl, verify_all
 from .plan import DTYPES
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError
 from .storage.files import first_line, hash_file, read_json, write_json
-from .storage.output_folder import check_free, final_name, new_folder
+from .storage.output_folder import check_free, new_folder
 from .storage.sources import find_source, licence_of, public_name
 from .storage.tensors import TORCH_DTYPES
 
@@ -369,26 +375,13 @@ def _write_generation_config(folder: Path, tokenizer: "PreTrainedTokenizerBase")
 
 def _write_card(folder: Path, config: "SAILVLConfig", tower: Part, text: Part) -> None:
     parts = [part.checkpoint.source for part in (tower, text)]
-    lines = [
-        *describe_all(config, TORCH_DTYPES[str(text.model.dtype).removeprefix("torch.")]),
-        "",
-        f"The tower is that of {public_name(parts[0])}, the language model {public_name(parts[1])}. The connector is "
-        "fresh: it has to be trained before the model can say anything of a picture.",
-        "",
+    paragraphs = [
+        describe_all(config, TORCH_DTYPES[str(text.model.dtype).removeprefix("torch.")]),
+        f"The vision encoder is that of {public_name(parts[0])}, the language model is {public_name(parts[1])}. The "
+        "connector is randomly initialised: train it before you use the model.",
         f"Each component keeps its own licence: {tower.licence()}; {text.licence()}.",
-        "",
-        "```python",
-        LOAD_ALL.format(name=final_name(folder)),
-        "```",
     ]
-    write_card(
-        folder,
-        lines,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=[source.name for source in parts if source.revision] or None,
-        tags=["sailvl", "custom_code", "conversational"],
-    )
+    write_conversion_card(folder, parts, "\n\n".join(paragraphs), ["sailvl", "custom_code", "conversational"])
 
 
 def _write_provenance(

@@ -107,7 +107,10 @@ def convert_checkpoint(
             log(line)
         job.write_folder(new)
         job.verification = job.verify(new) if verify else None
-        write_provenance(new, job, _told(asked), hashes(), digests)
+        write_provenance(
+            new, checkpoint, hashes(), digests, options=_told(asked), dtype=job.dtype, record=job.record(),
+            verification=job.verification,
+        )  # fmt: skip
     return job
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from .export.code_files import MARK as VERSION_FILE
 from .export.code_files import PACKAGE, code_files, is_old_template, is_ours, package_version, read_version
 from .export.provenance import versions
-from .models.internlm2_tokenizer import generation_settings
+from .export.tokenizer_files import generation_settings
 from .models.sailvl import verify_all
 from .storage.errors import CheckpointError
 from .storage.files import read_json
@@ -184,7 +184,7 @@ def _verify(folder: Path, config: Mapping[str, Any], new: Mapping[str, bytes]) -
         if config["model_type"] == "sailvl":
             verify_all(trial)
         else:
-            run_in_clean_process(trial, Path(scratch))
+            run_in_clean_process(trial)
     return "with the new code it loads in a fresh process"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 from huggingface_hub.hf_api import RepoFile
 
-from ..convert.export.card import write_card
+from ..convert.export.card import write_model_card
 from ..convert.storage.errors import VerificationError
 from ..convert.storage.tensors import CHUNK
 from .checks import PublishError, check_before_publish, check_folder
@@ -150,7 +150,7 @@ def push_folder(
     target = find_target(api or HfApi(), repo, branch, create_pr, private, tag, revision_note)
     with _told(target):
         published = _published_card(target)
-    if write_card(folder, repo, tag or target.branch, published):
+    if write_model_card(folder, repo, tag or target.branch, published):
         log("README.md: this folder's text below the mark takes the place of another on the Hub")
     if problems := check_before_publish(folder, repo, log=log):
         raise PublishError(str(folder), problems)

@@ -15,7 +15,7 @@ from toy_sailvl import write_release
 from sailvit import SAILViTConfig, SAILViTForImageClassification, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert import CheckpointError, convert_checkpoint
 from sailvit.convert.export.card import card_problems
-from sailvit.hub import check_before_publish, write_card
+from sailvit.hub import check_before_publish, write_model_card
 from sailvit.hub.files import code_files, file_problems, published_files
 
 
@@ -25,17 +25,17 @@ SECRET = "hf_" + "a1B2" * 8
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     """A tower as `sailvit convert` writes it, held against its source, with a card."""
-    folder = tmp_path_factory.mktemp("gate") / "tower"
+    folder = tmp_path_factory.mktemp("checks") / "tower"
     convert_checkpoint(make_checkpoint(folder.with_name("apple")), folder)
-    write_card(folder, "owner/tower", "v1")
+    write_model_card(folder, "owner/tower", "v1")
     return folder
 
 
 @pytest.fixture(scope="module")
 def multimodal(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("gate") / "vl"
+    folder = tmp_path_factory.mktemp("checks") / "vl"
     convert_checkpoint(write_release(folder.with_name("release")), folder)
-    write_card(folder, "owner/vl", "v1")
+    write_model_card(folder, "owner/vl", "v1")
     return folder
 
 
@@ -157,9 +157,9 @@ def test_words_of_a_tokenizer_are_no_places(multimodal, tmp_path):
 def test_what_a_killed_gate_left_is_cleared_away(tower, monkeypatch):
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     for process in (2**22 + 1, os.getppid()):  # the first is more than there can be
-        (tower.parent / f".tower.gate-{process}" / "model").mkdir(parents=True)
+        (tower.parent / f".tower.check-{process}" / "model").mkdir(parents=True)
     check_before_publish(tower)
-    assert [path.name for path in tower.parent.glob(".*")] == [f".tower.gate-{os.getppid()}"]
+    assert [path.name for path in tower.parent.glob(".*")] == [f".tower.check-{os.getppid()}"]
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
@@ -174,9 +174,9 @@ def test_a_conversion_passes_and_is_left_as_it_was(request, which):
     folder, said = request.getfixturevalue(which), []
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     assert check_before_publish(folder, f"owner/{folder.name}", log=said.append) == []
-    assert len(said) == 1 and "its tokens within 0e+00 of those of this package" in said[0]
+    assert len(said) == 1 and "match those of this package within 0e+00" in said[0]
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert after == before and not [*folder.parent.glob(".*gate*")]
+    assert after == before and not [*folder.parent.glob(".*check*")]
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
     randomize(cls(SAILViTConfig(**TINY))).save_pretrained(folder)
     SAILViTImageProcessor(size=56).save_pretrained(folder)
     assert [problem.location for problem in card_problems(folder)] == ["README.md"]
-    write_card(folder, "owner/saved", "v1")
+    write_model_card(folder, "owner/saved", "v1")
     assert check_before_publish(folder) == []
 
 
@@ -194,7 +194,7 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
 @pytest.mark.parametrize("layout", ["transformers", "timm"])
 def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path, layout):
     convert_checkpoint(converted, tmp_path / "out", to_layout=layout)
-    write_card(tmp_path / "out", "owner/out", "v1")
+    write_model_card(tmp_path / "out", "owner/out", "v1")
     assert check_before_publish(tmp_path / "out") == []
 
 
@@ -225,7 +225,7 @@ def test_code_that_makes_other_tokens_is_told(tower):
         "    return output\n\n\nSAILViTModel.forward = forward\n",
     )(tower)
     found = [problem for problem in check_before_publish(tower) if problem.kind == "tokens"]
-    assert len(found) == 1 and "tokens are 1.0e-02 from those of this package" in found[0].message
+    assert len(found) == 1 and "tokens differ from those of this package by 1.0e-02" in found[0].message
 
 
 def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):

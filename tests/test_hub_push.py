@@ -394,7 +394,7 @@ def test_a_folder_with_nothing_in_it_is_refused(hub, tmp_path):
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
-snapshot_download(name, revision=sys.argv[1], local_dir="download")
+snapshot_download(sys.argv[2], revision=sys.argv[1], local_dir="download")
 torch.save(output.last_hidden_state, "tokens.pt")
 assert not any(name.split(".")[0] == "sailvit" for name in sys.modules)
 """
@@ -409,10 +409,10 @@ def test_a_conversion_is_published_and_the_usage_of_its_card_runs_elsewhere(hub,
     done = push_folder(folder, REPO, tag="v1", revision_note="a note", api=api, log=said.append)
     assert "the gate is passed" in said and commits(hub) == 1
     card = (folder / "README.md").read_text()
-    script = card.split("```python\n")[1].split("```")[0].replace("picture.jpg", str(PHOTOGRAPH))
+    script = card.split("```python\n")[1].split("```")[0].replace("image.jpg", str(PHOTOGRAPH))
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    run = [sys.executable, "-c", script + DOWNLOAD, done.commit]
+    run = [sys.executable, "-c", script + DOWNLOAD, done.commit, REPO]
     loaded = subprocess.run(run, env={**os.environ, **settings}, cwd=tmp_path, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
     assert all((tmp_path / "download" / name).read_bytes() == data for name, data in content(folder).items())
@@ -426,7 +426,9 @@ def test_what_the_gate_finds_is_not_published(hub, tmp_path, monkeypatch):
     folder = tmp_path / "tower"
     convert_checkpoint(make_checkpoint(tmp_path / "apple"), folder, verify=False)
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
-    with pytest.raises(PublishError, match=r"tower: not published: provenance\.json: it was never held") as raised:
+    with pytest.raises(
+        PublishError, match=r"tower: not published: provenance\.json: this conversion was not verified"
+    ) as raised:
         push_folder(folder, REPO, api=HfApi(endpoint=hub.address, token=TOKEN))
     assert len(raised.value.problems) == 1 and hub.repositories == {}
 

@@ -17,7 +17,7 @@ from sailvit.convert import refresh as refreshing
 from sailvit.convert.export.code_files import OLD_TEMPLATES, is_old_template, package_version
 from sailvit.convert.inspect import table
 from sailvit.convert.storage.errors import VerificationError
-from sailvit.hub import check_before_publish, write_card
+from sailvit.hub import check_before_publish, write_model_card
 
 
 MARK = "configuration_sailvit.py"
@@ -103,7 +103,7 @@ def test_code_that_is_known_to_break_is_told_and_not_published(old_vl, made, cap
     said = capsys.readouterr().out
     assert f"version 1, the installed package's is {package_version()}" in said
     assert "version 1 cannot write anything on transformers >= 5.24" in said and "--refresh-code` renews it" in said
-    write_card(old_vl, "owner/vl", "v1")
+    write_model_card(old_vl, "owner/vl", "v1")
     assert any(
         "cannot write anything" in problem.message for problem in check_before_publish(old_vl) if problem.kind == "code"
     )
@@ -163,7 +163,7 @@ def test_code_is_renewed_and_weights_are_not_touched(old, made, kind):
 
 def test_a_folder_that_would_not_load_is_left_as_it_was(old, kind, monkeypatch):
     def refuse(*arguments):
-        raise VerificationError("the folder does not load in a fresh process: of no matter what")
+        raise VerificationError("the folder does not load in a clean process: of no matter what")
 
     before = contents(old)
     monkeypatch.setattr(refreshing, "run_in_clean_process" if kind == "tower" else "verify_all", refuse)

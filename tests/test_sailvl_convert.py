@@ -215,7 +215,7 @@ def test_tokenizers_pad_left_and_name_the_placeholder(release, tmp_path, side, n
     for file in TOKENIZER:
         (language / file).write_bytes((release / file).read_bytes())
     done = convert(release, tmp_path / "all")
-    assert any("pads at the right" in note for note in done.notes) == (side == "right")
+    assert any("pads right" in note for note in done.notes) == (side == "right")
     convert(release, tmp_path / "language", part="language")
     compose(release, language, tmp_path / "composed")
     for name in ("all", "language", "composed"):
@@ -565,7 +565,7 @@ def test_another_tower_gives_its_own_features(toys, tmp_path, layout):
         assert torch.equal(model.vision_model(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     inputs = inputs_of(tmp_path / "out")
     assert (inputs["input_ids"] == IMAGE).sum() == 9 * len(inputs["pixel_values"])
-    assert logits_of(tmp_path / "out").isfinite().all() and done.tower.tower.found.layout.name == layout
+    assert logits_of(tmp_path / "out").isfinite().all() and done.tower.match.scheme.name == layout
 
 
 def test_an_inserted_tower_gets_the_models_dtype_and_that_is_told(tmp_path):
@@ -634,8 +634,8 @@ DAMAGE = {
     "missing shard": (without("model-00002-of-00002.safetensors"), r"model-00002-of-00002\.safetensors.*copy or down"),
     "no configuration": (without("config.json"), r"config\.json is missing: put the one of the model beside"),
     "no language model": (config_with(llm_config=None), "says nothing of a language model"),
-    "no tokenizer": (without(*TOKENIZER), "no tokenizer .*: name the folder"),
-    "no image tokens": (without_image_tokens, "the tokenizer has no <img>: take the one that was published"),
+    "no tokenizer": (without(*TOKENIZER), "no tokenizer .*: give the folder"),
+    "no image tokens": (without_image_tokens, "the tokenizer has no <img>: use the one that was published"),
     "small vocabulary": (llm_with(vocab_size=300), r"is \[384, 64\], by config.json \[300, 64\]"),
     "unknown language": (llm_with(model_type="gpt-17"), "'gpt-17' is not known .*--part vision"),
     "internlm2": (llm_with(model_type="internlm2"), "'internlm2' is not known .*convert it to Llama's names"),
@@ -644,7 +644,7 @@ DAMAGE = {
         config_with(select_layer=7),
         "select_layer 7 is out of range: expected -4 to 3 for a vision encoder of 3 blocks",
     ),
-    "padded pictures": (config_with(pad2square=True), "pad2square pads pictures to a square, which nothing here does"),
+    "padded pictures": (config_with(pad2square=True), "pad2square is not supported: images are not padded"),
     "max tiles": (config_with(max_dynamic_patch=0), "max_tiles"),
     "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; .64. is wanted"),
     "too much": (tensors_with(NORM, lambda t: {NORM: t, "extra": t}), "extra: is none of its tensors"),
@@ -702,7 +702,7 @@ def test_a_folder_that_does_not_load_is_taken_away(toys, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(code_files, "CODE_OF_ALL", code_files.CODE_OF_ALL[:-1])
     assert sailvit_cli.main(["convert", str(toys / "release"), str(tmp_path / "out")]) == 1
-    assert "does not load in a fresh process" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert "does not load in a clean process" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 # A new model

@@ -1,41 +1,36 @@
 """
-The card of a published model: README.md, from provenance.json, config.json and the results of an evaluation.
-
-A conversion writes a first card, for a folder on this machine. The one here takes its place when the folder is
-published: it names the repository and a revision. What a person wrote below MARK stays, and so do entries of the YAML
-that are not made here.
+The model card, README.md. A conversion writes a first one, for a folder on this machine; publishing replaces it by one
+that names the repository, pins a revision and shows what provenance.json, config.json and evaluation.json record. Both
+keep what a person wrote below MARK, and entries of the YAML that are not made here.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import read_json
-from ..storage.sources import PROVENANCE
-from .model_types import Kind, model_type_of
+from ..storage.output_folder import final_name
+from ..storage.sources import PROVENANCE, Source, licence_of, public_name
+from ..storage.training_record import TrainingRecord, read_training
+from .model_types import ModelType, model_type_of
 
 
-MARK = "<!-- What stands above this line is written by `sailvit push`. What stands below it is kept. -->"
+MARK = "<!-- Written by sailvit up to this line. Text below it is kept. -->"
+
+# How the text that earlier versions wrote ends: that of push, of convert, of compose.
+OLD_MARK = "<!-- What stands above this line is written by `sailvit push`. What stands below it is kept. -->"
+OLD_CONVERTED = "`provenance.json` says how, with the hashes of what was read and written."
+OLD_COMPOSED = "The connector is fresh: it has to be trained before the model can say anything of a picture."
 
 RESULTS = "evaluation.json"  # a list of maps, each with the arguments of huggingface_hub.EvalResult
-
-FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
-
-# What a conversion or a composition writes.
-FIRST_CARD = re.compile(
-    r"# .*?(?:`provenance\.json` says how, with the hashes of what was read and written\."
-    r"|The connector is fresh: .*?```python\n.*?\n```)[ \t]*(?:\n|\Z)",
-    re.DOTALL,
-)
-
+RESULT_FIELDS = "task_type, dataset_type, dataset_name, metric_type, metric_value"
 LICENCE_KEYS = ("license", "license_name", "license_link")
-
 NO_LICENCE = "no licence is stated"
-
+FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 CITATION = """@article{yin2025sailvit,
@@ -50,15 +45,15 @@ CITATION = """@article{yin2025sailvit,
 @dataclass(frozen=True)
 class Component:
     """
-    Something that the weights were made from.
+    What the weights, or a part of them, were made from.
 
     Attributes:
-        role: "weights" of all that there are, "base" of a training, else "vision", "language", ...
+        role: "weights" of all of them, "base" of a training, else "vision", "language", ...
         name: On the Hub, or that of a folder or file.
         revision: Commit on the Hub, if it came from there.
-        licence: What its own card states, of LICENCE_KEYS.
-        base: The model on the Hub that it goes back to, if there is one.
-        is_own: Whether the licence is what the folder's own card says, not what the source's does.
+        licence: LICENCE_KEYS, as its own card states them.
+        base: The nearest of its sources that is on the Hub.
+        is_own: Whether the licence is from the folder's own card instead.
     """
 
     role: str
@@ -68,19 +63,38 @@ class Component:
     base: str | None
     is_own: bool = False
 
-    def licence_name(self) -> str | None:
-        return self.licence.get("license_name") or self.licence.get("license")
 
-
-def write_card(folder: Path, name: str | None = None, revision: str = "main", published: str = "") -> str:
+def write_conversion_card(
+    folder: Path, sources: Sequence[Source], description: str, tags: Sequence[str] = ("vision",)
+) -> None:
     """
-    Writes README.md, in place of one that is there. A person's text is taken from the folder, or else from the Hub.
+    Write README.md of a folder that was made from checkpoints.
 
     Args:
-        folder: With config.json; provenance.json and evaluation.json are read if they are there.
+        folder: With a config.json, unless nothing loads the folder by itself.
+        sources: One, whose licence is taken over; or several, whose licences the description has to name.
+    """
+    metadata: dict[str, Any] = {"tags": [*tags]}
+    lines = [f"# {final_name(folder)}", "", description, ""]
+    if (folder / "config.json").exists():
+        model_type, has_code = model_type_of(folder), "auto_map" in read_json(folder / "config.json")
+        metadata |= {"library_name": model_type.library, "pipeline_tag": model_type.pipeline_tag}
+        lines += ["```python", model_type.usage(final_name(folder), has_code=has_code), "```", ""]
+    names = " and ".join(public_name(source) for source in sources)
+    lines += [f"Made from {names}; `{PROVENANCE}` records how, with the hashes of what was read and written."]
+    metadata |= _base_models([source.name for source in sources if source.revision])
+    _save(folder, metadata | (licence_of(sources[0]) if len(sources) == 1 else {}), lines)
+
+
+def write_model_card(folder: Path, name: str | None = None, revision: str = "main", published: str = "") -> str:
+    """
+    Write README.md for publishing, in place of one that is there.
+
+    Args:
+        folder: With config.json; provenance.json, training.json and evaluation.json are read if they exist.
         name: Of the repository; the folder's if not given.
         revision: Which the usage pins: a tag, a branch or a commit.
-        published: README.md as it is on the Hub, where people edit it too.
+        published: README.md as it is on the Hub. A person's text is taken from there if the folder has none.
 
     Returns:
         A person's text on the Hub that is not kept, because the folder has another.
@@ -88,101 +102,99 @@ def write_card(folder: Path, name: str | None = None, revision: str = "main", pu
     Raises:
         CheckpointError: A file that it is made from is broken; nothing was written.
     """
-    from huggingface_hub import ModelCard
-
     path = folder / "README.md"
     own, text = split_card(path.read_text(encoding="utf-8") if path.exists() else "", str(path))
     try:
         theirs, their_text = split_card(published, "README.md on the Hub")
-        if their_text and MARK not in published:  # of another model, for all that is known
+        if their_text and MARK not in published and OLD_MARK not in published:  # possibly of another model
             theirs = {}
-    except CheckpointError:  # it is replaced by one that is right
+    except CheckpointError:  # a valid one replaces it
         theirs, their_text = {}, ""
     text = text or their_text
-    model = _Model.read(folder, name or folder.resolve().name, revision, {**theirs, **own})
+    model = _Model.read(folder, name or folder.resolve().name, {**theirs, **own})
     made = _metadata(model)
-    tags = [*made.pop("tags"), *_listed(own, "tags"), *_listed(theirs, "tags")]
-    data = {**theirs, **own, **made, "tags": list(dict.fromkeys(tags))}
-    body = f"{_yaml(model, data)}\n{_sections(model)}\n\n{MARK}\n"
-    card = ModelCard(body + (f"\n{text}\n" if text else ""))
-    scratch = path.with_name(".README.md.part")
-    card.save(scratch)
-    scratch.replace(path)
+    tags = [tag for data in (made, own, theirs) for tag in data.get("tags") or [] if isinstance(data["tags"], list)]
+    metadata = {**theirs, **own, **made, "tags": list(dict.fromkeys(tags))}
+    if model.results:
+        metadata.pop("model-index", None)
+        metadata |= {"model_name": model.name.split("/")[-1], "eval_results": model.results}
+    _save(folder, metadata, _sections(model, revision), text)
     return their_text if their_text not in text else ""
 
 
-def split_card(text: str, where: str) -> tuple[dict[str, Any], str]:
+def _save(folder: Path, metadata: Mapping[str, Any], lines: Iterable[str], text: str = "") -> None:
+    from huggingface_hub import ModelCardData
+
+    content = "\n".join(["---", ModelCardData(**metadata).to_yaml(), "---", *lines, "", MARK, ""])
+    part = folder / ".README.md.part"
+    part.write_text(content + (f"\n{text}\n" if text else ""), encoding="utf-8")
+    part.replace(folder / "README.md")
+
+
+def split_card(card: str, name: str) -> tuple[dict[str, Any], str]:
     """
-    The YAML of a card, and what a person wrote: all below MARK, or below the card of a conversion, or all of it if
-    there is neither.
+    Return the YAML of a card and what a person wrote: all below the text of this package, or all of it without one.
 
     Raises:
-        CheckpointError: The YAML is broken.
+        CheckpointError: The YAML is broken; the message names the card.
     """
     import yaml
 
-    match = FRONT_MATTER.match(text.replace("\r\n", "\n"))
-    body = text.replace("\r\n", "\n")[match.end() :] if match else text
+    card = card.replace("\r\n", "\n")
+    match = FRONT_MATTER.match(card)
     try:
-        metadata = yaml.safe_load(match[1] or "") if match else {}
+        metadata = yaml.safe_load(match[1] or "") if match else None
     except yaml.YAMLError as error:
-        raise CheckpointError(f"{where}: its YAML is broken: {' '.join(str(error).split())}") from error
-    if metadata is not None and not isinstance(metadata, dict):
-        raise CheckpointError(f"{where}: its YAML is no map")
-    first = FIRST_CARD.match(body.lstrip())
-    if MARK in body:
-        body = body.partition(MARK)[2]
-    elif first:
-        body = body.lstrip()[first.end() :]
-    return metadata or {}, body.strip()
+        raise CheckpointError(f"{name}: its YAML is broken: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata, dict | None):
+        raise CheckpointError(f"{name}: its YAML is no map")
+    return metadata or {}, _text_below(card[match.end() :] if match else card).strip()
 
 
-def components(record: Mapping[str, Any], own: Mapping[str, Any]) -> list[Component]:
+def _text_below(body: str) -> str:
+    """Return what follows the text that this or an earlier version wrote; without any, all."""
+    for end in (MARK, OLD_MARK, OLD_CONVERTED):
+        if end in body and (end != OLD_CONVERTED or body.lstrip().startswith("# ")):
+            return body.partition(end)[2]
+    if OLD_COMPOSED in body:
+        return body.partition(OLD_COMPOSED)[2].partition("```python\n")[2].partition("\n```")[2]
+    return body
+
+
+def components(provenance: Mapping[str, Any], training: TrainingRecord, own: Mapping[str, Any]) -> list[Component]:
     """
-    What a folder was made from.
+    Return what a folder was made from.
 
     Args:
-        record: Its provenance.json.
         own: The YAML of its card, whose licence is taken where no source states one.
     """
-    source = record.get("source")
+    source = provenance.get("source")
     if not isinstance(source, Mapping):
         return [Component("weights", "", None, _licence(own), None, is_own=True)]
     parts = {role: source[role] for role in ("vision", "connector", "language") if isinstance(source.get(role), dict)}
     if parts:
-        return [_component(role, part, {}) for role, part in parts.items()]
+        return [_component(role, part) for role, part in parts.items()]
     found = [_component("weights", source, own)]
-    if isinstance(inserted := record.get("inserted"), Mapping):
-        found.append(_component("vision", inserted, {}))
-    if isinstance(training := record.get("training"), Mapping) and isinstance(training.get("base"), Mapping):
-        found.append(_component("base", training["base"], {}))
-    return found
+    if isinstance(inserted := provenance.get("inserted"), Mapping):
+        found.append(_component("vision", inserted))
+    return found + ([_component("base", training.base)] if training.base else [])
 
 
-def _component(role: str, record: Mapping[str, Any], own: Mapping[str, Any]) -> Component:
-    stated = _licence(record)
-    licence = stated or _licence(own)
-    return Component(role, str(record.get("name", "")), record.get("revision"), licence, _base(record), not stated)
+def _component(role: str, record: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Component:
+    stated, base = _licence(record), record
+    while isinstance(base, Mapping) and not (base.get("revision") and HUB_NAME.fullmatch(str(base.get("name")))):
+        base = base.get("source")
+    name = base["name"] if isinstance(base, Mapping) else None
+    licence = stated or _licence(own or {})
+    return Component(role, str(record.get("name", "")), record.get("revision"), licence, name, not stated)
 
 
-def _licence(said: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: said[key] for key in LICENCE_KEYS if said.get(key)} if said.get("license") else {}
-
-
-def _base(record: Mapping[str, Any]) -> str | None:
-    """The nearest of its sources that is on the Hub."""
-    while isinstance(record, Mapping):
-        if record.get("revision") and HUB_NAME.fullmatch(str(record.get("name"))):
-            return record["name"]
-        record = record.get("source")
-    return None
+def _licence(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in LICENCE_KEYS if record.get(key)} if record.get("license") else {}
 
 
 def common_licence(parts: list[Component]) -> dict[str, Any]:
-    """
-    What the YAML says of the licence: that of the only component, or of all of them. If they differ, it says so, and
-    the text names each; if one names none, so does the whole.
-    """
+    """Return the licence for the YAML: that of all components, "by-component" if they differ, none if one has none."""
     licences = [dict(part.licence) for part in parts]
     if not all(licences):
         return {}
@@ -193,10 +205,10 @@ def common_licence(parts: list[Component]) -> dict[str, Any]:
 
 def read_results(folder: Path) -> list[Any]:
     """
-    The results of an evaluation, as EvalResults; none if there is no file of them.
+    Return the EvalResults of evaluation.json; none if there is no such file.
 
     Raises:
-        CheckpointError: The file is none of the form that is wanted.
+        CheckpointError: The file has another form.
     """
     from huggingface_hub import EvalResult
 
@@ -206,19 +218,11 @@ def read_results(folder: Path) -> list[Any]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entries, list):
-            raise TypeError(f"it is a {type(entries).__name__}")
+            raise TypeError(f"got a {type(entries).__name__}")
         return [EvalResult(**entry) for entry in entries]
     except (TypeError, ValueError) as error:
-        wanted = "a list of maps with task_type, dataset_type, dataset_name, metric_type, metric_value is wanted"
-        raise CheckpointError(f"{path}: {wanted}: {' '.join(str(error).split())}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _listed(data: Mapping[str, Any], key: str) -> list[Any]:
-    return data[key] if isinstance(data.get(key), list) else []
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: expected a list of maps with {RESULT_FIELDS}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -227,140 +231,123 @@ class _Model:
 
     folder: Path
     name: str
-    revision: str
-    kind: Kind
+    type: ModelType
     config: Mapping[str, Any]
-    record: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    training: TrainingRecord
     parts: list[Component]
     results: list[Any]
 
     @classmethod
-    def read(cls, folder: Path, name: str, revision: str, own: Mapping[str, Any]) -> "_Model":
-        config, record = _read(folder / "config.json"), _read(folder / PROVENANCE)
-        kind, parts = model_type_of(config), components(record, own)
-        return cls(folder, name, revision, kind, config, record, parts, read_results(folder))
+    def read(cls, folder: Path, name: str, own: Mapping[str, Any]) -> "_Model":
+        provenance, training = _read_records(folder)
+        parts, config = components(provenance, training, own), read_json(folder / "config.json")
+        return cls(folder, name, model_type_of(folder), config, provenance, training, parts, read_results(folder))
 
     @property
     def has_code(self) -> bool:
         return "auto_map" in self.config
 
 
+def _read_records(folder: Path) -> tuple[dict[str, Any], TrainingRecord]:
+    """Return provenance.json, empty if there is none, and the record of a training."""
+
+    def document(file: str) -> dict[str, Any]:
+        return read_json(folder / file) if (folder / file).exists() else {}
+
+    return document(PROVENANCE), read_training(document)
+
+
 def _metadata(model: _Model) -> dict[str, Any]:
-    kind, is_ours = model.kind, model.config.get("model_type") in ("sailvit", "sailvl")
-    made: dict[str, Any] = {"library_name": kind.library, "pipeline_tag": kind.pipeline_tag}
+    made: dict[str, Any] = {"library_name": model.type.library, "pipeline_tag": model.type.pipeline_tag}
     made |= common_licence(model.parts)
-    bases = list(dict.fromkeys(part.base for part in model.parts if part.base))
-    if bases:
-        made |= {"base_model": bases[0] if len(bases) == 1 else bases, **_relation(model.record, model.parts)}
+    made |= _base_models(list(dict.fromkeys(part.base for part in model.parts if part.base)))
+    # The Hub knows finetune, merge, adapter and quantized; the same weights under other names are none of these.
+    relation = "finetune" if model.training.to_json() else "merge" if len(model.parts) > 1 else None
+    if "base_model" in made and relation:
+        made["base_model_relation"] = relation
+    is_ours = model.config.get("model_type") in ("sailvit", "sailvl")
     tags = [*([model.config["model_type"]] if is_ours else []), *(["custom_code"] if model.has_code else [])]
     return {**made, "tags": tags}
 
 
-def _relation(record: Mapping[str, Any], parts: list[Component]) -> dict[str, str]:
-    """
-    What the model is to its base. The Hub knows finetune, merge, adapter and quantized: the same weights under other
-    names are none of these, and nothing is said then.
-    """
-    if record.get("training"):
-        return {"base_model_relation": "finetune"}
-    return {"base_model_relation": "merge"} if len(parts) > 1 else {}
+def _base_models(names: list[str]) -> dict[str, Any]:
+    return {"base_model": names[0] if len(names) == 1 else names} if names else {}
 
 
-def _yaml(model: _Model, data: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    if model.results:
-        kept = {key: value for key, value in data.items() if key != "model-index"}
-        data = {**kept, "model_name": model.name.split("/")[-1], "eval_results": model.results}
-    return f"---\n{ModelCardData(**data).to_yaml()}\n---"
-
-
-def _sections(model: _Model) -> str:
-    trust = ", trust_remote_code=True" if model.has_code else ""
-    usage = model.kind.usage.format(name=model.name, revision=model.revision, trust=trust)
-    lines = [f"# {model.name.split('/')[-1]}", "", describe(model.kind, model.config)]
-    lines += ["", "## Usage", "", f"```python\n{usage}\n```"]
+def _sections(model: _Model, revision: str) -> Iterator[str]:
+    yield from (f"# {model.name.split('/')[-1]}", "", _describe(model.type, model.config))
+    yield from ("", "## Usage", "", "```python", model.type.usage(model.name, revision, model.has_code), "```")
     if model.has_code:
-        pin = "A branch may move: give a tag or a commit instead" if model.revision == "main" else "`revision` pins it"
-        lines += ["", f"The model comes with code that runs on your machine. {pin}."]
-    lines += ["", "## Where it comes from", "", *_origin(model.record, model.parts), *_training(model.record)]
-    lines += _table_of_results(model.results)
-    lines += ["", "## Licence", "", *_licences(model.folder, model.parts)]
-    return "\n".join([*lines, "", "## Citation", "", f"```bibtex\n{CITATION}\n```"])
+        pin = "A branch can move: give a tag or a commit instead" if revision == "main" else "`revision` pins it"
+        yield from ("", f"The model comes with code that runs on your machine. {pin}.")
+    yield from ("", "## Where it comes from", "", *_origin(model.provenance, model.parts))
+    yield from _training(model.training)
+    yield from _results(model.results)
+    yield from ("", "## Licence", "", *_licences(model.folder, model.parts))
+    yield from ("", "## Citation", "", "```bibtex", CITATION, "```")
 
 
-def describe(kind: Kind, config: Mapping[str, Any]) -> str:
-    """A sentence on what the model is."""
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    said = [kind.name, *([str(dtype)] if dtype else [])]
+def _describe(model_type: ModelType, config: Mapping[str, Any]) -> str:
+    """Return a sentence on what the model is."""
+    facts = [model_type.title, str(config.get("dtype") or config.get("torch_dtype") or "")]
     if isinstance(vision := config.get("vision_config"), Mapping):
         text = config.get("text_config") or config.get("llm_config") or {}
-        said.append(f"a tower ({_size(vision)}), a connector and a language model ({_size(text)})")
+        facts.append(f"a vision encoder ({_size(vision)}), a connector and a language model ({_size(text)})")
     else:
-        said.append(_size(config))
         pixels = config.get("image_size") or config.get("model_args", {}).get("img_size")
-        said += [f"{pixels} pixels"] if pixels else []
-    article = "An" if kind.name[0] in "aeiou" else "A"
-    return f"{article} {', '.join(filter(None, said))}."
+        facts += [_size(config), f"{pixels} pixels" if pixels else ""]
+    article = "An" if model_type.title[0] in "aeiou" else "A"
+    return f"{article} {', '.join(filter(None, facts))}."
 
 
 def _size(config: Mapping[str, Any]) -> str:
-    told = {"model_type": "", "architecture": "", "hidden_size": "width ", "num_hidden_layers": "layers "}
-    return ", ".join(f"{word}{config[key]}" for key, word in told.items() if config.get(key))
+    labels = {"model_type": "", "architecture": "", "hidden_size": "width ", "num_hidden_layers": "layers "}
+    return ", ".join(f"{label}{config[key]}" for key, label in labels.items() if config.get(key))
 
 
-def _origin(record: Mapping[str, Any], parts: list[Component]) -> Iterator[str]:
+def _origin(provenance: Mapping[str, Any], parts: list[Component]) -> Iterator[str]:
     named = [part for part in parts if part.name]
     if not named:
-        yield "Nothing was recorded of it."
+        yield "Not recorded."
         return
     for part in named:
         at = f" at commit `{part.revision}`" if part.revision else ""
         link = f"[{part.name}](https://huggingface.co/{part.name})" if part.revision else part.name
         yield f"- {part.role}: {link}{at}" + (f", from {part.base}" if part.base and part.base != part.name else "")
-    yield ""
-    yield f"`{PROVENANCE}` says how it was made, with the hashes of what was read and written.{_verified(record)}"
+    verified, figures = "", provenance.get("verification")
+    if isinstance(figures, Mapping) and "relative_difference" in figures:
+        difference = f"{float(figures['relative_difference']):.1e}"
+        verified = f" Its outputs on a test input match {figures.get('reference')} (relative difference {difference})."
+    yield from ("", f"`{PROVENANCE}` records how it was made, with the hashes of all files.{verified}")
 
 
-def _verified(record: Mapping[str, Any]) -> str:
-    said = record.get("verification")
-    if not isinstance(said, Mapping) or "relative_difference" not in said:
-        return ""
-    difference = float(said["relative_difference"])
-    return f" Its tokens on a picture were {difference:.1e} from those of {said.get('reference')}, relative."
-
-
-def _training(record: Mapping[str, Any]) -> Iterator[str]:
-    """The recipe as it was recorded: a line for each thing, a table for a list of stages or of checkpoints."""
-    said = record.get("training")
-    if not said:
+def _training(training: TrainingRecord) -> Iterator[str]:
+    """A line for each entry of the record; tables of stages and of averaged checkpoints."""
+    entries = training.to_json()
+    if not entries:
         return
+    tables = {name: entries.pop(name) for name in ("stages", "mean_of") if name in entries}
     yield from ("", "## Training", "")
-    facts = said if isinstance(said, Mapping) else {"stages": said}
-    tables = {key: value for key, value in facts.items() if isinstance(value, list) and _is_table(value)}
-    yield from (f"- {_spaced(key)}: {_cell(value)}" for key, value in facts.items() if key not in tables)
-    for key, rows in tables.items():
+    yield from (f"- {_spaced(name)}: {_cell(entry)}" for name, entry in entries.items())
+    for name, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        yield from ("", f"{_spaced(key)}:", "", _row(map(_spaced, columns)), "|" + "---|" * len(columns))
+        yield from ("", f"{_spaced(name)}:", "", _row(map(_spaced, columns)), "|" + "---|" * len(columns))
         yield from (_row(row.get(column, "") for column in columns) for row in rows)
 
 
-def _is_table(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(row, Mapping) for row in value)
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
-def _spaced(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _table_of_results(results: list[Any]) -> Iterator[str]:
+def _results(results: list[Any]) -> Iterator[str]:
     if not results:
         return
-    yield from ("", "## Results", "", "| task | data | measure | value |", "|---|---|---|---|")
+    yield from ("", "## Results", "", "| task | data | metric | value |", "|---|---|---|---|")
     for result in results:
         data = " ".join(filter(None, (result.dataset_name, result.dataset_config, result.dataset_split)))
-        measure = result.metric_name or result.metric_type
-        yield _row([result.task_name or result.task_type, data, measure, result.metric_value])
+        metric = result.metric_name or result.metric_type
+        yield _row([result.task_name or result.task_type, data, metric, result.metric_value])
 
 
 def _row(cells: Iterable[Any]) -> str:
@@ -368,65 +355,62 @@ def _row(cells: Iterable[Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a line; of what has a name, that and its revision."""
+    """Return a value in one line; of a source its name and revision."""
     if isinstance(value, Mapping) and "name" in value:
         value = f"{value['name']} at {value['revision']}" if value.get("revision") else value["name"]
-    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return " ".join(said.split()).replace("|", "\\|")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _licences(folder: Path, parts: list[Component]) -> Iterator[str]:
     for part in parts:
-        stated = part.licence_name()
-        whose = f" ({part.name})" if part.name else ""
-        link = part.licence.get("license_link")
-        who = "whoever publishes this model" if part.is_own else "its own card"
-        said = f"{stated}, as {who} states" + (f": {link}" if link else "") if stated else NO_LICENCE
-        yield f"- {part.role}{whose}: {said}"
+        stated, link = part.licence.get("license_name") or part.licence.get("license"), part.licence.get("license_link")
+        who = "the publisher of this model" if part.is_own else "its own card"
+        text = f"{stated}, as {who} states" + (f": {link}" if link else "") if stated else NO_LICENCE
+        yield f"- {part.role}{f' ({part.name})' if part.name else ''}: {text}"
     if any(folder.glob("*.py")):
         yield "- the Python files: apache-2.0"
 
 
 def card_problems(folder: Path) -> list[Problem]:
-    """What is wrong with the README.md of a folder; the mend is to publish by `sailvit push`, which writes it."""
+    """Return what is wrong with README.md in a folder; write_model_card, which `sailvit push` calls, corrects most."""
     path = folder / "README.md"
     if not path.exists():
-        return [Problem("card", "README.md", "missing: write_card writes it")]
+        return [Problem("card", "README.md", "missing: write_model_card writes it")]
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        data, _ = split_card(text, "README.md")
+        metadata, _ = split_card(text, "README.md")
     except CheckpointError as error:
         return [Problem("card", "README.md", f"{str(error).partition(': ')[2]}: correct it by hand")]
-    if not data:
-        return [Problem("card", "README.md", "has no YAML between two lines of ---: write_card writes it")]
-    problems = [Problem("card", "README.md", what) for what in _wrong_entries(folder, data)]
-    return problems + [Problem("licence", "README.md", what) for what in _wrong_licence(folder, data, text)]
+    if not metadata:
+        return [Problem("card", "README.md", "has no YAML between two lines of ---: write_model_card writes it")]
+    problems = [Problem("card", "README.md", message) for message in _wrong_entries(folder, metadata)]
+    return problems + [Problem("licence", "README.md", message) for message in _wrong_licence(folder, metadata, text)]
 
 
-def _wrong_entries(folder: Path, data: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_entries(folder: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
     from huggingface_hub import ModelCardData
 
     try:
-        ModelCardData(**data, ignore_metadata_errors=False)
+        ModelCardData(**metadata, ignore_metadata_errors=False)
     except (TypeError, ValueError, KeyError) as error:
-        yield f"its YAML is not what the Hub takes: {' '.join(str(error).split())}: correct it"
-    config = _read(folder / "config.json")
-    kind = model_type_of(config)
-    for key, wanted in {"library_name": kind.library, "pipeline_tag": kind.pipeline_tag}.items():
-        if data.get(key) != wanted:
-            yield f"{key} is {data.get(key)!r}, {wanted!r} is wanted: write_card writes it"
-    bases = data.get("base_model") or []
+        yield f"the Hub does not accept its YAML: {' '.join(str(error).split())}: correct it"
+    model_type = model_type_of(folder)
+    for key, expected in {"library_name": model_type.library, "pipeline_tag": model_type.pipeline_tag}.items():
+        if metadata.get(key) != expected:
+            yield f"{key}: expected {expected!r}, got {metadata.get(key)!r}: write_model_card writes it"
+    bases = metadata.get("base_model") or []
     for base in [bases] if isinstance(bases, str) else bases:
         if not HUB_NAME.fullmatch(str(base)):
-            yield f"base_model {base!r} is no name on the Hub: name the model that it goes back to, or take it out"
+            yield f"base_model: expected a name on the Hub, got {base!r}: name the base model, or remove the entry"
 
 
-def _wrong_licence(folder: Path, data: Mapping[str, Any], text: str) -> Iterator[str]:
-    stated = data.get("license")
+def _wrong_licence(folder: Path, metadata: Mapping[str, Any], text: str) -> Iterator[str]:
+    stated = metadata.get("license")
     if not stated and NO_LICENCE not in text:
-        yield f"names no licence, and does not say that {NO_LICENCE}: write_card says it"
-    if stated == "other" and not data.get("license_name"):
+        yield f"has no licence, and does not say that {NO_LICENCE}: write_model_card says it"
+    if stated == "other" and not metadata.get("license_name"):
         yield "license is 'other' without a license_name: add it"
-    wanted = common_licence(components(_read(folder / PROVENANCE), data)).get("license")
-    if wanted and stated != wanted:
-        yield f"license is {stated!r}, the sources' cards state {wanted!r}: write_card writes it"
+    expected = common_licence(components(*_read_records(folder), metadata)).get("license")
+    if expected and stated != expected:
+        yield f"license: expected {expected!r}, as the sources' cards state, got {stated!r}: write_model_card writes it"

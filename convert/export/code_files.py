@@ -1,6 +1,6 @@
 """
-The Python files in a folder: of which version they are, and what that version is known not to do. A folder on the Hub
-runs the code that lies in it, whatever its readers have installed, until somebody renews it.
+The Python files of a folder, their version, and what earlier versions lack. A folder on the Hub runs the code that is
+in it, whatever its users have installed, until `sailvit convert --refresh-code` replaces it.
 """
 
 import re
@@ -18,25 +18,16 @@ from ..storage.sources import LocalFolder, Source
 PACKAGE = Path(__file__).parents[2]
 
 CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
-
 CODE_OF_ALL = (
     *CODE, "configuration_sailvl.py", "modeling_sailvl.py", "processing_sailvl.py", "video_sailvl.py",
     "chat_sailvl.py",
 )  # fmt: skip
 
-
-def copy_code(folder: Path) -> None:
-    for file in CODE_OF_ALL:
-        shutil.copyfile(PACKAGE / file, folder / file)
-
-
-MARK = "configuration_sailvit.py"  # every folder with code of this package has it
-
+MARK = "configuration_sailvit.py"  # holds CODE_VERSION; every folder with code of this package has it
 VERSION = re.compile(r"^CODE_VERSION = (\d+)$", re.MULTILINE)
+CONFIGS = ("configuration_sailvit.SAILViTConfig", "configuration_sailvl.SAILVLConfig")  # in our auto_map
 
-CONFIGS = ("configuration_sailvit.SAILViTConfig", "configuration_sailvl.SAILVLConfig")  # in auto_map, of ours
-
-# Version that does it first, model type -> what no earlier version does. The first folders have no mark: version 1.
+# Version that does it first, model type -> what no earlier version does. Without CODE_VERSION it is version 1.
 FIXES = {
     2: {"sailvl": "write anything on transformers >= 5.24, where `past_key_values` became `cache`"},
 }
@@ -54,9 +45,9 @@ class Code:
 
     Attributes:
         version: Of its files.
-        package: That of the installed package's.
+        package: Of the installed package's files.
         lacks: What it is known not to do.
-        other: Files that are not the installed package's, though of the same version.
+        other: Files that differ from the installed package's, though of the same version.
     """
 
     version: int
@@ -65,9 +56,14 @@ class Code:
     other: list[str] = field(default_factory=list)
 
 
+def copy_code(folder: Path) -> None:
+    for file in CODE_OF_ALL:
+        shutil.copyfile(PACKAGE / file, folder / file)
+
+
 def find_code(source: Source, config: Mapping[str, Any]) -> Code | None:
     """
-    The code of a folder or a repository; None if it has none of this package.
+    Return the code of a folder or a repository; None if it has none of this package.
 
     Args:
         config: Its config.json.
@@ -75,16 +71,16 @@ def find_code(source: Source, config: Mapping[str, Any]) -> Code | None:
     if not is_ours(config) or MARK not in source.files:
         return None
     version, package = read_version(source.path(MARK).read_text("utf-8", "replace")), package_version()
-    kind, other = config["model_type"], []
+    model_type, other = config["model_type"], []
     if isinstance(source, LocalFolder) and version == package:
-        here = [file for file in code_files(kind) if file in source.files]
-        other = [file for file in here if hash_file(source.path(file)) != hash_file(PACKAGE / file)]
-    lacks = [fixed[kind] for since, fixed in sorted(FIXES.items()) if version < since and kind in fixed]
+        present = [file for file in code_files(model_type) if file in source.files]
+        other = [file for file in present if hash_file(source.path(file)) != hash_file(PACKAGE / file)]
+    lacks = [fix[model_type] for since, fix in sorted(FIXES.items()) if version < since and model_type in fix]
     return Code(version, package, lacks, other)
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a model of this package, with code beside it; releases call their files the same."""
+    """Return whether a config.json is of a folder with this package's code; the releases' files have the same names."""
     auto_map = config.get("auto_map")
     named = auto_map.get("AutoConfig") if isinstance(auto_map, Mapping) else None
     return config.get("model_type") in ("sailvit", "sailvl") and named in CONFIGS
@@ -95,9 +91,9 @@ def code_files(model_type: str) -> tuple[str, ...]:
 
 
 def read_version(text: str) -> int:
-    """By the text of the file that has the mark."""
-    found = VERSION.search(text)
-    return int(found[1]) if found else 1
+    """Return CODE_VERSION from the text of the file that holds it."""
+    match = VERSION.search(text)
+    return int(match[1]) if match else 1
 
 
 def package_version() -> int:
@@ -105,5 +101,5 @@ def package_version() -> int:
 
 
 def is_old_template(text: str) -> bool:
-    """Whether the text of a prompt is what an earlier version wrote where nobody asked for another."""
+    """Return whether a chat template is the default of an earlier version."""
     return sha256(text.encode()).hexdigest() in OLD_TEMPLATES

@@ -1,4 +1,4 @@
-"""TODO convert/export/image_settings.py."""
+"""The source's image settings, and preprocessor_config.json for other image processors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,8 @@ from .code_files import PACKAGE
 
 
 def clip_settings(checkpoint: Checkpoint, image_size: int | list[int]) -> dict[str, Any]:
-    """preprocessor_config.json of transformers' CLIPImageProcessor, that resizes pictures to a square."""
-    pictures = read_image_settings(checkpoint)
+    """Return preprocessor_config.json of transformers' CLIPImageProcessor, which resizes images to a square."""
+    settings = read_image_settings(checkpoint)
     height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -20,60 +20,61 @@ def clip_settings(checkpoint: Checkpoint, image_size: int | list[int]) -> dict[s
         "size": {"height": height, "width": width},
         "resample": 3,
         "do_center_crop": False,
-        **{key: pictures[key] for key in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")},
+        **{key: settings[key] for key in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")},
     }
 
 
 def has_normalization(checkpoint: Checkpoint) -> bool:
-    """Whether the source says how its pictures are normalised."""
+    """Return whether the source has a mean for its images."""
     return "image_mean" in _stored_image_settings(checkpoint)
 
 
 def center_crops(checkpoint: Checkpoint) -> bool:
-    """Whether the source cuts pictures to a square, where SAILViT resizes them to one."""
+    """Return whether the source crops images to a square, where SAILViT resizes them to one."""
     crop_mode = _section(checkpoint, "config.json", "pretrained_cfg").get("crop_mode")
     return bool(_stored_image_settings(checkpoint).get("do_center_crop")) or crop_mode in ("center", "border")
 
 
 def read_image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """
-    What the source says of its pictures: image_mean and image_std at least; SAILViT's where it says nothing.
+    Return the source's image settings, completed by SAILViT's; image_mean and image_std at least.
 
     Raises:
-        CheckpointError: It says what cannot be.
+        CheckpointError: A value is invalid.
     """
-    said = _stored_image_settings(checkpoint)
-    for key in {"image_mean", "image_std"} if said.keys() & {"image_mean", "image_std"} else ():
-        value, lowest = said.get(key), -1e9 if key == "image_mean" else 1e-9
+    stored, name = _stored_image_settings(checkpoint), checkpoint.source.name
+    for key in {"image_mean", "image_std"} if stored.keys() & {"image_mean", "image_std"} else ():
+        value, lowest = stored.get(key), -1e9 if key == "image_mean" else 1e-9
         numbers = isinstance(value, list) and len(value) > 0 and all(type(number) in (int, float) for number in value)
         if not numbers or not all(lowest < number < 1e9 for number in value):
-            raise CheckpointError(f"{checkpoint.source.name}: {key} of its pictures is {value!r}: correct it")
-    factor = said.get("rescale_factor", 1)
+            positive = "" if key == "image_mean" else "positive "
+            raise CheckpointError(f"{name}: {key}: expected a list of {positive}numbers, got {value!r}: correct it")
+    factor = stored.get("rescale_factor", 1)
     if type(factor) not in (int, float) or not 0 < factor < 1e9:
-        raise CheckpointError(f"{checkpoint.source.name}: rescale_factor of its pictures is {factor!r}: correct it")
-    return {**read_json(PACKAGE / "preprocessor_config.json"), **said}
+        raise CheckpointError(f"{name}: rescale_factor: expected a positive number, got {factor!r}: correct it")
+    return {**read_json(PACKAGE / "preprocessor_config.json"), **stored}
 
 
 def _stored_image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of preprocessor_config.json, or processor_config.json, where transformers >= 5 puts it, or timm's config.json."""
-    said = checkpoint.document("preprocessor_config.json")
-    said = said or _section(checkpoint, "processor_config.json", "image_processor")
-    timms = _section(checkpoint, "config.json", "pretrained_cfg")
-    if not said and "mean" in timms:
-        return {"image_mean": timms["mean"], "image_std": timms.get("std")}
-    return said
+    """Of preprocessor_config.json, or processor_config.json as of transformers 5, or config.json of timm."""
+    settings = checkpoint.document("preprocessor_config.json")
+    settings = settings or _section(checkpoint, "processor_config.json", "image_processor")
+    timm = _section(checkpoint, "config.json", "pretrained_cfg")
+    if not settings and "mean" in timm:
+        return {"image_mean": timm["mean"], "image_std": timm.get("std")}
+    return settings
 
 
 def _section(checkpoint: Checkpoint, file: str, key: str) -> dict[str, Any]:
     section = checkpoint.document(file).get(key) or {}
     if not isinstance(section, dict):
-        raise CheckpointError(f"{checkpoint.source.name}: {key} in {file} is {section!r}, not a map")
+        raise CheckpointError(f"{checkpoint.source.name}: {key} in {file}: expected an object, got {section!r}")
     return section
 
 
-def _normalisation(pictures: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and std for a runtime that divides by 255 first, whatever the source divides by."""
-    scale = 255 * (pictures["rescale_factor"] if pictures.get("do_rescale", True) else 1)
-    if not pictures.get("do_normalize", True):
+def normalization(settings: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return mean and std for a runtime that divides by 255 first, whatever the source divides by."""
+    scale = 255 * (settings["rescale_factor"] if settings.get("do_rescale", True) else 1)
+    if not settings.get("do_normalize", True):
         return [0.0] * 3, [1 / scale] * 3
-    return [mean / scale for mean in pictures["image_mean"]], [std / scale for std in pictures["image_std"]]
+    return [mean / scale for mean in settings["image_mean"]], [std / scale for std in settings["image_std"]]

@@ -1,100 +1,107 @@
-"""What a folder holds, by its config.json: how it is loaded, what the Hub calls it, and how it is used."""
+"""How a folder is loaded, by its config.json: the Auto class, the task as the Hub names it, and Python code."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from .sailvl_files import ASK
+from ..storage.files import read_json
+from ..verify.outputs import auto_class_of
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelType:
     """
-    A kind of model.
-
     Attributes:
-        name: What to call it in a sentence.
-        auto_class: Of transformers, which loads it; "timm" for timm's.
+        title: Its name in a sentence.
+        auto_class: Of transformers; "timm" for a model of timm.
         pipeline_tag: The task, as the Hub names it.
-        usage: Python; {name}, {revision} and {trust} are filled in, the last with an argument or nothing.
+        code: Python that loads and runs it; usage() fills in {source}.
     """
 
-    name: str
+    title: str
     auto_class: str
     pipeline_tag: str
-    usage: str
+    code: str
 
     @property
     def library(self) -> str:
         return "timm" if self.auto_class == "timm" else "transformers"
 
+    def usage(self, name: str, revision: str | None = None, has_code: bool = False) -> str:
+        """
+        Args:
+            name: Of a folder; with a revision, of a repository on the Hub.
+            has_code: Whether it comes with Python files.
+        """
+        if self.auto_class == "timm":
+            return self.code.format(source=f'"hf-hub:{name}@{revision}"' if revision else f'"local-dir:{name}"')
+        options = [f'revision="{revision}"'] if revision else []
+        options += ["trust_remote_code=True"] if has_code else []
+        return self.code.format(source=", ".join([f'"{name}"', *options]))
 
-USE_TOWER = """import torch
+
+VISION_CODE = """import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-name, revision = "{name}", "{revision}"
-processor = AutoImageProcessor.from_pretrained(name, revision=revision{trust})
-model = AutoModel.from_pretrained(name, revision=revision{trust}).eval()
-batch = processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt")
+processor = AutoImageProcessor.from_pretrained({source})
+model = AutoModel.from_pretrained({source}).eval()
+batch = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     output = model(pixel_values=batch["pixel_values"])
 print(output.last_hidden_state.shape)  # tiles, tokens, width"""
 
-USE_CLASSIFIER = """import torch
+TIMM_CODE = """import timm
+
+model = timm.create_model({source}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
+
+CLASSIFIER_CODE = """import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-name, revision = "{name}", "{revision}"
-processor = AutoImageProcessor.from_pretrained(name, revision=revision{trust})
-model = AutoModelForImageClassification.from_pretrained(name, revision=revision{trust}).eval()
-batch = processor(Image.open("picture.jpg").convert("RGB"), do_tile=False, return_tensors="pt")
+processor = AutoImageProcessor.from_pretrained({source})
+model = AutoModelForImageClassification.from_pretrained({source}).eval()
+batch = processor(Image.open("image.jpg").convert("RGB"), do_tile=False, return_tensors="pt")
 with torch.inference_mode():
     logits = model(pixel_values=batch["pixel_values"]).logits
 print(model.config.id2label[int(logits.argmax())])"""
 
-USE_MULTIMODAL = (
-    """from transformers import AutoModelForImageTextToText, AutoProcessor
+MULTIMODAL_CODE = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
-name, revision = "{name}", "{revision}"
-processor = AutoProcessor.from_pretrained(name, revision=revision{trust})
-model = AutoModelForImageTextToText.from_pretrained(name, revision=revision{trust}, dtype="auto").eval()
-"""
-    + ASK
+processor = AutoProcessor.from_pretrained({source})
+model = AutoModelForImageTextToText.from_pretrained({source}, dtype="auto").eval()
+content = [{{"type": "image", "image": "image.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
+written = model.generate(**inputs, max_new_tokens=256)
+print(processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
 
-USE_LANGUAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+LANGUAGE_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name, revision = "{name}", "{revision}"
-tokenizer = AutoTokenizer.from_pretrained(name, revision=revision{trust})
-model = AutoModelForCausalLM.from_pretrained(name, revision=revision{trust}, dtype="auto").eval()
-inputs = tokenizer("The picture shows", return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained({source})
+model = AutoModelForCausalLM.from_pretrained({source}, dtype="auto").eval()
+inputs = tokenizer("The image shows", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 
-USE_TIMM = """import timm
+NO_TOKENIZER_CODE = """from transformers import AutoModelForCausalLM
 
-model = timm.create_model("hf-hub:{name}@{revision}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
+model = AutoModelForCausalLM.from_pretrained({source}, dtype="auto").eval()"""
 
-TOWER = Kind("vision tower", "AutoModel", "image-feature-extraction", USE_TOWER)
-
-TIMM = Kind("vision tower", "timm", "image-feature-extraction", USE_TIMM)
-
-CLASSIFIER = Kind("image classifier", "AutoModelForImageClassification", "image-classification", USE_CLASSIFIER)
-
-MULTIMODAL = Kind("multimodal language model", "AutoModelForImageTextToText", "image-text-to-text", USE_MULTIMODAL)
-
-LANGUAGE = Kind("language model", "AutoModelForCausalLM", "text-generation", USE_LANGUAGE)
+MODEL_TYPES = (
+    ModelType("vision encoder", "AutoModel", "image-feature-extraction", VISION_CODE),
+    ModelType("vision encoder", "timm", "image-feature-extraction", TIMM_CODE),
+    ModelType("image classifier", "AutoModelForImageClassification", "image-classification", CLASSIFIER_CODE),
+    ModelType("multimodal language model", "AutoModelForImageTextToText", "image-text-to-text", MULTIMODAL_CODE),
+    ModelType("language model", "AutoModelForCausalLM", "text-generation", LANGUAGE_CODE),
+)
 
 
-def model_type_of(config: Mapping[str, Any]) -> Kind:
-    """The kind of model that a config.json is of."""
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    if "architecture" in config:
-        return TIMM
-    if config.get("model_type") == "sailvl":
-        return MULTIMODAL
-    if architecture.endswith("ForImageClassification"):
-        return CLASSIFIER
-    return LANGUAGE if architecture.endswith("ForCausalLM") else TOWER
+def model_type_of(folder: Path) -> ModelType:
+    """Return the type of the model in a folder with a config.json."""
+    auto_class = auto_class_of(read_json(folder / "config.json"))
+    model_type = next(each for each in MODEL_TYPES if each.auto_class == auto_class)
+    if model_type.code is LANGUAGE_CODE and not (folder / "tokenizer_config.json").exists():
+        return replace(model_type, code=NO_TOKENIZER_CODE)
+    return model_type

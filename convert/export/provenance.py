@@ -1,68 +1,70 @@
-"""TODO convert/export/provenance.py."""
+"""provenance.json: what a folder was made from and how, with the hashes of what was read and written."""
 
 import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..storage.checkpoint import Checkpoint
 from ..storage.files import hash_file
 from ..storage.sources import PROVENANCE, licence_of, public_name
 from ..storage.tensors import torch_name
 from ..storage.training_run import training_metadata
 
 
-if TYPE_CHECKING:
-    from ..plan import ConversionPlan
-
-    pass
+RECORDED_SUFFIXES = (".py", ".json", ".jinja", ".txt", ".model")
 
 
 def write_provenance(
     folder: Path,
-    job: "ConversionPlan",
-    asked: Mapping[str, Any],
+    checkpoint: Checkpoint,
     files: Mapping[str, Mapping[str, Any]],
     digests: Mapping[str, str],
+    *,
+    options: Mapping[str, Any],
+    dtype: str,
+    record: Mapping[str, Any],
+    verification: Mapping[str, Any] | None,
 ) -> None:
     """
     Args:
-        asked: The options of the conversion.
         files: Name -> sha256 and bytes of every file that was read.
         digests: Name -> sha256 of every tensor that was written.
+        record: What this kind of conversion records; under "source" of the source, under "kept" name -> name in the
+            source of files of weights that were not rewritten.
     """
-    source, record = job.checkpoint.source, job.record()
-    before, training = job.checkpoint.document(PROVENANCE).get("source"), training_metadata(job.checkpoint)
-    said = {
-        "name": public_name(source),
-        "revision": source.revision,
-        **record.pop("source", {}),
-        **licence_of(source),
-        "files": files,
-        **({"source": before} if before else {}),
-    }
-    kept = {name: {"sha256": files[original]["sha256"]} for name, original in record.pop("kept", {}).items()}
+    source, details = checkpoint.source, dict(record)
+    before, training = checkpoint.document(PROVENANCE).get("source"), training_metadata(checkpoint)
+    kept = {name: {"sha256": files[original]["sha256"]} for name, original in details.pop("kept", {}).items()}
     content = {
-        "source": said,
+        "source": {
+            "name": public_name(source),
+            "revision": source.revision,
+            **details.pop("source", {}),
+            **licence_of(source),
+            "files": files,
+            **({"source": before} if before else {}),
+        },
         **({"training": training} if training else {}),
-        "options": asked,
-        "dtype": torch_name(job.dtype),
-        **record,
-        "verification": job.verification,
+        "options": options,
+        "dtype": torch_name(dtype),
+        **details,
+        "verification": verification,
     }
     save_record(folder, content, kept, digests)
 
 
 def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     """
-    Writes provenance.json: what is given, versions, and the hashes of what lies in the folder.
+    Write provenance.json: `content`, versions, and the hashes of what is in the folder.
 
     Args:
         kept: Name -> {"sha256": ...} of files whose hashes are known.
         digests: Name -> sha256 of every tensor that was written.
     """
-    others = [path for path in sorted(folder.glob("*")) if _is_recorded(path)]
+    others = [path for path in sorted(folder.glob("*")) if path.suffix in RECORDED_SUFFIXES and path.name != PROVENANCE]
     provenance = {
         **content,
         "versions": {"python": platform.python_version(), **versions()},
@@ -72,12 +74,8 @@ def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
-def _is_recorded(path: Path) -> bool:
-    return path.suffix in (".py", ".json", ".jinja", ".txt", ".model") and path.name != PROVENANCE
-
-
 def versions() -> dict[str, str]:
-    """Of the packages that what is written depends on."""
+    """Return the versions of the packages on which the output depends."""
     found = {}
     for package in ("sailvit", "torch", "transformers", "timm", "huggingface_hub", "numpy"):
         try:

@@ -1,88 +1,81 @@
-"""What stands beside the weights: the configuration each runtime expects, code, a card, and where it all came from."""
+"""The files that each runtime of an AIMv2 encoder expects next to the weights."""
 
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
 from ..storage.files import read_json, write_json
-from ..storage.output_folder import final_name
 from ..storage.tensors import torch_name
 from .code_files import CODE, PACKAGE
-from .converted_card import save_card
-from .image_settings import _normalisation, clip_settings, read_image_settings
+from .image_settings import clip_settings, normalization, read_image_settings
 
-
-if TYPE_CHECKING:
-    from ..models.aimv2 import AIMv2Plan
-
-    pass
 
 # SAILViTConfig's SIZES by their widths; importing those would import torch.
 SIZE_NAMES = {768: "base", 1024: "large", 1536: "huge", 2048: "1b", 3072: "3b"}
+
+# Fields of SAILViTConfig that describe an encoder, besides its task.
+ENCODER_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
+    "patch_size", "rms_norm_eps", "attention_dropout", "projection_dropout", "qkv_bias", "use_bias", "hidden_act",
+    "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Runtime:
     """
-    What loads a layout by itself.
+    What loads the weights under one naming scheme without this package.
 
     Attributes:
-        title: What to call it.
-        reads_shards: Whether it takes weights in several files.
-        usage: Python that loads the folder {name}.
-        write_configs: Writes what it expects beside the weights.
-        unsupported_reason: Why a tower cannot be expressed in it, from the fields of SAILViTConfig; None if it can.
+        write_configs: Writes config.json and what goes with it into a folder, from the source, the fields of
+            SAILViTConfig and the dtype of the weights.
+        unsupported_reason: Why an encoder with these fields cannot be expressed in it; None if it can.
+        reads_shards: Whether the weights may be in several files.
     """
 
     title: str
-    reads_shards: bool
-    usage: str
-    write_configs: Callable[[Path, "AIMv2Plan"], None]
+    write_configs: Callable[[Path, Checkpoint, Mapping[str, Any], str], None]
     unsupported_reason: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
+    reads_shards: bool = True
 
 
-def check_expressible(job: "AIMv2Plan") -> None:
+def check_expressible(checkpoint: Checkpoint, scheme: str, fields: Mapping[str, Any]) -> None:
     """
+    Args:
+        scheme: Name of the naming scheme that is written.
+
     Raises:
-        CheckpointError: The tower has what the runtime cannot express, or its pictures are what none can.
+        CheckpointError: Its runtime cannot express the encoder, or the source's image settings are invalid.
     """
-    runtime = RUNTIMES.get(job.layout.name)
-    unsupported_reason = runtime.unsupported_reason(job.fields) if runtime else None
-    if unsupported_reason:
-        raise CheckpointError(f"{job.checkpoint.source.name}: {runtime.title} {unsupported_reason}")
-    read_image_settings(job.checkpoint)
+    runtime = RUNTIMES.get(scheme)
+    if runtime and (reason := runtime.unsupported_reason(fields)):
+        raise CheckpointError(f"{checkpoint.source.name}: {runtime.title} {reason}")
+    read_image_settings(checkpoint)
 
 
-def write_folder(folder: Path, job: "AIMv2Plan") -> None:
-    """Writes all but the weights and the provenance; a layout without a runtime of its own gets the card alone."""
-    runtime = RUNTIMES.get(job.layout.name)
-    if runtime:
-        runtime.write_configs(folder, job)
-    _write_card(folder, job, runtime)
-
-
-def _write_sailvit(folder: Path, job: "AIMv2Plan") -> None:
+def _write_sailvit(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
     config = read_json(PACKAGE / "config.json")
-    config |= {key: value for key, value in job.fields.items() if key in config}
-    write_json(folder / "config.json", {**config, "dtype": torch_name(job.dtype)})
-    size = {"height": job.fields["image_size"], "width": job.fields["image_size"]}
+    config |= {key: value for key, value in fields.items() if key in config}
+    write_json(folder / "config.json", {**config, "dtype": torch_name(dtype)})
     processor = read_json(PACKAGE / "preprocessor_config.json")
-    processor |= {key: value for key, value in read_image_settings(job.checkpoint).items() if key in processor}
+    processor |= {key: value for key, value in read_image_settings(checkpoint).items() if key in processor}
+    size = {"height": fields["image_size"], "width": fields["image_size"]}
     write_json(folder / "preprocessor_config.json", {**processor, "size": size})
     for file in CODE:
         shutil.copyfile(PACKAGE / file, folder / file)
 
 
-def _write_transformers(folder: Path, job: "AIMv2Plan") -> None:
-    write_json(folder / "config.json", {**transformers_config(job.fields), "dtype": torch_name(job.dtype)})
-    write_json(folder / "preprocessor_config.json", clip_settings(job.checkpoint, job.fields["image_size"]))
+def _write_transformers(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
+    write_json(folder / "config.json", {**transformers_config(fields), "dtype": torch_name(dtype)})
+    write_json(folder / "preprocessor_config.json", clip_settings(checkpoint, fields["image_size"]))
 
 
 def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of SAILViTConfig -> those of transformers' Aimv2VisionConfig."""
+    """Return config.json of transformers' Aimv2VisionModel, from fields of SAILViTConfig."""
     kept = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
         "patch_size", "rms_norm_eps", "attention_dropout", "hidden_act", "initializer_range", "qkv_bias",
@@ -97,9 +90,9 @@ def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_timm(folder: Path, job: "AIMv2Plan") -> None:
-    mean, std = _normalisation(read_image_settings(job.checkpoint))
-    size, channels = job.fields["image_size"], job.fields["num_channels"]
+def _write_timm(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
+    mean, std = normalization(read_image_settings(checkpoint))
+    size, channels = fields["image_size"], fields["num_channels"]
     pretrained = {
         "input_size": [channels, size, size],
         "fixed_input_size": True,
@@ -113,11 +106,11 @@ def _write_timm(folder: Path, job: "AIMv2Plan") -> None:
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    write_json(folder / "config.json", {**timm_config(job.fields), "pretrained_cfg": pretrained})
+    write_json(folder / "config.json", {**timm_config(fields), "pretrained_cfg": pretrained})
 
 
 def timm_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of SAILViTConfig -> the architecture that timm.create_model is given, and its arguments."""
+    """Return the architecture for timm.create_model and its arguments, from fields of SAILViTConfig."""
     width, size = fields["hidden_size"], fields["image_size"]
     name = SIZE_NAMES.get(width, "large").replace("base", "large")  # timm has no base
     return {
@@ -149,51 +142,8 @@ def _timm_unsupported(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-LOAD_SAILVIT = """from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()"""
-
-LOAD_TRANSFORMERS = """from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}").eval()"""
-
-LOAD_LANGUAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").eval()"""
-
-LOAD_TIMM = """import timm
-
-model = timm.create_model("local-dir:{name}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
-
 RUNTIMES = {
-    "sailvit": Runtime("SAILViT, with remote code", True, LOAD_SAILVIT, _write_sailvit),
-    "transformers": Runtime(
-        "transformers' Aimv2VisionModel", True, LOAD_TRANSFORMERS, _write_transformers, _transformers_unsupported
-    ),
-    "timm": Runtime("timm", False, LOAD_TIMM, _write_timm, _timm_unsupported),
+    "sailvit": Runtime("SAILViT, with remote code", _write_sailvit),
+    "transformers": Runtime("transformers' Aimv2VisionModel", _write_transformers, _transformers_unsupported),
+    "timm": Runtime("timm", _write_timm, _timm_unsupported, reads_shards=False),
 }
-
-
-def _write_card(folder: Path, job: "AIMv2Plan", runtime: Runtime | None) -> None:
-    size = SIZE_NAMES.get(job.fields["hidden_size"], f"width {job.fields['hidden_size']}")
-    lines = [
-        f"A vision tower, {size}, {job.fields['num_hidden_layers']} blocks, {job.fields['image_size']} pixels, "
-        f"{torch_name(job.dtype)}, in the layout of {job.layout.title}.",
-        "",
-    ]
-    if runtime:
-        lines += ["```python", runtime.usage.format(name=final_name(folder)), "```"]
-    else:
-        lines += [f"These are tensors for a larger model, under `{job.layout.prefix}`: nothing loads them alone."]
-    save_card(
-        folder,
-        job.checkpoint,
-        lines,
-        library_name="timm" if job.layout.name == "timm" else "transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["vision", "aimv2", *(["sailvit", "custom_code"] if job.layout.name == "sailvit" else [])],
-    )

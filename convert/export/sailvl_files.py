@@ -1,4 +1,4 @@
-"""What stands beside the weights of a SAIL-VL or of its language model: configuration, tokenizer, processor, code."""
+"""The files next to the weights of a SAIL-VL: config.json and the processor."""
 
 import json
 import shutil
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.aimv2_config import FIELDS
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
 from ..storage.files import first_line, read_json, write_json
 from ..storage.tensors import torch_name
 from .code_files import PACKAGE, is_old_template
 from .image_settings import read_image_settings
+from .runtimes import ENCODER_FIELDS
 from .tokenizer_files import copy_tokenizer
 
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
-# What the fields of a release are called in the image processor.
+# Field of a release's config.json -> option of the image processor.
 TILING = {
     "dynamic_image_size": "do_tile",
     "min_dynamic_patch": "min_tiles",
@@ -33,29 +33,11 @@ TILING = {
     "use_thumbnail": "use_thumbnail",
 }
 
-# The last lines of the usage of a SAIL-VL, for str.format.
-ASK = """content = [{{"type": "image", "image": "picture.jpg"}}, {{"type": "text", "text": "Describe the image."}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-written = model.generate(**inputs, max_new_tokens=256)
-print(processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
-
-LOAD_ALL = (
-    """from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
-"""
-    + ASK
-)
-
 
 def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
-    A part's configuration as it was written, which every release of transformers reads, without what is not the part's
-    to say; what transformers >= 5 calls otherwise stands there under both names.
+    Return a component's config without what belongs to the whole model, as every release of transformers reads it:
+    what transformers >= 5 renamed is there under both names.
     """
     from ...configuration_sailvl import GENERATION_FIELDS, NON_MODEL_KEYS
 
@@ -69,10 +51,10 @@ def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tower_config(config: "PretrainedConfig", fields: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a tower that transformers has, or of a SAILViT, as part of another."""
+    """Return config.json of a SAILViT, or of an encoder of transformers, as a component."""
     if config.model_type == "sailvit":
-        said = {key: getattr(config, key) for key in FIELDS}
-        return {"architectures": ["SAILViTModel"], "model_type": "sailvit", **said}
+        encoder = {key: getattr(config, key) for key in ENCODER_FIELDS}
+        return {"architectures": ["SAILViTModel"], "model_type": "sailvit", **encoder}
     return {**portable(fields), "model_type": config.model_type}
 
 
@@ -80,9 +62,11 @@ def write_config(
     folder: Path, config: "SAILVLConfig", text: Mapping[str, Any], vision: Mapping[str, Any], dtype: str
 ) -> None:
     """
+    Write config.json.
+
     Args:
-        text, vision: The fields of the parts, as they were written.
-        dtype: Of the weights, a key of readers.ITEM_SIZES.
+        text, vision: The configs of the components as the source has them.
+        dtype: Of the weights, a key of tensors.ITEM_SIZES.
     """
     config.architectures = ["SAILVLForConditionalGeneration"]
     content = json.loads(config.to_json_string())
@@ -97,18 +81,16 @@ def write_config(
 
 def sailvl_image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
     """
-    The options of the image processor: its own where the source has them, else those of the release's config.json.
+    Return options of the image processor: its own where the source has them, else those of the release's config.json.
 
     Raises:
-        CheckpointError: The source says of its pictures what cannot be.
+        CheckpointError: The source's settings are invalid, or not supported.
     """
     options, fields = read_json(PACKAGE / "preprocessor_config.json").keys(), checkpoint.document("config.json")
     settings = {key: value for key, value in read_image_settings(checkpoint).items() if key in options}
     if fields.get("pad2square"):
-        what = (
-            "config.json: pad2square pads pictures to a square, which nothing here does: set it to false if none were"
-        )
-        raise CheckpointError(f"{checkpoint.source.name}: {what}")
+        fix = "images are not padded to a square here: set it to false if none were in training"
+        raise CheckpointError(f"{checkpoint.source.name}: config.json: pad2square is not supported: {fix}")
     if "max_tiles" not in checkpoint.document("preprocessor_config.json"):
         settings |= {option: fields[field] for field, option in TILING.items() if fields.get(field) is not None}
     (rows, columns), (height, width) = config.grid_size, config.patch_size
@@ -119,23 +101,22 @@ def build_processor(checkpoint: Checkpoint, config: "SAILVLConfig", **settings: 
     """
     Args:
         checkpoint: With a tokenizer that has the tokens of an image.
-        settings: Options of the image processor that go before the source's.
+        settings: Options of the image processor that override the source's.
 
     Raises:
         CheckpointError: The tokenizer does not load, or an option is out of its range.
     """
     from transformers import AutoTokenizer
 
+    name = checkpoint.source.name
     with tempfile.TemporaryDirectory() as scratch:  # without the source's config.json, and so without its code
         copy_tokenizer(checkpoint, Path(scratch))
         try:
             tokenizer = AutoTokenizer.from_pretrained(scratch)
         except Exception as error:
-            raise CheckpointError(
-                f"{checkpoint.source.name}: the tokenizer does not load: {first_line(error)}"
-            ) from error
+            raise CheckpointError(f"{name}: the tokenizer does not load: {first_line(error)}") from error
     options = {**sailvl_image_settings(checkpoint, config), **settings}
-    return new_processor(tokenizer, config, options, _own_template(checkpoint), checkpoint.source.name)
+    return new_processor(tokenizer, config, options, _own_template(checkpoint), name)
 
 
 def new_processor(
@@ -145,17 +126,15 @@ def new_processor(
     from ...processing_sailvl import SAILVLProcessor
 
     tokens = dict(zip(("image_start_token", "image_token", "image_end_token"), config.special_tokens, strict=True))
+    tokens |= {"image_seq_length": config.image_seq_length, "chat_template": template}
     try:
-        pictures = SAILViTImageProcessor(**options)
-        return SAILVLProcessor(
-            pictures, tokenizer, image_seq_length=config.image_seq_length, chat_template=template, **tokens
-        )
+        return SAILVLProcessor(SAILViTImageProcessor(**options), tokenizer, **tokens)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {first_line(error)}") from error
 
 
 def _own_template(checkpoint: Checkpoint) -> str | None:
-    """The prompt of a folder that has a processor of ours; a release has its tokenizer's at most, without images."""
+    """Return the chat template of a folder with a SAILVLProcessor; a release has at most its tokenizer's, for text."""
     is_ours = checkpoint.document("processor_config.json").get("processor_class") == "SAILVLProcessor"
     if not is_ours or "chat_template.jinja" not in checkpoint.source.files:
         return None
@@ -164,11 +143,10 @@ def _own_template(checkpoint: Checkpoint) -> str | None:
 
 
 def write_processor(processor: "SAILVLProcessor", folder: Path) -> None:
-    """Its own files, without the tokenizer's."""
+    """Write PROCESSOR_FILES, but not the tokenizer's."""
     with tempfile.TemporaryDirectory() as scratch:
         processor.save_pretrained(scratch)
         for file in PROCESSOR_FILES:
             shutil.copyfile(Path(scratch) / file, folder / file)
-    processor.image_processor.to_json_file(
-        folder / "preprocessor_config.json"
-    )  # beside config.json, which names the class
+    # Again, without the class, which config.json names.
+    processor.image_processor.to_json_file(folder / "preprocessor_config.json")

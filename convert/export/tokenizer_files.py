@@ -1,14 +1,13 @@
-"""TODO convert/export/tokenizer_files.py."""
+"""The tokenizer's files, so that every supported transformers reads them without code of their own."""
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..models.internlm2_tokenizer import mark_tokenizer
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
-from ..storage.files import write_json
+from ..storage.files import read_json, write_json
 
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ END_OF_TURN = "<|im_end|>"
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """
-    Copies what there is of a tokenizer, without code of its own, for a model that writes; returns the names of the
-    files.
+    Copy the source's tokenizer, without code of its own, for a model that generates; return the names of its files.
 
     Raises:
         CheckpointError: It cannot be loaded without that code.
@@ -35,32 +33,73 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     files = [file for file in TOKENIZER_FILES if file in checkpoint.source.files]
     for file in files:
         shutil.copyfile(checkpoint.source.path(file), folder / file)
-    said = checkpoint.document("tokenizer_config.json")
-    if "auto_map" in said:
+    config = checkpoint.document("tokenizer_config.json")
+    if "auto_map" in config:
         if "tokenizer.json" not in files:
             raise CheckpointError(
-                f"{checkpoint.source.name}: the tokenizer is code of its own (auto_map in tokenizer_config.json): put "
-                "a tokenizer.json beside it"
+                f"{checkpoint.source.name}: the tokenizer is custom code (auto_map in tokenizer_config.json): add a "
+                "tokenizer.json"
             )
-        kept = {key: value for key, value in said.items() if key != "auto_map"}
+        kept = {key: value for key, value in config.items() if key != "auto_map"}
         write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
     if VOCABULARIES & {*files}:
         mark_tokenizer(folder)
     return files
 
 
+def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
+    """
+    Return tokenizer_config.json for a model that generates: with left padding, so that an answer follows its prompt,
+    and with the placeholder as `image_token`, as transformers' own multimodal tokenizers have it. No id changes.
+
+    Args:
+        settings: As any release of transformers wrote them.
+        image_token: The placeholder of a visual token, if there is one.
+    """
+    new = {**settings, "padding_side": "left"}
+    named, extra = dict(new.pop("model_specific_special_tokens", None) or {}), new.pop("extra_special_tokens", None)
+    if isinstance(extra, list):  # transformers >= 5, and no other reads it
+        listed = list(new.get("additional_special_tokens") or [])
+        new["additional_special_tokens"] = [*listed, *(token for token in extra if token not in listed)]
+    elif isinstance(extra, Mapping):
+        named |= extra
+    if image_token is not None:
+        new["image_token"] = named["image_token"] = image_token
+    if named:
+        new["extra_special_tokens"] = named
+    if new.get("tokenizer_class") == "TokenizersBackend":  # the name of transformers >= 5
+        new["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return new
+
+
+def mark_tokenizer(folder: Path, image_token: str | None = None) -> None:
+    """Apply generation_settings to the tokenizer in a folder."""
+    file = folder / "tokenizer_config.json"
+    old = read_json(file) if file.exists() else {}
+    if not old and (folder / "tokenizer.json").exists():
+        old = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if (new := generation_settings(old, image_token)) != old or not file.exists():
+        write_json(file, new)
+
+
+def padding_notes(checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.document("tokenizer_config.json").get("padding_side") != "right":
+        return []
+    return ["the source's tokenizer pads right, the output's pads left, as batched generation requires"]
+
+
 def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
     """
-    The special and added tokens of the tokenizer that lies beside the weights.
+    Return the ids of the special and added tokens of the source's tokenizer.
 
     Raises:
-        CheckpointError: There is none, or its files are not what a tokenizer's are.
+        CheckpointError: There is no tokenizer, or its files are invalid.
     """
     source = checkpoint.source
     if not VOCABULARIES & {*source.files}:
+        files = ", ".join(sorted(VOCABULARIES))
         raise CheckpointError(
-            f"{source.name}: no tokenizer ({', '.join(sorted(VOCABULARIES))}): name the folder, with the tokenizer's "
-            "files in it"
+            f"{source.name}: no tokenizer ({files}): give the folder, with the tokenizer's files in it"
         )
     try:
         added = {
@@ -75,32 +114,32 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
 
 def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:
     """
-    The id of the placeholder.
+    Return the id of the placeholder.
 
     Raises:
         CheckpointError: The tokenizer lacks one of the tokens of an image, or the language model a row for it.
     """
-    tokens = token_ids(checkpoint)
+    name, tokens, rows = checkpoint.source.name, token_ids(checkpoint), config.text_config.vocab_size
     for token in config.special_tokens:
         if token not in tokens:
             raise CheckpointError(
-                f"{checkpoint.source.name}: the tokenizer has no {token}: take the one that was published with the "
-                "model; `sailvit compose` extends one for a new model"
+                f"{name}: the tokenizer has no {token}: use the one that was published with the model; "
+                "`sailvit compose` extends one for a new model"
             )
-        if tokens[token] >= config.text_config.vocab_size:
+        if tokens[token] >= rows:
             raise CheckpointError(
-                f"{checkpoint.source.name}: {token} has the id {tokens[token]}, the language model "
-                f"{config.text_config.vocab_size} rows: this is another model's tokenizer"
+                f"{name}: {token} has the id {tokens[token]}, the language model {rows} rows: this is another model's "
+                "tokenizer"
             )
     return tokens[config.image_token]
 
 
 def write_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
-    """The source's; else where an answer ends and what pads, as the tokenizer has it."""
-    said = checkpoint.document("generation_config.json")
-    if not said:
+    """Write the source's generation_config.json; without one, end of turn and padding as the tokenizer has them."""
+    config = checkpoint.document("generation_config.json")
+    if not config:
         tokens, pad = token_ids(checkpoint), checkpoint.document("tokenizer_config.json").get("pad_token")
         pad = pad.get("content") if isinstance(pad, Mapping) else pad
-        said = {"eos_token_id": tokens.get(END_OF_TURN), "pad_token_id": tokens.get(pad, tokens.get(END_OF_TURN))}
-        said = {key: value for key, value in said.items() if value is not None}
-    write_json(folder / "generation_config.json", said)
+        config = {"eos_token_id": tokens.get(END_OF_TURN), "pad_token_id": tokens.get(pad, tokens.get(END_OF_TURN))}
+        config = {key: value for key, value in config.items() if value is not None}
+    write_json(folder / "generation_config.json", config)

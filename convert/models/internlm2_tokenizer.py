@@ -1,91 +1,44 @@
-"""Tokenizers that lie beside weights: as every transformers reads them, and InternLM2's, as it was published."""
+"""InternLM2's tokenizer, a sentencepiece BPE with remote code, as one that PreTrainedTokenizerFast reads."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.tokenizer_files import generation_settings
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
-from ..storage.files import hash_file, read_json, write_json
+from ..storage.files import hash_file, write_json
 
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
+
+    Added = Mapping[int, tuple[str, bool]]  # id -> text, and whether the token is special
 
 # InternLM2's own defaults, as released.
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 
-# Of the tokenizer's own code, or said in tokenizer.json.
-NOT_OF_TOKENIZER = {
+# Of the remote code, or stored in tokenizer.json.
+UNUSED_SETTINGS = {
     "auto_map", "tokenizer_class", "slow_tokenizer_class", "sp_model_kwargs", "decode_with_prefix_space", "vocab_file",
     "tokenizer_file", "special_tokens_map_file", "name_or_path", "use_fast", "legacy", "add_bos_token", "add_eos_token",
     "add_prefix_space",
 }  # fmt: skip
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # types of pieces  # their numbers in sentencepiece_model.proto
-
-
-def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
-    """
-    tokenizer_config.json for a model that writes, as every supported transformers reads it: it pads at the left, where
-    nothing stands between a prompt and its answer, and has its placeholder as `image_token`, as transformers' own
-    multimodal tokenizers do. No id is changed.
-
-    Args:
-        settings: As they were written, by any release.
-        image_token: The placeholder of a visual token, if it has one.
-    """
-    new = {**settings, "padding_side": "left"}
-    named, extra = dict(new.pop("model_specific_special_tokens", None) or {}), new.pop("extra_special_tokens", None)
-    if isinstance(extra, list):  # transformers >= 5, and no other reads it
-        listed = list(new.get("additional_special_tokens") or [])
-        new["additional_special_tokens"] = [*listed, *(token for token in extra if token not in listed)]
-    elif isinstance(extra, Mapping):
-        named |= extra
-    if image_token is not None:
-        new["image_token"] = named["image_token"] = image_token
-    if named:
-        new["extra_special_tokens"] = named
-    if new.get("tokenizer_class") == "TokenizersBackend":  # the name of transformers >= 5
-        new["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return new
-
-
-def mark_tokenizer(folder: Path, image_token: str | None = None) -> None:
-    """Writes these settings into a folder that has a tokenizer; as generation_settings."""
-    file = folder / "tokenizer_config.json"
-    old = read_json(file) if file.exists() else {}
-    if not old and (folder / "tokenizer.json").exists():
-        old = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if (new := generation_settings(old, image_token)) != old or not file.exists():
-        write_json(file, new)
-
-
-def padding_notes(checkpoint: Checkpoint) -> list[str]:
-    """Whether a tokenizer pads otherwise than it did."""
-    if checkpoint.document("tokenizer_config.json").get("padding_side") != "right":
-        return []
-    return ["the source's tokenizer pads at the right, the folder's at the left, as generating in batches wants it"]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces in sentencepiece_model.proto
 
 
 @dataclass(frozen=True)
 class NewTokenizer:
     """
-    A tokenizer that PreTrainedTokenizerFast reads.
+    A tokenizer to write.
 
     Attributes:
         content: Of tokenizer.json.
         config: Of tokenizer_config.json.
-        origin: The file it was made of, with its sha256.
-        template: Of the chat, where it is a file of its own.
+        origin: The source's file and its sha256.
+        template: Of the chat, if it is a file.
     """
 
     content: str = field(repr=False)
@@ -102,42 +55,49 @@ class NewTokenizer:
 
 def find_tokenizer(checkpoint: Checkpoint) -> tuple[NewTokenizer | None, str]:
     """
-    The tokenizer that lies beside the weights, for a transformers without remote code, and what is to be said of it.
+    Return the checkpoint's tokenizer for a transformers without remote code, if there is one, and a message about it.
 
     Raises:
         CheckpointError: Its files are broken.
     """
-    source = checkpoint.source
+    source, template = checkpoint.source, "chat_template.jinja"
     file = next((name for name in ("tokenizer.json", "tokenizer.model") if name in source.files), None)
     if file is None:
-        return None, "no tokenizer is written: neither tokenizer.json nor tokenizer.model lies beside the weights"
-    path, config = source.path(file), _tokenizer_settings(checkpoint)
+        return None, "no tokenizer is written: neither tokenizer.json nor tokenizer.model is in the source"
+    settings = _tokenizer_settings(checkpoint)
     if checkpoint.document("tokenizer.json"):
-        content, note = path.read_text(encoding="utf-8"), "the tokenizer is the source's tokenizer.json"
+        content, note = source.path(file).read_text(encoding="utf-8"), "the tokenizer is the source's tokenizer.json"
     else:
-        try:
-            pieces = read_sentencepiece(path)
-        except ImportError:
-            return None, "no tokenizer is written: tokenizer.model is read by sentencepiece and protobuf: install both"
-        if pieces.objection:
-            return None, f"no tokenizer is written: tokenizer.model {pieces.objection}"
-        content = build_tokenizer(pieces, _added_tokens(checkpoint), config).to_str()
-        config.pop("added_tokens_decoder", None)
-        note = f"the tokenizer is made of tokenizer.model: {len(pieces.texts)} pieces"
-        if pieces.adds_prefix and USER_DEFINED in pieces.types:
-            note += "; a space is put after those that stand for themselves, too, where sentencepiece puts none"
-    kept = {key: value for key, value in config.items() if key not in NOT_OF_TOKENIZER}
-    settings = {**kept, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings = generation_settings(settings)
-    template = "chat_template.jinja"
+        content, note = _convert_sentencepiece(source.path(file), checkpoint, settings)
+        settings.pop("added_tokens_decoder", None)
+    if content is None:
+        return None, f"no tokenizer is written: {note}"
+    kept = {key: value for key, value in settings.items() if key not in UNUSED_SETTINGS}
+    config = {**kept, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     chat = source.path(template).read_text(encoding="utf-8") if template in source.files else None
-    return NewTokenizer(content, settings, {"file": file, "sha256": hash_file(path)}, chat), note
+    origin = {"file": file, "sha256": hash_file(source.path(file))}
+    return NewTokenizer(content, generation_settings(config), origin, chat), note
+
+
+def _convert_sentencepiece(path: Path, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the content of tokenizer.json, None if the model is not supported, and a message."""
+    try:
+        model = read_sentencepiece(path)
+    except ImportError:
+        return None, "tokenizer.model needs sentencepiece and protobuf: install both"
+    if reason := _unsupported_reason(model):
+        return None, f"tokenizer.model {reason}"
+    content = build_tokenizer(model, _added_tokens(checkpoint), settings).to_str()
+    note = f"the tokenizer is converted from tokenizer.model: {len(model.pieces)} pieces"
+    if model.normalizer_spec.add_dummy_prefix and any(piece.type == USER_DEFINED for piece in model.pieces):
+        note += "; unlike in sentencepiece, a space is added after user-defined pieces, too"
+    return content, note
 
 
 def _tokenizer_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """tokenizer_config.json, completed by the older special_tokens_map.json, and by what is InternLM2's own."""
-    older, said = (checkpoint.document(file) for file in ("special_tokens_map.json", "tokenizer_config.json"))
-    settings = {**SPECIAL_TOKENS, **older, **said}
+    """Return tokenizer_config.json, completed by the older special_tokens_map.json and InternLM2's defaults."""
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    settings = {**SPECIAL_TOKENS, **checkpoint.document(files[0]), **checkpoint.document(files[1])}
     for key in SPECIAL_TOKENS:
         settings[key] = _text_of(settings[key])
     if isinstance(settings.get("additional_special_tokens"), list):
@@ -149,67 +109,32 @@ def _text_of(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _added_tokens(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
+def _added_tokens(checkpoint: Checkpoint) -> "Added":
     """
-    Id -> text of the tokens that are added to the pieces or take the place of some, and whether they are special.
+    Return the tokens that are added to the pieces, or replace some.
 
     Raises:
-        CheckpointError: They are written in another form.
+        CheckpointError: They are stored in another format.
     """
-    said = checkpoint.document("tokenizer_config.json")
+    config = checkpoint.document("tokenizer_config.json")
     try:
         added = {index: (text, True) for text, index in checkpoint.document("added_tokens.json").items()}
-        decoder = said.get("added_tokens_decoder", {}).items()
+        decoder = config.get("added_tokens_decoder", {}).items()
         added |= {int(index): (token["content"], bool(token.get("special", False))) for index, token in decoder}
         if all(type(index) is int and type(text) is str and text for index, (text, _) in added.items()):
             return dict(sorted(added.items()))
     except (AttributeError, KeyError, TypeError, ValueError):
         pass
-    what = "the tokens in added_tokens.json or tokenizer_config.json cannot be read: correct them"
+    what = (
+        "added_tokens.json or added_tokens_decoder in tokenizer_config.json: expected ids and texts of tokens: fix it"
+    )
     raise CheckpointError(f"{checkpoint.source.name}: {what}")
 
 
-@dataclass(frozen=True)
-class SentencePieces:
+def read_sentencepiece(path: Path) -> Any:
     """
-    What a tokenizer.model of sentencepiece holds.
+    Return the ModelProto of a tokenizer.model.
 
-    Attributes:
-        texts: Of every piece.
-        scores: Of every piece; the higher is merged first.
-        types: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED or BYTE, of every piece.
-        adds_prefix: Whether a space is put before every text.
-        falls_back: Whether a character without a piece becomes bytes.
-        objection: Why a BPE of the tokenizers library would split text otherwise; None if it does not.
-    """
-
-    texts: list[str]
-    scores: list[float]
-    types: list[int]
-    adds_prefix: bool
-    falls_back: bool
-    objection: str | None
-
-    def merges(self, left_out: Iterable[int] = ()) -> list[tuple[str, str]]:
-        """
-        The pairs that are merged, the first first.
-
-        Args:
-            left_out: Pieces that no text is split into.
-        """
-        usable = {index for index, kind in enumerate(self.types) if kind == NORMAL}.difference(left_out)
-        ids = {self.texts[index]: index for index in usable}
-        found = [
-            (-self.scores[index], ids[text[:at]], ids[text[at:]], text[:at], text[at:])
-            for text, index in ids.items()
-            for at in range(1, len(text))
-            if text[:at] in ids and text[at:] in ids
-        ]
-        return [(left, right) for *_, left, right in sorted(found)]
-
-
-def read_sentencepiece(path: Path) -> SentencePieces:
-    """
     Raises:
         CheckpointError: It is no model of sentencepiece.
         ImportError: sentencepiece or protobuf is not installed.
@@ -220,94 +145,102 @@ def read_sentencepiece(path: Path) -> SentencePieces:
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise CheckpointError(f"{path}: no model of sentencepiece: copy or download it again") from error
-    if not model.pieces or not model.HasField("trainer_spec"):
-        raise CheckpointError(f"{path}: no model of sentencepiece: copy or download it again")
-    return SentencePieces(
-        texts=[piece.piece for piece in model.pieces],
-        scores=[piece.score for piece in model.pieces],
-        types=[piece.type for piece in model.pieces],
-        adds_prefix=model.normalizer_spec.add_dummy_prefix,
-        falls_back=model.trainer_spec.byte_fallback,
-        objection=_objection(model),
-    )
+        is_model = bool(model.pieces) and model.HasField("trainer_spec")
+    except DecodeError:
+        is_model = False
+    if not is_model:
+        raise CheckpointError(f"{path}: not a sentencepiece model: the file is truncated or corrupt; re-download it")
+    return model
 
 
-def _objection(model: Any) -> str | None:
-    """Why a BPE of the tokenizers library would split text otherwise than a ModelProto; None if it does not."""
+def _unsupported_reason(model: Any) -> str | None:
+    """Return why the BPE of the tokenizers library would split text differently; None if it does not."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    if trainer.model_type != trainer.BPE:
-        return "is no BPE"
-    if normalizer.precompiled_charsmap:
-        return "rewrites characters (its charsmap), which is not converted"
-    if normalizer.remove_extra_whitespaces:
-        return "removes extra whitespace, which is not converted"
-    if not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix:
-        return "marks spaces in a way that is not converted"
     known = {piece.piece for piece in model.pieces if piece.type in (NORMAL, UNUSED)}
     unused = (piece.piece for piece in model.pieces if piece.type == UNUSED)
-    if any(text[:at] in known and text[at:] in known for text in unused for at in range(1, len(text))):
-        return "splits pieces again that it does not use, which is not converted"
-    return None
+    reasons = {
+        "is no BPE": trainer.model_type != trainer.BPE,
+        "normalizes characters (charsmap), which is not supported": normalizer.precompiled_charsmap,
+        "removes extra whitespace, which is not supported": normalizer.remove_extra_whitespaces,
+        "marks spaces in an unsupported way": not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix,
+        "splits unused pieces again, which is not supported": any(
+            text[:at] in known and text[at:] in known for text in unused for at in range(1, len(text))
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def build_tokenizer(
-    pieces: SentencePieces, added: Mapping[int, tuple[str, bool]], settings: Mapping[str, Any]
-) -> "Tokenizer":
+def build_tokenizer(model: Any, added: "Added", settings: Mapping[str, Any]) -> "Tokenizer":
     """
-    A tokenizer that gives the ids that sentencepiece gives to what stands between special tokens.
+    Return a tokenizer with the ids of sentencepiece for text between special tokens.
 
     Args:
-        added: Id -> text and whether it is special, of tokens in the place of pieces or after them.
-        settings: Those of InternLM2's tokenizer: add_bos_token, add_eos_token, bos_token, eos_token.
+        model: A ModelProto of sentencepiece.
+        added: Tokens that replace pieces or follow them.
+        settings: add_bos_token, add_eos_token, bos_token, eos_token of InternLM2's tokenizer.
 
     Raises:
-        CheckpointError: The ids of what is added leave a gap, or two tokens are the same.
+        CheckpointError: The ids leave a gap, or two tokens are equal.
     """
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    texts = {**dict(enumerate(pieces.texts)), **{index: text for index, (text, _) in added.items()}}
+    texts = {index: piece.piece for index, piece in enumerate(model.pieces)}
+    texts |= {index: text for index, (text, _) in added.items()}
     vocabulary = {text: index for index, text in sorted(texts.items())}
     if sorted(vocabulary.values()) != list(range(len(texts))):
-        raise CheckpointError("added_tokens_decoder in tokenizer_config.json: two tokens are one, or ids leave a gap")
-    unknown = next((text for text, kind in zip(pieces.texts, pieces.types, strict=True) if kind == UNKNOWN), None)
-    tokenizer = Tokenizer(
-        BPE(vocabulary, pieces.merges(added), unk_token=unknown, fuse_unk=True, byte_fallback=pieces.falls_back)
-    )
-    prefix = [normalizers.Prepend("▁")] if pieces.adds_prefix else []
+        what = "two tokens are equal, or ids leave a gap"
+        raise CheckpointError(f"added_tokens_decoder in tokenizer_config.json: {what}")
+    has_prefix = model.normalizer_spec.add_dummy_prefix
+    unknown = next((piece.piece for piece in model.pieces if piece.type == UNKNOWN), None)
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": model.trainer_spec.byte_fallback}
+    tokenizer = Tokenizer(BPE(vocabulary, _merges(model, added), **options))
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if pieces.adds_prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_tokens(_whole_tokens(pieces, added))
+    tokenizer.add_tokens(_unsplit_tokens(model, added))
     _add_template(tokenizer, settings)
     return tokenizer
 
 
-def _whole_tokens(pieces: SentencePieces, added: Mapping[int, tuple[str, bool]]) -> list[Any]:
-    """What is taken out of a text before it is split."""
+def _merges(model: Any, replaced: Iterable[int]) -> list[tuple[str, str]]:
+    """Return the pairs to merge: those of the piece with the highest score first, then by their ids."""
+    scores = {index: piece.score for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
+    ids = {model.pieces[index].piece: index for index in scores.keys() - set(replaced)}
+    merges = [
+        (-scores[index], ids[text[:at]], ids[text[at:]], text[:at], text[at:])
+        for text, index in ids.items()
+        for at in range(1, len(text))
+        if text[:at] in ids and text[at:] in ids
+    ]
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _unsplit_tokens(model: Any, added: "Added") -> "list[AddedToken]":
+    """Return the tokens that are found in a text before it is split."""
     from tokenizers import AddedToken
 
+    kinds = (UNKNOWN, CONTROL, USER_DEFINED)
     own = {
-        index: (text, kind != USER_DEFINED)
-        for index, (text, kind) in enumerate(zip(pieces.texts, pieces.types, strict=True))
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        index: (piece.piece, piece.type != USER_DEFINED)
+        for index, piece in enumerate(model.pieces)
+        if piece.type in kinds
     }
     tokens = sorted({**own, **added}.items())
     return [AddedToken(text, special=special, normalized=False) for _, (text, special) in tokens]
 
 
 def _add_template(tokenizer: "Tokenizer", settings: Mapping[str, Any]) -> None:
-    """Puts the token of the beginning before a text, and that of the end behind it, where they are wanted."""
+    """Add bos_token before and eos_token after a text, as the settings have it."""
     from tokenizers import processors
 
     before = [settings["bos_token"]] if settings["bos_token"] and settings.get("add_bos_token", True) else []
     after = [settings["eos_token"]] if settings["eos_token"] and settings.get("add_eos_token", False) else []
     ids = [(token, tokenizer.token_to_id(token)) for token in {*before, *after}]
     if missing := [token for token, index in ids if index is None]:
-        raise CheckpointError(f"tokenizer_config.json: the tokenizer has no {missing[0]}")
+        raise CheckpointError(f"tokenizer_config.json: expected special tokens of the vocabulary, got {missing[0]}")
     if ids:
         single, pair = [*before, "$A", *after], [*before, "$A", *after, *before, "$B:1", *after]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)

@@ -14,11 +14,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.card import write_conversion_card
 from ..export.code_files import copy_code
-from ..export.converted_card import save_card
 from ..export.image_settings import has_normalization
-from ..export.sailvl_files import LOAD_ALL, build_processor, write_config, write_processor
-from ..export.tokenizer_files import copy_tokenizer, find_image_token, write_generation_config
+from ..export.sailvl_files import build_processor, write_config, write_processor
+from ..export.tokenizer_files import (
+    copy_tokenizer,
+    find_image_token,
+    mark_tokenizer,
+    padding_notes,
+    write_generation_config,
+)
 from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
@@ -34,14 +40,13 @@ from ..storage.files import (
     write_json,
 )
 from ..storage.names import without_wrapper_prefixes
-from ..storage.output_folder import check_space, final_name
+from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
 from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
 from ..storage.tensors import NewTensor, StoredTensor, cast_stream, is_same, torch_name
 from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
-from .internlm2_tokenizer import mark_tokenizer, padding_notes
 
 
 if TYPE_CHECKING:
@@ -340,7 +345,8 @@ class SAILVLPlan(StoredJob):
         write_generation_config(self.checkpoint, folder)
         write_processor(self.processor, folder)
         copy_code(folder)
-        write_card_of_all(folder, self.checkpoint, self.config, self.dtype)
+        tags = ["sailvl", "custom_code", "conversational"]
+        write_conversion_card(folder, [self.checkpoint.source], describe_all(self.config, self.dtype), tags)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         return verify_all(folder)
@@ -353,13 +359,13 @@ class SAILVLPlan(StoredJob):
             **({"placed": self.placed} if self.placed else {}),
         }
         if self.tower:
-            found, checkpoint = self.tower.tower.found, self.tower.checkpoint
+            match, checkpoint = self.tower.match, self.tower.checkpoint
             record["inserted"] = {
                 "name": public_name(checkpoint.source),
                 "revision": checkpoint.source.revision,
                 **licence_of(checkpoint.source),
-                "layout": found.layout.name,
-                "prefix": found.prefix,
+                "layout": match.scheme.name,
+                "prefix": match.prefix,
                 "files": {file: {"sha256": hash_file(checkpoint.source.path(file))}
                           for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files},
             }  # fmt: skip
@@ -472,7 +478,7 @@ def _notes(job: SAILVLPlan, names: Names) -> list[str]:
         notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
     if job.tower:
         notes += [f"inserted: {note}" for note in job.tower.notes]
-        rounded = sorted(dtype for dtype in job.tower.tower.dtypes if dtype != job.dtype)
+        rounded = sorted({tensor.dtype for tensor in job.tower.inputs()} - {job.dtype})
         if rounded:
             before = ", ".join(torch_name(dtype) for dtype in rounded)
             notes.append(f"inserted: {before} became {torch_name(job.dtype)}, as the rest of the model is")
@@ -486,25 +492,14 @@ def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[in
     return digests
 
 
-def write_card_of_all(folder: Path, checkpoint: Checkpoint, config: "SAILVLConfig", dtype: str) -> None:
-    save_card(
-        folder,
-        checkpoint,
-        [*describe_all(config, dtype), "", "```python", LOAD_ALL.format(name=final_name(folder)), "```"],
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["sailvl", "custom_code", "conversational"],
-    )
-
-
-def describe_all(config: "SAILVLConfig", dtype: str) -> list[str]:
+def describe_all(config: "SAILVLConfig", dtype: str) -> str:
     vision, text = config.vision_config, config.text_config
-    return [
-        f"A multimodal language model, {torch_name(dtype)}: a vision tower ({vision.model_type}, width "
+    return (
+        f"A multimodal language model, {torch_name(dtype)}: a vision encoder ({vision.model_type}, width "
         f"{vision.hidden_size}, {vision.num_hidden_layers} blocks), a connector and a language model "
         f"({text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers). A tile becomes "
         f"{config.image_seq_length} visual tokens."
-    ]
+    )
 
 
 def verify_all(folder: Path) -> dict[str, Any]:
@@ -514,21 +509,7 @@ def verify_all(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: It does not load, or makes another number of placeholders than the model wants.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = {key: int(value) for key, value in run_in_clean_process(folder, Path(scratch)).items()}
+    alone = {key: int(value) for key, value in run_in_clean_process(folder).items()}
     if alone["placeholders"] != alone["tiles"] * alone["image_seq_length"] or not alone["tiles"]:
         raise VerificationError(f"the folder's processor and model do not fit each other: {alone}")
     return alone
-
-
-def describe(figures: Mapping[str, Any]) -> str:
-    """What a verification found, for a person."""
-    from ..verify.outputs import describe as describe_tokens
-
-    if "placeholders" in figures:
-        return "it loads in a fresh process: {tiles} tiles of a picture are {placeholders} placeholders".format(
-            **figures
-        )
-    if "loaded" in figures:
-        return f"it loads in a fresh process, as {figures['loaded']}"
-    return describe_tokens(figures)

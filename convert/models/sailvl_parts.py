@@ -1,27 +1,23 @@
 """One part of a SAIL-VL, taken out: its language model, its connector, or a tower that transformers has."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.converted_card import save_card
+from ..export.card import write_conversion_card
 from ..export.image_settings import clip_settings
-from ..export.runtimes import LOAD_LANGUAGE, LOAD_TRANSFORMERS
 from ..export.sailvl_files import portable, tower_config
-from ..export.tokenizer_files import VOCABULARIES, copy_tokenizer, write_generation_config
+from ..export.tokenizer_files import VOCABULARIES, copy_tokenizer, padding_notes, write_generation_config
 from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
+from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.files import first_line, write_json
-from ..storage.output_folder import final_name
 from ..storage.tensors import load, torch_name
 from ..storage.tied_embeddings import text_fields
-from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
+from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2_names import match_aimv2
 from .internlm2 import is_internlm2, plan_internlm2
-from .internlm2_tokenizer import padding_notes
 from .internvit import is_internvit, plan_internvit
 from .sailvl import (
     CONNECTOR,
@@ -65,32 +61,28 @@ class ComponentPlan(StoredJob):
     def _write_language(self, folder: Path) -> None:
         if copy_tokenizer(self.checkpoint, folder):
             write_generation_config(self.checkpoint, folder)
-        usage = ["", "```python", LOAD_LANGUAGE.format(name=final_name(folder)), "```"]
-        what = f"A language model, {self.config['model_type']}, {torch_name(self.dtype)}, as it stood in a SAIL-VL."
-        save_card(folder, self.checkpoint, [what, *usage], library_name="transformers", pipeline_tag="text-generation")
+        description = f"The language model of a SAIL-VL: {self.config['model_type']}, {torch_name(self.dtype)}."
+        write_conversion_card(folder, [self.checkpoint.source], description, [])
 
     def _write_tower(self, folder: Path) -> None:
         write_json(folder / "preprocessor_config.json", clip_settings(self.checkpoint, self.config["image_size"]))
-        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=final_name(folder)), "```"]
-        what = f"A vision tower, {self.config['model_type']}, {torch_name(self.dtype)}, as it stood in a SAIL-VL."
-        told = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
-        save_card(folder, self.checkpoint, [what, *usage], **told)
+        description = f"The vision encoder of a SAIL-VL: {self.config['model_type']}, {torch_name(self.dtype)}."
+        write_conversion_card(folder, [self.checkpoint.source], description)
 
     def _write_card(self, folder: Path) -> None:
         rows, columns = self.checkpoint[self.names[CONNECTOR + "1.weight"]].shape
-        what = (
+        description = (
             f"The connector of a SAIL-VL, {torch_name(self.dtype)}: from {columns} numbers, those of a square of "
             f"visual tokens, to the {rows} of its language model. It is part of a model: nothing loads it alone."
         )
-        save_card(folder, self.checkpoint, [what], tags=["sailvl"])
+        write_conversion_card(folder, [self.checkpoint.source], description, ["sailvl"])
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         if self.part == "vision":
             return verify_tower(folder, self)
         if self.part == "connector":
             return None
-        with tempfile.TemporaryDirectory() as scratch:
-            parameters = int(run_in_clean_process(folder, Path(scratch))["parameters"])
+        parameters = int(run_in_clean_process(folder)["parameters"])
         return {"loaded": self.config["architectures"][0], "parameters": parameters}
 
     def record(self) -> dict[str, Any]:
@@ -282,20 +274,10 @@ def verify_tower(folder: Path, job: ComponentPlan) -> dict[str, Any]:
     import torch
     from transformers import AutoModel, __version__
 
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = run_in_clean_process(folder, Path(scratch))
+    alone = run_in_clean_process(folder)
     config, _ = build_meta_model(job.checkpoint.source.name, "vision", job.config)
     model = AutoModel.from_config(config).float()
     model.load_state_dict({name: load(job.checkpoint[place], job.dtype) for name, place in job.names.items()})
     with torch.inference_mode():
         tokens = model.eval()(alone["pixel_values"]).last_hidden_state
-    difference = ((alone["tokens"].double() - tokens).norm() / tokens.double().norm()).item()
-    figures = {
-        "reference": f"{type(model).__name__} of transformers {__version__}",
-        "relative_difference": difference,
-        "tolerance": TOLERANCE,
-        "picture": PICTURE.name,
-    }
-    if not difference <= TOLERANCE:
-        raise VerificationError(f"the folder's tokens are {difference:.1e} from those of {figures['reference']}")
-    return figures
+    return compare_outputs(alone["tokens"], tokens, f"{type(model).__name__} of transformers {__version__}")

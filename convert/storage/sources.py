@@ -19,7 +19,9 @@ WEIGHTS = (
 )
 
 # What else is read where one file of weights is named.
-BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json", "provenance.json", "README.md")
+BESIDE = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "provenance.json", "training.json", "README.md",
+)  # fmt: skip
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 

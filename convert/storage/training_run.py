@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .lora import AdaptedModel, MergedLoRA, Unwrapped, unwrap
 from .overlay import TRAINER_STATE, Average, CompositeCheckpoint, Overlay
 from .sources import ADAPTER, ENGINE_ENTRIES, PROVENANCE, Source, find_source, licence_of, public_name
 from .tensors import torch_name
+from .training_record import read_training
 
 
 def open_trained(
@@ -109,8 +110,7 @@ def _without_local_path(name: str) -> str:
 def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.entry.endswith(ENGINE_ENTRIES):
         checkpoint.open(checkpoint.entry)
-    told = checkpoint.document(PROVENANCE).get("training")  # by who trained it, or an earlier conversion
-    facts = dict(told) if isinstance(told, Mapping) else {"stages": told} if told else {}
+    facts = read_training(checkpoint.document).to_json()
     facts |= {key: value for key, value in checkpoint.engine.items() if key != MASTERS and _is_plain(value)}
     state = checkpoint.document(TRAINER_STATE)
     if state:

@@ -1,109 +1,155 @@
 """
-Loads a folder as a stranger does, in a process of its own that does not import this package, shows it a picture, and
-writes what it made of it: of a tower `pixel_values` (1, C, H, W) and `tokens` (1, N, D), in float32; of a multimodal
-model counts of tiles and placeholders; of a language model the count of its parameters.
+Loads a model folder in a clean process, where the package that wrote it is not imported, runs one image through it and
+saves what comes out. outputs.py runs it.
 
-Usage: python load_alone.py FOLDER PICTURE OUT.safetensors
+What is saved, by the kind of model:
+    vision: pixel_values (1, C, H, W) and tokens (1, N, D), of a classifier logits (1, classes) under that name; float32
+    multimodal: tiles, placeholders and image_seq_length, which are counts
+    language: parameters, a count
+    with --generate also pixel_values, input_ids (1, T) and logits (1, vocabulary) of the last position
+With --compare-with-package the same of the package's own classes, as "package.NAME".
 """
 
+import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 
-SMALL = 1 << 30  # bytes
+PACKAGE = "sailvit"
+# Bytes of weights from which a language model is not loaded in float32; without --generate, not loaded at all.
+LARGE = 1 << 30
+Outputs = dict[str, torch.Tensor]
 
 
-def main(folder: str, picture: str, out: str) -> None:
-    config = json.loads((Path(folder) / "config.json").read_text())
-    folder = plainly_named(folder, Path(out).parent)
-    with Image.open(picture) as image, torch.inference_mode():
-        if config.get("model_type") == "sailvl":
-            found = run_multimodal(folder, image.convert("RGB"))
-        elif str(config.get("architectures")).endswith("ForCausalLM']"):
-            found = {"parameters": torch.tensor(load_model("AutoModelForCausalLM", folder, False).num_parameters())}
-        else:
-            run = run_timm if "architecture" in config else run_transformers
-            found = dict(zip(("pixel_values", "tokens"), run(folder, image.convert("RGB"), config), strict=True))
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, out)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "image", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("auto_class", help='of transformers, or "timm"')
+    parser.add_argument("--generate", action="store_true", help="run a language model too, however large")
+    parser.add_argument("--compare-with-package", action="store_true")
+    options = parser.parse_args()
+    with Image.open(options.image) as file:
+        image = file.convert("RGB")
+    with torch.inference_mode():
+        run = run_timm if options.auto_class == "timm" else run_transformers
+        outputs = run(options, image)
+        if any(name.split(".")[0] == PACKAGE for name in sys.modules):
+            raise SystemExit(f"the folder's code imports the package {PACKAGE}, which others do not have")
+        if options.compare_with_package:
+            importlib.import_module(PACKAGE)
+            package = run_transformers(options, image, PACKAGE)
+            outputs |= {f"package.{name}": tensor for name, tensor in package.items()}
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, options.out)
 
 
-def plainly_named(folder: str, scratch: Path) -> str:
-    """The folder under a name without dots, with which transformers < 4.57 cannot import its code."""
-    link = scratch / "folder"
-    try:
-        link.symlink_to(Path(folder).resolve(), target_is_directory=True)
-    except OSError:  # a system without links
-        return folder
-    return str(link)
-
-
-def run_timm(folder: str, image: Image.Image, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def run_timm(options: argparse.Namespace, image: Image.Image) -> Outputs:
     import timm
 
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
+    model = timm.create_model(f"local-dir:{options.folder}", pretrained=True).float().eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     pixel_values = transform(image)[None]
-    return pixel_values, model.forward_features(pixel_values)
+    return {"pixel_values": pixel_values, "tokens": model.forward_features(pixel_values)}
 
 
-def run_transformers(folder: str, image: Image.Image, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
-
-    is_classifier = "ForImageClassification" in str(config.get("architectures"))
-    auto = AutoModelForImageClassification if is_classifier else AutoModel
-    options = {"trust_remote_code": True} if "auto_map" in config else {}
-    model, report = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    if wrong:
-        raise SystemExit(f"not loaded strictly: {wrong}")
-    if config["model_type"] == "sailvit":
-        options["do_tile"] = False
-    processor = AutoImageProcessor.from_pretrained(folder, **options)
-    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
-    output = model.eval()(pixel_values)
-    return pixel_values, output.logits if is_classifier else output.last_hidden_state
-
-
-def run_multimodal(folder: str, image: Image.Image) -> dict[str, torch.Tensor]:
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=image, return_tensors="pt")
-    config = load_model("AutoModelForImageTextToText", folder, True).config
-    counts = {
-        "tiles": len(inputs["pixel_values"]),
-        "placeholders": int((inputs["input_ids"] == config.image_token_id).sum()),
-        "image_seq_length": config.image_seq_length,
-    }
-    return {name: torch.tensor(count) for name, count in counts.items()}
+def run_transformers(options: argparse.Namespace, image: Image.Image, package: str = "") -> Outputs:
+    """Run the folder by its own code, where it has any, or by the classes that `package` registers."""
+    stored = json.loads((options.folder / "config.json").read_text(encoding="utf-8"))
+    trust = {"trust_remote_code": True} if "auto_map" in stored and not package else {}
+    config = transformers.AutoConfig.from_pretrained(options.folder, **trust)
+    if config.model_type != stored.get("model_type"):
+        raise SystemExit(f"AutoConfig: expected model_type {stored.get('model_type')}, got {config.model_type}")
+    model = load_model(options, config, trust)
+    module = type(model).__module__.split(".")[0]
+    if module != (package or ("transformers_modules" if trust else "transformers")):
+        raise SystemExit(f"{options.auto_class} takes its code from {module}")
+    if options.auto_class == "AutoModelForCausalLM":
+        return run_language(options, model, trust)
+    image_processor = transformers.AutoImageProcessor.from_pretrained(options.folder, **trust)
+    if options.auto_class == "AutoModelForImageTextToText":
+        return run_multimodal(options, model, image_processor, image, trust)
+    one_tile = {"do_tile": False} if hasattr(image_processor, "do_tile") else {}
+    pixel_values = image_processor(images=image, return_tensors="pt", **one_tile)["pixel_values"]
+    output = model(pixel_values=pixel_values)
+    return {"pixel_values": pixel_values, "tokens": output.logits if "logits" in output else output.last_hidden_state}
 
 
-def load_model(auto_class: str, folder: str, trust: bool) -> torch.nn.Module:
-    """Strictly; of what is too large to be loaded for a look, the code and the names alone."""
-    import transformers
-
-    auto = getattr(transformers, auto_class)
-    if sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) < SMALL:
-        model, report = auto.from_pretrained(folder, dtype="auto", trust_remote_code=trust, output_loading_info=True)
-        wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    else:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+def load_model(options: argparse.Namespace, config: object, trust: dict[str, bool]) -> torch.nn.Module:
+    """Load strictly. Of a large language model that is not to be run, only names and shapes are checked."""
+    auto = getattr(transformers, options.auto_class)
+    files = [*options.folder.glob("*.safetensors")]
+    is_language = options.auto_class in ("AutoModelForImageTextToText", "AutoModelForCausalLM")
+    is_large = is_language and sum(file.stat().st_size for file in files) >= LARGE
+    if is_large and not options.generate:
         with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=trust)
-        stored = {name for file in Path(folder).glob("*.safetensors") for name in [*safe_open(file, "pt").keys()]}
-        wrong = {"unexpected": sorted(stored - model.state_dict().keys())}
+            model = auto.from_config(config, **trust)
+        wrong = {kind: names[:3] for kind, names in compare_names(model, files).items() if names}
+    else:
+        dtype = "auto" if is_large else torch.float32
+        model, report = auto.from_pretrained(options.folder, dtype=dtype, output_loading_info=True, **trust)
+        wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if any(wrong.values()):
         raise SystemExit(f"not loaded strictly: {wrong}")
-    return model
+    return model.eval()
+
+
+def compare_names(model: torch.nn.Module, files: list[Path]) -> dict[str, list[str]]:
+    """Return missing and unexpected names and those of other shapes, by the headers of the files."""
+    stored: dict[str, list[int]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            stored |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    model.tie_weights()
+    expected = model.state_dict(keep_vars=True)
+    common = expected.keys() & stored.keys()
+    tied = {id(expected[name]) for name in common}
+    return {
+        "missing": sorted(name for name, tensor in expected.items() if name not in stored and id(tensor) not in tied),
+        "unexpected": sorted(stored.keys() - common),
+        "shape": sorted(name for name in common if [*expected[name].shape] != stored[name]),
+    }
+
+
+def run_multimodal(
+    options: argparse.Namespace, model: torch.nn.Module, image_processor: object, image: Image.Image, trust: dict
+) -> Outputs:
+    processor = transformers.AutoProcessor.from_pretrained(options.folder, **trust)
+    if type(processor.image_processor).__name__ != type(image_processor).__name__:
+        raise SystemExit("AutoProcessor and AutoImageProcessor load different image processors")
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    one_tile = {"do_tile": False} if options.generate else {}
+    inputs = processor(text=prompt, images=image, return_tensors="pt", **one_tile)
+    counts = {
+        "tiles": len(inputs["pixel_values"]),
+        "placeholders": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+        "image_seq_length": model.config.image_seq_length,
+    }
+    outputs = {name: torch.tensor(count) for name, count in counts.items()}
+    return outputs | ({"pixel_values": inputs["pixel_values"], **generate(model, inputs)} if options.generate else {})
+
+
+def run_language(options: argparse.Namespace, model: torch.nn.Module, trust: dict[str, bool]) -> Outputs:
+    outputs = {"parameters": torch.tensor(model.num_parameters())}
+    if not options.generate:
+        return outputs
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder, **trust)
+    return outputs | generate(model, tokenizer("The picture shows", return_tensors="pt"))
+
+
+def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Outputs:
+    """Return the prompt and the logits of its last position, in the dtype of the weights; check that generate runs."""
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    return {"input_ids": inputs["input_ids"], "logits": model(**inputs).logits[:, -1]}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,45 +1,126 @@
-"""TODO convert/verify/outputs.py."""
+"""Runs load_folder.py in a clean process, and compares what a folder gives there with a reference."""
 
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import VerificationError
+from ..storage.files import read_json
 
 
 if TYPE_CHECKING:
     import torch
 
-PICTURE = Path(__file__).parents[2] / "examples" / "raccoon.jpg"
-
+IMAGE = Path(__file__).parents[2] / "examples" / "raccoon.jpg"
 LOADER_SCRIPT = Path(__file__).with_name("load_folder.py")
-
 TOLERANCE = 1e-4  # relative, in float32; other arithmetic for the same weights gives about 1e-6
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+
+
+def auto_class_of(config: Mapping[str, Any]) -> str:
+    """Return the Auto class of transformers that loads a folder with this config.json; "timm" if timm does."""
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if "architecture" in config:
+        return "timm"
+    if config.get("model_type") == "sailvl":
+        return "AutoModelForImageTextToText"
+    for task in ("ForImageClassification", "ForCausalLM"):
+        if architecture.endswith(task):
+            return f"AutoModel{task}"
+    return "AutoModel"
+
+
+def run_in_clean_process(
+    folder: Path, *, generate: bool = False, compare_with_package: bool = False
+) -> "dict[str, torch.Tensor]":
+    """
+    Load a folder in a clean process, offline, without a token and with empty caches, and run one image through it.
+
+    Args:
+        generate: Whether a language model is run too, not only loaded. It computes in float32 if it is small, so that
+            the comparison is exact and fast on every CPU, else in the dtype of its weights, since it may not fit.
+        compare_with_package: Whether this package's classes are run as well.
+
+    Returns:
+        The tensors that load_folder.py saves.
+
+    Raises:
+        VerificationError: It does not load or run.
+    """
+    from safetensors.torch import load_file
+
+    flags = {"--generate": generate, "--compare-with-package": compare_with_package}
+    with tempfile.TemporaryDirectory() as scratch:
+        out, link = Path(scratch) / "outputs.safetensors", _link(folder, Path(scratch))
+        arguments = [link, IMAGE, out, auto_class_of(read_json(folder / "config.json"))]
+        arguments += [flag for flag, is_set in flags.items() if is_set]
+        # As text, since a script's own folder becomes importable.
+        command = [sys.executable, "-c", LOADER_SCRIPT.read_text(encoding="utf-8"), *map(str, arguments)]
+        options: dict[str, Any] = {"cwd": scratch, "env": _environment(scratch), "stdin": subprocess.DEVNULL}
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        if done.returncode or not out.exists():
+            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            reason = reason.replace(str(link), "the folder")
+            raise VerificationError(f"the folder does not load in a clean process: {reason}")
+        return load_file(out)
+
+
+def _link(folder: Path, scratch: Path) -> Path:
+    """Return a link to the folder whose name has no dot: transformers < 4.57 cannot import code from one that has."""
+    link = scratch / "folder"
+    try:
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+    except OSError:  # a system without links
+        return folder.resolve()
+    return link
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
+    caches = {"HF_HOME": str(Path(scratch) / "home"), "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+    return {**kept, **caches, "HF_HUB_OFFLINE": "1"}
+
+
+def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
+    """Return |ours - reference| / |reference|, Frobenius norms in float64; NaN where either is not finite."""
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def compare_outputs(
+    ours: "torch.Tensor", reference: "torch.Tensor", name: str, what: str = "tokens", **inputs: str
+) -> dict[str, Any]:
+    """
+    Compare a folder's outputs with those of a reference.
+
+    Args:
+        name: What computed the reference.
+        inputs: What both were given; by default the image.
+
+    Returns:
+        What provenance.json records under "verification".
+
+    Raises:
+        VerificationError: The relative difference is above TOLERANCE.
+    """
+    difference = relative_difference(ours, reference)
+    if not difference <= TOLERANCE:
+        raise VerificationError(
+            f"the folder's {what} differ from those of {name} by {difference:.1e} (relative): expected at most "
+            f"{TOLERANCE:.0e}"
+        )
+    figures = {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE}
+    return figures | (inputs or {"picture": IMAGE.name})
 
 
 def describe(figures: Mapping[str, Any]) -> str:
-    """What verify_folder found, for a person."""
-    return f"its tokens are {figures['relative_difference']:.1e} from those of {figures['reference']}, relative"
-
-
-def run_in_clean_process(folder: Path, scratch: Path) -> "dict[str, torch.Tensor]":
-    from safetensors.torch import load_file
-
-    script = "import sys; exec(compile(open(sys.argv[1]).read(), sys.argv.pop(1), 'exec'))"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        str(LOADER_SCRIPT),
-        str(folder),
-        str(PICTURE),
-        str(scratch / "tokens.safetensors"),
-    ]
-    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise VerificationError(f"the folder does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
-    return load_file(scratch / "tokens.safetensors")
+    """Return what a verification found, as a sentence."""
+    if "placeholders" in figures:
+        return f"loads in a clean process: {figures['tiles']} tiles become {figures['placeholders']} placeholders"
+    if "loaded" in figures:
+        return f"loads in a clean process, as {figures['loaded']}"
+    return f"outputs match {figures['reference']}: relative difference {figures['relative_difference']:.1e}"
