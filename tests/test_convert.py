@@ -509,7 +509,7 @@ def test_a_flipped_bit_of_a_pickle_is_found_by_its_checksum(tmp_path, apple):
     content = bytearray((apple / "stage.pt").read_bytes())
     content[len(content) // 2] ^= 0x55
     (apple / "stage.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"stage\.pt: .* is broken"):
+    with pytest.raises(CheckpointError, match=r"stage\.pt: .* is corrupt"):
         convert(apple / "stage.pt", tmp_path / "out")
     assert [problem.kind for problem in inspect_checkpoint(apple / "stage.pt", deep=True).problems] == ["values"]
 

@@ -11,17 +11,7 @@ from .deepspeed_zero import MASTERS, read_zero
 from .errors import CheckpointError, Problem
 from .files import read_index, read_json
 from .safetensors_io import read_safetensors
-from .sources import (
-    ADAPTER,
-    DCP_METADATA,
-    ENGINE_ENTRIES,
-    PROVENANCE,
-    ZERO_PATTERN,
-    Source,
-    licence_of,
-    public_name,
-    without_local_path,
-)
+from .sources import ADAPTER, DCP_METADATA, ENGINE_ENTRIES, PROVENANCE, ZERO_PATTERN, Source, without_local_path
 from .tensors import StoredTensor
 from .torch_dcp import read_dcp
 from .torch_pickle import read_pickle, unpickling_errors
@@ -58,33 +48,18 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def open(self, file: str) -> dict[str, StoredTensor]:
-        """
-        The tensors of a weight file.
-
-        Raises:
-            CheckpointError: It is missing or corrupt.
-        """
+        """The tensors of a weight file; raises a CheckpointError if it is missing or corrupt."""
 
     @abstractmethod
     def document(self, file: str) -> dict[str, Any]:
-        """
-        The content of a JSON file next to the weights; empty if there is none.
-
-        Raises:
-            CheckpointError: It is not a JSON object.
-        """
+        """The content of a JSON file next to the weights; empty if there is none."""
 
     @abstractmethod
     def training_metadata(self) -> dict[str, Any]:
         """For provenance.json: engine, ranks, step, epoch, tokens seen, base, as far as they are known."""
 
     def default_dtype(self, names: Collection[str] = ()) -> str | None:
-        """
-        The torch dtype to write if the user names none and the tensors have several by nature; else None.
-
-        Args:
-            names: Tensors to write; all if there are none.
-        """
+        """The torch dtype for some tensors, or all, if the user names none and they have several by nature."""
         return None
 
     def name_problems(self, file: str) -> list[Problem]:
@@ -117,11 +92,6 @@ class Checkpoint(ABC):
             problems += self.name_problems(file)
         return problems
 
-    def origin(self) -> dict[str, Any]:
-        """Name, revision and licence, and training_metadata, for the provenance.json of what is made of it."""
-        name = {"name": public_name(self.source), "revision": self.source.revision}
-        return name | licence_of(self.source) | self.training_metadata()
-
 
 class FileCheckpoint(Checkpoint):
     """A checkpoint in one source; weight files are opened when one of their tensors is asked for."""
@@ -153,7 +123,7 @@ class FileCheckpoint(Checkpoint):
             if file.endswith(ENGINE_ENTRIES):
                 self.opened[file] = self._read_engine[0]
             elif file.endswith(".safetensors"):
-                self.opened[file] = read_safetensors(self.source.path(file), self.source.open(file))
+                self.opened[file] = read_safetensors(self.source.path(file), self.source.open_remote(file))
             else:
                 self.opened[file] = read_pickle(self.source.path(file), self.trust_pickle)
         return self.opened[file]
@@ -173,13 +143,9 @@ class FileCheckpoint(Checkpoint):
     def name_problems(self, file: str) -> list[Problem]:
         named = {name for name, its_file in self.weight_map.items() if its_file == file}
         stored = self.opened[file].keys()
-        lost = [
-            Problem("shard", name, f"{self.entry} says it is in {file}, which does not hold it")
-            for name in named - stored
-        ]
-        return lost + [
-            Problem("shard", name, f"in {file}, but {self.entry} does not say so") for name in sorted(stored - named)
-        ]
+        lost = f"{self.entry} says it is in {file}, which does not hold it"
+        extra = f"in {file}, but {self.entry} does not say so"
+        return [Problem("shard", name, lost if name in named else extra) for name in sorted(named ^ stored)]
 
     def default_dtype(self, names: Collection[str] = ()) -> str | None:
         """float32, where fp32 master weights are next to rounded frozen parameters."""

@@ -5,10 +5,9 @@ Opening reads the pickles that describe the tensors; the moments of the optimize
 
 import math
 import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 from .errors import CheckpointError
@@ -77,18 +76,12 @@ def read_zero(source: Source, folder: str, trust: bool) -> tuple[dict[str, Store
 
 @dataclass(frozen=True)
 class RankFiles:
-    """
-    The model's or the optimizer's files of all ranks.
-
-    Attributes:
-        kind: A key of PATTERNS.
-        files: Rank -> file.
-    """
+    """The model's or the optimizer's files (`kind`, a key of PATTERNS) of all ranks."""
 
     source: Source
     folder: str
     kind: str
-    files: dict[int, str]
+    files: dict[int, str]  # by rank
 
     @classmethod
     def find(cls, source: Source, folder: str, kind: str) -> "RankFiles":
@@ -119,10 +112,7 @@ class RankFiles:
         return loaded
 
     def check_ranks(self, count: Any) -> None:
-        """
-        Raises:
-            CheckpointError: They are not the files of ranks 0 to count - 1.
-        """
+        """Refuse files that are not those of ranks 0 to count - 1."""
         expected = set(range(count)) if type(count) is int and 0 < count < 1 << 20 else set(self.files)
         if missing := sorted(expected - self.files.keys()):
             pattern = next(iter(self.files.values()), f"{self.folder}zero_pp_rank_0_mp_rank_00_{self.kind}_states.pt")
@@ -217,57 +207,56 @@ def _shares(shape: Sequence[int], ranks: int) -> list[int]:
 
 def _zero3_masters(
     files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, StoredTensor]:
-    """Every rank has its share of every parameter, padded to equal length, one after another in a flat buffer."""
-    buffers = [FlatBuffer(state["groups"]) for state in optimizers]
+) -> dict[str, ConcatenatedTensor]:
+    """Every rank has its share of every parameter, padded to equal length, one after another in flat groups."""
+    ranks = [state["groups"] for state in optimizers]
     shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
     tensors, position = {}, 0
     for name, shape in shapes.items():
-        counts = _shares(shape, len(buffers))
-        pairs = zip(buffers, counts, strict=True)
-        slices = [each for buffer, count in pairs for each in buffer.slices(position, count, files.name)]
-        tensors[name] = _master(buffers, shape, slices)
-        position += counts[0]
-    for rank, buffer in zip(files.files, buffers, strict=True):
-        if buffer.count != position:
-            what = f"has {buffer.count} master weights, expected {position} for these parameters: {OTHER_RUN}"
+        shares = _shares(shape, len(ranks))
+        pairs = zip(ranks, shares, strict=True)
+        slices = [each for groups, share in pairs for each in _flat_slices(groups, position, share, files.name)]
+        tensors[name] = _master(slices, shape, ranks[0][0])
+        position += shares[0]
+    for rank, groups in zip(files.files, ranks, strict=True):
+        if (count := _count(groups)) != position:
+            what = f"has {count} master weights, expected {position} for these parameters: {OTHER_RUN}"
             raise CheckpointError(f"{files.file_name(rank)}: {what}")
     return tensors
 
 
 def _zero2_masters(
     files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, StoredTensor]:
-    """The parameters of a group, each perhaps padded, are one flat buffer, cut into one part a rank."""
-    tensors: dict[str, StoredTensor] = {}
+) -> dict[str, ConcatenatedTensor]:
+    """The parameters of a group, each perhaps padded, one after another, are cut into one part a rank."""
+    tensors: dict[str, ConcatenatedTensor] = {}
     if len(model["param_shapes"]) != len(optimizers[0]["groups"]):
         raise CheckpointError(f"{files.name}: files of the model and of the optimizer are not of one run")
     paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
+    spare = max(2 * len(optimizers), sum(sum(state.get("group_paddings") or (0,)) for state in optimizers))
     for index, shapes in enumerate(model["param_shapes"]):
-        buffer, position = FlatBuffer([state["groups"][index] for state in optimizers]), 0
+        parts, position = [state["groups"][index] for state in optimizers], 0
         for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
-            slices = buffer.slices(position, math.prod(shape), files.name)
-            tensors[name] = _master([buffer], tuple(shape), slices)
+            slices = _flat_slices(parts, position, math.prod(shape), files.name)
+            tensors[name] = _master(slices, tuple(shape), parts[0])
             position += math.prod(shape) + padding
-        spare = sum(sum(state.get("group_paddings") or (0,)) for state in optimizers)
-        if buffer.count - position > max(2 * len(optimizers), spare) or position - buffer.count > 2 * len(optimizers):
-            what = f"group {index} has {buffer.count} master weights, expected {position} for its parameters"
+        if not -2 * len(optimizers) <= _count(parts) - position <= spare:
+            what = f"group {index} has {_count(parts)} master weights, expected {position} for its parameters"
             raise CheckpointError(f"{files.name}: {what}: files of several runs? Copy them again")
     return tensors
 
 
-def _master(buffers: Sequence["FlatBuffer"], shape: tuple[int, ...], slices: Sequence[FlatSlice]) -> ConcatenatedTensor:
-    head = slices[0].tensor if slices else buffers[0].parts[0]
-    return ConcatenatedTensor(head.file, head.dtype, shape, slices=tuple(slices))
+def _count(parts: Sequence[StoredTensor]) -> int:
+    return sum(math.prod(part.shape) for part in parts)
+
+
+def _master(slices: Sequence[FlatSlice], shape: tuple[int, ...], first: StoredTensor) -> ConcatenatedTensor:
+    first = slices[0].tensor if slices else first
+    return ConcatenatedTensor(first.file, first.dtype, shape, slices=tuple(slices))
 
 
 def _compare_with_rounded(name: str, masters: Mapping[str, ConcatenatedTensor], module: Mapping[str, Any]) -> None:
-    """
-    Compare the beginning of every slice of master weights with the model's own, rounded weights (none under ZeRO-3).
-
-    Raises:
-        CheckpointError: Too many differ.
-    """
+    """Refuse master weights whose samples differ from the model's rounded weights; under ZeRO-3 it has none."""
     equal = total = 0
     for key, master in masters.items():
         held, position = module.get(key), 0
@@ -283,26 +272,14 @@ def _compare_with_rounded(name: str, masters: Mapping[str, ConcatenatedTensor], 
         raise CheckpointError(f"{name}: {what}: files of several runs, or of exchanged ranks? Copy them again")
 
 
-class FlatBuffer:
-    """Flat tensors as if they were one."""
-
-    def __init__(self, parts: Sequence[StoredTensor]):
-        self.parts = parts
-        self.starts = [0, *accumulate(math.prod(part.shape) for part in parts)]
-        self.count = self.starts[-1]
-
-    def slices(self, start: int, count: int, name: str) -> list[FlatSlice]:
-        """
-        Raises:
-            CheckpointError: There are fewer than `count` elements from `start` on.
-        """
-        stop = start + count
-        if stop > self.count:
-            raise CheckpointError(f"{name}: its files have fewer master weights than parameters: copy them again")
-        slices, index = [], bisect_right(self.starts, start) - 1
-        while start < stop:
-            end = min(stop, self.starts[index + 1])
-            if end > start:
-                slices.append(FlatSlice(self.parts[index], start - self.starts[index], end - start))
-            start, index = end, index + 1
-        return slices
+def _flat_slices(parts: Sequence[StoredTensor], start: int, count: int, name: str) -> list[FlatSlice]:
+    """Elements `start` to `start + count` of flat tensors, one after another; refuses tensors that have fewer."""
+    slices, stop = [], start + count
+    for part in parts:
+        size = math.prod(part.shape)
+        if max(start, 0) < min(stop, size):
+            slices.append(FlatSlice(part, max(start, 0), min(stop, size) - max(start, 0)))
+        start, stop = start - size, stop - size
+    if stop > 0:
+        raise CheckpointError(f"{name}: its files have fewer master weights than parameters: copy them again")
+    return slices

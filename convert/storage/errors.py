@@ -15,8 +15,6 @@ class VerificationError(RuntimeError):
 @dataclass(frozen=True)
 class Problem:
     """
-    One problem of a checkpoint or folder.
-
     Attributes:
         kind: One of "missing", "unexpected", "empty", "shape", "dtype", "mixed", "values", "sha256" (tensors),
             "file", "shard", "stray", "code" (files), "config", "layout"; before publishing also "load", "tokens",
@@ -34,10 +32,7 @@ class Problem:
 
 
 def raise_if_any(problems: Sequence[Problem], source: str = "") -> None:
-    """
-    Raises:
-        CheckpointError: There are problems; its message is the first one and the number of others.
-    """
+    """Raise a CheckpointError with the first problem and the number of others."""
     if problems:
         more = f" (and {len(problems) - 1} more; `sailvit inspect` lists them)" if len(problems) > 1 else ""
         raise CheckpointError(f"{source + ': ' if source else ''}{problems[0]}{more}")

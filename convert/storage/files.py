@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,9 +16,7 @@ from .tensors import CHUNK
 
 
 REFLINKED, LINKED, COPIED = "reflinked", "hard-linked", "copied"
-
 FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks of another file, copy-on-write
-
 COPY_CHUNK = 16 * CHUNK  # bytes
 
 
@@ -26,10 +25,7 @@ def first_line(error: BaseException) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        CheckpointError: The file is not a JSON object.
-    """
+    """The content of a file; raises a CheckpointError if it is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -75,10 +71,7 @@ def hash_file(path: Path, stop: threading.Event | None = None) -> str:
 
 
 def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = lambda count: None) -> None:
-    """
-    Args:
-        on_progress: Called with the number of bytes written since the last call.
-    """
+    """Copy a file; `on_progress` is called with the number of bytes written since the last call."""
     buffer = memoryview(bytearray(COPY_CHUNK))
     with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as written:
         while count := read.readinto(buffer):
@@ -139,8 +132,7 @@ def _reflink(source: Path, target: Path) -> bool:
 
 
 def _hard_link(source: Path, target: Path) -> bool:
-    try:
+    with suppress(OSError):
         os.link(source, target)
-    except OSError:
-        return False
-    return True
+        return True
+    return False

@@ -1,14 +1,15 @@
 """Checks of tensor values: NaN, infinities, recorded hashes, checksums of archives."""
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, Problem, raise_if_any
+from .safetensors_io import DOWNLOAD
 from .sources import PROVENANCE
 from .tensors import StoredTensor, is_finite
-from .torch_pickle import corrupt_member
 
 
 def recorded_hashes(provenance: Mapping[str, Any], section: str) -> dict[str, str]:
@@ -54,8 +55,10 @@ def value_problems(
     """
     problems = []
     for file in {tensor.file for tensor in tensors.values() if _has_checksum(tensor)}:
-        if member := corrupt_member(file):
-            problems.append(Problem("values", file.name, f"{member} in it is corrupt: copy or download it again"))
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if member := archive.testzip():
+                    problems.append(Problem("values", file.name, f"{member} in it is corrupt: {DOWNLOAD}"))
     for name, tensor in tensors.items():
         digest, finite = hashlib.sha256(), True
         for chunk in tensor.chunks():
@@ -66,8 +69,8 @@ def value_problems(
         if not finite:
             problems.append(Problem("values", name, "holds NaN or infinity"))
         if name in hashes and digest.hexdigest() != hashes[name]:
-            fix = "copy or download it again, or remove that file if it was changed"
-            problems.append(Problem("sha256", name, f"is not what {PROVENANCE} recorded: {fix}"))
+            what = f"is not what {PROVENANCE} recorded: {DOWNLOAD}, or remove that file if it was changed"
+            problems.append(Problem("sha256", name, what))
     return problems
 
 

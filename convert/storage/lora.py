@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .deepspeed_zero import MASTERS
 from .errors import CheckpointError
 from .names import strip_wrapper_prefixes
-from .overlay import CompositeCheckpoint, base_metadata
+from .overlay import CompositeCheckpoint, origin_of_base
 from .sources import ADAPTER
 from .tensors import CHUNK, StoredTensor, cast, load_float32, read_bytes, spans, to_bytes, torch_name
 from .tied_embeddings import find_ends, is_tied
@@ -76,47 +76,51 @@ class AdaptedModel(CompositeCheckpoint):
 
     Attributes:
         adapter: The checkpoint with the matrices.
+        hint: How to fix an adapter that does not fit.
         changes: Tensor -> role ("lora_A", "lora_B", "base_layer", "whole" for a replacement) -> name in `adapter`.
     """
 
     adapter: Checkpoint
     changes: dict[str, dict[str, str]]
+    hint: str
 
     def __getitem__(self, name: str) -> StoredTensor:
         change, tensor = self.changes.get(name, {}), self.original(name)
         if "whole" in change:
             replacement = self.adapter[change["whole"]]
             if replacement.shape != tensor.shape:
-                self.refuse(name, f"expected {list(tensor.shape)} as in the base, got {list(replacement.shape)}")
+                what = f"expected {list(tensor.shape)} as in the base, got {list(replacement.shape)}"
+                raise self.error(f"{name}: {what}: {self.hint}")
             return replacement
         roles = change.keys() & {"lora_A", "lora_B"}
         if not roles:
             return tensor
         if len(roles) == 1:
-            self.refuse(name, f"the adapter has only one of its two matrices, {change[roles.pop()]}")
+            what = f"the adapter has only one of its two matrices, {change[roles.pop()]}"
+            raise self.error(f"{name}: {what}: {self.hint}")
         a, b = self.adapter[change["lora_A"]], self.adapter[change["lora_B"]]
         if not (len(a.shape) == len(b.shape) == len(tensor.shape) == 2):
-            what = f"LoRA on {list(tensor.shape)}, which is no linear layer: {MERGE_WITH_PEFT}"
-            raise CheckpointError(f"{self.adapter.source.name}: {name}: {what}")
+            raise self.error(f"{name}: LoRA on {list(tensor.shape)}, which is no linear layer: {MERGE_WITH_PEFT}")
         rank = a.shape[0]
         if not rank or b.shape[1] != rank or (b.shape[0], a.shape[1]) != tensor.shape:
-            self.refuse(name, f"{list(tensor.shape)} is not what {list(b.shape)} by {list(a.shape)} makes")
+            what = f"{list(tensor.shape)} is not what {list(b.shape)} by {list(a.shape)} makes"
+            raise self.error(f"{name}: {what}: {self.hint}")
         scale = self.scale(change["lora_A"], rank)
         return MergedTensor(tensor.file, "F32", tensor.shape, base=tensor, a=a, b=b, scale=scale)
 
     def default_dtype(self, names: Collection[str] = ()) -> str:
         """The precision of the adapted tensors before merging."""
-        return torch_name(self.original(next(name for name in self.changes if self._has_lora(name))).dtype)
-
-    def _has_lora(self, name: str) -> bool:
-        return bool(self.changes[name].keys() & {"lora_A", "lora_B"})
+        return torch_name(self.original(min(self.changes, key=lambda name: "lora_A" not in self.changes[name])).dtype)
 
     def _add(self, changes: dict[str, dict[str, str]], target: str, role: str, name: str) -> None:
         change = changes.setdefault(target, {})
         if role in change:
-            what = f"{name} and {change[role]} change the same tensor: keep one adapter, or {MERGE_WITH_PEFT}"
-            raise CheckpointError(f"{self.adapter.source.name}: {what}")
+            what = f"change the same tensor: keep one adapter, or {MERGE_WITH_PEFT}"
+            raise self.error(f"{name} and {change[role]} {what}")
         change[role] = name
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.adapter.source.name}: {what}")
 
     @abstractmethod
     def original(self, name: str) -> StoredTensor:
@@ -126,25 +130,14 @@ class AdaptedModel(CompositeCheckpoint):
     def scale(self, name: str, rank: int) -> float:
         """The factor of lora_B @ lora_A, for the name of lora_A."""
 
-    @abstractmethod
-    def refuse(self, name: str, what: str) -> NoReturn:
-        """
-        Raises:
-            CheckpointError: Always: a tensor and its LoRA do not fit.
-        """
-
 
 class MergedLoRA(AdaptedModel):
-    """
-    A base model with an adapter of peft merged into it.
-
-    Raises:
-        CheckpointError: The adapter is more than LoRA on linear layers and `modules_to_save`.
-    """
+    """A base model with an adapter of peft merged into it: LoRA on linear layers, and `modules_to_save`."""
 
     def __init__(self, adapter: Checkpoint, base: Checkpoint):
         super().__init__({"": adapter, "base/": base})
         self.adapter, self.base, self.config = adapter, base, adapter.document(ADAPTER)
+        self.hint = f"is {base.source.name} the base?"
         _check_config(adapter.source.name, self.config)
 
     @cached_property
@@ -161,12 +154,7 @@ class MergedLoRA(AdaptedModel):
 
     @cached_property
     def prefix(self) -> str:
-        """
-        What precedes the adapter's names in the base: the component, if peft wrapped only one.
-
-        Raises:
-            CheckpointError: There are several such components.
-        """
+        """What precedes the adapter's names in the base: the component, if peft wrapped only one."""
         targets = [target for target, _ in self.targets.values()]
         missing = next((target for target in targets if self._base_name(target, "") is None), None)
         if missing is None:
@@ -174,8 +162,7 @@ class MergedLoRA(AdaptedModel):
         prefixes = {name.removesuffix(missing) for name in self._base_names if name.endswith("." + missing)}
         fitting = sorted(prefix for prefix in prefixes if all(self._base_name(each, prefix) for each in targets))
         if len(fitting) > 1:
-            what = f"its names are those of several parts ({', '.join(fitting)}): {MERGE_WITH_PEFT}"
-            raise CheckpointError(f"{self.adapter.source.name}: {what}")
+            raise self.error(f"its names are those of several parts ({', '.join(fitting)}): {MERGE_WITH_PEFT}")
         return fitting[0] if fitting else ""
 
     @cached_property
@@ -193,22 +180,18 @@ class MergedLoRA(AdaptedModel):
 
     @cached_property
     def changes(self) -> dict[str, dict[str, str]]:
-        """
-        Raises:
-            CheckpointError: The base lacks a tensor that the adapter changes, or ties it to another one.
-        """
         changes: dict[str, dict[str, str]] = {}
         for name, (target, role) in self.targets.items():
             base_name = self._base_name(target, self.prefix)
             if base_name in self._tied:
-                what = f"{name} changes embeddings or head, which {self.base.source.name} ties: {MERGE_WITH_PEFT}"
-                raise CheckpointError(f"{self.adapter.source.name}: {what}")
+                what = f"embeddings or head, which {self.base.source.name} ties: {MERGE_WITH_PEFT}"
+                raise self.error(f"{name} changes {what}")
             if base_name is None:
-                what = f"{name} belongs to {target}, which {self.base.source.name} does not have: is it the base?"
-                raise CheckpointError(f"{self.adapter.source.name}: {what}")
+                what = f"{target}, which {self.base.source.name} does not have: is it the base?"
+                raise self.error(f"{name} belongs to {what}")
             self._add(changes, base_name, role, name)
         if not changes:
-            raise CheckpointError(f"{self.adapter.source.name}: there is nothing in it to merge: copy it again")
+            raise self.error("there is nothing in it to merge: copy it again")
         return changes
 
     def original(self, name: str) -> StoredTensor:
@@ -218,13 +201,10 @@ class MergedLoRA(AdaptedModel):
     def scale(self, name: str, rank: int) -> float:
         return self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def refuse(self, name: str, what: str) -> NoReturn:
-        raise CheckpointError(f"{self.adapter.source.name}: {name}: {what}: is {self.base.source.name} the base?")
-
     def training_metadata(self) -> dict[str, Any]:
         adapter = {key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha")}
         adapter |= {"of": self.prefix.rstrip(".")} if self.prefix else {}
-        return self.adapter.training_metadata() | {"base": base_metadata(self.base), "adapter": adapter}
+        return self.adapter.training_metadata() | {"base": origin_of_base(self.base), "adapter": adapter}
 
 
 class Unwrapped(AdaptedModel):
@@ -232,7 +212,7 @@ class Unwrapped(AdaptedModel):
 
     def __init__(self, checkpoint: Checkpoint):
         super().__init__({"": checkpoint})
-        self.adapter = checkpoint
+        self.adapter, self.hint = checkpoint, f"copy it again, or {MERGE_WITH_PEFT}"
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -256,7 +236,7 @@ class Unwrapped(AdaptedModel):
     def original(self, name: str) -> StoredTensor:
         change = self.changes[name]
         if not {"base_layer", "whole"} & change.keys():
-            self.refuse(name, "its base_layer is missing")
+            raise self.error(f"{name}: its base_layer is missing: {self.hint}")
         return self.adapter[change.get("base_layer") or change["whole"]]
 
     def scale(self, name: str, rank: int) -> float:
@@ -264,14 +244,11 @@ class Unwrapped(AdaptedModel):
         configured = self.adapter.document("config.json").get(RANK_FIELDS.get(component))
         if configured == rank:
             return 2.0
-        where = (
+        known = (
             f"{RANK_FIELDS[component]} in config.json is {configured!r}" if component else "no component of InternVL"
         )
-        what = f"LoRA of rank {rank}, but {where}, so its scale is unknown: {MERGE_WITH_PEFT}"
-        raise CheckpointError(f"{self.adapter.source.name}: {name}: {what}")
-
-    def refuse(self, name: str, what: str) -> NoReturn:
-        raise CheckpointError(f"{self.adapter.source.name}: {name}: {what}: copy it again, or {MERGE_WITH_PEFT}")
+        what = f"LoRA of rank {rank}, but {known}, so its scale is unknown: {MERGE_WITH_PEFT}"
+        raise self.error(f"{name}: {what}")
 
     def training_metadata(self) -> dict[str, Any]:
         matrices = {name.partition(".")[0]: change["lora_A"] for name, change in sorted(self.changes.items())
@@ -298,12 +275,7 @@ def _is_copy(name: str) -> bool:
 
 
 def _parse(name: str, adapter: Checkpoint) -> tuple[str, str]:
-    """
-    The tensor that a tensor of an adapter changes, without peft's segments, and its role (AdaptedModel.changes).
-
-    Raises:
-        CheckpointError: It is of an unsupported kind.
-    """
+    """The tensor that one of an adapter changes, without peft's segments, and its role (AdaptedModel.changes)."""
     short = re.sub(r"(^|\.)base_model\.model\.", r"\1", strip_wrapper_prefixes(name), count=1)
     short = re.sub(r"\.modules_to_save\.[^.]+", "", short)
     if match := LORA_NAME.fullmatch(short):
@@ -315,10 +287,7 @@ def _parse(name: str, adapter: Checkpoint) -> tuple[str, str]:
 
 
 def _check_config(source: str, config: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        CheckpointError: An adapter of an unsupported kind.
-    """
+    """Refuse adapters of unsupported kinds, by name."""
     if (kind := config.get("peft_type")) != "LORA":
         raise CheckpointError(f"{source}: an adapter of kind {kind!r}: {MERGE_WITH_PEFT}")
     for option in UNSUPPORTED_OPTIONS:

@@ -53,10 +53,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        CheckpointError: `out` exists and may not be overwritten, or no conversion wrote it.
-    """
+    """Raise a CheckpointError if `out` exists and may not be overwritten, or no conversion wrote it."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} is no folder: give another name")
     if out.exists() and not overwrite:
@@ -66,10 +63,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def check_space(folder: Path, nbytes: int) -> None:
-    """
-    Raises:
-        CheckpointError: Less than `nbytes` are free on the disk.
-    """
+    """Raise a CheckpointError if less than `nbytes` are free on the disk."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CheckpointError(f"{folder.parent}: {nbytes / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from .checkpoint import TRAINER_STATE, Checkpoint
 from .errors import CheckpointError
 from .names import strip_wrapper_prefixes
-from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source
+from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, licence_of, public_name
 from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, StoredTensor, cast, read_bytes, rounds_to, spans
 from .tied_embeddings import find_ends, is_tied
 
@@ -45,17 +45,12 @@ class CompositeSource:
         source, name = self.locations.get(file, (self.first, file))
         return source.path(name)
 
-    def open(self, file: str) -> BinaryIO:
-        return self.path(file).open("rb")
+    def open_remote(self, file: str) -> None:
+        return None
 
 
 class CompositeCheckpoint(Checkpoint):
-    """
-    A checkpoint made of several.
-
-    Attributes:
-        parts: Prefix of its files, empty for the first -> checkpoint.
-    """
+    """A checkpoint made of several: `parts`, by the prefix of their files, empty for the first."""
 
     def __init__(self, parts: Mapping[str, Checkpoint]):
         self.parts, first = parts, parts[""]
@@ -132,22 +127,24 @@ class Overlay(CompositeCheckpoint):
 
     def training_metadata(self) -> dict[str, Any]:
         rounded = sorted(name for name, exact in self.exact.items() if not exact)
-        base = base_metadata(self.base) | {"exact": sum(self.exact.values())}
+        base = origin_of_base(self.base) | {"exact": sum(self.exact.values())}
         return self.trained.training_metadata() | {"base": base | ({"rounded": rounded} if rounded else {})}
 
 
-def base_metadata(base: Checkpoint) -> dict[str, Any]:
+def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Name, revision, licence and training_metadata, for the provenance.json of what is made of it."""
+    source = checkpoint.source
+    name = {"name": public_name(source), "revision": source.revision}
+    return name | licence_of(source) | checkpoint.training_metadata()
+
+
+def origin_of_base(base: Checkpoint) -> dict[str, Any]:
     before = base.document(PROVENANCE).get("source")
-    return base.origin() | ({"source": before} if before else {})
+    return origin_of(base) | ({"source": before} if before else {})
 
 
 def _match_names(trained: Checkpoint, base: Checkpoint) -> dict[str, str]:
-    """
-    Name in the trained checkpoint's naming -> name in the base; wrappers and one of MODEL_PREFIXES may differ.
-
-    Raises:
-        CheckpointError: They have no name in common.
-    """
+    """Name in the trained checkpoint's naming -> name in the base; wrappers and one of MODEL_PREFIXES may differ."""
     own = {strip_wrapper_prefixes(name): name for name in trained.weight_map}
     others = {strip_wrapper_prefixes(name): name for name in base.weight_map}
     matches = []
@@ -181,12 +178,7 @@ class MeanTensor(StoredTensor):
 
 
 class Average(CompositeCheckpoint):
-    """
-    The mean of checkpoints of one run.
-
-    Raises:
-        CheckpointError: Their names differ.
-    """
+    """The mean of checkpoints of one run; refuses those with different names."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint]):
         super().__init__({f"average-{index}/" if index else "": each for index, each in enumerate(checkpoints)})
@@ -213,4 +205,4 @@ class Average(CompositeCheckpoint):
         return MeanTensor(first.file, "F32", first.shape, tensors=tuple(tensors))
 
     def training_metadata(self) -> dict[str, Any]:
-        return {"mean_of": [part.origin() for part in self.parts.values()]}
+        return {"mean_of": [origin_of(part) for part in self.parts.values()]}

@@ -24,18 +24,18 @@ LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DOWNLOAD = "copy or download it again"
 
 
-def read_safetensors(path: Path, opened: BinaryIO | None = None) -> dict[str, StoredTensor]:
+def read_safetensors(path: Path, remote: BinaryIO | None = None) -> dict[str, StoredTensor]:
     """
     The tensors of a safetensors file; only its header is read.
 
     Args:
         path: The file, or its name in error messages and in the tensors if it is remote.
-        opened: The file, if it is remote.
+        remote: The file, if it is remote.
 
     Raises:
         CheckpointError: The header violates the format, or the file has another length than the header says.
     """
-    with opened or path.open("rb") as file:
+    with remote or path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")

@@ -23,12 +23,7 @@ class FlatSlice:
 
 @dataclass(frozen=True)
 class ConcatenatedTensor(StoredTensor):
-    """
-    Flat slices, one after another, in the shape of a parameter.
-
-    Attributes:
-        slices: They have as many elements as the tensor.
-    """
+    """Flat slices, one after another, in the shape of a parameter."""
 
     slices: tuple[FlatSlice, ...] = field(default=(), repr=False, compare=False)
 
@@ -54,14 +49,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardedTensor(StoredTensor):
-    """
-    A tensor in shards that fill it without overlap.
-
-    Attributes:
-        shards: None is empty.
-        trust: Whether their pickles may name unknown classes.
-        located: The data of every shard that was opened.
-    """
+    """A tensor in shards, none empty, that fill it without overlap; `located` has those that were opened."""
 
     shards: tuple[Shard, ...] = field(default=(), repr=False, compare=False)
     trust: bool = False

@@ -11,35 +11,25 @@ from .files import first_line
 
 
 PROVENANCE = "provenance.json"
-
 ADAPTER = "adapter_config.json"  # of peft
-
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order in which peft looks for them
 
 # Weights of a folder, in the order in which transformers looks for them.
 WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
     "pytorch_model_fsdp.bin",
-)
-
+)  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 # Files that are read too where one file of weights was named.
 SIDECAR_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", PROVENANCE, "README.md")
 
 # Files of a training run with the suffix of weights.
-NON_MODEL_FILES = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|pytorch_model_fsdp)[\w.-]*"
-)
+NON_MODEL_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|pytorch_model_fsdp).*")
 
 # Entries that stand for several files: those of DeepSpeed, those of torch.distributed.checkpoint.
 ZERO_PATTERN = "*_states.pt"
-
 DCP_METADATA = ".metadata"
-
 ENGINE_ENTRIES = (ZERO_PATTERN, DCP_METADATA)
 
 # Files next to the folder that a training framework wrote its shards into.
@@ -50,8 +40,6 @@ HEADER_BLOCK = 1 << 17  # bytes of one range request, where only headers are rea
 
 class Source(Protocol):
     """
-    Named files.
-
     Attributes:
         name: For messages: a path or the name of a repository.
         revision: The commit of a repository.
@@ -65,19 +53,14 @@ class Source(Protocol):
     headers_only: bool
 
     def path(self, file: str) -> Path:
-        """The local file, after downloading it if necessary."""
+        """The local file, after downloading it if necessary; with headers_only only the name of a safetensors file."""
 
-    def open(self, file: str) -> BinaryIO:
-        """The file, for reading; of a repository with headers_only without downloading it."""
+    def open_remote(self, file: str) -> BinaryIO | None:
+        """A safetensors file that is not downloaded, if headers_only."""
 
 
 class LocalFolder:
-    """
-    A local folder, or some of its files.
-
-    Attributes:
-        requested: The path that the user named: the folder, a file in it, or a folder of shards in it.
-    """
+    """A local folder, or some of its files; `requested` is what the user named: it, or a file or folder in it."""
 
     headers_only = False
 
@@ -96,8 +79,8 @@ class LocalFolder:
             raise CheckpointError(f"{path}: the file is missing: copy or download it again")
         return path
 
-    def open(self, file: str) -> BinaryIO:
-        return self.path(file).open("rb")
+    def open_remote(self, file: str) -> None:
+        return None
 
 
 class HubRepository:
@@ -118,18 +101,18 @@ class HubRepository:
         if file not in self.files:
             raise CheckpointError(f"{self.name}: the repository has no file {file}")
         if self.headers_only and file.endswith(".safetensors"):
-            return Path(self.name, file)  # its name only: it is not downloaded
+            return Path(self.name, file)
         with _hub_errors(self.name, self.revision):
             path = Path(hf_hub_download(self.name, file, revision=self.requested_revision))
         if self.revision not in path.parts:
             raise CheckpointError(f"{self.name}: it was changed while it was downloaded: try again")
         return path
 
-    def open(self, file: str) -> BinaryIO:
+    def open_remote(self, file: str) -> BinaryIO | None:
         from huggingface_hub import HfFileSystem
 
-        if not (self.headers_only and file.endswith(".safetensors")):
-            return self.path(file).open("rb")
+        if not self.headers_only:
+            return None
         with _hub_errors(self.name, self.revision):
             remote = HfFileSystem()
             return remote.open(f"{self.name}/{file}", "rb", revision=self.revision, block_size=HEADER_BLOCK)
@@ -163,10 +146,7 @@ def find_source(source: str, revision: str | None = None, headers_only: bool = F
 
 
 def check_name(source: str) -> None:
-    """
-    Raises:
-        CheckpointError: It is neither an existing path nor a possible name on the Hub.
-    """
+    """Raise a CheckpointError unless it is an existing path or a possible name on the Hub."""
     try:
         exists = bool(source.strip()) and Path(source).exists()
     except OSError:  # too long for a path
@@ -204,11 +184,8 @@ def weight_files(source: Source) -> list[str]:
     """Top-level files of model weights; none where a training framework saved shards."""
     if find_engine(source):
         return []
-    return [
-        file
-        for file in source.files
-        if "/" not in file and file.endswith(WEIGHT_SUFFIXES) and not NON_MODEL_FILES.fullmatch(file)
-    ]
+    top = [file for file in source.files if "/" not in file and file.endswith(WEIGHT_SUFFIXES)]
+    return [file for file in top if not NON_MODEL_FILES.fullmatch(file)]
 
 
 def find_engine(source: Source) -> str | None:
@@ -301,13 +278,13 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         if isinstance(error, errors.GatedRepoError):
             what = "access is granted on request: ask for it on the model's page, then `hf auth login`"
         elif isinstance(error, errors.RepositoryNotFoundError):
-            what = "no such local folder, and no such model on the Hub (a private one needs `hf auth login`)"
+            what = "no such folder here, and no such model on the Hub (a private one needs `hf auth login`)"
         elif isinstance(error, errors.RevisionNotFoundError):
             what = f"no revision {revision!r} on the Hub"
         elif isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-            what = "no such local folder, and the Hub cannot be reached (offline)"
+            what = "no such folder here, and the Hub cannot be reached (offline)"
         elif getattr(response, "status_code", None) in (401, 403):
             what = "the Hub denies access to this token, or to no token: `hf auth login`"
         else:
-            what = f"no such local folder, and the Hub does not answer: {first_line(error)}"
+            what = f"no such folder here, and the Hub does not answer: {first_line(error)}"
         raise CheckpointError(f"{name}: {what}") from error

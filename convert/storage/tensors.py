@@ -40,13 +40,7 @@ FLOAT_BITS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """
-    A row-major tensor in a file, read on demand.
-
-    Attributes:
-        dtype: A key of ITEM_SIZES.
-        offset: Of its first byte in the file.
-    """
+    """A row-major tensor in a file, from byte `offset` on; `dtype` is a key of ITEM_SIZES."""
 
     file: Path
     dtype: str
@@ -73,16 +67,16 @@ class StoredTensor:
             for first, last in spans(start * item, self.nbytes if stop is None else stop * item, CHUNK):
                 yield _read_exactly(file, last - first, self.file)
 
+    def cut(self, data: np.ndarray, start: int, stop: int | None) -> Iterator[np.ndarray]:
+        """The same, of all its bytes."""
+        item = ITEM_SIZES[self.dtype]
+        limits = spans(start * item, self.nbytes if stop is None else stop * item, CHUNK)
+        return (data[first:last] for first, last in limits)
+
 
 @dataclass(frozen=True)
 class NewTensor:
-    """
-    A tensor to write.
-
-    Attributes:
-        dtype: A key of ITEM_SIZES.
-        chunks: Yields its bytes (uint8), row-major, from the first one.
-    """
+    """A tensor to write; `chunks` yields its bytes (uint8), row-major, from the first one."""
 
     name: str
     dtype: str

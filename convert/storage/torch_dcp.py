@@ -14,8 +14,10 @@ from .files import is_outside
 from .sharded_tensors import Shard, ShardedTensor
 from .sources import DCP_METADATA, Source
 from .tensors import ITEM_SIZES, StoredTensor
-from .torch_pickle import CORRUPT, OpaqueObject, read_opaque
+from .torch_pickle import OpaqueObject, read_opaque
 
+
+CORRUPT = "the file is truncated or corrupt, copy it again"
 
 # Classes in .metadata.
 DCP_CLASSES = {

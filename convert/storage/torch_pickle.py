@@ -1,8 +1,8 @@
 """
 Files of torch.save and other pickles, read by a restricted unpickler: nothing that a pickle names is imported or run.
 
-Known globals of torch become functions of this module that compute positions in the file; globals on an allow-list
-become inert OpaqueObjects; any other global is an error, or an OpaqueObject too if the user trusts the file. Only files
+Known globals of torch become functions of this module, which compute positions in the file. Globals on an allow-list
+become inert OpaqueObjects. Any other global is an error; of a trusted file it becomes an OpaqueObject too. Only files
 of torch before 1.6, which are no zip archives, are opened by torch.load.
 """
 
@@ -13,19 +13,19 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from .errors import CheckpointError
 from .files import first_line
-from .tensors import CHUNK, ITEM_SIZES, TORCH_DTYPES, StoredTensor, read_bytes, spans, to_bytes
+from .tensors import ITEM_SIZES, TORCH_DTYPES, StoredTensor, read_bytes, to_bytes
 
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ STORAGES = {
 }  # fmt: skip
 
 # Harmless globals whose values are not needed; torch.load(weights_only=True) allows them too.
-IGNORED_GLOBALS = (
+IGNORED_GLOBALS = {
     "builtins.bytearray", "builtins.complex", "collections.Counter", "torch.Tensor", "torch.device",
     "torch.nn.parameter.Parameter", "torch.serialization._get_layout",
-)  # fmt: skip
+}  # fmt: skip
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: magic number, lengths of its name and of its extra field
 
-CORRUPT = "the file is truncated or corrupt, copy it again"
+NO_TORCH_FILE = "not a file of torch.save, or a broken one: copy or download it again"
 
 
 def read_pickle(path: Path, trust: bool = False) -> dict[str, StoredTensor]:
@@ -53,7 +53,7 @@ def read_pickle(path: Path, trust: bool = False) -> dict[str, StoredTensor]:
     The tensors of a file of torch.save, nested dictionaries flattened to dotted names.
 
     Args:
-        trust: Skip objects of unknown classes; of a file of torch before 1.6, run their code.
+        trust: Skip objects of unknown classes; in a file of torch before 1.6, run their code.
 
     Raises:
         CheckpointError: It names what could run code and is not trusted, or cannot be read.
@@ -93,23 +93,13 @@ def read_saved(
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise CheckpointError(f"{path}: its numbers are big-endian: save it on another machine")
             content = io.BytesIO(archive.read(members["data.pkl"]))
-            return _Unpickler(content, path, allowed, trust, StorageLocator(path, window, members)).load()
+            return _Unpickler(content, path, allowed, trust, window, members).load()
 
 
 def read_opaque(path: Path, allowed: Collection[str], trust: bool = False) -> Any:
-    """
-    The object in a plain pickle, with an OpaqueObject for every object; arguments and errors as of read_saved.
-    """
+    """The object in a plain pickle, with an OpaqueObject for every object; arguments and errors as of read_saved."""
     with unpickling_errors(path), path.open("rb") as file:
         return _Unpickler(file, path, allowed, trust).load()
-
-
-def corrupt_member(path: Path) -> str | None:
-    """The first member of a zip archive of torch.save that fails its checksum, if any."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
 
 
 @contextmanager
@@ -122,8 +112,7 @@ def unpickling_errors(location: Path | str) -> Iterator[None]:
     except (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, ArithmeticError, AttributeError, EOFError,
             ImportError, LookupError, MemoryError, NotImplementedError, RuntimeError, TypeError,
             ValueError) as error:  # fmt: skip
-        what = f"not a file of torch.save, or a broken one: copy or download it again: {first_line(error)}"
-        raise CheckpointError(f"{location}: {what}") from error
+        raise CheckpointError(f"{location}: {NO_TORCH_FILE}: {first_line(error)}") from error
 
 
 def _could_run_code(path: Path, name: str) -> CheckpointError:
@@ -134,12 +123,12 @@ def _load_legacy(path: Path, trust: bool) -> Any:
     import torch
 
     with unpickling_errors(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old formats; errors repeat it
+        warnings.simplefilter("ignore")  # about old formats
         try:
             return torch.load(path, map_location="cpu", weights_only=not trust)
         except pickle.UnpicklingError as error:
             if trust or not (name := re.search(r"GLOBAL (\S+)", str(error))):
-                raise
+                raise CheckpointError(f"{path}: {NO_TORCH_FILE}") from error  # torch's text advises to trust it
             raise _could_run_code(path, name[1]) from error
 
 
@@ -147,10 +136,14 @@ def _flatten(value: Any, name: str, path: Path, tensors: dict[str, StoredTensor]
     if isinstance(value, dict):
         for key, inner in value.items():
             _flatten(inner, f"{name}.{key}" if name else str(key), path, tensors)
-    elif isinstance(value, StoredTensor) or hasattr(value, "untyped_storage"):
+    elif (isinstance(value, StoredTensor) and not isinstance(value, Storage)) or hasattr(value, "untyped_storage"):
         if name in tensors:
             raise CheckpointError(f"{path}: two tensors have the name {name!r}")
         tensors[name] = value if isinstance(value, StoredTensor) else _loaded(value, name, path)
+
+
+class Storage(StoredTensor):
+    """A storage of torch: flat elements in a file, of which tensors are views."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +153,7 @@ class LoadedTensor(StoredTensor):
     tensor: "torch.Tensor | None" = field(default=None, repr=False, compare=False)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        item, data = ITEM_SIZES[self.dtype], to_bytes(self.tensor)
-        for first, last in spans(start * item, self.nbytes if stop is None else stop * item, CHUNK):
-            yield data[first:last]
+        return self.cut(to_bytes(self.tensor), start, stop)
 
 
 def _loaded(tensor: "torch.Tensor", name: str, path: Path) -> LoadedTensor:
@@ -174,12 +165,7 @@ def _loaded(tensor: "torch.Tensor", name: str, path: Path) -> LoadedTensor:
 
 @dataclass(frozen=True)
 class StridedTensor(StoredTensor):
-    """
-    A tensor in a file that is not row-major; every read of a part reads all of it.
-
-    Attributes:
-        strides: In elements, one for each dimension.
-    """
+    """A tensor in a file that is not row-major, `strides` in elements; to read a part is to read all of it."""
 
     strides: tuple[int, ...] = ()
 
@@ -189,9 +175,7 @@ class StridedTensor(StoredTensor):
         elements = read_bytes(StoredTensor(self.file, self.dtype, (span,), self.offset), 0, span).view(f"V{item}")
         steps = tuple(stride * item for stride in self.strides)
         ordered = np.lib.stride_tricks.as_strided(elements, self.shape, steps, writeable=False)
-        data = np.ascontiguousarray(ordered).reshape(-1).view(np.uint8)
-        for first, last in spans(start * item, self.nbytes if stop is None else stop * item, CHUNK):
-            yield data[first:last]
+        return self.cut(np.ascontiguousarray(ordered).reshape(-1).view(np.uint8), start, stop)
 
 
 class OpaqueObject:
@@ -210,9 +194,6 @@ class OpaqueObject:
         created.arguments, created.state = arguments, {}
         return created
 
-    def __init__(self, *arguments: Any):
-        pass
-
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {"": state}
 
@@ -221,6 +202,11 @@ class OpaqueObject:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Ignore items of dictionaries."""
+
+
+@lru_cache(maxsize=1024)
+def _opaque_class(full: str) -> type[OpaqueObject]:
+    return type(full, (OpaqueObject,), {"__slots__": ()})
 
 
 class _Function:
@@ -238,78 +224,42 @@ class _Function:
         raise pickle.UnpicklingError("a function has no state")
 
 
-class FileSlice(io.RawIOBase):
-    """Part of a file as a file of its own."""
+class FileSlice:
+    """Part of a file, with the methods of a file that zipfile needs."""
 
-    def __init__(self, file: io.BufferedReader, start: int, length: int):
-        self.file, self.start, self.length, self.position = file, start, length, 0
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        self.file, self.start, self.length = file, start, length
 
     def seekable(self) -> bool:
         return True
 
-    def readable(self) -> bool:
-        return True
+    def tell(self) -> int:
+        return self.file.tell() - self.start
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        if self.position < 0:
-            raise ValueError("negative seek position")
-        return self.position
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.length}[whence]
+        if position < 0:
+            raise OSError("negative seek position")
+        return self.file.seek(self.start + position) - self.start
 
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.start + self.position)
-        read = self.file.read(max(min(len(buffer), self.length - self.position), 0))
-        buffer[: len(read)] = read
-        self.position += len(read)
-        return len(read)
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A torch storage: a range of bytes in a file."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: str
-
-
-class StorageLocator:
-    """Finds the storages in a zip archive of torch.save."""
-
-    def __init__(self, path: Path, window: FileSlice, members: dict[str, zipfile.ZipInfo]):
-        self.path, self.window, self.members = path, window, members
-        self.offsets: dict[str, int] = {}
-
-    def storage(self, identity: Any) -> _Storage:
-        """The storage of a persistent id: ("storage", dtype, key, device, number of elements)."""
-        kind, dtype, key, _, count = identity
-        if kind != "storage" or not isinstance(dtype, str) or type(count) is not int or count < 0:
-            raise pickle.UnpicklingError(f"no storage: {kind!r}")
-        member, nbytes = self.members[f"data/{key}"], count * ITEM_SIZES[dtype]
-        if member.file_size < nbytes:
-            what = f"data/{key}: expected {nbytes} bytes, got {member.file_size}: {CORRUPT}"
-            raise CheckpointError(f"{self.path}: {what}")
-        if key not in self.offsets:
-            self.offsets[key] = self._data_offset(member)
-        return _Storage(self.path, self.window.start + self.offsets[key], nbytes, dtype)
-
-    def _data_offset(self, member: zipfile.ZipInfo) -> int:
-        """Where a member's data begins: after its local header, whose length the directory does not have."""
-        self.window.seek(member.header_offset)
-        magic, name, extra = LOCAL_HEADER.unpack(self.window.read(LOCAL_HEADER.size))
-        begin = member.header_offset + LOCAL_HEADER.size + name + extra
-        if magic != b"PK\x03\x04" or begin + member.file_size > self.window.length:
-            raise CheckpointError(f"{self.path}: {member.filename}: {CORRUPT}")
-        return begin
+    def read(self, count: int = -1) -> bytes:
+        rest = max(self.length - self.tell(), 0)
+        return self.file.read(rest if count is None or count < 0 else min(count, rest))
 
 
 class _Unpickler(pickle.Unpickler):
+    """
+    Args:
+        window, members: Of the zip archive that has the storages, if there is one.
+    """
+
     def __init__(
-        self, file: Any, path: Path, allowed: Collection[str], trust: bool, locator: StorageLocator | None = None
-    ):
+        self, file: Any, path: Path, allowed: Collection[str], trust: bool, window: FileSlice | None = None,
+        members: Mapping[str, zipfile.ZipInfo] | None = None,
+    ):  # fmt: skip
         super().__init__(file)
-        self.path, self.allowed, self.trust, self.locator = path, allowed, trust, locator
+        self.path, self.allowed, self.trust = path, allowed, trust
+        self.window, self.members, self.offsets = window, members or {}, {}
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
@@ -319,76 +269,66 @@ class _Unpickler(pickle.Unpickler):
             return _opaque_class(full)
         raise _could_run_code(self.path, full)
 
-    def persistent_load(self, identity: Any) -> _Storage:
-        if self.locator is None:
-            raise pickle.UnpicklingError("a storage in a plain pickle")
-        return self.locator.storage(identity)
+    def persistent_load(self, identity: Any) -> Storage:
+        """A storage from ("storage", dtype, key, device, number of elements)."""
+        kind, dtype, key, _, count = identity
+        if kind != "storage" or not isinstance(dtype, str) or type(count) is not int or count < 0:
+            raise pickle.UnpicklingError(f"no storage: {kind!r}")
+        member, nbytes = self.members[f"data/{key}"], count * ITEM_SIZES[dtype]
+        if member.file_size < nbytes:
+            raise pickle.UnpicklingError(f"data/{key}: expected {nbytes} bytes, got {member.file_size}")
+        if key not in self.offsets:
+            self.offsets[key] = self.window.start + self._data_offset(member)
+        return Storage(self.path, dtype, (count,), self.offsets[key])
 
-
-@lru_cache(maxsize=1024)
-def _opaque_class(full: str) -> type[OpaqueObject]:
-    return type(full, (OpaqueObject,), {"__slots__": ()})
-
-
-def _rebuild_tensor_v2(
-    storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
-) -> StoredTensor:
-    return _tensor_in(storage, storage.dtype, offset, tuple(shape), tuple(strides), metadata)
+    def _data_offset(self, member: zipfile.ZipInfo) -> int:
+        """Where a member's data begins: after its local header, whose length the directory does not have."""
+        self.window.seek(member.header_offset)
+        magic, name, extra = LOCAL_HEADER.unpack(self.window.read(LOCAL_HEADER.size))
+        begin = member.header_offset + LOCAL_HEADER.size + name + extra
+        if magic != b"PK\x03\x04" or begin + member.file_size > self.window.length:
+            raise pickle.UnpicklingError(f"{member.filename} is truncated")
+        return begin
 
 
 def _rebuild_tensor_v3(
-    storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str, metadata: Any = None
-) -> StoredTensor:
-    return _tensor_in(storage, dtype, offset, tuple(shape), tuple(strides), metadata)
-
-
-def _tensor_in(
-    storage: _Storage, dtype: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], metadata: Any
-) -> StoredTensor:
-    item, numbers = ITEM_SIZES[dtype], (offset, *shape, *strides)
-    if len(shape) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers) or metadata:
-        raise pickle.UnpicklingError(f"no tensor: {numbers} {metadata or ''}")  # metadata: conjugate or negative bits
+    storage: Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: str,
+    metadata: Any = None,
+) -> StoredTensor:  # fmt: skip
+    shape, strides, item = tuple(shape), tuple(strides), ITEM_SIZES[dtype]
+    numbers = (offset, *shape, *strides)
+    is_valid = isinstance(storage, Storage) and len(shape) == len(strides)
+    if not is_valid or not all(type(number) is int and number >= 0 for number in numbers):
+        raise pickle.UnpicklingError(f"no tensor: {numbers}")
+    if metadata:  # its elements are stored conjugated or negated
+        raise pickle.UnpicklingError(f"a tensor with {metadata}, which is not supported")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if prod(shape) and (last + 1) * item > storage.nbytes:
-        raise CheckpointError(f"{storage.file}: a tensor {list(shape)} exceeds its storage: {CORRUPT}")
+        raise pickle.UnpicklingError(f"a tensor {list(shape)} exceeds its storage")
     position = storage.offset + offset * item
-    if prod(shape) <= 1 or strides == _row_major(shape, strides):
+    row_major = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if prod(shape) <= 1 or all(size == 1 or s == r for size, s, r in zip(shape, strides, row_major, strict=True)):
         return StoredTensor(storage.file, dtype, shape, position)
     return StridedTensor(storage.file, dtype, shape, position, strides=strides)
 
 
-def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a row-major tensor; those of dimensions of size 1, which mean nothing, are taken from `strides`."""
-    return tuple(strides[axis] if size == 1 else prod(shape[axis + 1 :]) for axis, size in enumerate(shape))
-
-
-def _rebuild_parameter(data: StoredTensor, *others: Any) -> StoredTensor:
-    return data
-
-
-def _rebuild_from_type_v2(rebuild: _Function, kind: Any, arguments: Any, state: Any) -> StoredTensor:
-    if not isinstance(rebuild, _Function):
-        raise pickle.UnpicklingError("no tensor")
-    return rebuild(*arguments)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in {encoding}")
-    return text.encode(encoding)
+def _rebuild_tensor_v2(
+    storage: Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None
+) -> StoredTensor:
+    return _rebuild_tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype, metadata)
 
 
 # Globals that torch writes, and what they resolve to here.
 KNOWN_GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
-    "_codecs.encode": _Function(_encode),
+    "_codecs.encode": _Function(lambda text, encoding: text.encode("latin1")),
     "torch.Size": _Function(tuple),
     "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor_v2),
     "torch._utils._rebuild_tensor_v3": _Function(_rebuild_tensor_v3),
-    "torch._utils._rebuild_parameter": _Function(_rebuild_parameter),
-    "torch._utils._rebuild_parameter_with_state": _Function(_rebuild_parameter),
-    "torch._tensor._rebuild_from_type_v2": _Function(_rebuild_from_type_v2),
+    "torch._utils._rebuild_parameter": _Function(lambda data, *others: data),
+    "torch._utils._rebuild_parameter_with_state": _Function(lambda data, *others: data),
+    "torch._tensor._rebuild_from_type_v2": _Function(lambda rebuild, kind, arguments, state: rebuild(*arguments)),
     "torch.storage.UntypedStorage": "U8",
     **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
     **{f"torch.{name}": dtype for name, dtype in TORCH_DTYPES.items()},

@@ -6,7 +6,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint, FileCheckpoint
 from .errors import CheckpointError
 from .lora import MergedLoRA, unwrap
-from .overlay import Average, Overlay
+from .overlay import Average, CompositeCheckpoint, Overlay
 from .sources import ADAPTER, find_source, without_local_path
 
 
@@ -53,10 +53,7 @@ def _open_one(source: str, revision: str | None, base: str | None, trust: bool) 
 
 
 def _base_of_adapter(checkpoint: Checkpoint) -> str:
-    """
-    Raises:
-        CheckpointError: The base that the adapter names is not a local folder.
-    """
+    """The base that an adapter names, if it is a local folder."""
     base = checkpoint.document(ADAPTER).get("base_model_name_or_path")
     if isinstance(base, str) and base and Path(base).is_dir():
         return base
@@ -67,13 +64,14 @@ def _base_of_adapter(checkpoint: Checkpoint) -> str:
 def training_notes(checkpoint: Checkpoint) -> list[str]:
     """Lines about the training and the base, for the log."""
     metadata = checkpoint.training_metadata()
-    if "mean_of" in metadata:
-        steps = ", ".join(str(part.get("step", part["name"])) for part in metadata["mean_of"])
-        return [f"the mean, in float32, of {len(metadata['mean_of'])} checkpoints: {steps}"]
+    merged = metadata if isinstance(checkpoint, CompositeCheckpoint) else {}  # else recorded by an earlier conversion
+    if "mean_of" in merged:
+        steps = ", ".join(str(part.get("step", part["name"])) for part in merged["mean_of"])
+        return [f"the mean, in float32, of {len(merged['mean_of'])} checkpoints: {steps}"]
     formats = {"engine": "{}", "ranks": "{} ranks", "step": "step {}", "tokens_seen": "{} tokens seen"}
     training = ", ".join(text.format(metadata[key]) for key, text in formats.items() if key in metadata)
     notes = [f"trained: {training}"] if training else []
-    base, adapter = metadata.get("base", {}), metadata.get("adapter", {})
+    base, adapter = merged.get("base", {}), merged.get("adapter", {})
     if base:
         verb = "merged into" if adapter else "missing tensors are taken from"
         exact = f", and {base['exact']} rounded tensors exact" if base.get("exact") else ""
@@ -82,7 +80,7 @@ def training_notes(checkpoint: Checkpoint) -> list[str]:
         notes.append(f"the adapter was trained on {metadata['trained_from']}, by its own account")
     if "of" in adapter:
         notes.append(f"the adapter was trained on {adapter['of']} alone")
-    for part, lora in metadata.get("merged", {}).items():
+    for part, lora in merged.get("merged", {}).items():
         scale = f"rank {lora['r']}, alpha {lora['lora_alpha']} as InternVL has it"
         notes.append(f"{part} was saved with LoRA in it, merged: {scale}")
     if rounded := base.get("rounded"):
