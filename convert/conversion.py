@@ -71,7 +71,7 @@ def convert_checkpoint(
         dtype: One of job.DTYPES; the source's if not given, float32 where masters stand beside rounded tensors.
         revision: Branch, tag or commit of a name on the Hub.
         max_shard_size: In bytes, or as "5GB", the default where files are written anew; if it is given, they are.
-        trust_pickle: Whether files of torch.save may run code of their own.
+        trust_pickle: Skip objects of unknown classes in files of torch.save; else they are refused.
         link: Whether files of weights that stay as they are may be hard links to the source's, where reflinks cannot
             be made; else they are copied. What writes into a hard link in place changes the source too.
         overwrite: Whether `out` may be there already.

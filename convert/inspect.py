@@ -102,7 +102,7 @@ def inspect_checkpoint(
         revision: Branch, tag or commit on the Hub.
         from_layout: The layout it has, if that is known.
         prefix: What stands before the tower's names, where more than one tower could be meant.
-        trust_pickle: Whether files of torch.save may run code of their own.
+        trust_pickle: Skip objects of unknown classes in files of torch.save; else they are refused.
         deep: Whether to read the data, and so download it: NaN, infinities, hashes against provenance.json.
         on_progress: With `deep`, called with the bytes read so far and the total.
 

@@ -29,6 +29,7 @@ from toy_sailvl import write_release
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
 from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
 from sailvit.convert.storage.checkpoint import Checkpoint, FileCheckpoint
+from sailvit.convert.storage.hashes import check_values
 from sailvit.convert.storage.overlay import Overlay
 from sailvit.convert.storage.sources import find_source
 from sailvit.convert.storage.tensors import StoredTensor, torch_name
@@ -550,6 +551,17 @@ def test_large_boxes_are_read_in_slabs(tmp_path):
     stored = opened(write_boxes(tmp_path / "run", {"a": (tensor, [[1000, 1001], [300]])}))["a"]
     assert torch.equal(read(stored), tensor) and len([*stored.chunks()]) > 7
     assert torch.equal(read(stored, 699_999, 2_000_001), tensor.reshape(-1)[699_999:2_000_001])
+
+
+def test_values_are_not_read_where_nothing_recorded_them(tmp_path, deepspeed):
+    run = write_zero3(tmp_path / "zero", [{"a": torch.ones(4)}], {}, 1)
+    for folder in (write_boxes(tmp_path / "dcp", {"a": (torch.ones(4), [[]])}), run):
+        checkpoint = opened(folder)
+        tensors = {"a": checkpoint["a"]}
+        for file in folder.rglob("*"):
+            if file.suffix in (".distcp", ".pt"):
+                os.truncate(file, 0)
+        check_values(checkpoint, tensors)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

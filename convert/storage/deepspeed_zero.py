@@ -6,7 +6,6 @@ Opening reads the pickles that describe the tensors; the moments of the optimize
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -48,8 +47,7 @@ def read_zero(source: Source, folder: str, trust: bool) -> tuple[dict[str, Store
     Raises:
         CheckpointError: A file is missing, corrupt, of another run, or names what could run code.
     """
-    model_files = RankFiles.find(source, folder, "model")
-    optimizer_files = RankFiles.find(source, folder, "optim")
+    model_files, optimizer_files = (RankFiles(source, folder, kind) for kind in PATTERNS)
     if not model_files.files:
         raise CheckpointError(f"{model_files.name}: there is no *_model_states.pt: copy the folder again")
     models = model_files.load(trust)
@@ -65,7 +63,7 @@ def read_zero(source: Source, folder: str, trust: bool) -> tuple[dict[str, Store
     if not tensors:
         raise CheckpointError(f"{model_files.name}: there is no tensor in it")
     return tensors, {
-        "engine": _title(stage, optimizers),
+        "engine": f"DeepSpeed ZeRO-{_stage_of(optimizers[0]) if stage == 2 else stage}" if stage else "DeepSpeed",
         "engine_version": first.get("ds_version"),
         "ranks": max(len(models), len(optimizers)) if stage else first.get("dp_world_size"),
         "step": first.get("global_steps"),
@@ -74,31 +72,21 @@ def read_zero(source: Source, folder: str, trust: bool) -> tuple[dict[str, Store
     }
 
 
-@dataclass(frozen=True)
 class RankFiles:
-    """The model's or the optimizer's files (`kind`, a key of PATTERNS) of all ranks."""
+    """The model's or the optimizer's files (`kind`, a key of PATTERNS) in a folder, by rank."""
 
-    source: Source
-    folder: str
-    kind: str
-    files: dict[int, str]  # by rank
-
-    @classmethod
-    def find(cls, source: Source, folder: str, kind: str) -> "RankFiles":
+    def __init__(self, source: Source, folder: str, kind: str):
+        self.source, self.folder, self.kind = source, folder, kind
+        self.name = f"{source.name}/{folder}".rstrip("/")
         files: dict[int, str] = {}
-        name = f"{source.name}/{folder}".rstrip("/")
         for file in source.files:
             match = PATTERNS[kind].fullmatch(file.removeprefix(folder)) if file.startswith(folder) else None
             if match and int(match[2]):
                 what = "tensor parallelism, whose parts of parameters are not supported: merge them with the trainer"
                 raise CheckpointError(f"{source.name}/{file}: {what}")
             if match and (other := files.setdefault(int(match[1] or 0), file)) != file:
-                raise CheckpointError(f"{name}: {file} and {other} are of one rank: remove one")
-        return cls(source, folder, kind, dict(sorted(files.items())))
-
-    @property
-    def name(self) -> str:
-        return f"{self.source.name}/{self.folder}".rstrip("/")
+                raise CheckpointError(f"{self.name}: {file} and {other} are of one rank: remove one")
+        self.files = dict(sorted(files.items()))
 
     def file_name(self, rank: int) -> str:
         return f"{self.source.name}/{self.files[rank]}"
@@ -168,14 +156,9 @@ def _are_flat(groups: Any) -> bool:
 
 
 def _stage_of(optimizer: Mapping[str, Any]) -> Any:
+    """The stage that an optimizer stores, which alone tells ZeRO-2 from ZeRO-1, the default."""
     stage = optimizer.get("zero_stage", 1)
     return stage.arguments[0] if isinstance(stage, OpaqueObject) and stage.arguments else stage
-
-
-def _title(stage: int, optimizers: Sequence[Mapping[str, Any]]) -> str:
-    """ZeRO-1 and ZeRO-2 differ in the optimizer's `zero_stage` only; without it, the stage is 1."""
-    stage = _stage_of(optimizers[0]) if stage == 2 else stage
-    return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
 
 
 def _tensors_without_masters(name: str, models: Mapping[int, dict[str, Any]], stage: int) -> dict[str, StoredTensor]:
@@ -259,13 +242,13 @@ def _compare_with_rounded(name: str, masters: Mapping[str, ConcatenatedTensor], 
     """Refuse master weights whose samples differ from the model's rounded weights; under ZeRO-3 it has none."""
     equal = total = 0
     for key, master in masters.items():
-        held, position = module.get(key), 0
-        if not isinstance(held, StoredTensor) or held.shape != master.shape or held.dtype not in FLOAT_BITS:
+        stored, position = module.get(key), 0
+        if not isinstance(stored, StoredTensor) or stored.shape != master.shape or stored.dtype not in FLOAT_BITS:
             continue
         for part in master.slices:
-            stop, bits = position + min(part.count, SAMPLE), FLOAT_BITS[held.dtype][0]
-            rounded = cast(read_bytes(master, position, stop), master.dtype, held.dtype).view(bits)
-            equal += int((rounded == read_bytes(held, position, stop).view(bits)).sum())
+            stop, bits = position + min(part.count, SAMPLE), FLOAT_BITS[stored.dtype][0]
+            rounded = cast(read_bytes(master, position, stop), master.dtype, stored.dtype).view(bits)
+            equal += int((rounded == read_bytes(stored, position, stop).view(bits)).sum())
             total, position = total + len(rounded), position + part.count
     if equal < 0.9 * total:
         what = f"{total - equal} of {total} sampled master weights are not the model's weights before rounding"

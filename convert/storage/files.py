@@ -98,8 +98,10 @@ def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str
         source = source.resolve()
         if _reflink(source, target):
             made[target] = REFLINKED
-        elif hard and not is_cached(source) and _hard_link(source, target):
-            made[target] = LINKED
+        elif hard and not is_cached(source):
+            with suppress(OSError):
+                os.link(source, target)
+                made[target] = LINKED
     return made
 
 
@@ -129,10 +131,3 @@ def _reflink(source: Path, target: Path) -> bool:
         target.unlink(missing_ok=True)
         return False
     return True
-
-
-def _hard_link(source: Path, target: Path) -> bool:
-    with suppress(OSError):
-        os.link(source, target)
-        return True
-    return False

@@ -8,7 +8,7 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, Problem, raise_if_any
 from .safetensors_io import DOWNLOAD
-from .sources import PROVENANCE
+from .sources import DCP_METADATA, PROVENANCE
 from .tensors import StoredTensor, is_finite
 
 
@@ -75,5 +75,5 @@ def value_problems(
 
 
 def _has_checksum(tensor: StoredTensor) -> bool:
-    """Whether its file may be an archive of torch.save. Those of DeepSpeed are too large to read whole."""
-    return tensor.file.suffix != ".safetensors" and not tensor.file.name.endswith("_states.pt")
+    """Whether its file may be an archive of torch.save; those of training frameworks are too large to read whole."""
+    return not tensor.file.name.endswith((".safetensors", DCP_METADATA, "_states.pt"))

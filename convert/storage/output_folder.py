@@ -36,7 +36,11 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     except Timeout:
         raise CheckpointError(f"{out}: another process is writing it") from None
     try:
-        _empty(part)
+        for left in part.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name != ".lock":
+                left.unlink()
         yield part
         for path in [*part.iterdir(), part]:
             sync(path)
@@ -80,14 +84,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _empty(part: Path) -> None:
-    for left in part.iterdir():
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        elif left.name != ".lock":
-            left.unlink()
 
 
 def _remove(part: Path, new_parents: list[Path]) -> None:

@@ -71,7 +71,7 @@ def _position(path: Path, info: Any) -> tuple[str, int, int]:
     if not isinstance(file, str) or not all(type(number) is int and number >= 0 for number in (start, nbytes)):
         raise CheckpointError(f"{path}: it does not say where its tensors are: {CORRUPT}")
     if is_outside(file):
-        raise CheckpointError(f"{path}: the file {file!r} is outside its folder: nothing should be read there")
+        raise CheckpointError(f"{path}: the file {file!r} is outside its folder")
     if state.get("transform_descriptors"):
         what = f"its files are transformed ({state['transform_descriptors']}): save it without transforms"
         raise CheckpointError(f"{path}: {what}")
