@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +104,28 @@ def test_a_pickle_that_wants_code_is_refused_unless_trusted(tmp_path, monkeypatc
     assert not Path("opened").exists()
     assert set(read_pickle(Path("a.pt"), trust=True)) == {"a"}  # skipped, not run
     assert not Path("opened").exists()
+
+
+def test_names_and_values_of_a_pickle_are_read_without_torch(tmp_path):
+    torch.save({"model": {"a": torch.arange(4.0), "b": torch.ones(2, 3).t()}}, tmp_path / "a.bin")
+    script = f"""
+import importlib.util, pathlib, sys
+sys.modules["sailvit"] = importlib.util.module_from_spec(importlib.util.find_spec("sailvit"))
+from sailvit.convert.storage.torch_pickle import read_pickle
+tensors = read_pickle(pathlib.Path({str(tmp_path / "a.bin")!r}))
+assert tensors.keys() == {{"model.a", "model.b"}} and sum(map(len, tensors["model.a"].chunks())) == 16
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_harmless_objects_are_skipped_and_tensors_with_a_conjugate_bit_are_refused(tmp_path):
+    harmless = {"counts": Counter("aab"), "bytes": bytearray(b"x"), "number": 1j, "layout": torch.strided}
+    torch.save({"a": torch.ones(2), **harmless}, tmp_path / "a.pt")
+    assert set(read_pickle(tmp_path / "a.pt")) == {"a"}
+    torch.save({"a": torch.ones(2, dtype=torch.complex64).conj()}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match=r"b\.pt: .*conj.*not supported"):
+        read_pickle(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pickle", pickle.dumps({"a": 1}), b"\x80\x02}q\x00."])

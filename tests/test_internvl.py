@@ -627,7 +627,7 @@ def test_a_pickle_with_a_flipped_bit_is_refused(tmp_path):
     content = bytearray((source / "pytorch_model.bin").read_bytes())
     content[len(content) // 2] ^= 1
     (source / "pytorch_model.bin").write_bytes(content)
-    refused(source, tmp_path / "out", plan_internlm2, lambda folder: None, {}, "pytorch_model.bin: .* is broken")
+    refused(source, tmp_path / "out", plan_internlm2, lambda folder: None, {}, "pytorch_model.bin: .* is corrupt")
 
 
 # The tokenizer
