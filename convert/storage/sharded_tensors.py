@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -38,18 +37,18 @@ class ConcatenatedTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class Shard:
-    """A block of a tensor, saved by torch.save as `nbytes` bytes of a file, from `start` on."""
+    """A block of a tensor, saved by torch.save as `nbytes` bytes of a file next to .metadata, from `start` on."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    file: Path
+    file: str
     start: int
     nbytes: int
 
 
 @dataclass(frozen=True)
 class ShardedTensor(StoredTensor):
-    """A tensor in shards, none empty, that fill it without overlap; `located` has those that were opened."""
+    """A tensor in shards, none empty, that fill it without overlap; `file` is .metadata, `located` the opened shards."""
 
     shards: tuple[Shard, ...] = field(default=(), repr=False, compare=False)
     trust: bool = False
@@ -77,10 +76,11 @@ class ShardedTensor(StoredTensor):
 
     def _locate(self, shard: Shard) -> StoredTensor:
         if shard not in self.located:
-            stored = read_saved(shard.file, trust=self.trust, start=shard.start, length=shard.nbytes)
+            path = self.file.parent / shard.file
+            stored = read_saved(path, trust=self.trust, start=shard.start, length=shard.nbytes)
             found = (stored.dtype, stored.shape) if isinstance(stored, StoredTensor) else type(stored).__name__
             if found != (self.dtype, shard.sizes):
                 what = f"at byte {shard.start}: expected {(self.dtype, shard.sizes)} as in .metadata, got {found}"
-                raise CheckpointError(f"{shard.file}: {what}: the file is of another run, copy it again")
+                raise CheckpointError(f"{path}: {what}: the file is of another run, copy it again")
             self.located[shard] = stored
         return self.located[shard]

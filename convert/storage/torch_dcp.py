@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,11 @@ def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, Stored
         (index.state["fqn"], tuple(index.state.get("offset") or ())): _position(path, info)
         for index, info in storage.items()
     }
-    locate = cache(lambda file: source.path(folder + file))
-    tensors = {}
-    for name, entry in _model_entries(path, entries, state.get("planner_data") or {}).items():
-        shards = _shards(path, entry, entries[entry].state["chunks"], positions, locate)
-        tensors[name] = _sharded_tensor(path, entry, entries[entry].state, shards, trust)
-    files = {shard.file.name for tensor in tensors.values() for shard in tensor.shards}
+    names = _model_entries(path, entries, state.get("planner_data") or {})
+    tensors = {n: _sharded_tensor(path, entry, entries[entry].state, positions, trust) for n, entry in names.items()}
+    files = {shard.file for tensor in tensors.values() for shard in tensor.shards}
+    for file in sorted(files):
+        source.path(folder + file)  # downloads it, or names it if it is missing
     ranks = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}
     engine = "FSDP" if folder.startswith("pytorch_model_fsdp") else "torch.distributed.checkpoint"
     return tensors, {"engine": engine, "ranks": len(ranks) or None}
@@ -102,32 +100,19 @@ def _model_entries(path: Path, entries: Mapping[str, Any], planned: Mapping[str,
     return next(iter(found.values()))
 
 
-def _shards(
-    path: Path,
-    name: str,
-    chunks: Sequence[OpaqueObject],
-    positions: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
-    locate: Callable[[str], Path],
-) -> list[Shard]:
-    shards = []
-    for chunk in chunks:
-        offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
-        if math.prod(sizes):
-            if (name, offsets) not in positions:
-                raise CheckpointError(f"{path}: {name}: no position of its shard at {list(offsets)}: {CORRUPT}")
-            file, start, nbytes = positions[name, offsets]
-            shards.append(Shard(offsets, sizes, locate(file), start, nbytes))
-    return shards
-
-
 def _sharded_tensor(
-    path: Path, name: str, described: Mapping[str, Any], shards: Sequence[Shard], trust: bool
+    path: Path, name: str, described: Mapping[str, Any], positions: Mapping[Any, tuple[str, int, int]], trust: bool
 ) -> ShardedTensor:
-    properties = described["properties"].state
+    properties, shape, shards = described["properties"].state, tuple(described["size"]), []
     dtype = properties[""][0] if "" in properties else properties.get("dtype")
     if dtype not in ITEM_SIZES:
         raise CheckpointError(f"{path}: {name}: the dtype {dtype!r} is not known")
-    shape = tuple(described["size"])
+    for chunk in described["chunks"]:
+        offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+        if math.prod(sizes) and (name, offsets) not in positions:
+            raise CheckpointError(f"{path}: {name}: no position of its shard at {list(offsets)}: {CORRUPT}")
+        if math.prod(sizes):
+            shards.append(Shard(offsets, sizes, *positions[name, offsets]))
     if not _fill(shards, shape):
         raise CheckpointError(f"{path}: {name}: its shards do not make {list(shape)}: save it again")
     return ShardedTensor(path, dtype, shape, shards=tuple(shards), trust=trust)
