@@ -48,7 +48,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardedTensor(StoredTensor):
-    """A tensor in shards, none empty, that fill it without overlap; `file` is .metadata, `located` the opened shards."""
+    """A tensor that shards fill without overlap; `file` is .metadata, `located` caches the opened shards."""
 
     shards: tuple[Shard, ...] = field(default=(), repr=False, compare=False)
     trust: bool = False
