@@ -33,7 +33,7 @@ from .models.internlm2 import is_internlm2
 from .models.internvit import is_internvit
 from .models.sailvl import build_empty, describe_all, is_sailvl, verify_all
 from .plan import DTYPES
-from .storage.checkpoint import Checkpoint
+from .storage.checkpoint import Checkpoint, FileCheckpoint
 from .storage.errors import CheckpointError
 from .storage.files import first_line, hash_file, read_json, write_json
 from .storage.output_folder import check_free, new_folder
@@ -162,7 +162,7 @@ def _check_arguments(dtype: str | None, seed: int) -> None:
 
 def _open(source: str | Path) -> Checkpoint:
     origin, entry = find_source(str(source))
-    return Checkpoint(origin, entry)
+    return FileCheckpoint(origin, entry)
 
 
 def _place(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .storage.errors import CheckpointError
 from .storage.files import hash_file
 from .storage.output_folder import check_free, new_folder
 from .storage.sources import LocalFolder, Source, find_source
-from .storage.training_run import all_sources, default_dtype, open_trained, training_notes
+from .storage.training_run import open_checkpoint, training_notes
 
 
 # What is asked of a tower alone, as attributes of Options.
@@ -71,7 +71,7 @@ def convert_checkpoint(
         dtype: One of job.DTYPES; the source's if not given, float32 where masters stand beside rounded tensors.
         revision: Branch, tag or commit of a name on the Hub.
         max_shard_size: In bytes, or as "5GB", the default where files are written anew; if it is given, they are.
-        trust_pickle: Whether files of torch.save may run code of their own.
+        trust_pickle: Skip objects of unknown classes in files of torch.save; else they are refused.
         link: Whether files of weights that stay as they are may be hard links to the source's, where reflinks cannot
             be made; else they are copied. What writes into a hard link in place changes the source too.
         overwrite: Whether `out` may be there already.
@@ -87,12 +87,12 @@ def convert_checkpoint(
     asked = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
     asked.check()
     out, begun = Path(out), None if base is None else str(base)
-    checkpoint = open_trained(
+    checkpoint = open_checkpoint(
         str(source), revision, base=begun, average=[str(other) for other in average], trust_pickle=trust_pickle
     )
     check_free(out, overwrite)
     tower = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
-    for origin in (*all_sources(checkpoint), *tower):
+    for origin in (*checkpoint.sources, *tower):
         keep_apart(origin, out)
     job = _plan(checkpoint, asked)
     if link and not job.kept:
@@ -128,7 +128,7 @@ def _plan(checkpoint: Checkpoint, asked: Options) -> ConversionPlan:
     _check_options(checkpoint, part, asked)
     if asked.dtype is None:
         own = match_names(checkpoint.weight_map).under(PREFIXES[part]).values() if part in PREFIXES else ()
-        asked = replace(asked, dtype=default_dtype(checkpoint, own))
+        asked = replace(asked, dtype=checkpoint.default_dtype(own))
     plans = {"vision": _plan_vision, "connector": plan_connector, "language": plan_language, "all": plan_whole}
     return plans[part](checkpoint, asked)
 
@@ -175,11 +175,11 @@ def keep_apart(origin: Source, out: Path) -> None:
         CheckpointError: `out` is the source, holds it, or is inside of it.
     """
     if isinstance(origin, LocalFolder):
-        source, given, target = origin.folder.resolve(), origin.given.resolve(), out.resolve()
+        source, requested, target = origin.folder.resolve(), origin.requested.resolve(), out.resolve()
         if source == target or target in source.parents:
             raise CheckpointError(f"{out} holds the source: write to another place")
-        if given in (target, *target.parents):
-            raise CheckpointError(f"{out} is inside of the source {origin.given}: write to another place")
+        if requested in (target, *target.parents):
+            raise CheckpointError(f"{out} is inside of the source {origin.requested}: write to another place")
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def _hashing(job: ConversionPlan) -> Iterator[Callable[[], dict[str, dict[str, A
     asked = {*checkpoint.opened, *checkpoint.documents, checkpoint.entry, "README.md"}
     paths = {file: checkpoint.source.path(file) for file in sorted(asked & {*checkpoint.source.files})}
     taken: Counter[Path] = Counter()
-    for piece in chain.from_iterable(tensor.pieces() for tensor in job.inputs()):
+    for piece in chain.from_iterable(tensor.leaves() for tensor in job.inputs()):
         taken[piece.file] += piece.nbytes
     sizes = {file: path.stat().st_size for file, path in paths.items()}
     large = {file for file in checkpoint.opened.keys() & paths.keys() if sizes[file] > SMALL}

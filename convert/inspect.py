@@ -15,7 +15,7 @@ from .models.internlm2 import is_internlm2
 from .models.internvit import is_internvit
 from .models.sailvl import CONNECTOR, LANGUAGE, VISION, is_sailvl, match_names
 from .models.sailvl_parts import has_other_tower, part_fields, part_problems
-from .storage.checkpoint import Checkpoint
+from .storage.checkpoint import Checkpoint, FileCheckpoint
 from .storage.errors import CheckpointError, Problem
 from .storage.files import hash_file, is_hard_link
 from .storage.hashes import recorded_hashes, value_problems
@@ -102,7 +102,7 @@ def inspect_checkpoint(
         revision: Branch, tag or commit on the Hub.
         from_layout: The layout it has, if that is known.
         prefix: What stands before the tower's names, where more than one tower could be meant.
-        trust_pickle: Whether files of torch.save may run code of their own.
+        trust_pickle: Skip objects of unknown classes in files of torch.save; else they are refused.
         deep: Whether to read the data, and so download it: NaN, infinities, hashes against provenance.json.
         on_progress: With `deep`, called with the bytes read so far and the total.
 
@@ -110,7 +110,7 @@ def inspect_checkpoint(
         CheckpointError: There is no such thing, or no weights in it. What is wrong with weights is in the report.
     """
     origin, entry = find_source(str(source), revision, headers_only=not deep)
-    checkpoint, report = Checkpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
+    checkpoint, report = FileCheckpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
     with _collect_errors(report):
         report.problems += checkpoint.shard_problems()
     for file, tensors in checkpoint.opened.items():

@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sailvit.convert.models.aimv2_config import find_aimv2
 from sailvit.convert.models.aimv2_names import LAYOUTS
 from sailvit.convert.models.name_tables import tensor_specs
-from sailvit.convert.storage.checkpoint import Checkpoint
+from sailvit.convert.storage.checkpoint import FileCheckpoint
 from sailvit.convert.storage.errors import CheckpointError
 from sailvit.convert.storage.files import read_index
 from sailvit.convert.storage.output_folder import new_folder
@@ -100,7 +103,30 @@ def test_a_pickle_with_code_raises_unless_trusted(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"a\.pt: opening it could run code.*--trust-pickle"):
         read_pickle(Path("a.pt"))
     assert not Path("opened").exists()
-    assert set(read_pickle(Path("a.pt"), trust=True)) == {"a"} and Path("opened").exists()
+    assert set(read_pickle(Path("a.pt"), trust=True)) == {"a"}  # skipped, not run
+    assert not Path("opened").exists()
+
+
+def test_names_and_values_of_a_pickle_are_read_without_torch(tmp_path):
+    torch.save({"model": {"a": torch.arange(4.0), "b": torch.ones(2, 3).t()}}, tmp_path / "a.bin")
+    script = f"""
+import importlib.util, pathlib, sys
+sys.modules["sailvit"] = importlib.util.module_from_spec(importlib.util.find_spec("sailvit"))
+from sailvit.convert.storage.torch_pickle import read_pickle
+tensors = read_pickle(pathlib.Path({str(tmp_path / "a.bin")!r}))
+assert tensors.keys() == {{"model.a", "model.b"}} and sum(map(len, tensors["model.a"].chunks())) == 16
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_harmless_objects_are_skipped_and_tensors_with_a_conjugate_bit_are_refused(tmp_path):
+    harmless = {"counts": Counter("aab"), "bytes": bytearray(b"x"), "number": 1j, "layout": torch.strided}
+    torch.save({"a": torch.ones(2), **harmless}, tmp_path / "a.pt")
+    assert set(read_pickle(tmp_path / "a.pt")) == {"a"}
+    torch.save({"a": torch.ones(2, dtype=torch.complex64).conj()}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match=r"b\.pt: .*conj.*not supported"):
+        read_pickle(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pickle", pickle.dumps({"a": 1}), b"\x80\x02}q\x00."])
@@ -152,7 +178,7 @@ BROKEN = {
         None,
         "twice",
     ),
-    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234", None, "wants dtype, shape"),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234", None, "expected dtype, shape"),
     "no such dtype": ({"a": entry("F33")}, b"1234", None, "'F33' is not known"),
     "negative": ({"a": entry(shape=(-1,))}, b"1234", None, "not a list of whole numbers"),
     "too large for its shape": ({"a": entry(shape=(2,))}, b"1234", None, "do not hold"),
@@ -250,7 +276,7 @@ def test_only_shards_with_vision_tensors_are_opened(tmp_path):
     index["weight_map"] |= {"llm.model.norm.weight": "llm-1.safetensors", "llm.lm_head.weight": "llm-2.safetensors"}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / "llm-1.safetensors").write_bytes(b"garbage")  # the second one is missing
-    checkpoint = Checkpoint(*find_source(str(source)))
+    checkpoint = FileCheckpoint(*find_source(str(source)))
     tower = find_aimv2(checkpoint)
     assert not tower.problems and set(checkpoint.opened) == tower_files and len(tower_files) > 2
     assert tower.match.others == {"llm": 2}
@@ -259,7 +285,7 @@ def test_only_shards_with_vision_tensors_are_opened(tmp_path):
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "a/../../b", "..\\a", "C:a", ""])
 def test_an_index_pointing_outside_its_folder_raises(tmp_path, shard):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(CheckpointError, match="lies outside its folder"):
+    with pytest.raises(CheckpointError, match="is outside its folder"):
         read_index(tmp_path / "model.safetensors.index.json")
 
 
@@ -279,7 +305,7 @@ def test_sharded_pickles_are_read(tmp_path):
         torch.save(half, tmp_path / f"pytorch_model-{number}.bin")
     weight_map = {name: f"pytorch_model-{number}.bin" for number, half in enumerate(halves) for name in half}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    checkpoint = Checkpoint(*find_source(str(tmp_path)))
+    checkpoint = FileCheckpoint(*find_source(str(tmp_path)))
     assert {name: bytes_of(checkpoint[name]) for name in tensors} == {
         name: to_bytes(tensor).tobytes() for name, tensor in tensors.items()
     }

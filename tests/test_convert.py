@@ -396,7 +396,7 @@ BAD = {
         tensors(lambda all: {f"{side}.{name}": t.clone() for side in "ab" for name, t in all.items()}), [], "--prefix"
     ),
     "odd epsilon": (with_config(rms_norm_eps=1e-6), ["--to-layout", "timm"], "timm has rms_norm_eps 1e-5"),
-    "shard size": (lambda folder: None, ["--max-shard-size", "many"], "--max-shard-size many: a size such as 200MB"),
+    "shard size": (lambda folder: None, ["--max-shard-size", "many"], "many: expected a size such as 200MB"),
 }  # fmt: skip
 
 
@@ -509,7 +509,7 @@ def test_a_flipped_bit_of_a_pickle_is_found_by_its_checksum(tmp_path, apple):
     content = bytearray((apple / "stage.pt").read_bytes())
     content[len(content) // 2] ^= 0x55
     (apple / "stage.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"stage\.pt: .* is broken"):
+    with pytest.raises(CheckpointError, match=r"stage\.pt: .* is corrupt"):
         convert(apple / "stage.pt", tmp_path / "out")
     assert [problem.kind for problem in inspect_checkpoint(apple / "stage.pt", deep=True).problems] == ["values"]
 

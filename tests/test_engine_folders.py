@@ -15,7 +15,7 @@ from test_training_checkpoints import assert_same, opened, read
 from toy_sailvl import write_release
 
 from sailvit.convert import convert_checkpoint
-from sailvit.convert.storage.training_run import open_trained, training_metadata
+from sailvit.convert.storage.training_run import open_checkpoint
 
 
 TITLES = {
@@ -50,7 +50,7 @@ def test_a_stored_folder_has_the_weights_that_were_in_memory(engine):
     if engine == "trainer":
         del truth[HEAD]
     assert described(checkpoint) == truth
-    metadata = training_metadata(checkpoint)
+    metadata = checkpoint.training_metadata()
     assert metadata["engine"] == TITLES[engine] and metadata.get("ranks", PROCESSES[engine]) == PROCESSES[engine]
     if engine != "dcp":
         assert metadata["step"] == 2 and metadata["tokens_seen"] == 32 * PROCESSES[engine]
@@ -58,12 +58,12 @@ def test_a_stored_folder_has_the_weights_that_were_in_memory(engine):
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_frozen_parameters_that_deepspeed_rounded_are_taken_from_the_base(engine):
-    checkpoint, base = open_trained(str(STORED / engine / "checkpoint"), base=str(BASE)), opened(BASE)
+    checkpoint, base = open_checkpoint(str(STORED / engine / "checkpoint"), base=str(BASE)), opened(BASE)
     truth = truth_of(engine)
     frozen = {name for name, (dtype, *_) in truth.items() if dtype == "bfloat16"}
     assert len(frozen) == 16
     assert described(checkpoint) == truth | {name: describe(read(base[name])) for name in frozen}
-    assert training_metadata(checkpoint)["base"] == {"name": "base", "revision": None, "exact": 16}
+    assert checkpoint.training_metadata()["base"] == {"name": "base", "revision": None, "exact": 16}
 
 
 @pytest.mark.parametrize("engine", ["peft", "zero2-peft"])
@@ -71,7 +71,7 @@ def test_a_stored_adapter_is_merged_into_its_base(engine):
     truth = truth_of(engine)
     embeddings = HEAD.replace("lm_head", "model.embed_tokens")
     truth[HEAD] = describe(read(opened(BASE)[embeddings]))  # peft merges into both
-    assert described(open_trained(str(STORED / engine / "checkpoint"), base=str(BASE))) == truth
+    assert described(open_checkpoint(str(STORED / engine / "checkpoint"), base=str(BASE))) == truth
 
 
 # What the engines of this environment write
@@ -143,7 +143,7 @@ def test_an_engines_folder_has_the_weights_that_were_in_memory(trained_in, engin
         del truth[HEAD]
     checkpoint = opened(checkpoint_of(engine, out))
     assert_same(checkpoint, truth)
-    metadata = training_metadata(checkpoint)
+    metadata = checkpoint.training_metadata()
     assert metadata["engine"] == TITLES[engine] and metadata.get("ranks", processes) == processes
     if engine != "dcp":
         assert metadata["step"] == 2 and metadata["tokens_seen"] == 32 * processes
@@ -153,7 +153,7 @@ def test_an_engines_folder_has_the_weights_that_were_in_memory(trained_in, engin
 @pytest.mark.parametrize(("engine", "processes"), [("zero1", 2), ("zero2", 2), ("zero3", 4)])
 def test_frozen_parameters_come_from_the_base_exactly(trained_in, base_release, engine, processes):
     out = trained_in(engine, processes)
-    checkpoint, base = open_trained(str(out / "checkpoint-2"), base=str(base_release)), opened(base_release)
+    checkpoint, base = open_checkpoint(str(out / "checkpoint-2"), base=str(base_release)), opened(base_release)
     truth = load_file(out / "truth.safetensors")
     frozen = {name for name, tensor in truth.items() if tensor.dtype == torch.bfloat16}
     assert len(frozen) == 16
@@ -166,7 +166,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(trained_in, base_release, engine
     out = trained_in(engine, processes)
     truth = load_file(out / "truth.safetensors")
     truth[HEAD] = read(opened(base_release)[HEAD.replace("lm_head", "model.embed_tokens")])  # peft merges into both
-    assert_same(open_trained(str(out / "checkpoint-2"), base=str(base_release)), truth)
+    assert_same(open_checkpoint(str(out / "checkpoint-2"), base=str(base_release)), truth)
 
 
 @by_engines

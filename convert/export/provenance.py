@@ -11,7 +11,6 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.files import hash_file
 from ..storage.sources import PROVENANCE, licence_of, public_name
 from ..storage.tensors import torch_name
-from ..storage.training_run import training_metadata
 
 
 RECORDED_SUFFIXES = (".py", ".json", ".jinja", ".txt", ".model")
@@ -36,7 +35,7 @@ def write_provenance(
             source of files of weights that were not rewritten.
     """
     source, details = checkpoint.source, dict(record)
-    before, training = checkpoint.document(PROVENANCE).get("source"), training_metadata(checkpoint)
+    before, training = checkpoint.document(PROVENANCE).get("source"), checkpoint.training_metadata()
     kept = {name: {"sha256": files[original]["sha256"]} for name, original in details.pop("kept", {}).items()}
     content = {
         "source": {

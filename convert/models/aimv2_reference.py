@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.runtimes import RUNTIMES, timm_config, transformers_config
-from ..storage.tensors import StoredTensor, load, torch_name
+from ..storage.tensors import StoredTensor, load_float32, torch_name
 from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2_names import POSITIONS, RELEASED
 from .aimv2_state_dict import compute_positions, convert_tensors
@@ -66,7 +66,10 @@ def _reference(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None
 def _source_tensors(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> "dict[str, torch.Tensor]":
     """Return the tensors in float32, under the source's names, rounded to the folder's dtype, positions resampled."""
     scheme = plan.match.scheme
-    tensors, name = {name: load(one, plan.dtype) for name, one in plan.stored.items()}, scheme.names_of(POSITIONS)[0]
+    tensors, name = (
+        {name: load_float32(one, plan.dtype) for name, one in plan.stored.items()},
+        scheme.names_of(POSITIONS)[0],
+    )
     if new_grid is not None:
         new = _round(compute_positions(plan.stored[name], fields["hidden_size"], new_grid), plan.dtype)
         tensors[name] = new[0] if POSITIONS in scheme.squeezed else new
@@ -88,7 +91,7 @@ def _timm_reference(plan: MappedPlan, fields: Mapping[str, Any], learned: Stored
     config, positions = timm_config(fields), plan.match.scheme.names_of(POSITIONS)[0]
     with torch.device("meta"):  # saves seconds of random initialization
         model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
-    tensors = {**_source_tensors(plan, fields, None), positions: load(learned)}
+    tensors = {**_source_tensors(plan, fields, None), positions: load_float32(learned)}
     model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True, assign=True)
     model.pos_embed.data = _round(model.pos_embed.data, plan.dtype)
     return model.eval().forward_features

@@ -26,7 +26,7 @@ from ..export.tokenizer_files import (
     write_generation_config,
 )
 from ..plan import ConversionPlan, Options, output_dtype
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, FileCheckpoint
 from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
 from ..storage.files import (
     COPIED,
@@ -414,7 +414,7 @@ def _plan_insertion(
     checkpoint: Checkpoint, names: Names, asked: Options, dtype: str, config: "SAILVLConfig"
 ) -> AIMv2Plan:
     origin, entry = find_source(str(asked.insert_vision))
-    inserted = Checkpoint(origin, entry, checkpoint.trust_pickle)
+    inserted = FileCheckpoint(origin, entry, checkpoint.trust_pickle)
     job = plan_aimv2(inserted, Options(dtype=torch_name(dtype)))
     factor, (taken,) = config.pixel_shuffle_factor, checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
     width, grid = job.fields["hidden_size"], job.fields["image_size"] // job.fields["patch_size"]

@@ -13,7 +13,7 @@ from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.files import first_line, write_json
-from ..storage.tensors import load, torch_name
+from ..storage.tensors import load_float32, torch_name
 from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2_names import match_aimv2
@@ -277,7 +277,7 @@ def verify_tower(folder: Path, job: ComponentPlan) -> dict[str, Any]:
     alone = run_in_clean_process(folder)
     config, _ = build_meta_model(job.checkpoint.source.name, "vision", job.config)
     model = AutoModel.from_config(config).float()
-    model.load_state_dict({name: load(job.checkpoint[place], job.dtype) for name, place in job.names.items()})
+    model.load_state_dict({name: load_float32(job.checkpoint[place], job.dtype) for name, place in job.names.items()})
     with torch.inference_mode():
         tokens = model.eval()(alone["pixel_values"]).last_hidden_state
     return compare_outputs(alone["tokens"], tokens, f"{type(model).__name__} of transformers {__version__}")

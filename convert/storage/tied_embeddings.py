@@ -1,4 +1,4 @@
-"""A language model's embeddings and its head, which may be one tensor under two names."""
+"""Tied embeddings: the input embeddings and the head of a language model may be one tensor with two names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from .names import strip_wrapper_prefixes
 
 
-# What language models call their embeddings and their head: most of them, InternLM2, GPT-2, BLOOM.
+# Embeddings and head of most language models, InternLM2, GPT-2, BLOOM.
 ENDS = (
     ("model.embed_tokens.weight", "lm_head.weight"),
     ("model.tok_embeddings.weight", "output.weight"),
@@ -20,41 +20,31 @@ SECTIONS = ("llm_config", "text_config")
 
 @dataclass(frozen=True)
 class Ends:
-    """
-    Names in a checkpoint of what may be tied.
-
-    Attributes:
-        embeddings: It is there.
-        head: As the checkpoint calls it, or would, if it is not there.
-    """
+    """Names in a checkpoint; it has the embeddings, and perhaps not the head."""
 
     embeddings: str
     head: str
 
-    def other(self, name: str) -> str | None:
-        """The other end, of one of the two."""
-        return {self.embeddings: self.head, self.head: self.embeddings}.get(name)
-
 
 def find_ends(names: Iterable[str]) -> Ends | None:
-    """The embeddings among the names of a checkpoint, behind whatever prefix, and their head; None without these."""
-    places = {strip_wrapper_prefixes(name): name for name in names}
-    for short, name in places.items():
+    """The embeddings in a checkpoint, behind any prefix, and their head; None without embeddings."""
+    stored_names = {strip_wrapper_prefixes(name): name for name in names}
+    for short, name in stored_names.items():
         for embeddings, head in ENDS:
             if short == embeddings or short.endswith("." + embeddings):
-                wanted = short.removesuffix(embeddings) + head
-                return Ends(name, places.get(wanted, wanted))
+                head_name = short.removesuffix(embeddings) + head
+                return Ends(name, stored_names.get(head_name, head_name))
     return None
 
 
 def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the language model, in the config.json of a SAIL-VL: `llm_config` in releases."""
+    """The language model's section of a config.json of SAIL-VL, `llm_config` in releases; empty if there is none."""
     fields = next((config[key] for key in SECTIONS if config.get(key)), {})
     return fields if isinstance(fields, Mapping) else {}
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json, of a SAIL-VL or of a language model, ties them; by its class, where it does not say so."""
+    """Whether the config.json of a SAIL-VL or language model ties them; by default as its config class does."""
     fields = text_fields(config) or config
     if "tie_word_embeddings" in fields:
         return bool(fields["tie_word_embeddings"])
@@ -62,10 +52,3 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
     kind = fields.get("model_type")
     return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False))
-
-
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says, of the whole and of the language model, that they are two tensors."""
-    apart = {"tie_word_embeddings": False}
-    sections = {key: {**config[key], **apart} for key in SECTIONS if isinstance(config.get(key), Mapping)}
-    return {**config, **apart, **sections}
