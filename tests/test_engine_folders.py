@@ -69,8 +69,7 @@ def test_frozen_parameters_that_deepspeed_rounded_are_taken_from_the_base(engine
 @pytest.mark.parametrize("engine", ["peft", "zero2-peft"])
 def test_a_stored_adapter_is_merged_into_its_base(engine):
     truth = truth_of(engine)
-    embeddings = HEAD.replace("lm_head", "model.embed_tokens")
-    truth[HEAD] = describe(read(opened(BASE)[embeddings]))  # peft merges into both
+    del truth[HEAD]
     assert described(open_checkpoint(str(STORED / engine / "checkpoint"), base=str(BASE))) == truth
 
 
@@ -165,7 +164,7 @@ def test_frozen_parameters_come_from_the_base_exactly(trained_in, base_release, 
 def test_an_adapter_is_merged_as_peft_merges_it(trained_in, base_release, engine, processes):
     out = trained_in(engine, processes)
     truth = load_file(out / "truth.safetensors")
-    truth[HEAD] = read(opened(base_release)[HEAD.replace("lm_head", "model.embed_tokens")])  # peft merges into both
+    del truth[HEAD]
     assert_same(open_checkpoint(str(out / "checkpoint-2"), base=str(base_release)), truth)
 
 
