@@ -325,7 +325,7 @@ def _convert(options: argparse.Namespace) -> int:
     if options.out is None:
         raise ValueError(f"{options.source}: OUT, the folder to be, is missing")
     from sailvit.convert import convert_checkpoint
-    from sailvit.convert.models.sailvl import describe
+    from sailvit.convert.verify.outputs import describe
 
     _clear_away_when_ended()
     progress = _ByteProgress()
@@ -376,7 +376,7 @@ def _compose(options: argparse.Namespace) -> int:
     from transformers import logging
 
     from sailvit.convert import compose_model
-    from sailvit.convert.models.sailvl import describe
+    from sailvit.convert.verify.outputs import describe
 
     logging.disable_progress_bar()
     _clear_away_when_ended()
@@ -415,7 +415,7 @@ def _inspect(options: argparse.Namespace) -> int:
         from sailvit.convert.inspect import table
 
         print(table(report))
-    return 0 if report.whole else 2
+    return 0 if report.ok else 2
 
 
 def _push(options: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ def write_provenance(
         files: Name -> sha256 and bytes of every file that was read.
         digests: Name -> sha256 of every tensor that was written.
     """
-    source, record = job.checkpoint.source, job.record()
+    source, record = job.checkpoint.source, job.provenance()
     before, training = job.checkpoint.document(PROVENANCE).get("source"), training_metadata(job.checkpoint)
     said = {
         "name": public_name(source),

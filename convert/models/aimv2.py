@@ -63,7 +63,7 @@ class AIMv2Plan(ConversionPlan):
             for move in moves
         ]
 
-    def inputs(self) -> Iterable[StoredTensor]:
+    def source_tensors(self) -> Iterable[StoredTensor]:
         return self.tower.tensors.values()
 
     def _chunks(self, move: TensorSource) -> Iterator[np.ndarray]:
@@ -87,7 +87,7 @@ class AIMv2Plan(ConversionPlan):
     def verify(self, folder: Path) -> dict[str, Any] | None:
         return verify_folder(folder, self) if self.layout.name in RUNTIMES else None
 
-    def record(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         found = self.tower.found
         return {
             "source": {

@@ -252,6 +252,21 @@ class AIMv2Match:
     wrappers: list[str]
 
 
+class SeveralTowersError(CheckpointError):
+    """More than one AIMv2 among the names of a checkpoint."""
+
+
+def is_aimv2(names: Iterable[str]) -> bool:
+    """Whether there is an AIMv2 among the names of a checkpoint, or several, in any layout and behind any prefix."""
+    try:
+        match_aimv2(names)
+    except SeveralTowersError:
+        return True
+    except CheckpointError:
+        return False
+    return True
+
+
 def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> AIMv2Match:
     """
     Finds the tower among the names of a checkpoint.
@@ -282,7 +297,7 @@ def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | N
     rivals = [entry for entry in ranked[1:] if entry[1] > 7 and _has_patches(cleaned, *entry[0])]
     if rivals and _has_patches(cleaned, chosen, place):
         found = ", ".join(f"{names.name} under {where!r}" for (names, where), _ in (ranked[0], *rivals))
-        raise CheckpointError(f"more than one tower: {found}; choose with --prefix or --from-layout")
+        raise SeveralTowersError(f"more than one tower: {found}; choose with --prefix or --from-layout")
     return _sort_names(cleaned, wrappers, chosen, place)
 
 

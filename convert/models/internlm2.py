@@ -261,8 +261,8 @@ class InternLM2Plan(InternVLPlan):
 
         return verify_internlm2(folder, self)
 
-    def record(self) -> dict[str, Any]:
-        return {**super().record(), "tokenizer": self.tokenizer.origin if self.tokenizer else None}
+    def provenance(self) -> dict[str, Any]:
+        return {**super().provenance(), "tokenizer": self.tokenizer.origin if self.tokenizer else None}
 
 
 def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Plan:

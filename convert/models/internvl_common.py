@@ -356,7 +356,7 @@ class InternVLPlan(ConversionPlan):
             for part in plan_parts(self.found.kind.modules, self.shape)
         ]
 
-    def inputs(self) -> Iterable[StoredTensor]:
+    def source_tensors(self) -> Iterable[StoredTensor]:
         return self.stored.values()
 
     def _chunks(self, part: Part) -> Iterator[np.ndarray]:
@@ -364,7 +364,7 @@ class InternVLPlan(ConversionPlan):
         for name, start, stop in part.runs:
             yield from cast_stream(self.stored[name], self.found.names[name], self.dtype, start, stop)
 
-    def record(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         return {
             "source": {
                 "layout": self.found.kind.title,

@@ -88,7 +88,9 @@ class CompositeCheckpoint(Checkpoint):
         return {name: self[name] for name, place in self.weight_map.items() if place == file}
 
     def document(self, file: str) -> dict[str, Any]:
-        """Of provenance.json only where it came from: its hashes are of other tensors."""
+        """Of provenance.json only where it came from: its hashes are of other tensors. An adapter is merged."""
+        if file == ADAPTER:
+            return {}
         source, name = self.source.places.get(file, (None, file))
         owner = next((part for part in self.parts.values() if part.source is source), self.parts[""])
         content = owner.document(name)
