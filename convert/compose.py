@@ -101,7 +101,7 @@ def compose_model(
     log: Callable[[str], None] = lambda message: None,
 ) -> Composition:
     """
-    Writes a multimodal model with a randomly initialised connector to a folder.
+    Write a multimodal model with a randomly initialised connector to a folder.
 
     Args:
         vision: A SAILViT, AIMv2 or InternViT in any layout, a SAIL-VL, or a vision encoder of transformers: a file, a
@@ -153,10 +153,7 @@ def _location(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _load(auto_class: Any, checkpoint: Checkpoint, what: str, **options: Any) -> "PreTrainedModel":
-    """
-    Raises:
-        CheckpointError: It does not load, or not strictly.
-    """
+    """Load a model strictly; raises CheckpointError if that fails."""
     name = checkpoint.source.name
     try:
         model, report = auto_class.from_pretrained(**_location(checkpoint), output_loading_info=True, **options)

@@ -45,13 +45,13 @@ def convert_checkpoint(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionPlan:
     """
-    Writes a checkpoint, or one component of it, to a folder in another layout, resolution or dtype.
+    Write a checkpoint, or one component of it, to a folder in another layout, resolution or dtype.
 
     Args (those that are not named here are documented in Options):
         source: File, folder or name on the Hub.
         out: The new folder; it is complete or does not exist.
-        base: The model that the training started from, as `source`: frozen or bf16-rounded parameters are taken from
-            it, and an adapter is merged into it.
+        base: The model that training started from: frozen or bf16-rounded parameters are taken from it, and an adapter
+            is merged into it.
         average: More checkpoints of the same run; the mean of all is converted.
         revision: Branch, tag or commit of a name on the Hub.
         trust_pickle: Whether torch.save files may execute code.
@@ -68,41 +68,26 @@ def convert_checkpoint(
     options.check()
     checkpoint = open_trained(str(source), revision, base=base, average=[*map(str, average)], trust_pickle=trust_pickle)
     check_free(Path(out), overwrite)
-    check_separate(Path(out), [*all_sources(checkpoint), *_local_source(inserted)])
+    local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
+    check_separate(Path(out), [*all_sources(checkpoint), *local])
     plan = plan_conversion(checkpoint, options)
-    _write(plan, options, Path(out), overwrite, verify, log, on_progress)
-    return plan
-
-
-def _local_source(path: str | None) -> list[Any]:
-    return [find_source(path)[0]] if path and Path(path).exists() else []
-
-
-def _write(
-    plan: ConversionPlan,
-    options: Options,
-    out: Path,
-    overwrite: bool,
-    verify: bool,
-    log: Callable[[str], None],
-    on_progress: Callable[[int, int], None],
-) -> None:
     for note in plan.notes:
         log(note)
     logged = len(plan.notes)
-    with new_folder(out, overwrite) as folder, _hash_sources(plan) as hashes:
+    with new_folder(Path(out), overwrite) as folder, _hash_sources(plan) as hashes:
         digests = plan.write_weights(folder, options.shard_size, on_progress)
         for note in plan.notes[logged:]:
             log(note)
         plan.write_folder(folder)
         plan.verification = plan.verify(folder) if verify else None
         write_provenance(folder, plan, options.provenance(), hashes(), digests)
+    return plan
 
 
 @contextmanager
 def _hash_sources(plan: ConversionPlan) -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
     """
-    Hashes the source files in the background, README.md among them for its licence; yields a function that returns
+    Hash the source files in the background, README.md among them for its licence; yields a function that returns
     file -> its bytes and sha256. Of a large weight file that is partly read, the bytes read are given instead.
     """
     checkpoint, stop = plan.checkpoint, threading.Event()

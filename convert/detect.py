@@ -45,12 +45,7 @@ class Architecture:
     options: tuple[str, ...] = ()
 
     def problems(self, checkpoint: Checkpoint) -> list[Problem]:
-        """
-        Return what is missing, unexpected, of a wrong shape, or contradicts config.json.
-
-        Raises:
-            CheckpointError: A problem that hides others.
-        """
+        """Return what is wrong with names, shapes and config; raises CheckpointError for what hides other problems."""
         if self.check:
             return self.check(checkpoint)
         self.plan(checkpoint, Options())

@@ -87,7 +87,7 @@ def inspect_checkpoint(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """
-    Reports what a checkpoint is and what is wrong with it.
+    Report what a checkpoint is and what is wrong with it.
 
     Args:
         source: File, folder or name on the Hub; of a repository's safetensors only the headers are downloaded.
@@ -117,7 +117,7 @@ def inspect_checkpoint(
 
 @contextmanager
 def _collect_errors(report: Report) -> Iterator[None]:
-    """Adds a CheckpointError to the problems, so that the other checks still run."""
+    """Add a CheckpointError to the problems, so that the other checks still run."""
     try:
         yield
     except CheckpointError as error:

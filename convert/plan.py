@@ -52,10 +52,7 @@ class Options:
     link: bool = False
 
     def check(self) -> None:
-        """
-        Raises:
-            CheckpointError: A value is out of range.
-        """
+        """Raise CheckpointError if a value is out of range."""
         check_choice("part", self.part, PARTS)
         check_choice("dtype", self.dtype, DTYPES)
         if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
@@ -75,10 +72,7 @@ class Options:
 
 
 def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """
-    Raises:
-        CheckpointError: The value is given and is not one of the choices.
-    """
+    """Raise CheckpointError if a value is given that is not one of the choices."""
     if value not in (None, *choices):
         raise CheckpointError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 

@@ -50,7 +50,7 @@ def refresh_code(
     log: Callable[[str], None] = lambda message: None,
 ) -> Refreshed:
     """
-    Replaces a folder's code by this package's, and updates what belongs to it: auto_map in config.json, chat template
+    Replace a folder's code by this package's, and update what belongs to it: auto_map in config.json, chat template
     and tokenizer settings where they were not edited, and the hashes in provenance.json. An error leaves all files as
     they were; after a kill, every file is complete, and a second call finishes.
 
@@ -109,10 +109,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_unedited(folder: Path, code: Mapping[str, bytes], recorded: Mapping[str, str]) -> None:
-    """
-    Raises:
-        CheckpointError: A code file is neither as recorded nor this package's.
-    """
+    """Raise CheckpointError if a code file is neither as recorded nor this package's."""
     for name, content in code.items():
         stored = _read(folder / name)
         if stored not in (None, content) and _hash(stored) != recorded.get(name):

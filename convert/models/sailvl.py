@@ -92,10 +92,7 @@ class Names:
 
 
 def match_names(names: Iterable[str]) -> Names:
-    """
-    Raises:
-        CheckpointError: Two names are the same without wrappers.
-    """
+    """Raises CheckpointError if two names are the same without wrappers."""
     cleaned, wrappers = without_wrapper_prefixes(names)
     prefixes = Counter(match["prefix"] for short in cleaned if (match := COMPONENT_NAME.match(short)))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
@@ -252,10 +249,7 @@ def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[in
 
 
 def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
-    """
-    Raises:
-        CheckpointError: The checkpoint is no complete SAIL-VL, or an option does not fit it.
-    """
+    """Raises CheckpointError if the checkpoint is no complete SAIL-VL, or an option does not fit it."""
     source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
     raise_if_any(sailvl_problems(checkpoint), source)
     dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in names.stored.items()}, source)

@@ -43,7 +43,7 @@ def _width(fields: Mapping[str, Any]) -> int | None:
 
 @contextmanager
 def _config_errors(source: str, fix: str = "") -> Iterator[None]:
-    """Turns an exception of a configuration or model class into a CheckpointError in one line."""
+    """Turn an exception of a configuration or model class into a CheckpointError in one line."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -51,10 +51,7 @@ def _config_errors(source: str, fix: str = "") -> Iterator[None]:
 
 
 def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
-    """
-    Raises:
-        CheckpointError: config.json is missing, describes no language model, or is invalid.
-    """
+    """Raises CheckpointError if config.json is missing, describes no language model, or is invalid."""
     from ...configuration_sailvl import SAILVLConfig
 
     fields = checkpoint.document("config.json")
@@ -67,12 +64,7 @@ def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
 
 
 def build_meta_model(config: "SAILVLConfig", source: str) -> "nn.Module":
-    """
-    Return the model on the meta device, without weights.
-
-    Raises:
-        CheckpointError: transformers does not have one of its components.
-    """
+    """Return the model on the meta device; raises CheckpointError if transformers does not have a component."""
     import torch
 
     from ...modeling_sailvl import SAILVLForConditionalGeneration

@@ -75,7 +75,8 @@ def find_component(checkpoint: Checkpoint, part: str) -> Component:
 
 def is_connector(names: Collection[str], config: Mapping[str, Any]) -> bool:
     """Whether there is a SAIL-VL, or its connector alone."""
-    return is_sailvl(names, config) or all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names)
+    is_alone = bool(names) and all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names)
+    return is_alone or is_sailvl(names, config)
 
 
 def is_language_model(names: Collection[str], config: Mapping[str, Any]) -> bool:
@@ -193,10 +194,7 @@ class ComponentPlan(ConversionPlan):
 
 
 def plan_component(checkpoint: Checkpoint, options: Options, part: str) -> ComponentPlan:
-    """
-    Raises:
-        CheckpointError: The component is not complete, contradicts config.json, or transformers does not have it.
-    """
+    """Raises CheckpointError if the component is not complete, contradicts config.json, or transformers lacks it."""
     source, found = checkpoint.source.name, find_component(checkpoint, part)
     raise_if_any(component_problems(checkpoint, part), source)
     names, config, title = found.names, {}, "the connector"
@@ -218,12 +216,7 @@ def plan_component(checkpoint: Checkpoint, options: Options, part: str) -> Compo
 
 
 def _verify_vision(folder: Path, plan: ComponentPlan) -> dict[str, Any]:
-    """
-    Load the folder in a clean process and compare its outputs on a test image with those of the source's weights.
-
-    Raises:
-        VerificationError: It does not load, or its outputs differ.
-    """
+    """Compare the folder's outputs on a test image, in a clean process, with those of the source's weights."""
     import torch
     from transformers import AutoModel, __version__
 

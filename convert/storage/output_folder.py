@@ -76,10 +76,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def check_separate(out: Path, sources: Iterable[Source]) -> None:
-    """
-    Raises:
-        CheckpointError: `out` is a source, contains one, or is inside one.
-    """
+    """Raise CheckpointError if `out` is a source, contains one, or is inside one."""
     for source in sources:
         if isinstance(source, LocalFolder):
             folder, given, target = source.folder.resolve(), source.given.resolve(), out.resolve()
