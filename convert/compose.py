@@ -27,7 +27,7 @@ from .models.internlm2_tokenizer import generation_settings, mark_tokenizer, pad
 from .models.sailvl import CARD_DATA, describe_sailvl, source_provenance, usage, verify_sailvl
 from .models.sailvl_config import build_meta_model
 from .plan import DTYPES, SHARD_SIZE, check_choice
-from .storage.checkpoint import Checkpoint
+from .storage.checkpoint import Checkpoint, FileCheckpoint
 from .storage.errors import CheckpointError
 from .storage.files import first_line, hash_file, read_json, write_json
 from .storage.output_folder import check_free, check_separate, new_folder
@@ -142,7 +142,7 @@ def compose_model(
 
 
 def _open(source: str | Path) -> Checkpoint:
-    return Checkpoint(*find_source(str(source)))
+    return FileCheckpoint(*find_source(str(source)))
 
 
 def _location(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .plan import ConversionPlan, Options
 from .storage.files import hash_file
 from .storage.output_folder import check_free, check_separate, new_folder
 from .storage.sources import find_source
-from .storage.training_run import all_sources, open_trained
+from .storage.training_run import open_checkpoint
 
 
 # A weight file is hashed if it is small (bytes), or if at least this share of its bytes is read.
@@ -66,10 +66,12 @@ def convert_checkpoint(
     base, inserted = (None if path is None else str(path) for path in (base, insert_vision))
     options = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
     options.check()
-    checkpoint = open_trained(str(source), revision, base=base, average=[*map(str, average)], trust_pickle=trust_pickle)
+    checkpoint = open_checkpoint(
+        str(source), revision, base=base, average=[*map(str, average)], trust_pickle=trust_pickle
+    )
     check_free(Path(out), overwrite)
     local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
-    check_separate(Path(out), [*all_sources(checkpoint), *local])
+    check_separate(Path(out), [*checkpoint.sources, *local])
     plan = plan_conversion(checkpoint, options)
     for note in plan.notes:
         log(note)
@@ -95,8 +97,8 @@ def _hash_sources(plan: ConversionPlan) -> Iterator[Callable[[], dict[str, dict[
     paths = {file: checkpoint.source.path(file) for file in sorted(read)}
     sizes = {file: path.stat().st_size for file, path in paths.items()}
     taken: Counter[Path] = Counter()
-    for piece in chain.from_iterable(tensor.pieces() for tensor in plan.source_tensors()):
-        taken[piece.file] += piece.nbytes
+    for leaf in chain.from_iterable(tensor.leaves() for tensor in plan.source_tensors()):
+        taken[leaf.file] += leaf.nbytes
     large = {file for file in checkpoint.opened.keys() & paths.keys() if sizes[file] > SMALL_FILE}
     partly = {file: taken[paths[file]] for file in large if taken[paths[file]] < MOST_OF_FILE * sizes[file]}
     with ThreadPoolExecutor(1) as pool:

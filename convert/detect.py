@@ -17,7 +17,7 @@ from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError, Problem
 from .storage.lora import is_wrapped
 from .storage.sources import ADAPTER
-from .storage.training_run import default_dtype, training_notes
+from .storage.training_run import training_notes
 
 
 SPECIFIC_OPTIONS = ("to_layout", "from_layout", "prefix", "image_size", "insert_vision")
@@ -53,7 +53,7 @@ class Architecture:
 
 
 def _plan_lora(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
-    """Only a checkpoint that open_trained did not open gets here: that merges LoRA."""
+    """Only a checkpoint that open_checkpoint did not open gets here: that merges LoRA."""
     if ADAPTER in checkpoint.source.files:
         what = "an adapter of peft, no model: `sailvit convert ADAPTER OUT --base BASE` merges it"
         raise CheckpointError(f"{ADAPTER}: {what}")
@@ -119,7 +119,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
     if options.dtype is None:
         prefix = PREFIXES.get(architecture.part, "")
         own = [name for name in checkpoint.weight_map if f".{prefix}" in f".{name}"]
-        options = replace(options, dtype=default_dtype(checkpoint, own))
+        options = replace(options, dtype=checkpoint.default_dtype(own))
     plan = architecture.plan(checkpoint, options)
     if options.link and not plan.unchanged_files:
         raise CheckpointError(f"{checkpoint.source.name}: --link: all weight files are rewritten: leave it out")

@@ -12,7 +12,7 @@ from .export.code_files import Code, find_code
 from .export.image_settings import read_image_settings
 from .models.aimv2_config import Tower, find_aimv2, size_name
 from .models.sailvl_parts import component_facts
-from .storage.checkpoint import Checkpoint
+from .storage.checkpoint import Checkpoint, FileCheckpoint
 from .storage.errors import CheckpointError, Problem
 from .storage.files import count_bytes, hash_file, is_hard_link
 from .storage.hashes import recorded_hashes, value_problems
@@ -102,7 +102,7 @@ def inspect_checkpoint(
         CheckpointError: The source does not exist, or has no weights. Other problems are in the report.
     """
     origin, entry = find_source(str(source), revision, headers_only=not deep)
-    checkpoint, report = Checkpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
+    checkpoint, report = FileCheckpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
     for check in (_check_weight_files, _check_extra_files, _check_code, _check_image_settings, _check_provenance):
         with _collect_errors(report):
             check(report, checkpoint)

@@ -157,7 +157,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
     """LoRA in the tower and in the language model; two layers of the connector are trained whole."""
     from peft import LoraConfig, get_peft_model
 
-    modules = ["qkv", "proj", "fc1", "q_proj", "down_proj", "embed_tokens"]
+    modules = ["qkv", "attn.proj", "fc1", "q_proj", "down_proj"]
     config = LoraConfig(
         r=4, lora_alpha=16, target_modules=modules, modules_to_save=["mlp1.1", "mlp1.3"], init_lora_weights=False
     )

@@ -396,7 +396,7 @@ BAD = {
         tensors(lambda all: {f"{side}.{name}": t.clone() for side in "ab" for name, t in all.items()}), [], "--prefix"
     ),
     "odd epsilon": (with_config(rms_norm_eps=1e-6), ["--to-layout", "timm"], "timm has rms_norm_eps 1e-5"),
-    "shard size": (lambda folder: None, ["--max-shard-size", "many"], "--max-shard-size many: a size such as 200MB"),
+    "shard size": (lambda folder: None, ["--max-shard-size", "many"], "many: expected a size such as 200MB"),
 }  # fmt: skip
 
 

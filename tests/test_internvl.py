@@ -25,7 +25,7 @@ from sailvit.convert.models.internlm2_tokenizer import SPECIAL_TOKENS, build_tok
 from sailvit.convert.models.internvit import InternViTShape, is_internvit, plan_internvit
 from sailvit.convert.models.internvl_common import qkv_group_slices, stored_shapes
 from sailvit.convert.plan import Options
-from sailvit.convert.storage.checkpoint import Checkpoint
+from sailvit.convert.storage.checkpoint import FileCheckpoint
 from sailvit.convert.storage.errors import VerificationError
 from sailvit.convert.storage.sources import find_source
 from sailvit.convert.storage.tensors import CHUNK
@@ -419,7 +419,7 @@ def test_what_is_held_is_a_chunk(tmp_path):
         random_weights(shape),
         {**LM_CONFIG, "hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 1},
     )
-    job = plan_internlm2(Checkpoint(*find_source(str(source))), Options())
+    job = plan_internlm2(FileCheckpoint(*find_source(str(source))), Options())
     sizes = {tensor.name: [len(chunk) for chunk in tensor.chunks()] for tensor in job.tensors()}
     query = sizes["model.layers.0.self_attn.q_proj.weight"]
     assert max(query) == CHUNK and sum(query) == 768 * 768 * 4
@@ -609,7 +609,7 @@ def refused(source: Path, out: Path, plan, spoil, options: dict, message: str) -
     spoil(source)
     out.mkdir()
     with pytest.raises(CheckpointError) as caught:
-        job = plan(Checkpoint(*find_source(str(source))), Options(**options))
+        job = plan(FileCheckpoint(*find_source(str(source))), Options(**options))
         job.write_weights(out, "5GB", lambda done, total: None)
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ..storage.files import hash_file
 from ..storage.sources import PROVENANCE, licence_of, public_name
 from ..storage.tensors import torch_name
-from ..storage.training_run import training_metadata
 
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def write_provenance(
         digests: Name -> sha256 of every tensor that was written.
     """
     source, record = job.checkpoint.source, job.provenance()
-    before, training = job.checkpoint.document(PROVENANCE).get("source"), training_metadata(job.checkpoint)
+    before, training = job.checkpoint.document(PROVENANCE).get("source"), job.checkpoint.training_metadata()
     said = {
         "name": public_name(source),
         "revision": source.revision,

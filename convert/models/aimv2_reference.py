@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.runtimes import RUNTIMES, timm_config, transformers_config
 from ..storage.errors import VerificationError
-from ..storage.tensors import load, torch_name
+from ..storage.tensors import load_float32, torch_name
 from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
 from .aimv2_names import RELEASED
 from .aimv2_state_dict import compute_positions, convert_tensors
@@ -76,7 +76,7 @@ def _timm_reference(job: "AIMv2Plan") -> "Tokens":
     with torch.device("meta"):  # random weights of Large, to be replaced at once, would take several seconds
         model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"])
     tensors = _stored(job)
-    tensors[_position_name(job)] = load(job.learned)
+    tensors[_position_name(job)] = load_float32(job.learned)
     model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True, assign=True)
     model.pos_embed.data = _rounded(model.pos_embed.data, job.dtype)
     return model.eval().forward_features
@@ -117,7 +117,7 @@ def _ovis2_reference(job: "AIMv2Plan") -> "Tokens":
 
 def _stored(job: "AIMv2Plan") -> "dict[str, torch.Tensor]":
     """The source's tensors under its own names, without prefix, rounded to the dtype of the folder, in float32."""
-    return {name: load(stored, job.dtype) for name, stored in job.tower.tensors.items()}
+    return {name: load_float32(stored, job.dtype) for name, stored in job.tower.tensors.items()}
 
 
 def _source_fields(job: "AIMv2Plan") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..storage.errors import CheckpointError, Problem, raise_if_any
-from ..storage.tensors import StoredTensor, load
+from ..storage.tensors import StoredTensor, load_float32
 from .aimv2_names import get_layout, match_aimv2, plan_tensors
 
 
@@ -22,7 +22,7 @@ def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) 
     grid = (grid_size, grid_size)
     if learned is None:
         return sincos_position_embeddings(grid, width)
-    return resample_position_embeddings(load(learned).reshape(1, -1, width), grid)
+    return resample_position_embeddings(load_float32(learned).reshape(1, -1, width), grid)
 
 
 def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "dict[str, torch.Tensor]":

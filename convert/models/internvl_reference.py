@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from ..storage.errors import VerificationError
-from ..storage.tensors import load
+from ..storage.tensors import load_float32
 from ..verify.outputs import PICTURE, TOLERANCE, run_in_clean_process
 
 
@@ -77,7 +77,7 @@ def _compare(ours: torch.Tensor, truth: torch.Tensor, name: str, what: str, **sh
 
 def _weights(job: "InternVLPlan") -> "Weights":
     """Original name -> its numbers, rounded to the dtype of the folder, in float32; None if there is no such tensor."""
-    return lambda name: load(job.stored[name], job.dtype) if name in job.stored else None
+    return lambda name: load_float32(job.stored[name], job.dtype) if name in job.stored else None
 
 
 def internvit_tokens(weights: "Weights", config: dict[str, Any], pixels: torch.Tensor) -> torch.Tensor:

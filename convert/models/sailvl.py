@@ -19,7 +19,7 @@ from ..export.image_settings import has_normalization
 from ..export.sailvl_files import LOAD_ALL, build_processor, write_config, write_processor
 from ..export.tokenizer_files import copy_tokenizer, find_image_token, write_generation_config
 from ..plan import ConversionPlan, Options, output_dtype
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, FileCheckpoint
 from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
 from ..storage.files import (
     COPIED,
@@ -293,7 +293,7 @@ def _plan_insertion(
     checkpoint: Checkpoint, names: Names, options: Options, dtype: str, config: "SAILVLConfig"
 ) -> AIMv2Plan:
     origin, entry = find_source(str(options.insert_vision))
-    plan = plan_aimv2(Checkpoint(origin, entry, checkpoint.trust_pickle), Options(dtype=torch_name(dtype)))
+    plan = plan_aimv2(FileCheckpoint(origin, entry, checkpoint.trust_pickle), Options(dtype=torch_name(dtype)))
     factor, (taken,) = config.pixel_shuffle_factor, checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
     width, grid = plan.fields["hidden_size"], plan.fields["image_size"] // plan.fields["patch_size"]
     if factor**2 * width != taken:

@@ -17,7 +17,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.errors import Problem, raise_if_any
 from ..storage.files import write_json
 from ..storage.names import strip_wrapper_prefixes
-from ..storage.tensors import NewTensor, StoredTensor, load, torch_name
+from ..storage.tensors import NewTensor, StoredTensor, load_float32, torch_name
 from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import compare_outputs, run_in_clean_process
 from .internlm2_tokenizer import padding_notes
@@ -223,7 +223,9 @@ def _verify_vision(folder: Path, plan: ComponentPlan) -> dict[str, Any]:
     outputs = run_in_clean_process(folder)
     config, _ = build_meta_component(plan.checkpoint.source.name, "vision", plan.config)
     model = AutoModel.from_config(config).float().eval()
-    model.load_state_dict({name: load(plan.checkpoint[stored], plan.dtype) for name, stored in plan.names.items()})
+    model.load_state_dict(
+        {name: load_float32(plan.checkpoint[stored], plan.dtype) for name, stored in plan.names.items()}
+    )
     with torch.inference_mode():
         expected = model(outputs["pixel_values"]).last_hidden_state
     return compare_outputs(outputs["tokens"], expected, f"{type(model).__name__} of transformers {__version__}")

@@ -1,81 +1,164 @@
-"""Folders that training engines leave, in which the weights lie in pieces."""
+"""Checkpoints: named tensors and the JSON files next to them, read on demand."""
 
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
-from .deepspeed_zero import ZeroCheckpoint
+from .deepspeed_zero import MASTERS, read_zero
 from .errors import CheckpointError, Problem
 from .files import read_index, read_json
 from .safetensors_io import read_safetensors
-from .sources import ENGINE_ENTRIES, ZERO_PATTERN, HubHeaders, Source
+from .sources import (
+    ADAPTER,
+    DCP_METADATA,
+    ENGINE_ENTRIES,
+    PROVENANCE,
+    ZERO_PATTERN,
+    Source,
+    licence_of,
+    public_name,
+    without_local_path,
+)
 from .tensors import StoredTensor
-from .torch_dcp import read_distributed
-from .torch_pickle import explained, read_pickle
+from .torch_dcp import read_dcp
+from .torch_pickle import read_pickle, unpickling_errors
 
 
-class Checkpoint:
+TRAINER_STATE = "trainer_state.json"
+
+
+class Checkpoint(ABC):
     """
-    The tensors of a source, by name; their shards are opened when they are asked for.
-
     Attributes:
-        source: The folder or repository it lies in.
-        entry: Name of the file that stands for it: the one file of weights, or the index of the shards.
-        opened: Every file of weights that was opened -> the tensors in it.
-        documents: Every JSON file beside them that was asked for -> its content.
-        engine: What a training engine's files say of the training, once they are opened.
+        source: Its files.
+        entry: The file that stands for its weights: the only one, the index of the shards, or one of ENGINE_ENTRIES.
+        trust_pickle: Whether pickles may name unknown classes.
+        engine: What a training framework stored about the training.
+        opened: Weight files that were opened -> their tensors.
+        documents: JSON files that were read -> their content.
     """
 
-    def __init__(self, source: "Source", entry: str, trust_pickle: bool = False):
-        self.source = source
-        self.entry = entry
-        self.trust_pickle = trust_pickle
-        self.opened: dict[str, dict[str, StoredTensor]] = {}
-        self.documents: dict[str, dict[str, Any]] = {}
-        self.engine: dict[str, Any] = {}
+    source: Source
+    entry: str
+    trust_pickle: bool
+    engine: Mapping[str, Any] = {}
+    opened: Mapping[str, dict[str, StoredTensor]]
+    documents: Mapping[str, dict[str, Any]]
 
     @property
-    def headers_only(self) -> bool:
-        """Whether no tensor can be read, but only what the headers say of it."""
-        return isinstance(self.source, HubHeaders)
+    @abstractmethod
+    def weight_map(self) -> Mapping[str, str]:
+        """Tensor name -> weight file."""
 
-    @cached_property
-    def weight_map(self) -> dict[str, str]:
-        """Tensor name -> name of the file that holds it."""
-        if self.entry.endswith(".index.json"):
-            return read_index(self.source.path(self.entry))
-        return dict.fromkeys(self.open(self.entry), self.entry)
+    @abstractmethod
+    def __getitem__(self, name: str) -> StoredTensor: ...
 
-    @property
-    def files(self) -> list[str]:
-        """The files of weights there should be."""
-        return sorted(set(self.weight_map.values()))
-
+    @abstractmethod
     def open(self, file: str) -> dict[str, StoredTensor]:
         """
-        The tensors of one of the files, by its header.
+        The tensors of a weight file.
 
         Raises:
-            CheckpointError: The file is missing or broken.
+            CheckpointError: It is missing or corrupt.
         """
-        if file not in self.opened and file.endswith(ENGINE_ENTRIES):
-            # which knows this module
 
-            self.opened[file], self.engine = read_engine(self.source, file, self.trust_pickle)
-        if file not in self.opened:
-            path = self.source.path(file)
-            if file.endswith(".safetensors"):
-                self.opened[file] = read_safetensors(path, self.source.open(file))
-            else:
-                self.opened[file] = read_pickle(path, self.trust_pickle)
-        return self.opened[file]
-
+    @abstractmethod
     def document(self, file: str) -> dict[str, Any]:
         """
-        A JSON file beside the weights; empty if there is none.
+        The content of a JSON file next to the weights; empty if there is none.
 
         Raises:
             CheckpointError: It is not a JSON object.
         """
+
+    @abstractmethod
+    def training_metadata(self) -> dict[str, Any]:
+        """For provenance.json: engine, ranks, step, epoch, tokens seen, base, as far as they are known."""
+
+    def default_dtype(self, names: Collection[str] = ()) -> str | None:
+        """
+        The torch dtype to write if the user names none and the tensors have several by nature; else None.
+
+        Args:
+            names: Tensors to write; all if there are none.
+        """
+        return None
+
+    def name_problems(self, file: str) -> list[Problem]:
+        """Differences between the index and the names in an opened file."""
+        return []
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.source]
+
+    @property
+    def headers_only(self) -> bool:
+        """Whether names, dtypes and shapes can be read, but no values."""
+        return self.source.headers_only
+
+    @property
+    def files(self) -> list[str]:
+        """The weight files that there should be."""
+        return sorted(set(self.weight_map.values()))
+
+    def shard_problems(self) -> list[Problem]:
+        """Open all weight files; report those that are missing or corrupt, and name_problems."""
+        problems = []
+        for file in self.files:
+            try:
+                self.open(file)
+            except CheckpointError as error:
+                problems.append(Problem("file", file, str(error).split(": ", 1)[-1]))
+                continue
+            problems += self.name_problems(file)
+        return problems
+
+    def origin(self) -> dict[str, Any]:
+        """Name, revision and licence, and training_metadata, for the provenance.json of what is made of it."""
+        name = {"name": public_name(self.source), "revision": self.source.revision}
+        return name | licence_of(self.source) | self.training_metadata()
+
+
+class FileCheckpoint(Checkpoint):
+    """A checkpoint in one source; weight files are opened when one of their tensors is asked for."""
+
+    def __init__(self, source: Source, entry: str, trust_pickle: bool = False):
+        self.source, self.entry, self.trust_pickle = source, entry, trust_pickle
+        self.opened: dict[str, dict[str, StoredTensor]] = {}
+        self.documents: dict[str, dict[str, Any]] = {}
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        if self.entry.endswith(".index.json"):
+            return read_index(self.source.path(self.entry))
+        return dict.fromkeys(self.open(self.entry), self.entry)
+
+    @cached_property
+    def engine(self) -> dict[str, Any]:
+        return self._read_engine[1] if self.entry.endswith(ENGINE_ENTRIES) else {}
+
+    @cached_property
+    def _read_engine(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        with unpickling_errors(f"{self.source.name}/{self.entry}"):
+            if self.entry.endswith(ZERO_PATTERN):
+                return read_zero(self.source, self.entry.removesuffix(ZERO_PATTERN), self.trust_pickle)
+            return read_dcp(self.source, self.entry.removesuffix(DCP_METADATA), self.trust_pickle)
+
+    def open(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self.opened:
+            if file.endswith(ENGINE_ENTRIES):
+                self.opened[file] = self._read_engine[0]
+            elif file.endswith(".safetensors"):
+                self.opened[file] = read_safetensors(self.source.path(file), self.source.open(file))
+            else:
+                self.opened[file] = read_pickle(self.source.path(file), self.trust_pickle)
+        return self.opened[file]
+
+    def document(self, file: str) -> dict[str, Any]:
         if file not in self.documents:
             self.documents[file] = read_json(self.source.path(file)) if file in self.source.files else {}
         return self.documents[file]
@@ -87,43 +170,44 @@ class Checkpoint:
             raise CheckpointError(f"{self.entry} says that {name} is in {file}, which does not hold it")
         return tensors[name]
 
-    def shard_problems(self) -> list[Problem]:
-        """What is wrong with the files themselves: all of them are opened."""
-        problems = []
-        for file in self.files:
-            try:
-                self.open(file)
-            except CheckpointError as error:
-                problems.append(Problem("file", file, str(error).split(": ", 1)[-1]))
-                continue
-            problems += self.name_problems(file)
-        return problems
-
     def name_problems(self, file: str) -> list[Problem]:
-        """Where the index and one of its files, which is open, name different tensors."""
-        named, held = {name for name, place in self.weight_map.items() if place == file}, self.opened[file].keys()
-        return [
-            *(
-                Problem("shard", name, f"{self.entry} says it is in {file}, which does not hold it")
-                for name in named - held
-            ),
-            *(Problem("shard", name, f"in {file}, but {self.entry} does not say so") for name in sorted(held - named)),
+        named = {name for name, its_file in self.weight_map.items() if its_file == file}
+        stored = self.opened[file].keys()
+        lost = [
+            Problem("shard", name, f"{self.entry} says it is in {file}, which does not hold it")
+            for name in named - stored
+        ]
+        return lost + [
+            Problem("shard", name, f"in {file}, but {self.entry} does not say so") for name in sorted(stored - named)
         ]
 
+    def default_dtype(self, names: Collection[str] = ()) -> str | None:
+        """float32, where fp32 master weights are next to rounded frozen parameters."""
+        if not self.entry.endswith(ENGINE_ENTRIES):
+            return None
+        tensors = self.open(self.entry)
+        dtypes = {tensors[name].dtype for name in names or tensors if name in tensors}
+        return "float32" if "F32" in dtypes and dtypes <= {"F32", "BF16", "F16"} and len(dtypes) > 1 else None
 
-def read_engine(source: Source, entry: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """
-    The tensors of an engine's folder, and what it says of the training.
+    def training_metadata(self) -> dict[str, Any]:
+        """From the engine's files, trainer_state.json, and the `training` of an earlier provenance.json."""
+        recorded = self.document(PROVENANCE).get("training")
+        metadata = dict(recorded) if isinstance(recorded, Mapping) else {"stages": recorded} if recorded else {}
+        metadata |= {key: value for key, value in self.engine.items() if key != MASTERS and _is_plain(value)}
+        if state := self.document(TRAINER_STATE):
+            metadata.setdefault("engine", "transformers Trainer")
+        for key, its_key in {"step": "global_step", "epoch": "epoch", "tokens_seen": "num_input_tokens_seen"}.items():
+            value = state.get(its_key)
+            if type(value) in (int, float) and math.isfinite(value) and (value or key != "tokens_seen"):
+                metadata[key] = value
+        base_of_adapter = self.document(ADAPTER).get("base_model_name_or_path")
+        base = base_of_adapter or self.document("config.json").get("_name_or_path")
+        # without a training, _name_or_path of config.json is where a copy was loaded from
+        if (metadata or base_of_adapter) and isinstance(base, str) and base:
+            metadata["trained_from"] = without_local_path(base)
+        return metadata
 
-    Args:
-        source: What the folder lies in.
-        entry: As sources.find_engine names it.
-        trust: Whether pickles may name what is no object of the engine.
 
-    Raises:
-        CheckpointError: A file is missing, broken, of another run, or names what could run code.
-    """
-    with explained(f"{source.name}/{entry}"):
-        if entry.endswith(ZERO_PATTERN):
-            return ZeroCheckpoint(source, entry.removesuffix(ZERO_PATTERN), trust).read()
-        return read_distributed(source, entry.removesuffix(".metadata"), trust)
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number or a short text such as a version: files of engines may hold anything."""
+    return type(value) in (int, float) or (isinstance(value, str) and bool(re.fullmatch(r"[\w.+ -]{1,40}", value)))

@@ -1,12 +1,13 @@
 """
-Folders of DeepSpeed: under ZeRO every process has files of its own, and in those of the optimizer lie the float32
-masters. Opening reads what describes them; of the moments beside them nothing is read.
+Folders of DeepSpeed. Under ZeRO every rank has its own files, and those of the optimizer hold the fp32 master weights.
+Opening reads the pickles that describe the tensors; the moments of the optimizer are never read.
 """
 
 import math
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from typing import Any
 
@@ -17,242 +18,269 @@ from .tensors import FLOAT_BITS, StoredTensor, cast, read_bytes
 from .torch_pickle import OpaqueObject, read_saved
 
 
-MASTERS = "masters"  # in Checkpoint.engine: the names of what was trained, where the engine says so
+MASTERS = "masters"  # key of Checkpoint.engine: names of the trained parameters
 
-# Objects of DeepSpeed in its files; each becomes a record of what it holds.
-DEEPSPEED = {
+# Classes in DeepSpeed's files.
+DEEPSPEED_CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
 
-SAMPLE = 64  # masters of a run that are held against the model's weights
+SAMPLE = 64  # master weights of every slice that are compared with the model's rounded weights
 
-OPTIMIZER_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+PATTERNS = {
+    "model": re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt"),
+    "optim": re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"),
+}
 
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+OTHER_RUN = "it is of another run or step, copy it again"
 
 
-class ZeroCheckpoint:
-    """A folder of DeepSpeed: files of the model, and, under ZeRO, of the optimizer with the float32 masters."""
+def read_zero(source: Source, folder: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """
+    The tensors in a folder of DeepSpeed, fp32 master weights where there are any, and metadata of the training.
 
-    def __init__(self, source: Source, folder: str, trust: bool):
-        self.source, self.folder, self.trust = source, folder, trust
-        self.name = f"{source.name}/{folder}".rstrip("/")
-        self.models = self._find(MODEL_FILE)
-        self.optimizers = self._find(OPTIMIZER_FILE)
-        self.ranks = max(len(self.models), len(self.optimizers), 1)
+    Args:
+        folder: Its name in the source, with a slash at the end, or "".
+        trust: Whether its pickles may name unknown classes.
 
-    def _find(self, pattern: re.Pattern[str]) -> dict[int, str]:
-        """Rank -> file."""
-        found: dict[int, str] = {}
-        for file in self.source.files:
-            match = pattern.fullmatch(file.removeprefix(self.folder)) if file.startswith(self.folder) else None
+    Raises:
+        CheckpointError: A file is missing, corrupt, of another run, or names what could run code.
+    """
+    model_files = RankFiles.find(source, folder, "model")
+    optimizer_files = RankFiles.find(source, folder, "optim")
+    if not model_files.files:
+        raise CheckpointError(f"{model_files.name}: there is no *_model_states.pt: copy the folder again")
+    models = model_files.load(trust)
+    first = models[min(models)]
+    stage = _check_models(model_files, models, has_optimizer=bool(optimizer_files.files))
+    optimizers = _load_optimizers(optimizer_files, stage, trust) if stage else []
+    masters = {3: _zero3_masters, 2: _zero2_masters, 0: lambda *_: {}}[stage](optimizer_files, first, optimizers)
+    _compare_with_rounded(model_files.name, masters, first["module"])
+    tensors = _tensors_without_masters(model_files.name, models, stage) | masters
+    for name, tied_to in (first.get("shared_params") or {}).items():
+        if tied_to in tensors:
+            tensors[name] = tensors[tied_to]
+    if not tensors:
+        raise CheckpointError(f"{model_files.name}: there is no tensor in it")
+    return tensors, {
+        "engine": _title(stage, optimizers),
+        "engine_version": first.get("ds_version"),
+        "ranks": max(len(models), len(optimizers)) if stage else first.get("dp_world_size"),
+        "step": first.get("global_steps"),
+        "samples": first.get("global_samples"),
+        MASTERS: frozenset(masters),
+    }
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """
+    The model's or the optimizer's files of all ranks.
+
+    Attributes:
+        kind: A key of PATTERNS.
+        files: Rank -> file.
+    """
+
+    source: Source
+    folder: str
+    kind: str
+    files: dict[int, str]
+
+    @classmethod
+    def find(cls, source: Source, folder: str, kind: str) -> "RankFiles":
+        files: dict[int, str] = {}
+        name = f"{source.name}/{folder}".rstrip("/")
+        for file in source.files:
+            match = PATTERNS[kind].fullmatch(file.removeprefix(folder)) if file.startswith(folder) else None
             if match and int(match[2]):
-                what = "tensor parallelism cuts the parameters themselves, which nothing here puts together"
-                raise CheckpointError(f"{self.source.name}/{file}: {what}: merge them with the trainer's own tool")
-            if match and found.setdefault(int(match[1] or 0), file) != file:
-                raise CheckpointError(
-                    f"{self.name}: {file} and {found[int(match[1] or 0)]} are of one rank: remove one"
-                )
-        return dict(sorted(found.items()))
+                what = "tensor parallelism, whose parts of parameters are not supported: merge them with the trainer"
+                raise CheckpointError(f"{source.name}/{file}: {what}")
+            if match and (other := files.setdefault(int(match[1] or 0), file)) != file:
+                raise CheckpointError(f"{name}: {file} and {other} are of one rank: remove one")
+        return cls(source, folder, kind, dict(sorted(files.items())))
 
-    def read(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-        if not self.models:
-            raise CheckpointError(f"{self.name}: there is no *_model_states.pt: copy the folder again")
-        models = self._load(self.models)
-        first = models[min(models)]
-        stage = self._check_models(models)
-        optimizers = self._load_optimizers(stage) if stage else []
-        tensors = self._rest(models, stage)
-        masters = self._masters_of_3(first, optimizers) if stage == 3 else {}
-        masters |= self._masters_of_2(first, optimizers) if stage == 2 else {}
-        self._check_rounded(masters, first["module"])
-        tensors |= masters
-        for twin, name in (first.get("shared_params") or {}).items():
-            if name in tensors:
-                tensors[twin] = tensors[name]
-        if not tensors:
-            raise CheckpointError(f"{self.name}: there is no tensor in it")
-        return tensors, {
-            "engine": _zero_title(stage, optimizers),
-            "engine_version": first.get("ds_version"),
-            "ranks": self.ranks if stage else first.get("dp_world_size"),
-            "step": first.get("global_steps"),
-            "samples": first.get("global_samples"),
-            MASTERS: frozenset(masters),
-        }
+    @property
+    def name(self) -> str:
+        return f"{self.source.name}/{self.folder}".rstrip("/")
 
-    def _load(self, files: Mapping[int, str]) -> dict[int, dict[str, Any]]:
+    def file_name(self, rank: int) -> str:
+        return f"{self.source.name}/{self.files[rank]}"
+
+    def load(self, trust: bool) -> dict[int, dict[str, Any]]:
         loaded = {}
-        for rank, file in files.items():
-            loaded[rank] = read_saved(self.source.path(file), DEEPSPEED, self.trust)
+        for rank, file in self.files.items():
+            loaded[rank] = read_saved(self.source.path(file), DEEPSPEED_CLASSES, trust)
             if not isinstance(loaded[rank], dict):
-                raise CheckpointError(f"{self.source.name}/{file}: no file of DeepSpeed")
+                raise CheckpointError(f"{self.file_name(rank)}: no file of DeepSpeed")
         return loaded
 
-    def _check_models(self, models: Mapping[int, dict[str, Any]]) -> int:
-        """The stage: 0 without ZeRO, 3 where parameters are in parts, else 2, which says 1 or 2."""
-        first = models[min(models)]
-        if not isinstance(first.get("module"), dict):
-            raise CheckpointError(f"{self.name}: no model in it: pipelines save theirs in layers, not read here")
-        in_parts = "zero_pp" in self.models[min(models)]
-        shapes = first.get("param_shapes")
-        if not isinstance(shapes, list) and (in_parts or self.optimizers):
-            raise CheckpointError(f"{self.name}: it does not say which parameters were trained: copy it again")
-        for rank, model in models.items():
-            for key in ("global_steps", "dp_world_size", "param_shapes", "frozen_param_shapes"):
-                if model.get(key) != first.get(key):
-                    what = f"its {key} are not those of rank {min(models)}: it is of another run or step, copy it again"
-                    raise CheckpointError(f"{self.source.name}/{self.models[rank]}: {what}")
-        if in_parts:
-            self._check_ranks(self.models, first.get("dp_world_size"), "model")
-        return 3 if in_parts else 2 if isinstance(shapes, list) else 0
-
-    def _check_ranks(self, files: Mapping[int, str], count: Any, kind: str) -> None:
+    def check_ranks(self, count: Any) -> None:
         """
         Raises:
             CheckpointError: They are not the files of ranks 0 to count - 1.
         """
-        wanted = set(range(count)) if type(count) is int and 0 < count < 1 << 20 else set(files)
-        if missing := sorted(wanted - files.keys()):
-            pattern = next(iter(files.values()), f"{self.folder}zero_pp_rank_0_mp_rank_00_{kind}_states.pt")
+        expected = set(range(count)) if type(count) is int and 0 < count < 1 << 20 else set(self.files)
+        if missing := sorted(expected - self.files.keys()):
+            pattern = next(iter(self.files.values()), f"{self.folder}zero_pp_rank_0_mp_rank_00_{self.kind}_states.pt")
             file = re.sub(r"pp_rank_\d+", f"pp_rank_{missing[0]}", pattern)
             what = f"missing, as {len(missing)} of {count} ranks are: copy it from the machine that wrote it"
             raise CheckpointError(f"{self.source.name}/{file}: {what}")
-        if foreign := sorted(files.keys() - wanted):
+        if foreign := sorted(self.files.keys() - expected):
             what = f"left over from another run, this one had {count} ranks: remove it"
-            raise CheckpointError(f"{self.source.name}/{files[foreign[0]]}: {what}")
-
-    def _load_optimizers(self, stage: int) -> list[dict[str, Any]]:
-        """What the optimizer has of every rank, in order."""
-        if not self.optimizers:
-            mend = "copy them, or name model.safetensors if that will do"
-            raise CheckpointError(f"{self.name}: no *_optim_states.pt, which have the float32 masters: {mend}")
-        states = []
-        for rank, content in self._load(self.optimizers).items():
-            state = content.get("optimizer_state_dict")
-            key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-            if not isinstance(state, dict) or not _are_flat(state.get(key)):
-                raise CheckpointError(f"{self.source.name}/{self.optimizers[rank]}: it has no {key}: copy it again")
-            counts = state.get("partition_count")
-            self._check_ranks(self.optimizers, max(counts) if isinstance(counts, list) else counts, "optim")
-            if isinstance(counts, list) and len(set(counts)) > 1:
-                raise CheckpointError(f"{self.name}: experts are partitioned otherwise than the rest: not read here")
-            states.append({**state, "groups": state[key]})
-        if len({(len(state["groups"]), _stage_of(state)) for state in states}) > 1:
-            raise CheckpointError(f"{self.name}: its *_optim_states.pt are not of one run: copy them again")
-        return states
-
-    def _check_rounded(self, masters: Mapping[str, ConcatenatedTensor], module: Mapping[str, Any]) -> None:
-        """
-        Holds the beginning of every run of masters against the weights that the model's files have of them.
-
-        Raises:
-            CheckpointError: They are not the same, rounded.
-        """
-        equal = total = 0
-        for name, master in masters.items():
-            held, at = module.get(name), 0
-            if not isinstance(held, StoredTensor) or held.shape != master.shape or held.dtype not in FLOAT_BITS:
-                continue  # as under ZeRO-3, which has no weights there
-            for run in master.runs:
-                stop, bits = at + min(run.count, SAMPLE), FLOAT_BITS[held.dtype][0]
-                own = cast(read_bytes(master, at, stop), master.dtype, held.dtype).view(bits)
-                equal += int((own == read_bytes(held, at, stop).view(bits)).sum())
-                total, at = total + len(own), at + run.count
-        if equal < 0.9 * total:
-            what = f"{total - equal} of {total} masters that were looked at are not the model's weights before rounding"
-            raise CheckpointError(f"{self.name}: {what}: files of several runs, or of exchanged ranks? Copy them again")
-
-    def _rest(self, models: Mapping[int, dict[str, Any]], stage: int) -> dict[str, StoredTensor]:
-        """What has no master: buffers, and frozen parameters as the engine holds them."""
-        first = models[min(models)]
-        names = set(first.get("buffer_names") or ()) if stage == 3 else first["module"].keys()
-        tensors = {
-            name: tensor for name, tensor in first["module"].items()
-            if name in names and isinstance(tensor, StoredTensor)
-        }  # fmt: skip
-        shapes = first.get("frozen_param_shapes") or {}
-        for name, shape in shapes.items():
-            parts = [(model.get("frozen_param_fragments") or {}).get(name) for model in models.values()]
-            if not all(isinstance(part, StoredTensor) for part in parts):
-                raise CheckpointError(f"{self.name}: the frozen {name} is in some of its files only: copy it again")
-            if stage != 3:
-                tensors[name] = parts[0]
-                continue
-            count = math.prod(shape)
-            share = -(-count // len(parts))
-            runs = _shares(parts, share, count)
-            if any(run.count > math.prod(run.tensor.shape) for run in runs):
-                raise CheckpointError(f"{self.name}: the parts of {name} are less than {shape}: copy it again")
-            tensors[name] = ConcatenatedTensor(parts[0].file, parts[0].dtype, tuple(shape), runs=tuple(runs))
-        return tensors
-
-    def _masters_of_3(
-        self, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-    ) -> dict[str, StoredTensor]:
-        """Every parameter is cut into equal shares, one a rank, the last ones padded; a rank has its shares in line."""
-        lines = [FlatBuffer(state["groups"]) for state in optimizers]
-        shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
-        tensors, at = {}, 0
-        for name, shape in shapes.items():
-            count = math.prod(shape)
-            share = -(-count // len(lines))
-            runs = []
-            for rank, line in enumerate(lines):
-                runs += line.runs(at, max(min(share, count - rank * share), 0), self.name)
-            tensors[name] = _joined(lines, shape, runs)
-            at += share
-        for rank, line in enumerate(lines):
-            if line.count != at:
-                what = f"has {line.count} masters, {at} belong to these parameters: it is of another run"
-                raise CheckpointError(f"{self.source.name}/{self.optimizers[rank]}: {what}, copy it again")
-        return tensors
-
-    def _masters_of_2(
-        self, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-    ) -> dict[str, StoredTensor]:
-        """The parameters of a group lie in line, which is cut into one piece a rank; padding may follow each."""
-        tensors: dict[str, StoredTensor] = {}
-        if len(model["param_shapes"]) != len(optimizers[0]["groups"]):
-            raise CheckpointError(f"{self.name}: files of the model and of the optimizer are not of one run")
-        paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
-        for index, shapes in enumerate(model["param_shapes"]):
-            line, at = FlatBuffer([state["groups"][index] for state in optimizers]), 0
-            for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
-                tensors[name] = _joined([line], tuple(shape), line.runs(at, math.prod(shape), self.name))
-                at += math.prod(shape) + padding
-            spare = sum(sum(state.get("group_paddings") or (0,)) for state in optimizers)
-            if line.count - at > max(2 * len(optimizers), spare) or at - line.count > 2 * len(optimizers):
-                what = f"group {index} has {line.count} masters, {at} belong to its parameters: files of several runs?"
-                raise CheckpointError(f"{self.name}: {what} Copy them again")
-        return tensors
+            raise CheckpointError(f"{self.file_name(foreign[0])}: {what}")
 
 
-def _zero_title(stage: int, optimizers: Sequence[Mapping[str, Any]]) -> str:
-    """ZeRO-1 and ZeRO-2 lie alike, but for the number; an optimizer that has none is of stage 1."""
-    stage = _stage_of(optimizers[0]) if stage == 2 else stage
-    return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
+def _check_models(files: RankFiles, models: Mapping[int, dict[str, Any]], has_optimizer: bool) -> int:
+    """The ZeRO stage: 0 without ZeRO, 3 if parameters are partitioned, else 2, which may be 1."""
+    rank, first = next(iter(models.items()))
+    if not isinstance(first.get("module"), dict):
+        raise CheckpointError(f"{files.name}: no model in it: pipelines save it by layers, which is not supported")
+    is_partitioned = "zero_pp" in files.files[rank]
+    has_shapes = isinstance(first.get("param_shapes"), list)
+    if not has_shapes and (is_partitioned or has_optimizer):
+        raise CheckpointError(f"{files.name}: it does not say which parameters were trained: copy it again")
+    for other, model in models.items():
+        for key in ("global_steps", "dp_world_size", "param_shapes", "frozen_param_shapes"):
+            if model.get(key) != first.get(key):
+                raise CheckpointError(f"{files.file_name(other)}: its {key} are not those of rank {rank}: {OTHER_RUN}")
+    if is_partitioned:
+        files.check_ranks(first.get("dp_world_size"))
+    return 3 if is_partitioned else 2 if has_shapes else 0
 
 
-def _stage_of(optimizer: Mapping[str, Any]) -> Any:
-    said = optimizer.get("zero_stage", 1)
-    return said.made[0] if isinstance(said, OpaqueObject) and said.made else said
+def _load_optimizers(files: RankFiles, stage: int, trust: bool) -> list[dict[str, Any]]:
+    """The optimizer's state of every rank, with its flat fp32 tensors under "groups"."""
+    if not files.files:
+        fix = "copy them, or name model.safetensors if its rounded weights will do"
+        raise CheckpointError(f"{files.name}: no *_optim_states.pt, which have the fp32 master weights: {fix}")
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    states = []
+    for rank, content in files.load(trust).items():
+        state = content.get("optimizer_state_dict")
+        if not isinstance(state, dict) or not _are_flat(state.get(key)):
+            raise CheckpointError(f"{files.file_name(rank)}: it has no {key}: copy it again")
+        counts = state.get("partition_count")
+        files.check_ranks(max(counts) if isinstance(counts, list) else counts)
+        if isinstance(counts, list) and len(set(counts)) > 1:
+            raise CheckpointError(f"{files.name}: MoE expert parallelism is not supported")
+        states.append({**state, "groups": state[key]})
+    if len({(len(state["groups"]), _stage_of(state)) for state in states}) > 1:
+        raise CheckpointError(f"{files.name}: its *_optim_states.pt are not of one run: copy them again")
+    return states
 
 
 def _are_flat(groups: Any) -> bool:
     return isinstance(groups, list) and all(isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups)
 
 
-def _shares(parts: Sequence[StoredTensor], share: int, count: int) -> list[FlatSlice]:
-    return [FlatSlice(part, 0, max(min(share, count - rank * share), 0)) for rank, part in enumerate(parts)]
+def _stage_of(optimizer: Mapping[str, Any]) -> Any:
+    stage = optimizer.get("zero_stage", 1)
+    return stage.arguments[0] if isinstance(stage, OpaqueObject) and stage.arguments else stage
 
 
-def _joined(lines: Sequence["FlatBuffer"], shape: tuple[int, ...], runs: Sequence[FlatSlice]) -> ConcatenatedTensor:
-    head = runs[0].tensor if runs else lines[0].parts[0]
-    return ConcatenatedTensor(head.file, head.dtype, shape, runs=tuple(runs))
+def _title(stage: int, optimizers: Sequence[Mapping[str, Any]]) -> str:
+    """ZeRO-1 and ZeRO-2 differ in the optimizer's `zero_stage` only; without it, the stage is 1."""
+    stage = _stage_of(optimizers[0]) if stage == 2 else stage
+    return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
+
+
+def _tensors_without_masters(name: str, models: Mapping[int, dict[str, Any]], stage: int) -> dict[str, StoredTensor]:
+    """Buffers, and frozen parameters in the precision of the engine."""
+    first = models[min(models)]
+    names = set(first.get("buffer_names") or ()) if stage == 3 else first["module"].keys()
+    tensors = {key: first["module"][key] for key in first["module"] if key in names}
+    tensors = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
+    for key, shape in (first.get("frozen_param_shapes") or {}).items():
+        parts = [(model.get("frozen_param_fragments") or {}).get(key) for model in models.values()]
+        if not all(isinstance(part, StoredTensor) for part in parts):
+            raise CheckpointError(f"{name}: the frozen {key} is in some of its files only: copy it again")
+        if stage != 3:
+            tensors[key] = parts[0]
+            continue
+        slices = [FlatSlice(part, 0, count) for part, count in zip(parts, _shares(shape, len(parts)), strict=True)]
+        if any(each.count > math.prod(each.tensor.shape) for each in slices):
+            raise CheckpointError(f"{name}: the parts of {key} have fewer elements than {shape}: copy it again")
+        tensors[key] = ConcatenatedTensor(parts[0].file, parts[0].dtype, tuple(shape), slices=tuple(slices))
+    return tensors
+
+
+def _shares(shape: Sequence[int], ranks: int) -> list[int]:
+    """Elements of a parameter that every rank has under ZeRO-3: equal shares, the last ones shorter or empty."""
+    count = math.prod(shape)
+    share = -(-count // ranks)
+    return [max(min(share, count - rank * share), 0) for rank in range(ranks)]
+
+
+def _zero3_masters(
+    files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
+) -> dict[str, StoredTensor]:
+    """Every rank has its share of every parameter, padded to equal length, one after another in a flat buffer."""
+    buffers = [FlatBuffer(state["groups"]) for state in optimizers]
+    shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
+    tensors, position = {}, 0
+    for name, shape in shapes.items():
+        counts = _shares(shape, len(buffers))
+        pairs = zip(buffers, counts, strict=True)
+        slices = [each for buffer, count in pairs for each in buffer.slices(position, count, files.name)]
+        tensors[name] = _master(buffers, shape, slices)
+        position += counts[0]
+    for rank, buffer in zip(files.files, buffers, strict=True):
+        if buffer.count != position:
+            what = f"has {buffer.count} master weights, expected {position} for these parameters: {OTHER_RUN}"
+            raise CheckpointError(f"{files.file_name(rank)}: {what}")
+    return tensors
+
+
+def _zero2_masters(
+    files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
+) -> dict[str, StoredTensor]:
+    """The parameters of a group, each perhaps padded, are one flat buffer, cut into one part a rank."""
+    tensors: dict[str, StoredTensor] = {}
+    if len(model["param_shapes"]) != len(optimizers[0]["groups"]):
+        raise CheckpointError(f"{files.name}: files of the model and of the optimizer are not of one run")
+    paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
+    for index, shapes in enumerate(model["param_shapes"]):
+        buffer, position = FlatBuffer([state["groups"][index] for state in optimizers]), 0
+        for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
+            slices = buffer.slices(position, math.prod(shape), files.name)
+            tensors[name] = _master([buffer], tuple(shape), slices)
+            position += math.prod(shape) + padding
+        spare = sum(sum(state.get("group_paddings") or (0,)) for state in optimizers)
+        if buffer.count - position > max(2 * len(optimizers), spare) or position - buffer.count > 2 * len(optimizers):
+            what = f"group {index} has {buffer.count} master weights, expected {position} for its parameters"
+            raise CheckpointError(f"{files.name}: {what}: files of several runs? Copy them again")
+    return tensors
+
+
+def _master(buffers: Sequence["FlatBuffer"], shape: tuple[int, ...], slices: Sequence[FlatSlice]) -> ConcatenatedTensor:
+    head = slices[0].tensor if slices else buffers[0].parts[0]
+    return ConcatenatedTensor(head.file, head.dtype, shape, slices=tuple(slices))
+
+
+def _compare_with_rounded(name: str, masters: Mapping[str, ConcatenatedTensor], module: Mapping[str, Any]) -> None:
+    """
+    Compare the beginning of every slice of master weights with the model's own, rounded weights (none under ZeRO-3).
+
+    Raises:
+        CheckpointError: Too many differ.
+    """
+    equal = total = 0
+    for key, master in masters.items():
+        held, position = module.get(key), 0
+        if not isinstance(held, StoredTensor) or held.shape != master.shape or held.dtype not in FLOAT_BITS:
+            continue
+        for part in master.slices:
+            stop, bits = position + min(part.count, SAMPLE), FLOAT_BITS[held.dtype][0]
+            rounded = cast(read_bytes(master, position, stop), master.dtype, held.dtype).view(bits)
+            equal += int((rounded == read_bytes(held, position, stop).view(bits)).sum())
+            total, position = total + len(rounded), position + part.count
+    if equal < 0.9 * total:
+        what = f"{total - equal} of {total} sampled master weights are not the model's weights before rounding"
+        raise CheckpointError(f"{name}: {what}: files of several runs, or of exchanged ranks? Copy them again")
 
 
 class FlatBuffer:
@@ -263,15 +291,18 @@ class FlatBuffer:
         self.starts = [0, *accumulate(math.prod(part.shape) for part in parts)]
         self.count = self.starts[-1]
 
-    def runs(self, start: int, count: int, where: str) -> list[FlatSlice]:
-        """The runs in which `count` elements from `start` on lie."""
-        if start + count > self.count:
-            raise CheckpointError(f"{where}: its files have fewer masters than there are parameters: copy them again")
-        found, stop = [], start + count
-        index = bisect_right(self.starts, start) - 1
+    def slices(self, start: int, count: int, name: str) -> list[FlatSlice]:
+        """
+        Raises:
+            CheckpointError: There are fewer than `count` elements from `start` on.
+        """
+        stop = start + count
+        if stop > self.count:
+            raise CheckpointError(f"{name}: its files have fewer master weights than parameters: copy them again")
+        slices, index = [], bisect_right(self.starts, start) - 1
         while start < stop:
             end = min(stop, self.starts[index + 1])
             if end > start:
-                found.append(FlatSlice(self.parts[index], start - self.starts[index], end - start))
+                slices.append(FlatSlice(self.parts[index], start - self.starts[index], end - start))
             start, index = end, index + 1
-        return found
+        return slices

@@ -1,57 +1,28 @@
-"""
-Whole files into a folder, so that nothing written there reaches the originals: their blocks shared until one side is
-written (a reflink), where the file system can, else copied. Hard links are two names of one file, and made on request.
-"""
+"""JSON files, hashes, and copies of whole files: reflinks or hard links where possible."""
 
 import hashlib
 import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import CheckpointError
 from .tensors import CHUNK
 
 
-def hash_file(path: Path, stop: threading.Event | None = None) -> str:
-    """sha256 of a file, in hexadecimal, or of its beginning if it is stopped."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while not (stop and stop.is_set()) and (got := file.readinto(buffer)):
-            digest.update(buffer[:got])
-    return digest.hexdigest()
+REFLINKED, LINKED, COPIED = "reflinked", "hard-linked", "copied"
+
+FICLONE = 0x40049409  # ioctl of linux/fs.h: share the blocks of another file, copy-on-write
+
+COPY_CHUNK = 16 * CHUNK  # bytes
 
 
-def _line(text: object) -> str:
-    """The first line of a message."""
-    return (str(text).strip() or type(text).__name__).splitlines()[0].strip()
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """
-    Tensor name -> file name, from the index of a sharded checkpoint.
-
-    Raises:
-        CheckpointError: It is no index, or names a file outside its folder.
-    """
-    index = read_json(path)
-    weights = index.get("weight_map")
-    if not isinstance(weights, dict) or not weights or not all(isinstance(file, str) for file in weights.values()):
-        raise CheckpointError(f"{path}: no index of shards: weight_map has to map names of tensors to names of files")
-    for file in set(weights.values()):
-        if is_outside(file):
-            raise CheckpointError(f"{path}: the shard {file!r} lies outside its folder: correct weight_map")
-    return weights
-
-
-def is_outside(file: str) -> bool:
-    """Whether a name that stands in a file could lead out of the folder of that file."""
-    parts = PurePosixPath(file).parts
-    return not parts or file.startswith("/") or ".." in parts or "\\" in file or ":" in file or "\0" in file
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {_line(error)}") from error
+        raise CheckpointError(f"{path}: not JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
@@ -72,23 +43,62 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-REFLINKED, LINKED, COPIED = "reflinked", "hard-linked", "copied"
+def read_index(path: Path) -> dict[str, str]:
+    """
+    Map tensor names to file names, as the index of a sharded checkpoint does.
 
-FICLONE = 0x40049409  # of linux/fs.h: the open file gets the blocks of another
+    Raises:
+        CheckpointError: It is no index, or names a file outside its folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(f"{path}: no index of shards: expected weight_map to map tensor names to file names")
+    for file in set(weight_map.values()):
+        if is_outside(file):
+            raise CheckpointError(f"{path}: the shard {file!r} is outside its folder: correct weight_map")
+    return weight_map
 
-COPY_CHUNK = 16 * CHUNK  # bytes
+
+def is_outside(file: str) -> bool:
+    """Whether a relative path, read from a file, could lead out of that file's folder."""
+    parts = PurePosixPath(file).parts
+    return not parts or file.startswith("/") or ".." in parts or any(mark in file for mark in "\\:\0")
+
+
+def hash_file(path: Path, stop: threading.Event | None = None) -> str:
+    """sha256 of a file in hexadecimal; of its beginning only, if `stop` is set meanwhile."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while not (stop and stop.is_set()) and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = lambda count: None) -> None:
+    """
+    Args:
+        on_progress: Called with the number of bytes written since the last call.
+    """
+    buffer = memoryview(bytearray(COPY_CHUNK))
+    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as written:
+        while count := read.readinto(buffer):
+            chunk = buffer[:count]
+            while chunk:
+                count = written.write(chunk)
+                on_progress(count)
+                chunk = chunk[count:]
 
 
 def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str]:
     """
-    Makes files that take no room.
+    Create files without copying data, where the file system can.
 
     Args:
-        files: Those to be -> those there are; links are followed.
-        hard: Whether hard links may be made; never to what lies in a cache of the Hub, which all its users share.
+        files: New file -> existing file; symbolic links are followed.
+        hard: Allow hard links, except to files in the Hub's cache, which other programs share.
 
     Returns:
-        REFLINKED or LINKED of those that were made; the others are to be copied.
+        REFLINKED or LINKED for every file that was created.
     """
     made = {}
     for target, source in files.items():
@@ -98,19 +108,6 @@ def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str
         elif hard and not is_cached(source) and _hard_link(source, target):
             made[target] = LINKED
     return made
-
-
-def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = lambda count: None) -> None:
-    """
-    Args:
-        on_progress: Called with the number of bytes written since the last call.
-    """
-    with source.open("rb", buffering=0) as before, target.open("wb", buffering=0) as after:
-        for chunk in _chunks(before):
-            while chunk:
-                written = after.write(chunk)
-                on_progress(written)
-                chunk = chunk[written:]
 
 
 def count_bytes(total: int, on_progress: Callable[[int, int], None]) -> Callable[[int], None]:
@@ -126,7 +123,7 @@ def count_bytes(total: int, on_progress: Callable[[int, int], None]) -> Callable
 
 
 def is_cached(path: Path) -> bool:
-    """Whether a file, or what it is a link to, lies in a cache of the Hub."""
+    """Whether a file, or the target of a link, is in a cache of the Hub."""
     parts = path.resolve().parts
     return any(
         part.startswith(("models--", "datasets--", "spaces--")) and inside in ("blobs", "snapshots")
@@ -135,7 +132,7 @@ def is_cached(path: Path) -> bool:
 
 
 def is_hard_link(path: Path) -> bool:
-    """Whether a file has other names on this disk; a link to a file has not."""
+    """Whether a regular file has other names on its disk."""
     return path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1
 
 
@@ -145,9 +142,9 @@ def _reflink(source: Path, target: Path) -> bool:
     import fcntl
 
     try:
-        with source.open("rb") as before, target.open("wb") as after:
-            fcntl.ioctl(after.fileno(), FICLONE, before.fileno())
-    except OSError:  # another file system, or one that cannot
+        with source.open("rb") as read, target.open("wb") as written:
+            fcntl.ioctl(written.fileno(), FICLONE, read.fileno())
+    except OSError:  # not supported, or another file system
         target.unlink(missing_ok=True)
         return False
     return True
@@ -159,13 +156,3 @@ def _hard_link(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _chunks(file: BinaryIO) -> Iterable[memoryview]:
-    buffer = memoryview(bytearray(COPY_CHUNK))
-    while got := file.readinto(buffer):
-        yield buffer[:got]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -1,29 +1,24 @@
-"""TODO convert/storage/names.py."""
+"""Tensor names without the segments that wrappers add."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
 
 
-if TYPE_CHECKING:
-    pass
-
-# Segments that other tools put into names: DDP and DeepSpeed, torch.compile, FSDP, activation checkpointing.
+# DDP and DeepSpeed, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """A name without the segments that tools have put into it."""
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
 
 
 def without_wrapper_prefixes(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """
-    Name without wrappers -> name, and the wrappers there are.
+    Map names without wrapper segments to stored names, and list the wrapper segments that occur.
 
     Raises:
-        CheckpointError: Two names are one without them.
+        CheckpointError: Two names become equal.
     """
     cleaned: dict[str, str] = {}
     wrappers = set()
@@ -31,5 +26,5 @@ def without_wrapper_prefixes(names: Iterable[str]) -> tuple[dict[str, str], list
         wrappers |= WRAPPERS.intersection(name.split("."))
         short = strip_wrapper_prefixes(name)
         if cleaned.setdefault(short, name) != name:
-            raise CheckpointError(f"{name} and {cleaned[short]} are both {short}: one of them has to go")
+            raise CheckpointError(f"{name} and {cleaned[short]} are both {short} without wrappers: remove one of them")
     return cleaned, sorted(wrappers)

@@ -1,6 +1,4 @@
-"""
-Writes folders whole or not at all, and safetensors in a stream: what is held is one chunk of one tensor.
-"""
+"""Output folders that appear complete or not at all."""
 
 import errno
 import os
@@ -18,54 +16,46 @@ from .sources import PROVENANCE, LocalFolder, Source
 @contextmanager
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
-    A folder to fill, which becomes `out` when the block ends, and is gone if it does not end well. A kill leaves it
-    behind as `.NAME.part`; the next attempt clears it away.
+    A folder to fill, which is renamed to `out` when the block ends, and removed when it raises. A killed process
+    leaves it as `.NAME.part`; the next attempt empties it.
 
     Raises:
-        CheckpointError: `out` exists and is not to be overwritten, or another process is writing it.
+        CheckpointError: `out` exists and may not be overwritten, or another process is writing it.
     """
     check_free(out, overwrite)
     out = out.parent.resolve() / out.name
     part = out.with_name(f".{out.name}.part")
-    made = [parent for parent in part.parents if not parent.exists()]
+    new_parents = [parent for parent in part.parents if not parent.exists()]
     try:
         part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: give another name or place") from error
+        raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: choose another name or folder") from error
     lock = FileLock(part / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"{out}: another process is writing it") from None
     try:
-        _clear(part)
+        _empty(part)
         yield part
-        _sync(part)
-        _put_in_place(part, out)
-        (out / ".lock").unlink()  # not before: a second process would take a new one in the old place
-    except OSError as error:
-        _remove(part, made)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise CheckpointError(f"{out}: {os.strerror(error.errno)}: make room; nothing was left there") from error
-    except BaseException:
-        _remove(part, made)
+        for path in [*part.iterdir(), part]:
+            sync(path)
+        _rename(part, out)
+        (out / ".lock").unlink()  # only now, or a second process could take a new lock on the old path
+    except BaseException as error:
+        _remove(part, new_parents)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = f"{os.strerror(error.errno)}: free some space; nothing was left there"
+            raise CheckpointError(f"{out}: {what}") from error
         raise
     finally:
         lock.release()
 
 
-def _remove(part: Path, made: list[Path]) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    for parent in made:
-        with suppress(OSError):  # somebody else's files are in it
-            parent.rmdir()
-
-
 def check_free(out: Path, overwrite: bool) -> None:
     """
     Raises:
-        CheckpointError: `out` exists and is not to be overwritten, or is nothing that was written here.
+        CheckpointError: `out` exists and may not be overwritten, or no conversion wrote it.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} is no folder: give another name")
@@ -79,28 +69,29 @@ def check_separate(out: Path, sources: Iterable[Source]) -> None:
     """Raise CheckpointError if `out` is a source, contains one, or is inside one."""
     for source in sources:
         if isinstance(source, LocalFolder):
-            folder, given, target = source.folder.resolve(), source.given.resolve(), out.resolve()
+            folder, given, target = source.folder.resolve(), source.requested.resolve(), out.resolve()
             if folder == target or target in folder.parents:
-                raise CheckpointError(f"{out} contains the source {source.given}: choose another output folder")
+                raise CheckpointError(f"{out} contains the source {source.requested}: choose another output folder")
             if given in (target, *target.parents):
-                raise CheckpointError(f"{out} is inside the source {source.given}: choose another output folder")
+                raise CheckpointError(f"{out} is inside the source {source.requested}: choose another output folder")
 
 
-def _clear(part: Path) -> None:
-    for left in part.iterdir():
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        elif left.name != ".lock":
-            left.unlink()
+def check_space(folder: Path, nbytes: int) -> None:
+    """
+    Raises:
+        CheckpointError: Less than `nbytes` are free on the disk.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(f"{folder.parent}: {nbytes / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
 
 
-def _sync(folder: Path) -> None:
-    """Has the disk hold the files of a folder, and the list of them."""
-    for path in [*folder.iterdir(), folder]:
-        _sync_path(path)
+def final_name(folder: Path) -> str:
+    """The name that a folder of new_folder will have in the end."""
+    return folder.name.removeprefix(".").removesuffix(".part")
 
 
-def _sync_path(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,7 +99,22 @@ def _sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(part: Path, out: Path) -> None:
+def _empty(part: Path) -> None:
+    for left in part.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        elif left.name != ".lock":
+            left.unlink()
+
+
+def _remove(part: Path, new_parents: list[Path]) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    for parent in new_parents:
+        with suppress(OSError):  # no longer empty
+            parent.rmdir()
+
+
+def _rename(part: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -120,19 +126,4 @@ def _put_in_place(part: Path, out: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync_path(out.parent)
-
-
-def check_space(folder: Path, wanted: int) -> None:
-    """
-    Raises:
-        CheckpointError: The disk has less room than `wanted` bytes.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise CheckpointError(f"{folder.parent}: {wanted / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
-
-
-def final_name(folder: Path) -> str:
-    """What a folder will be called once it is in its place."""
-    return folder.name.removeprefix(".").removesuffix(".part")
+    sync(out.parent)

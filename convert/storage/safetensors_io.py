@@ -1,4 +1,4 @@
-"""TODO convert/storage/safetensors_io.py."""
+"""Safetensors files: headers read without the library, weights written as a stream, one chunk in memory."""
 
 import hashlib
 import io
@@ -14,49 +14,51 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import CheckpointError
-from .files import write_json
-from .output_folder import _sync_path
+from .files import first_line, write_json
+from .output_folder import sync
 from .tensors import ITEM_SIZES, NewTensor, StoredTensor
 
 
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
+DOWNLOAD = "copy or download it again"
+
 
 def read_safetensors(path: Path, opened: BinaryIO | None = None) -> dict[str, StoredTensor]:
     """
-    The tensors of a safetensors file, by its header alone.
+    The tensors of a safetensors file; only its header is read.
 
     Args:
-        path: Where the file is, or what to call it.
-        opened: The file, if it is elsewhere.
+        path: The file, or its name in error messages and in the tensors if it is remote.
+        opened: The file, if it is remote.
 
     Raises:
-        CheckpointError: The header is not what the format asks for, or the file is shorter or longer than it says.
+        CheckpointError: The header violates the format, or the file has another length than the header says.
     """
     with opened or path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise CheckpointError(f"{path}: the file is cut short or no safetensors: copy or download it again")
+            raise CheckpointError(f"{path}: the file is cut short or no safetensors: {DOWNLOAD}")
         if length > LONGEST_HEADER:
             raise CheckpointError(
                 f"{path}: its header claims {length} bytes, {LONGEST_HEADER} is the most there can be"
             )
-        header = _parse_json(file.read(length), path)
+        header = _parse_header(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ in the header is not a map of texts")
-    spans = {name: _read_entry(path, name, entry) for name, entry in header.items()}
-    return _place(path, spans, 8 + length, size)
+        raise CheckpointError(f"{path}: __metadata__ in the header: expected strings, got {str(metadata)[:80]}")
+    tensors = {name: _read_entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_layout(path, tensors, 8 + length, size)
+    return tensors
 
 
-def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) < len(pairs):
-            raise CheckpointError(f"{path}: the header names something twice")
-        return seen
+        if len(dict(pairs)) < len(pairs):
+            raise CheckpointError(f"{path}: the header has a key twice")
+        return dict(pairs)
 
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: the header is not a JSON object")
@@ -67,14 +69,14 @@ def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header cannot be read, copy or download the file again: {error}") from error
+        raise CheckpointError(f"{path}: the header cannot be read: {first_line(error)}: {DOWNLOAD}") from error
     return header
 
 
-def _read_entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
-    """First byte, last byte + 1, dtype and shape of one tensor, each checked on its own."""
+def _read_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    """A tensor from its entry in the header; `data` is the offset of the first tensor."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: tensor {name!r}: the header wants dtype, shape and data_offsets")
+        raise CheckpointError(f"{path}: tensor {name!r}: expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise CheckpointError(f"{path}: tensor {name!r}: the dtype {dtype!r} is not known")
@@ -83,34 +85,33 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, tuple
             raise CheckpointError(f"{path}: tensor {name!r}: {numbers!r} is not a list of whole numbers")
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * ITEM_SIZES[dtype]:
         raise CheckpointError(f"{path}: tensor {name!r}: data_offsets {offsets} do not hold {dtype} {shape}")
-    return offsets[0], offsets[1], dtype, tuple(shape)
+    return StoredTensor(path, dtype, tuple(shape), data + offsets[0])
 
 
-def _place(
-    path: Path, spans: dict[str, tuple[int, int, str, tuple[int, ...]]], data: int, size: int
-) -> dict[str, StoredTensor]:
-    """The tensors, once it is sure that they lie one after the other and fill the file."""
-    end = 0
-    for name, (start, stop, _, _) in sorted(spans.items(), key=lambda entry: entry[1][:2]):
-        if start != end:
-            kind = "overlaps the one before it" if start < end else "leaves a hole before it"
-            raise CheckpointError(f"{path}: tensor {name!r} {kind}: the header is broken, download the file again")
-        end = stop
-    if data + end != size:
-        kind = "cut short" if size < data + end else "longer than its header says"
-        raise CheckpointError(f"{path}: {kind}: {size} bytes instead of {data + end}; copy or download it again")
-    return {name: StoredTensor(path, dtype, shape, data + start) for name, (start, _, dtype, shape) in spans.items()}
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], data: int, size: int) -> None:
+    """
+    Raises:
+        CheckpointError: The tensors do not fill the file one after another.
+    """
+    end = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            kind = "overlaps the one before it" if tensor.offset < end else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {name!r} {kind}: the header is corrupt: {DOWNLOAD}")
+        end += tensor.nbytes
+    if end != size:
+        kind = "cut short" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path}: {kind}: expected {end} bytes, got {size}: {DOWNLOAD}")
 
 
 def write_weights(
     folder: Path, tensors: Iterable[NewTensor], max_shard_size: int | str, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
     """
-    Writes model.safetensors, or shards and their index if it would be larger than `max_shard_size`.
+    Write model.safetensors, or shards and their index if it would be larger than `max_shard_size`.
 
     Args:
-        folder: Where; it exists.
-        tensors: In the order in which they shall lie in the files.
+        tensors: In the order of the files.
         max_shard_size: In bytes, or as "5GB".
         on_progress: Called with the number of bytes written since the last call.
 
@@ -127,21 +128,20 @@ def write_weights(
         synced = []
         for file, names in shards.items():
             digests |= _write_shard(folder / file, [by_name[name] for name in names], hashing, on_progress)
-            synced.append(syncing.submit(_sync_path, folder / file))
+            synced.append(syncing.submit(sync, folder / file))
         for done in synced:
             done.result()
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         total = sum(tensor.nbytes for tensor in by_name.values())
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
     return digests
 
 
 def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str) -> dict[str, list[str]]:
     """
-    File name -> names of the tensors in it, as the Hub's client splits them.
+    Map file names to tensor names, as huggingface_hub splits them.
 
     Raises:
         CheckpointError: max_shard_size is no size.
@@ -159,20 +159,20 @@ def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str)
             max_shard_size=int(max_shard_size) if str(max_shard_size).isdecimal() else max_shard_size,
         ).filename_to_tensors
     except ValueError as error:
-        raise CheckpointError(f"--max-shard-size {max_shard_size}: a size such as 200MB or 5GB is wanted") from error
+        raise CheckpointError(f"--max-shard-size {max_shard_size}: expected a size such as 200MB or 5GB") from error
 
 
 def _write_shard(
     path: Path, tensors: list[NewTensor], hashing: ThreadPoolExecutor, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
-    tensors = sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])  # so that each is aligned
+    tensors = sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])  # keeps each aligned
     with path.open("wb", buffering=0) as file:
         _write_all(file, safetensors_header(tensors))
         return {tensor.name: _write_tensor(file, tensor, hashing, on_progress) for tensor in tensors}
 
 
 def safetensors_header(tensors: Iterable[NewTensor]) -> bytes:
-    """Length and header of a safetensors file, padded so that the data is aligned to 8 bytes."""
+    """The length field and header of a safetensors file, padded to align the data to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in tensors:
@@ -187,20 +187,20 @@ def safetensors_header(tensors: Iterable[NewTensor]) -> bytes:
 def _write_tensor(
     file: BinaryIO, tensor: NewTensor, hashing: ThreadPoolExecutor, on_progress: Callable[[int], None]
 ) -> str:
-    """Writes and hashes at once, both of which let other threads run, the hash a few chunks behind."""
+    """Write a tensor and return its sha256; hashing runs in another thread, at most four chunks behind."""
     digest, written = hashlib.sha256(), 0
-    behind: deque[Future[None]] = deque()
+    pending: deque[Future[None]] = deque()
     for chunk in tensor.chunks():
-        behind.append(hashing.submit(digest.update, chunk))
-        if len(behind) > 4:
-            behind.popleft().result()
+        pending.append(hashing.submit(digest.update, chunk))
+        if len(pending) > 4:
+            pending.popleft().result()
         _write_all(file, chunk)
         written += len(chunk)
         on_progress(len(chunk))
-    for hashed in behind:
+    for hashed in pending:
         hashed.result()
     if written != tensor.nbytes:
-        raise AssertionError(f"{tensor.name}: {written} bytes were made, {tensor.nbytes} are its size")
+        raise AssertionError(f"{tensor.name}: expected {tensor.nbytes} bytes, got {written}")
     return digest.hexdigest()
 
 

@@ -31,10 +31,6 @@ class Ends:
     embeddings: str
     head: str
 
-    def other(self, name: str) -> str | None:
-        """The other end, of one of the two."""
-        return {self.embeddings: self.head, self.head: self.embeddings}.get(name)
-
 
 def find_ends(names: Iterable[str]) -> Ends | None:
     """The embeddings among the names of a checkpoint, behind whatever prefix, and their head; None without these."""
@@ -62,10 +58,3 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
     kind = fields.get("model_type")
     return kind in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False))
-
-
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says, of the whole and of the language model, that they are two tensors."""
-    apart = {"tie_word_embeddings": False}
-    sections = {key: {**config[key], **apart} for key in SECTIONS if isinstance(config.get(key), Mapping)}
-    return {**config, **apart, **sections}

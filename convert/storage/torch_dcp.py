@@ -1,8 +1,9 @@
-"""Folders of torch.distributed.checkpoint, which FSDP writes: tensors in boxes; metadata say where they are."""
+"""Folders of torch.distributed.checkpoint, which FSDP saves: `.metadata` and the shards of every rank."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 from .errors import CheckpointError
 from .files import is_outside
 from .sharded_tensors import Shard, ShardedTensor
-from .sources import Source
+from .sources import DCP_METADATA, Source
 from .tensors import ITEM_SIZES, StoredTensor
-from .torch_pickle import OpaqueObject, read_record
+from .torch_pickle import CORRUPT, OpaqueObject, read_opaque
 
 
-# Objects in its metadata; each becomes a record of what it holds.
-DISTRIBUTED = {
+# Classes in .metadata.
+DCP_CLASSES = {
     *(
         f"torch.distributed.checkpoint.metadata.{name}"
         for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
@@ -29,109 +30,115 @@ DISTRIBUTED = {
 }  # fmt: skip
 
 
-def read_distributed(source: Source, folder: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """A folder of torch.distributed.checkpoint."""
-    path = source.path(folder + ".metadata")
-    metadata = read_record(path, DISTRIBUTED, trust)
+def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """
+    The tensors of the model in a folder of torch.distributed.checkpoint, and metadata of the training.
+
+    Args:
+        folder: Its name in the source, with a slash at the end, or "".
+        trust: Whether its pickles may name unknown classes.
+
+    Raises:
+        CheckpointError: A file is missing, corrupt or outside the folder, or names what could run code.
+    """
+    path = source.path(folder + DCP_METADATA)
+    metadata = read_opaque(path, DCP_CLASSES, trust)
     state = metadata.state if isinstance(metadata, OpaqueObject) else {}
     entries, storage = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(storage, dict):
-        raise CheckpointError(f"{path}: no metadata of a distributed checkpoint: copy it again")
-    places = {}
-    for index, info in storage.items():
-        places[index.state["fqn"], tuple(index.state.get("offset") or ())] = _storage_info(path, info)
-    names = _model_names(path, entries, state.get("planner_data") or {})
-    boxed = {
-        name: _boxed(source, folder, path, entry, entries[entry].state, places, trust) for name, entry in names.items()
+        raise CheckpointError(f"{path}: no metadata of a distributed checkpoint: {CORRUPT}")
+    positions = {
+        (index.state["fqn"], tuple(index.state.get("offset") or ())): _position(path, info)
+        for index, info in storage.items()
     }
-    files = {box.info[0] for tensor in boxed.values() for box in tensor.boxes}
+    locate = cache(lambda file: source.path(folder + file))
+    tensors = {}
+    for name, entry in _model_entries(path, entries, state.get("planner_data") or {}).items():
+        shards = _shards(path, entry, entries[entry].state["chunks"], positions, locate)
+        tensors[name] = _sharded_tensor(path, entry, entries[entry].state, shards, trust)
+    files = {shard.file.name for tensor in tensors.values() for shard in tensor.shards}
     ranks = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}
-    for file in sorted(files):
-        source.path(folder + file)  # which names the one that is missing
     engine = "FSDP" if folder.startswith("pytorch_model_fsdp") else "torch.distributed.checkpoint"
-    return boxed, {"engine": engine, "ranks": len(ranks) or None}
+    return tensors, {"engine": engine, "ranks": len(ranks) or None}
 
 
-def _storage_info(path: Path, info: Any) -> tuple[str, int, int]:
+def _position(path: Path, info: Any) -> tuple[str, int, int]:
+    """File, first byte and bytes of a shard, from its _StorageInfo."""
     state = info.state if isinstance(info, OpaqueObject) else {}
-    file, start, length = (state.get(key) for key in ("relative_path", "offset", "length"))
-    if not isinstance(file, str) or not all(type(number) is int and number >= 0 for number in (start, length)):
-        raise CheckpointError(f"{path}: it does not say where its tensors are: copy it again")
+    file, start, nbytes = (state.get(key) for key in ("relative_path", "offset", "length"))
+    if not isinstance(file, str) or not all(type(number) is int and number >= 0 for number in (start, nbytes)):
+        raise CheckpointError(f"{path}: it does not say where its tensors are: {CORRUPT}")
     if is_outside(file):
-        raise CheckpointError(f"{path}: the file {file!r} lies outside its folder: nothing should be read there")
+        raise CheckpointError(f"{path}: the file {file!r} is outside its folder: nothing should be read there")
     if state.get("transform_descriptors"):
-        raise CheckpointError(f"{path}: its files are transformed ({state['transform_descriptors']}): save it plain")
-    return file, start, length
+        what = f"its files are transformed ({state['transform_descriptors']}): save it without transforms"
+        raise CheckpointError(f"{path}: {what}")
+    return file, start, nbytes
 
 
-def _model_names(path: Path, entries: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, str]:
+def _model_entries(path: Path, entries: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, str]:
     """
-    Name of a tensor of the model -> its name in the checkpoint, in which states of several things may lie nested.
+    Map names of the model's tensors to names in the checkpoint, which may hold several nested state dicts.
+
+    Args:
+        planned: Name in the checkpoint -> its keys in the nested state dicts.
 
     Raises:
-        CheckpointError: Nothing says which of several things is the model.
+        CheckpointError: None or several of the state dicts could be the model.
     """
     states: dict[tuple[Any, ...], dict[str, str]] = {}
     for entry, described in entries.items():
         if isinstance(described, OpaqueObject) and "chunks" in described.state:
-            way = tuple(planned.get(entry) or (entry,))
-            states.setdefault(way[:-1], {})[str(way[-1])] = entry
-    found = {way: names for way, names in states.items() if not any(str(part).startswith("optim") for part in way)}
+            keys = tuple(planned.get(entry) or (entry,))
+            states.setdefault(keys[:-1], {})[str(keys[-1])] = entry
+    found = {keys: names for keys, names in states.items() if not any(str(key).startswith("optim") for key in keys)}
     if len(found) > 1:
-        found = {way: names for way, names in found.items() if way and way[-1] in ("model", "module", "state_dict")}
+        found = {keys: names for keys, names in found.items() if keys and keys[-1] in ("model", "module", "state_dict")}
     if len(found) != 1:
-        ways = sorted(".".join(map(str, way)) or "(top)" for way in states)
-        raise CheckpointError(f"{path}: none or several of its parts could be the model: {', '.join(ways[:9])}")
+        several = sorted(".".join(map(str, keys)) or "(top)" for keys in states)
+        raise CheckpointError(f"{path}: none or several of its parts could be the model: {', '.join(several[:9])}")
     return next(iter(found.values()))
 
 
-def _boxed(
-    source: Source,
-    folder: str,
+def _shards(
     path: Path,
     name: str,
-    described: Mapping[str, Any],
-    places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
-    trust: bool,
+    chunks: Sequence[OpaqueObject],
+    positions: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
+    locate: Callable[[str], Path],
+) -> list[Shard]:
+    shards = []
+    for chunk in chunks:
+        offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+        if math.prod(sizes):
+            if (name, offsets) not in positions:
+                raise CheckpointError(f"{path}: {name}: no position of its shard at {list(offsets)}: {CORRUPT}")
+            file, start, nbytes = positions[name, offsets]
+            shards.append(Shard(offsets, sizes, locate(file), start, nbytes))
+    return shards
+
+
+def _sharded_tensor(
+    path: Path, name: str, described: Mapping[str, Any], shards: Sequence[Shard], trust: bool
 ) -> ShardedTensor:
     properties = described["properties"].state
     dtype = properties[""][0] if "" in properties else properties.get("dtype")
     if dtype not in ITEM_SIZES:
         raise CheckpointError(f"{path}: {name}: the dtype {dtype!r} is not known")
-    shape, boxes = tuple(described["size"]), []
-    for chunk in described["chunks"]:
-        offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
-        if not math.prod(sizes):
-            continue
-        if (name, offsets) not in places:
-            raise CheckpointError(f"{path}: {name}: nothing says where its part at {list(offsets)} is")
-        boxes.append(Shard(offsets, sizes, places[name, offsets]))
-    if not _fill(boxes, shape):
-        raise CheckpointError(f"{path}: {name}: its parts do not make {list(shape)}: save it again")
-    where = source.path(folder + ".metadata")
-    return ShardedTensor(where, dtype, shape, boxes=tuple(boxes), source=source, folder=folder, trust=trust)
+    shape = tuple(described["size"])
+    if not _fill(shards, shape):
+        raise CheckpointError(f"{path}: {name}: its shards do not make {list(shape)}: save it again")
+    return ShardedTensor(path, dtype, shape, shards=tuple(shards), trust=trust)
 
 
-def _fill(boxes: Sequence[Shard], shape: tuple[int, ...]) -> bool:
-    """Whether every element is in exactly one box."""
-    if not all(type(size) is int and size >= 0 for size in shape):
+def _fill(shards: Sequence[Shard], shape: tuple[int, ...]) -> bool:
+    """Whether every element is in exactly one shard."""
+    vectors = [shape, *(vector for shard in shards for vector in (shard.offsets, shard.sizes))]
+    if not all(len(v) == len(shape) and all(type(size) is int and size >= 0 for size in v) for v in vectors):
         return False
-    for box in boxes:
-        if not len(box.offsets) == len(box.sizes) == len(shape):
-            return False
-        spans = zip(box.offsets, box.sizes, shape, strict=True)
-        if any(at < 0 or size < 1 or at + size > whole for at, size, whole in spans):
-            return False
-    if sum(math.prod(box.sizes) for box in boxes) != math.prod(shape):
+    begins = np.array([shard.offsets for shard in shards], np.int64).reshape(len(shards), len(shape))
+    ends = begins + np.array([shard.sizes for shard in shards], np.int64).reshape(begins.shape)
+    if sum(math.prod(shard.sizes) for shard in shards) != math.prod(shape) or (ends > shape).any():
         return False
-    edges = [
-        sorted({edge for box in boxes for edge in (box.offsets[axis], box.offsets[axis] + box.sizes[axis])})
-        for axis in range(len(shape))
-    ]
-    if math.prod(len(edge) for edge in edges) > 1 << 24:
-        return False
-    cells = np.zeros([max(len(edge) - 1, 0) for edge in edges], np.int32)
-    for box in boxes:
-        spans = zip(edges, box.offsets, box.sizes, strict=True)
-        cells[tuple(slice(edge.index(at), edge.index(at + size)) for edge, at, size in spans)] += 1
-    return bool((cells == 1).all())
+    overlaps = (((begin < ends) & (begins < end)).all(axis=1).sum() for begin, end in zip(begins, ends, strict=True))
+    return all(count == 1 for count in overlaps)  # each overlaps itself

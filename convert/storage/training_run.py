@@ -1,21 +1,16 @@
-"""What a stage of training left: opened, with its base and its adapter, and what it tells of the training."""
+"""Opens whatever a user names as a checkpoint: weights, an adapter, a training checkpoint, several to average."""
 
-import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .checkpoint import Checkpoint
-from .deepspeed_zero import MASTERS
+from .checkpoint import Checkpoint, FileCheckpoint
 from .errors import CheckpointError
-from .lora import AdaptedModel, MergedLoRA, Unwrapped, unwrap
-from .overlay import TRAINER_STATE, Average, CompositeCheckpoint, Overlay
-from .sources import ADAPTER, ENGINE_ENTRIES, PROVENANCE, Source, find_source, licence_of, public_name
-from .tensors import torch_name
+from .lora import MergedLoRA, unwrap
+from .overlay import Average, Overlay
+from .sources import ADAPTER, find_source, without_local_path
 
 
-def open_trained(
+def open_checkpoint(
     source: str,
     revision: str | None = None,
     *,
@@ -24,160 +19,72 @@ def open_trained(
     trust_pickle: bool = False,
 ) -> Checkpoint:
     """
-    A checkpoint of any kind: an adapter is merged into its base, what a stage did not save comes from the base.
+    A checkpoint of any kind. Adapters are merged into their base; tensors that a training left out, or rounded without
+    changing them, come from the base.
 
     Args:
         source: A file, a folder or a name on the Hub.
         revision: Branch, tag or commit of a name on the Hub.
-        base: Likewise, what the training began with.
-        average: More checkpoints of the same run; the mean of `source` and all of these is taken.
-        trust_pickle: Whether files of torch.save may run code of their own.
+        base: What the training began with: a file, a folder or a name on the Hub.
+        average: More checkpoints of the same run, to average with `source`.
+        trust_pickle: Whether pickles may name unknown classes.
 
     Raises:
-        CheckpointError: One of them does not exist or is broken, or they do not belong together.
+        CheckpointError: One of them does not exist or is corrupt, or they do not belong together.
     """
     checkpoint = _open_one(source, revision, base, trust_pickle)
-    if average:
-        if len({_bare_path(each) for each in (source, *average)}) <= len(average):
-            raise CheckpointError(f"{source}: --average is of different checkpoints: one is named twice")
-        others = [_open_one(other, None, base, trust_pickle) for other in average]
-        return Average([checkpoint, *others])
-    return checkpoint
+    if not average:
+        return checkpoint
+    paths = [str(Path(each).resolve()) if Path(each).exists() else each for each in (source, *average)]
+    if len({*paths}) < len(paths):
+        raise CheckpointError(f"{source}: --average is for different checkpoints: one is named twice")
+    return Average([checkpoint, *(_open_one(other, None, base, trust_pickle) for other in average)])
 
 
 def _open_one(source: str, revision: str | None, base: str | None, trust: bool) -> Checkpoint:
-    checkpoint = Checkpoint(*find_source(source, revision), trust)
-    if ADAPTER in checkpoint.source.files:
-        base = base or _local_base(checkpoint)
-        return MergedLoRA(checkpoint, unwrap(Checkpoint(*find_source(base), trust)))
-    checkpoint = unwrap(checkpoint)
-    return Overlay(checkpoint, unwrap(Checkpoint(*find_source(base), trust))) if base else checkpoint
+    checkpoint = FileCheckpoint(*find_source(source, revision), trust)
+    is_adapter = ADAPTER in checkpoint.source.files
+    if is_adapter and not base:
+        base = _base_of_adapter(checkpoint)
+    opened_base = unwrap(FileCheckpoint(*find_source(base), trust)) if base else None
+    if is_adapter:
+        return MergedLoRA(checkpoint, opened_base)
+    return Overlay(unwrap(checkpoint), opened_base) if opened_base else unwrap(checkpoint)
 
 
-def _bare_path(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _local_base(checkpoint: Checkpoint) -> str:
+def _base_of_adapter(checkpoint: Checkpoint) -> str:
     """
     Raises:
-        CheckpointError: The base of an adapter is not on this machine.
+        CheckpointError: The base that the adapter names is not a local folder.
     """
     base = checkpoint.document(ADAPTER).get("base_model_name_or_path")
     if isinstance(base, str) and base and Path(base).is_dir():
         return base
-    what = f"an adapter to {_without_local_path(base)!r}" if isinstance(base, str) and base else "an adapter"
-    raise CheckpointError(f"{checkpoint.source.name}: {what}: say what it is to be merged into, with --base")
-
-
-def training_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """
-    For provenance.json: what the folder's own says of its training, stages and recipes; engine, ranks, step, epoch,
-    tokens seen, the base and what came from it, where that is known.
-    """
-    if isinstance(checkpoint, Average):
-        return {"mean_of": [_part_metadata(part) | training_metadata(part) for part in checkpoint.parts.values()]}
-    own = checkpoint.parts[""] if isinstance(checkpoint, (Overlay, MergedLoRA)) else checkpoint
-    facts = source_metadata(own)
-    if isinstance(own, Unwrapped):
-        facts["merged"] = {part: {"r": rank, "lora_alpha": 2 * rank} for part, rank in own.ranks.items()}
-    if isinstance(checkpoint, (Overlay, MergedLoRA)):
-        facts["base"] = _part_metadata(checkpoint.base) | training_metadata(checkpoint.base)
-        before = checkpoint.base.document(PROVENANCE).get("source")
-        facts["base"] |= {"source": before} if before else {}
-    if isinstance(checkpoint, Overlay):
-        kept = sorted(name for name, exact in checkpoint.exact.items() if not exact)
-        facts["base"]["exact"] = sum(checkpoint.exact.values())
-        facts["base"] |= {"rounded": kept} if kept else {}
-    if isinstance(checkpoint, MergedLoRA):
-        facts["adapter"] = {key: checkpoint.config.get(key) for key in ("peft_type", "r", "lora_alpha")}
-        facts["adapter"] |= {"of": checkpoint.prefix.rstrip(".")} if checkpoint.prefix else {}
-    return facts
-
-
-def _part_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    source = checkpoint.source
-    return {"name": public_name(source), "revision": source.revision, **licence_of(source)}
-
-
-def _without_local_path(name: str) -> str:
-    """The name of a folder without its place on this machine; that of a repository as it is."""
-    is_place = Path(name).is_absolute() or "\\" in name or name.startswith((".", "~")) or Path(name).exists()
-    return Path(name).resolve().name if is_place else name
-
-
-def source_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.entry.endswith(ENGINE_ENTRIES):
-        checkpoint.open(checkpoint.entry)
-    told = checkpoint.document(PROVENANCE).get("training")  # by who trained it, or an earlier conversion
-    facts = dict(told) if isinstance(told, Mapping) else {"stages": told} if told else {}
-    facts |= {key: value for key, value in checkpoint.engine.items() if key != MASTERS and _is_plain(value)}
-    state = checkpoint.document(TRAINER_STATE)
-    if state:
-        facts.setdefault("engine", "transformers Trainer")
-    for fact, key in {"step": "global_step", "epoch": "epoch", "tokens_seen": "num_input_tokens_seen"}.items():
-        value = state.get(key)
-        if type(value) in (int, float) and math.isfinite(value) and (value or fact != "tokens_seen"):
-            facts[fact] = value
-    adapted = checkpoint.document(ADAPTER).get("base_model_name_or_path")
-    base = adapted or checkpoint.document("config.json").get("_name_or_path")
-    if (facts or adapted) and isinstance(base, str) and base:  # a model's alone is where a copy was loaded from
-        facts["trained_from"] = _without_local_path(base)
-    return facts
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is a number or a short text, such as a version: engines' files may say anything."""
-    return type(value) in (int, float) or (isinstance(value, str) and bool(re.fullmatch(r"[\w.+ -]{1,40}", value)))
+    what = f"an adapter to {without_local_path(base)!r}" if isinstance(base, str) and base else "an adapter"
+    raise CheckpointError(f"{checkpoint.source.name}: {what}: name the base that it is merged into with --base")
 
 
 def training_notes(checkpoint: Checkpoint) -> list[str]:
-    """The same for a person, line by line."""
-    facts = training_metadata(checkpoint)
-    if "mean_of" in facts:
-        steps = ", ".join(str(part.get("step", part["name"])) for part in facts["mean_of"])
-        return [f"the mean, in float32, of {len(facts['mean_of'])} checkpoints: {steps}"]
-    told = {"engine": "{}", "ranks": "{} ranks", "step": "step {}", "tokens_seen": "{} tokens seen"}
-    said = [text.format(facts[key]) for key, text in told.items() if key in facts]
-    notes = [f"trained: {', '.join(said)}"] if said else []
-    if base := facts.get("base"):
-        how = "merged into" if "adapter" in facts else "what it lacks comes from"
+    """Lines about the training and the base, for the log."""
+    metadata = checkpoint.training_metadata()
+    if "mean_of" in metadata:
+        steps = ", ".join(str(part.get("step", part["name"])) for part in metadata["mean_of"])
+        return [f"the mean, in float32, of {len(metadata['mean_of'])} checkpoints: {steps}"]
+    formats = {"engine": "{}", "ranks": "{} ranks", "step": "step {}", "tokens_seen": "{} tokens seen"}
+    training = ", ".join(text.format(metadata[key]) for key, text in formats.items() if key in metadata)
+    notes = [f"trained: {training}"] if training else []
+    base, adapter = metadata.get("base", {}), metadata.get("adapter", {})
+    if base:
+        verb = "merged into" if adapter else "missing tensors are taken from"
         exact = f", and {base['exact']} rounded tensors exact" if base.get("exact") else ""
-        notes.append(f"{how} {base['name']}{exact}")
-        if "adapter" in facts and facts.get("trained_from") not in (None, base["name"]):
-            notes.append(f"the adapter says that it was trained on {facts['trained_from']}")
-    if isinstance(checkpoint, MergedLoRA) and checkpoint.prefix:
-        notes.append(f"the adapter was trained on {checkpoint.prefix.rstrip('.')} alone")
-    own = checkpoint.trained if isinstance(checkpoint, Overlay) else checkpoint
-    for part, rank in own.ranks.items() if isinstance(own, Unwrapped) else ():
-        notes.append(f"{part} was saved with LoRA in it, merged: rank {rank}, alpha {2 * rank} as InternVL has it")
-    if isinstance(checkpoint, AdaptedModel) and checkpoint.is_untied:
-        notes.append("embeddings and head, tied in the base, were trained apart: both are written, and not tied")
-    if rounded := (base or {}).get("rounded"):
-        notes.append(f"not the base's, so as the engine rounded them: {len(rounded)} tensors ({rounded[0]}, ...)")
+        notes.append(f"{verb} {base['name']}{exact}")
+    if adapter and metadata.get("trained_from") not in (None, base["name"]):
+        notes.append(f"the adapter was trained on {metadata['trained_from']}, by its own account")
+    if "of" in adapter:
+        notes.append(f"the adapter was trained on {adapter['of']} alone")
+    for part, lora in metadata.get("merged", {}).items():
+        scale = f"rank {lora['r']}, alpha {lora['lora_alpha']} as InternVL has it"
+        notes.append(f"{part} was saved with LoRA in it, merged: {scale}")
+    if rounded := base.get("rounded"):
+        notes.append(f"not the base's, so rounded by the engine: {len(rounded)} tensors ({rounded[0]}, ...)")
     return notes
-
-
-def default_dtype(checkpoint: Checkpoint, names: Collection[str] = ()) -> str | None:
-    """
-    The precision to write where none was asked for and the tensors have several by nature: float32 where masters stand
-    beside rounded frozen ones, that of the base where an adapter is merged. None where nothing is to be said.
-
-    Args:
-        names: Those that are to be written; all if there are none.
-    """
-    trained = checkpoint.trained if isinstance(checkpoint, Overlay) else checkpoint
-    if isinstance(trained, AdaptedModel):
-        return torch_name(trained.dtype)
-    if not trained.entry.endswith(ENGINE_ENTRIES):
-        return None
-    tensors = trained.open(trained.entry)
-    dtypes = {tensors[name].dtype for name in names or tensors if name in tensors}
-    return "float32" if "F32" in dtypes and dtypes <= {"F32", "BF16", "F16"} and len(dtypes) > 1 else None
-
-
-def all_sources(checkpoint: Checkpoint) -> list[Source]:
-    """Every source a checkpoint is made of."""
-    if isinstance(checkpoint, CompositeCheckpoint):
-        return [source for part in checkpoint.parts.values() for source in all_sources(part)]
-    return [checkpoint.source]
