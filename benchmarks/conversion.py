@@ -16,7 +16,8 @@ from pathlib import Path
 
 from processes import SAILVIT, idle_bytes, measure
 
-from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
+from sailvit.convert.models.aimv2_names import LAYOUTS
+from sailvit.convert.models.name_tables import tensor_specs
 from sailvit.convert.storage.files import hash_file
 from sailvit.convert.storage.safetensors_io import read_safetensors, safetensors_header
 from sailvit.convert.storage.tensors import NewTensor

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
-from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
+from sailvit.convert.models.aimv2_names import LAYOUTS
+from sailvit.convert.models.name_tables import tensor_specs
 from sailvit.convert.storage.tensors import NewTensor
 from sailvit.convert.synthetic import apple_config, published_shape
 

@@ -11,13 +11,14 @@ import numpy as np
 
 from .export.runtimes import SIZE_NAMES
 from .models.aimv2_config import HEAD_WIDTH, MLP_WIDTHS
-from .models.aimv2_names import LAYOUTS, TensorSpec, TowerShape, tensor_specs
+from .models.aimv2_names import LAYOUTS, AIMv2Dimensions
+from .models.name_tables import TensorSpec, tensor_specs
 from .storage.files import write_json
 from .storage.safetensors_io import write_weights
 from .storage.tensors import CHUNK, TORCH_DTYPES, NewTensor, cast
 
 
-def published_shape(size: str, image_size: int = 448, blocks: int | None = None) -> TowerShape:
+def published_shape(size: str, image_size: int = 448, blocks: int | None = None) -> AIMv2Dimensions:
     """
     Return the dimensions of a published AIMv2.
 
@@ -28,12 +29,12 @@ def published_shape(size: str, image_size: int = 448, blocks: int | None = None)
     """
     width = {name: width for width, name in SIZE_NAMES.items()}[size]
     depth = blocks or (12 if size == "base" else 24)
-    return TowerShape(width, MLP_WIDTHS[width], depth, num_channels=3, patch_size=14, grid_size=image_size // 14)
+    return AIMv2Dimensions(width, MLP_WIDTHS[width], depth, num_channels=3, patch_size=14, grid_size=image_size // 14)
 
 
 def write_synthetic(
     folder: Path,
-    shape: TowerShape,
+    shape: AIMv2Dimensions,
     layout: str = "sailvit",
     dtype: str = "float32",
     max_shard_size: int | str = "5GB",
@@ -59,7 +60,7 @@ def write_synthetic(
     return folder
 
 
-def apple_config(shape: TowerShape) -> dict[str, Any]:
+def apple_config(shape: AIMv2Dimensions) -> dict[str, Any]:
     """Return config.json as Apple publishes it."""
     fields = asdict(shape)
     image_size = (fields.pop("grid_size") or 16) * shape.patch_size
@@ -77,9 +78,9 @@ def apple_config(shape: TowerShape) -> dict[str, Any]:
 
 def _random(piece: TensorSpec, dtype: str) -> Iterator[np.ndarray]:
     """Normal random numbers, the same in every layout: the seed is the released name; norms are around 1."""
-    generator = np.random.default_rng(crc32(piece.released.encode()))
-    scale, middle = (0.2, 1.0) if "norm" in piece.released else (min(0.02, prod(piece.shape) ** -0.25), 0.0)
-    skipped, left = piece.start, prod(piece.shape)
+    generator = np.random.default_rng(crc32(piece.canonical.encode()))
+    scale, middle = (0.2, 1.0) if "norm" in piece.canonical else (min(0.02, prod(piece.shape) ** -0.25), 0.0)
+    skipped, left = piece.intervals[0][0], prod(piece.shape)
     while skipped:
         skipped -= len(generator.standard_normal(min(skipped, CHUNK // 4), np.float32))
     while left:

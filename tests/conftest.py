@@ -14,7 +14,7 @@ import torch
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert.export.runtimes import timm_config, transformers_config
-from sailvit.convert.models.aimv2_names import TowerShape
+from sailvit.convert.models.aimv2_names import AIMv2Dimensions
 from sailvit.convert.synthetic import apple_config, write_synthetic
 
 
@@ -55,12 +55,12 @@ def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-TINY_SHAPE = TowerShape(
+TINY_SHAPE = AIMv2Dimensions(
     hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_channels=3, patch_size=14, grid_size=4
 )
 
 
-def published_config(layout: str, shape: TowerShape = TINY_SHAPE) -> dict:
+def published_config(layout: str, shape: AIMv2Dimensions = TINY_SHAPE) -> dict:
     """config.json as the people who publish a layout write it; two heads."""
     apple = {**apple_config(shape), "num_attention_heads": 2}
     fields = {**apple, "pos_embed_type": "absolute" if shape.grid_size else "sincos"}
@@ -74,7 +74,7 @@ def published_config(layout: str, shape: TowerShape = TINY_SHAPE) -> dict:
     }[layout]
 
 
-def make_checkpoint(folder: Path, layout: str = "sailvit", shape: TowerShape = TINY_SHAPE, **options) -> Path:
+def make_checkpoint(folder: Path, layout: str = "sailvit", shape: AIMv2Dimensions = TINY_SHAPE, **options) -> Path:
     """A tiny checkpoint as a layout's people publish it: weights and config.json."""
     return write_synthetic(folder, shape, layout, config=published_config(layout, shape), **options)
 

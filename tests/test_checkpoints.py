@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from sailvit.convert.models.aimv2_config import find_aimv2
-from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
+from sailvit.convert.models.aimv2_names import LAYOUTS
+from sailvit.convert.models.name_tables import tensor_specs
 from sailvit.convert.storage.checkpoint import FileCheckpoint
 from sailvit.convert.storage.errors import CheckpointError
 from sailvit.convert.storage.files import read_index
@@ -253,7 +254,7 @@ def test_only_the_shards_that_hold_the_tower_are_opened(tmp_path):
     checkpoint = FileCheckpoint(*find_source(str(source)))
     tower = find_aimv2(checkpoint)
     assert not tower.problems and set(checkpoint.opened) == tower_files and len(tower_files) > 2
-    assert tower.found.others == {"llm": 2}
+    assert tower.match.others == {"llm": 2}
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "a/../../b", "..\\a", "C:a", ""])

@@ -17,7 +17,7 @@ from sailvit.convert.detect import (
     detect,
     detect_components,
 )
-from sailvit.convert.models.aimv2_names import tensor_specs
+from sailvit.convert.models.name_tables import tensor_specs
 from sailvit.convert.synthetic import published_shape
 
 

@@ -59,7 +59,7 @@ def test_sizes_are_told(tmp_path, size):
     shape = published_shape(size)
     folder = tmp_path / "sparse"
     folder.mkdir()
-    from sailvit.convert.models.aimv2_names import tensor_specs
+    from sailvit.convert.models.name_tables import tensor_specs
 
     tensors = [NewTensor(piece.name, "BF16", piece.shape, iter) for piece in tensor_specs(LAYOUTS["timm"], shape)]
     header = safetensors_header(tensors)
@@ -118,14 +118,18 @@ DAMAGE = {
     "missing tensor": (with_tensor(FC2, None), "shard", f"{FC2}: model.safetensors.index"),
     "unexpected tensor": (with_tensor("cls_token", torch.ones(1)), "shard", "cls_token: in model-00001"),
     "empty tensor": (with_tensor(FC2, torch.empty(0)), "empty", f"{FC2}: empty"),
-    "wrong shape": (with_tensor(FC2, torch.ones(64, 95)), "shape", f"{FC2}: is [64, 95]"),
-    "mixed precision": (with_tensor(FC2, torch.ones(64, 96).half()), "mixed", f"{FC2}: is F16"),
-    "whole numbers": (with_tensor(FC2, torch.ones(64, 96).int()), "dtype", f"{FC2}: is I32"),
+    "wrong shape": (with_tensor(FC2, torch.ones(64, 95)), "shape", f"{FC2}: expected shape [64, 96], got [64, 95]"),
+    "mixed precision": (with_tensor(FC2, torch.ones(64, 96).half()), "mixed", f"{FC2}: expected F32 as in most"),
+    "whole numbers": (with_tensor(FC2, torch.ones(64, 96).int()), "dtype", f"{FC2}: expected a floating point dtype"),
     "missing shard": (without(SECOND), "file", f"{SECOND}: the file is missing"),
     "truncated shard": (lambda folder: os.truncate(folder / SECOND, 1000), "file", f"{SECOND}: "),
     "index": (with_file("model.safetensors.index.json", "{}"), "layout", "no index of shards"),
-    "config": (damage_config(num_hidden_layers=2), "config", "num_hidden_layers: config.json says 2, the tensors 3"),
-    "heads": (damage_config(num_attention_heads=5), "config", "num_attention_heads: is 5"),
+    "config": (damage_config(num_hidden_layers=2), "config", "num_hidden_layers: expected 3 as in the tensors, got 2"),
+    "heads": (
+        damage_config(num_attention_heads=5),
+        "config",
+        "num_attention_heads: expected a divisor of the width 64, got 5",
+    ),
     "tiles": (
         with_file("preprocessor_config.json", '{"size": 448}'),
         "config",
@@ -231,7 +235,7 @@ def test_a_single_file_is_looked_at_alone(tmp_path, converted, capsys):
     (tmp_path / "single" / "other.bin").write_bytes(b"")
     assert inspect_checkpoint(tmp_path / "single" / "model.safetensors").ok
     code, said = run(capsys, converted / "model-00002-of-00006.safetensors")
-    assert code == 2 and "without it nothing can be said" in said
+    assert code == 2 and "without it the dimensions of the AIMv2 tower are unknown" in said
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path, capsys):

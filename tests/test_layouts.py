@@ -17,11 +17,12 @@ from sailvit.configuration_sailvit import SIZES
 from sailvit.convert import LAYOUTS, CheckpointError, convert_tensors
 from sailvit.convert.export.runtimes import SIZE_NAMES, timm_config, transformers_config
 from sailvit.convert.models.aimv2_config import MLP_WIDTHS
-from sailvit.convert.models.aimv2_names import TowerShape, match_aimv2, plan_tensors, tensor_specs
+from sailvit.convert.models.aimv2_names import AIMv2Dimensions, match_aimv2, plan_layout
+from sailvit.convert.models.name_tables import tensor_specs
 from sailvit.convert.synthetic import published_shape
 
 
-def random_tensors(layout: str, shape: TowerShape, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def random_tensors(layout: str, shape: AIMv2Dimensions, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """One for every name of a layout, told apart by their values."""
     generator = torch.Generator().manual_seed(0)
     target = LAYOUTS[layout]
@@ -83,7 +84,7 @@ def test_ovis2_names_are_those_of_transformers_whole_model():
     model = Ovis2ForConditionalGeneration(Ovis2Config(vision_config=vision, text_config=text, hidden_size=16))
     layout = LAYOUTS["ovis2-transformers"]
     found = match_aimv2(model.state_dict())
-    assert found.layout is layout and found.prefix == layout.prefix and not found.unmapped
+    assert found.scheme is layout and found.prefix == layout.prefix and not found.unmapped
     assert set(found.names) == {piece.name for piece in tensor_specs(layout, TINY_SHAPE)}
     converted = convert_tensors(model.state_dict(), "sailvit")
     SAILViTModel(SAILViTConfig(**TINY)).load_state_dict(converted, strict=True)
@@ -114,7 +115,7 @@ def test_apples_names_go_to_timms_as_timm_itself_takes_them():
 def test_every_pair_of_layouts_round_trips(source, target, width, mlp, blocks, patch, grid, biases):
     if not (LAYOUTS[source].has_sincos and LAYOUTS[target].has_sincos):
         grid = grid or 1
-    shape = TowerShape(width, mlp, blocks, 3, patch, grid, *(biases if blocks else (False, False)))
+    shape = AIMv2Dimensions(width, mlp, blocks, 3, patch, grid, *(biases if blocks else (False, False)))
     tensors = random_tensors(source, shape)
     there = convert_tensors(tensors, target)
     assert set(there) == set(random_tensors(target, shape))
@@ -136,7 +137,7 @@ def test_every_pair_of_layouts_round_trips_at_published_shapes(size, blocks, dty
                 assert ours.data_ptr() == theirs.data_ptr() or torch.equal(ours, theirs), name
 
 
-def counted_tensors(layout: str, shape: TowerShape, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def counted_tensors(layout: str, shape: AIMv2Dimensions, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every bit pattern there is, NaN too, from another one on in every tensor."""
     tensors = {}
     for piece in tensor_specs(LAYOUTS[layout], shape):
@@ -150,13 +151,13 @@ def counted_tensors(layout: str, shape: TowerShape, dtype: torch.dtype) -> dict[
 def test_a_plan_takes_every_element_once():
     for source, target in permutations(LAYOUTS.values(), 2):
         taken: dict[str, list[tuple[int, int]]] = {}
-        for move in plan_tensors(source, target, TINY_SHAPE, TINY_SHAPE.grid_size):
+        for move in plan_layout(source, target, TINY_SHAPE, TINY_SHAPE.grid_size):
             for name, start, stop in move.sources:
                 taken.setdefault(name, []).append((start, stop))
         for piece in tensor_specs(source, TINY_SHAPE):
             runs = sorted(taken[piece.name])
             assert [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])]
-            assert runs[-1][1] == piece.stop - piece.start
+            assert runs[-1][1] == sum(stop - start for start, stop in piece.intervals)
 
 
 # Recognition
@@ -167,9 +168,9 @@ def test_a_plan_takes_every_element_once():
 def test_layouts_are_recognised_with_a_reason(layout, grid_size):
     names = random_tensors(layout, replace(TINY_SHAPE, grid_size=grid_size))
     found = match_aimv2(names)
-    assert found.layout.name == layout and found.prefix == LAYOUTS[layout].prefix
+    assert found.scheme.name == layout and found.prefix == LAYOUTS[layout].prefix
     assert found.reason.startswith(f"{len(names)} of {len(names)} names") and LAYOUTS[layout].title in found.reason
-    assert len(found.names) == len(names) and not (found.unmapped or found.heads or found.others)
+    assert len(found.names) == len(names) and not (found.unmapped or found.dropped or found.others)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -223,8 +224,8 @@ def test_a_full_lit_model_of_transformers_gives_its_image_tower():
     }
     model = Aimv2Model(Aimv2Config(vision_config=vision, text_config=text))
     found = match_aimv2(model.state_dict())
-    assert found.layout.name == "transformers" and found.prefix == "vision_model."
-    assert {name.split(".")[2] for name in found.heads} == {"cls_token", "k_proj", "v_proj", "output_proj"}
+    assert found.scheme.name == "transformers" and found.prefix == "vision_model."
+    assert {name.split(".")[2] for name in found.dropped} == {"cls_token", "k_proj", "v_proj", "output_proj"}
     assert set(found.others) == {"text_model", "visual_projection", "text_projection", "logit_scale"}
     pixels = torch.randn(1, 3, 56, 56)
     tower = SAILViTModel(SAILViTConfig(**TINY))
@@ -242,7 +243,7 @@ def test_apples_lit_gives_its_image_tower():
         name: torch.ones(2) for name in (*others, "image_encoder.head.cls_token", "image_encoder.head.k.weight")
     }
     found = match_aimv2(tensors)
-    assert found.layout.name == "lit" and len(found.heads) == 2
+    assert found.scheme.name == "lit" and len(found.dropped) == 2
     assert set(found.others) == {"text_encoder", "image_projector", "log_logit_scale"}
 
 
@@ -254,7 +255,7 @@ def test_a_classifier_gives_its_tower():
 def test_two_towers_are_ambiguous_until_one_is_chosen():
     tensors = random_tensors("sailvit", TINY_SHAPE)
     both = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in tensors.items()}
-    with pytest.raises(CheckpointError, match=r"more than one tower.*student\..*teacher\..*--prefix"):
+    with pytest.raises(CheckpointError, match=r"more than one AIMv2 tower.*student\..*teacher\..*--prefix"):
         match_aimv2(both)
     assert match_aimv2(both, prefix="teacher.").prefix == "teacher."
     with pytest.raises(CheckpointError, match=r"no AIMv2 tower under the prefix 'nobody\.'"):
@@ -270,7 +271,7 @@ def test_two_names_for_one_are_an_error():
 
 @pytest.mark.parametrize("name", ["trunk.blocks.0.attn.q_norm.weight", "cls_token", "trunk.blocks.0.norm_1.bias"])
 def test_a_name_that_maps_nowhere_is_an_error(name):
-    with pytest.raises(CheckpointError, match=re.escape(name) + ".*maps nowhere"):
+    with pytest.raises(CheckpointError, match=re.escape(name) + ".*has no mapping"):
         convert_tensors({**random_tensors("sailvit", TINY_SHAPE), name: torch.ones(64)}, "timm")
 
 
@@ -316,7 +317,7 @@ def other_architectures():
 
 def test_other_architectures_are_refused():
     for model in other_architectures():
-        with pytest.raises(CheckpointError, match=r"no AIMv2 tower|maps nowhere"):
+        with pytest.raises(CheckpointError, match=r"no AIMv2 tower|has no mapping"):
             convert_tensors(model.state_dict(), "sailvit")
 
 
@@ -326,7 +327,7 @@ def test_what_is_missing_empty_or_misshapen_is_named():
     for change, what in [
         (None, "missing"),
         (torch.empty(0), "empty"),
-        (torch.ones(63, 64), r"is \[63, 64\], but \[64, 64\]"),
+        (torch.ones(63, 64), r"expected shape \[64, 64\], got \[63, 64\]"),
     ]:
         changed = {name: tensor for name, tensor in tensors.items() if name != key}
         changed |= {} if change is None else {key: change}
@@ -361,7 +362,7 @@ def test_mangled_names_are_an_error_or_a_tower(data):
         found = match_aimv2(shapes)
     except CheckpointError:
         return
-    sorted_out = [*found.names.values(), *found.heads, *found.unmapped]
+    sorted_out = [*found.names.values(), *found.dropped, *found.unmapped]
     assert len(sorted_out) + sum(found.others.values()) == len(shapes)
     assert set(sorted_out) <= shapes.keys()
 

@@ -563,7 +563,7 @@ def test_another_tower_gives_its_own_features(toys, tmp_path, layout):
         assert torch.equal(model.vision_model(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     inputs = inputs_of(tmp_path / "out")
     assert (inputs["input_ids"] == IMAGE).sum() == 9 * len(inputs["pixel_values"])
-    assert logits_of(tmp_path / "out").isfinite().all() and done.vision.tower.found.layout.name == layout
+    assert logits_of(tmp_path / "out").isfinite().all() and done.vision.match.scheme.name == layout
 
 
 def test_an_inserted_tower_gets_the_models_dtype_and_that_is_told(tmp_path):

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from toy_sailvl import write_release
 
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
-from sailvit.convert.models.aimv2_names import LAYOUTS, tensor_specs
+from sailvit.convert.models.aimv2_names import LAYOUTS
+from sailvit.convert.models.name_tables import tensor_specs
 from sailvit.convert.storage.checkpoint import Checkpoint, FileCheckpoint
 from sailvit.convert.storage.overlay import Overlay
 from sailvit.convert.storage.sources import find_source

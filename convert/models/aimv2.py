@@ -1,78 +1,60 @@
-"""An AIMv2 tower in any layout, resolution and precision to another."""
+"""Conversion of an AIMv2 tower between layouts, resolutions and dtypes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..export.image_settings import center_crops, has_normalization
 from ..export.runtimes import RUNTIMES, check_expressible, write_folder
-from ..plan import DTYPES, ConversionPlan, Options
+from ..plan import DTYPES, Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, raise_if_any
 from ..storage.hashes import check_values
-from ..storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, cast, cast_stream, to_bytes
+from ..storage.tensors import TORCH_DTYPES, StoredTensor, cast, to_bytes
 from .aimv2_config import Tower, find_aimv2
-from .aimv2_names import NamingScheme, TensorSource, get_layout, plan_tensors
-from .aimv2_reference import verify_folder
+from .aimv2_names import POSITIONS, AIMv2Dimensions, get_layout, plan_layout
+from .aimv2_reference import SourceWeights, verify_folder
 from .aimv2_state_dict import compute_positions
+from .mapped_plan import MappedPlan, image_notes, match_notes
+from .name_tables import NamingScheme, TensorSource
 
 
 @dataclass(kw_only=True)
-class AIMv2Plan(ConversionPlan):
+class AIMv2Plan(MappedPlan):
     """
-    The tower of a checkpoint, to be written.
+    The conversion of a tower.
 
     Attributes:
-        tower: What was found.
-        layout: What is written.
-        fields: Those of SAILViTConfig, of what is written.
-        positions: How the positions were computed, where they are not the source's.
+        fields: SAILViTConfig's, of the folder.
+        positions: How position embeddings are computed, if they are not the source's.
     """
 
-    tower: Tower
-    layout: NamingScheme
+    dimensions: AIMv2Dimensions
     fields: dict[str, Any]
     positions: dict[str, Any] | None = None
 
     @property
     def learned(self) -> StoredTensor | None:
-        """The source's learned positions."""
-        return self.tower.tensors.get(self.tower.found.layout.names_of("preprocessor.pos_embed")[0])
-
-    @property
-    def resampled(self) -> bool:
-        """Whether learned positions are written for another grid than the source's."""
-        return self.learned is not None and self.tower.shape.grid_size != self.grid_size
+        """The source's learned position embeddings."""
+        return self.stored.get(self.match.scheme.names_of(POSITIONS)[0])
 
     @property
     def grid_size(self) -> int | None:
-        """Side of the square of positions that is written; None where they are left to be computed."""
+        """Side of the square of position embeddings to write; None if they are left to be computed."""
         if self.fields["pos_embed_type"] == "sincos" and self.layout.has_sincos:
             return None
         return self.fields["image_size"] // self.fields["patch_size"]
 
-    def tensors(self) -> list[NewTensor]:
-        moves = plan_tensors(self.tower.found.layout, self.layout, self.tower.shape, self.grid_size)
-        return [
-            NewTensor(
-                self.layout.prefix + move.target.name, self.dtype, move.target.shape, lambda m=move: self._chunks(m)
-            )
-            for move in moves
-        ]
+    def sources(self) -> list[TensorSource]:
+        return plan_layout(self.match.scheme, self.layout, self.dimensions, self.grid_size)
 
-    def source_tensors(self) -> Iterable[StoredTensor]:
-        return self.tower.tensors.values()
-
-    def _chunks(self, move: TensorSource) -> Iterator[np.ndarray]:
-        """The bytes of a tensor to be written."""
-        if not move.sources:
+    def chunks(self, source: TensorSource) -> Iterator[np.ndarray]:
+        if not source.sources:
             positions = compute_positions(self.learned, self.fields["hidden_size"], self.grid_size)
             yield cast(to_bytes(positions), "F32", self.dtype)
-        for name, start, stop in move.sources:
-            yield from cast_stream(self.tower.tensors[name], self.tower.found.names[name], self.dtype, start, stop)
+        yield from super().chunks(source)
 
     def write_weights(
         self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
@@ -85,51 +67,60 @@ class AIMv2Plan(ConversionPlan):
         write_folder(folder, self)
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
-        return verify_folder(folder, self) if self.layout.name in RUNTIMES else None
+        if self.layout.name not in RUNTIMES:
+            return None
+        new_grid = self.grid_size if self.learned and self.positions else None
+        source = SourceWeights(self.match.scheme, self.stored, self.fields, self.layout.name, self.dtype, new_grid)
+        return verify_folder(folder, source)
 
     def provenance(self) -> dict[str, Any]:
-        found = self.tower.found
         return {
-            "source": {
-                "layout": found.layout.name,
-                "prefix": found.prefix,
-                "recognised": found.reason,
-                "dropped": {"heads": found.heads, "others": found.others},
-            },
+            "source": self.source_record("heads"),
             "layout": self.layout.name,
             "tower": self.fields,
             "positions": self.positions or "as in the source",
         }
 
 
-def plan_aimv2(checkpoint: Checkpoint, asked: Options) -> AIMv2Plan:
+def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
     """
     Raises:
-        CheckpointError: There is no whole tower, or what is wanted of it cannot be.
+        CheckpointError: There is no whole tower, or it cannot be written with these options.
     """
-    layout = get_layout("sailvit" if asked.to_layout is None else asked.to_layout)
-    tower = find_aimv2(checkpoint, asked.from_layout, asked.prefix)
-    harmless = ("mixed",) if asked.dtype else ()
-    raise_if_any([problem for problem in tower.problems if problem.kind not in harmless], checkpoint.source.name)
-    fields = {**tower.fields, "image_size": asked.image_size or tower.fields["image_size"]}
+    layout = get_layout("sailvit" if options.to_layout is None else options.to_layout)
+    tower = find_aimv2(checkpoint, options.from_layout, options.prefix)
+    accepted = ("mixed",) if options.dtype else ()
+    raise_if_any([problem for problem in tower.problems if problem.kind not in accepted], checkpoint.source.name)
+    plan = AIMv2Plan(
+        checkpoint=checkpoint, dtype=_output_dtype(tower, options, checkpoint.source.name), match=tower.match,
+        stored=tower.tensors, dimensions=tower.dimensions, layout=layout, fields=_output_fields(tower, layout, options),
+    )  # fmt: skip
+    check_expressible(plan)
+    plan.positions = _computed_positions(plan)
+    plan.notes = _notes(plan)
+    check_values(checkpoint, {tower.match.names[name]: tensor for name, tensor in tower.tensors.items()})
+    return plan
+
+
+def _output_dtype(tower: Tower, options: Options, source: str) -> str:
+    dtype = TORCH_DTYPES[options.dtype] if options.dtype else next(iter(tower.dtypes))
+    if dtype not in map(TORCH_DTYPES.get, DTYPES):
+        raise CheckpointError(f"{source}: expected a tower of {', '.join(DTYPES)}, got {dtype}: choose with --dtype")
+    return dtype
+
+
+def _output_fields(tower: Tower, layout: NamingScheme, options: Options) -> dict[str, Any]:
+    fields = {**tower.fields, "image_size": options.image_size or tower.fields["image_size"]}
     if not layout.has_sincos:
         fields["pos_embed_type"] = "absolute"
     if fields["image_size"] % fields["patch_size"]:
-        what = f"not a multiple of the patch, {fields['patch_size']} pixels"
-        raise CheckpointError(f"--image-size {asked.image_size}: {what}")
-    dtype = TORCH_DTYPES[asked.dtype] if asked.dtype else next(iter(tower.dtypes))
-    job = AIMv2Plan(checkpoint=checkpoint, dtype=dtype, tower=tower, layout=layout, fields=fields)
-    if job.dtype not in map(TORCH_DTYPES.get, DTYPES):
-        raise CheckpointError(f"{checkpoint.source.name}: the tower is {job.dtype}: choose with --dtype")
-    check_expressible(job)
-    job.positions = _how_positions(job)
-    job.notes = [tower.found.reason, *_notes(job)]
-    check_values(checkpoint, {tower.found.names[name]: tensor for name, tensor in tower.tensors.items()})
-    return job
+        what = f"expected a multiple of the patch size, {fields['patch_size']} pixels"
+        raise CheckpointError(f"--image-size: {what}, got {options.image_size}")
+    return fields
 
 
-def _how_positions(job: AIMv2Plan) -> dict[str, Any] | None:
-    before, after = job.tower.shape.grid_size, job.grid_size
+def _computed_positions(plan: AIMv2Plan) -> dict[str, Any] | None:
+    before, after = plan.dimensions.grid_size, plan.grid_size
     if after in (before, None):
         return None
     if before is None:
@@ -137,23 +128,15 @@ def _how_positions(job: AIMv2Plan) -> dict[str, Any] | None:
     return {"from": [before, before], "to": [after, after], "method": "bicubic, antialiased, in float32"}
 
 
-def _notes(job: AIMv2Plan) -> list[str]:
-    found, notes = job.tower.found, []
-    if found.wrappers:
-        notes.append(f"left out of the names: {', '.join(found.wrappers)}")
-    if found.heads:
-        notes.append(f"dropped: a head, {len(found.heads)} tensors ({found.heads[0]}, ...)")
-    for part, count in found.others.items():
-        notes.append(f"not of the tower, left: {part} ({count} tensors)")
-    if job.tower.shape.grid_size is None:
-        notes.append("no learned positions: a `native` tower, with sine-cosine positions")
-    if job.layout.name in RUNTIMES and not has_normalization(job.checkpoint):
-        notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
-    if (job.fields["image_size"] // job.fields["patch_size"]) % job.fields.get("pixel_shuffle_factor", 2):
-        notes.append(f"{job.fields['image_size']} pixels make a grid that the pixel shuffle does not divide")
-    if job.layout.name in RUNTIMES and center_crops(job.checkpoint):
-        notes.append("the source crops pictures to a square; what is written resizes them to it, as SAILViT does")
-    if job.positions:
-        grid = " x ".join(map(str, job.positions["to"]))
-        notes.append(f"positions computed for {grid}: {job.positions['method']}")
+def _notes(plan: AIMv2Plan) -> list[str]:
+    notes, fields = match_notes(plan.match, "(head)"), plan.fields
+    if plan.dimensions.grid_size is None:
+        notes.append("no learned position embeddings: a `native` tower, with sine-cosine ones")
+    if (fields["image_size"] // fields["patch_size"]) % fields.get("pixel_shuffle_factor", 2):
+        notes.append(f"{fields['image_size']} pixels give a grid that the pixel shuffle factor does not divide")
+    if plan.layout.name in RUNTIMES:
+        notes += image_notes(plan.checkpoint)
+    if plan.positions:
+        grid = " x ".join(map(str, plan.positions["to"]))
+        notes.append(f"position embeddings computed for {grid}: {plan.positions['method']}")
     return notes

@@ -1,4 +1,4 @@
-"""What a tower is, by its tensors and by its configuration, and where the two contradict each other."""
+"""The configuration of an AIMv2 tower, from its tensors and from config.json, and where they contradict each other."""
 
 import re
 from collections import Counter
@@ -11,8 +11,10 @@ from ..export.runtimes import SIZE_NAMES
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.sources import PROVENANCE
-from ..storage.tensors import FLOAT_BITS, StoredTensor
-from .aimv2_names import AIMv2Match, NamingScheme, TensorSpec, TowerShape, match_aimv2, tensor_specs
+from ..storage.tensors import StoredTensor
+from .aimv2_names import PATCHES, POSITIONS, AIMv2Dimensions, match_aimv2
+from .config_checks import config_problem, contradictions, invalid_values, is_integer, square_side
+from .name_tables import Match, MatchedTensors
 
 
 MLP_WIDTHS = {768: 2048, 1024: 2816, 1536: 4096, 2048: 5632, 3072: 8192}
@@ -25,122 +27,71 @@ FIELDS = (
     "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
 )  # fmt: skip
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "mish")
-
-MOST_BLOCKS = 1000
-
 TIMM_NAME = re.compile(r"aimv2_(large|huge|1b|3b)_patch(\d+)_(\d+)(\..*)?")
 
-# Arguments of timm's model that change no token, or that the tensors show.
+# Arguments of timm's model that do not change its outputs, or that follow from the tensors.
 TIMM_HARMLESS = {
     "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "proj_bias",
     "num_classes", "global_pool", "act_layer", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "drop_rate",
 }  # fmt: skip
 
 
-def measure(found: AIMv2Match, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TowerShape, list[Problem]]:
+def infer_dimensions(found: MatchedTensors) -> tuple[AIMv2Dimensions, list[Problem]]:
     """
-    The dimensions of a tower, and what is missing, empty, of a wrong shape, or too much.
-
-    Args:
-        found: Its names.
-        shapes: Name in the layout -> shape of the tensor, for every one of these names.
+    Return the dimensions of a tower, and its missing, unexpected, empty and wrongly shaped tensors.
 
     Raises:
-        CheckpointError: Nothing can be measured: the patch convolution is missing, empty or no convolution.
+        CheckpointError: The dimensions are unknown, as the patch convolution is missing, empty or no convolution.
     """
-    names = found.names
-    empty = [name for name, shape in shapes.items() if prod(shape) == 0]
-    problems = [Problem("empty", names[name], why_empty(shapes[name])) for name in empty]
-    problems += [Problem("unexpected", name, _why_unmapped(name, found.layout)) for name in found.unmapped]
+    problems = found.name_problems()
     try:
-        shape = _shape_of(found.layout, shapes, found.prefix)
+        dimensions = _infer(found)
     except CheckpointError:
-        raise_if_any(problems)  # which says more, if there is one
+        raise_if_any(problems)  # the cause, if there is one
         raise
-    wanted = {piece.name: piece for piece in tensor_specs(found.layout, shape)}
-    for name, piece in wanted.items():
-        if name not in shapes:
-            problems.append(Problem("missing", found.prefix + name, f"missing; {list(piece.shape)} is wanted"))
-        elif shapes[name] != piece.shape and name not in empty:
-            problems.append(Problem("shape", names[name], _wrong_shape(shapes[name], piece)))
-    for name in shapes.keys() - wanted.keys():
-        problems.append(Problem("unexpected", names[name], "not part of a tower of this shape"))
-    return shape, problems
+    return dimensions, problems + found.shape_problems(dimensions)
 
 
-def why_empty(shape: tuple[int, ...]) -> str:
-    return f"empty, {list(shape)}: saved under ZeRO-3 without gathering its parts? Save it whole"
-
-
-def _wrong_shape(shape: tuple[int, ...], piece: TensorSpec) -> str:
-    return f"is {list(shape)}, but {list(piece.shape)} in a tower of this shape"
-
-
-def _why_unmapped(name: str, layout: NamingScheme) -> str:
-    if "lora_" in name or ".base_layer." in name:
-        return "belongs to an adapter: merge it first (peft's merge_and_unload)"
-    return f"maps nowhere in the layout of {layout.title}"
-
-
-def _shape_of(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> TowerShape:
-    patches = layout.names_of("preprocessor.patchifier.proj")[0] + ".weight"
-    convolution = shapes.get(patches, ())
-    if len(convolution) != 4 or 0 in convolution or convolution[2] != convolution[3]:
-        what = f"is {list(convolution)}, no patch convolution" if patches in shapes else "is missing"
-        raise CheckpointError(f"{prefix}{patches} {what}: without it nothing can be said of the tower")
-    width, channels, patch, _ = convolution
-    block = layout.names_of("trunk.blocks.{}.norm_1")[0].split("{}")[0]
-    blocks = [int(match[1]) for name in shapes if (match := re.match(re.escape(block) + r"(\d+)\.", name))]
-    if max(blocks, default=0) >= MOST_BLOCKS:
-        raise CheckpointError(f"{prefix}{block}{max(blocks)}: a tower has no such block")
-    projected, mlp = (_has_bias(layout, shapes, f"trunk.blocks.{{}}.{part}") for part in ("attn.proj", "mlp.fc1"))
-    if projected != mlp:
-        raise CheckpointError(f"{prefix}{block}*: biases in only one of attention and mlp, which no layout here has")
-    return TowerShape(
+def _infer(found: MatchedTensors) -> AIMv2Dimensions:
+    scheme, prefix, block = found.match.scheme, found.match.prefix, "trunk.blocks.{}."
+    patches = scheme.names_of(PATCHES)[0] + ".weight"
+    shape = width, channels, patch, other = found.required_shape(patches, 4)
+    if patch != other or not prod(shape):
+        raise CheckpointError(f"{prefix}{patches}: expected square patches, got shape {list(shape)}")
+    use_bias = found.has(".bias", block + "mlp.fc1")
+    if use_bias != found.has(".bias", block + "attn.proj"):
+        where = prefix + scheme.names_of(block + "norm_1")[0].split("{}")[0]
+        raise CheckpointError(f"{where}*: expected biases in attention and mlp or in neither, got them in one only")
+    return AIMv2Dimensions(
         hidden_size=width,
-        intermediate_size=_mlp_width(layout, shapes) or MLP_WIDTHS.get(width, 1),
-        num_hidden_layers=max(blocks, default=-1) + 1,
+        intermediate_size=found.common_rows(block + "mlp.fc1") or MLP_WIDTHS.get(width, 1),
+        num_hidden_layers=found.count_blocks(block + "norm_1"),
         num_channels=channels,
         patch_size=patch,
-        grid_size=_grid_size(layout, shapes, width, prefix),
-        qkv_bias=_has_bias(layout, shapes, "trunk.blocks.{}.attn.qkv"),
-        use_bias=mlp,
+        grid_size=_grid_size(found, width),
+        qkv_bias=found.has(".bias", block + "attn.qkv"),
+        use_bias=use_bias,
     )
 
 
-def _mlp_width(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """What most blocks have, so that the one that differs is named."""
-    before, after = layout.names_of("trunk.blocks.{}.mlp.fc1")[0].split("{}")
-    rows = Counter(
-        shape[0] for name, shape in shapes.items()
-        if name.startswith(before) and name.endswith(after + ".weight") and len(shape) == 2 and shape[0]
-    )  # fmt: skip
-    return rows.most_common(1)[0][0] if rows else None
-
-
-def _grid_size(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]], width: int, prefix: str) -> int | None:
-    name = layout.names_of("preprocessor.pos_embed")[0]
-    if name not in shapes or not prod(shapes[name]):
-        return None if name not in shapes else 1
-    positions = prod(shapes[name]) // width
+def _grid_size(found: MatchedTensors, width: int) -> int | None:
+    name = found.match.scheme.names_of(POSITIONS)[0]
+    if name not in found.tensors:
+        return None
+    shape = found.tensors[name].shape
+    positions = prod(shape) // width or 1
     if isqrt(positions) ** 2 != positions:
-        raise CheckpointError(f"{prefix}{name}: {list(shapes[name])} are the positions of no square grid")
+        raise CheckpointError(f"{found.match.prefix}{name}: expected a square grid, got shape {list(shape)}")
     return isqrt(positions)
-
-
-def _has_bias(layout: NamingScheme, shapes: Mapping[str, tuple[int, ...]], module: str) -> bool:
-    ends = tuple(name.split("{}")[1] + ".bias" for name in layout.names_of(module))
-    return any(name.endswith(ends) for name in shapes)
 
 
 def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What a config.json says of its vision tower, under the names of SAILViTConfig: released SAILViT's and SAIL-VL's,
-    Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty where it describes none.
+    Return the fields of the vision tower in a config.json, under the names of SAILViTConfig: released SAILViT's and
+    SAIL-VL's, Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty if it describes no tower.
 
     Raises:
-        CheckpointError: It is timm's, with arguments that change the tower in a way that nothing here knows.
+        CheckpointError: It is timm's, with arguments that change the tower in ways that are not supported.
     """
     if "architecture" in config:
         return _read_timm_config(config)
@@ -155,18 +106,12 @@ def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of one tower, as far as they are there; transformers' own says what kind of positions it has."""
     fields = {key: config[key] for key in FIELDS if config.get(key) is not None}
-    kind = config.get("model_type")
     if "mlp_bias" in config:
         fields["use_bias"] = config["mlp_bias"]
-    if kind == "aimv2_vision_model" or "is_native" in config:
+    if config.get("model_type") == "aimv2_vision_model" or "is_native" in config:
         fields["pos_embed_type"] = "sincos" if config.get("is_native") else "absolute"
-    for key in ("image_size", "patch_size"):
-        value = fields.get(key)
-        if isinstance(value, list) and len(set(value)) == 1:
-            fields[key] = value[0]
-    return fields
+    return {key: square_side(value) if key in ("image_size", "patch_size") else value for key, value in fields.items()}
 
 
 def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,90 +121,83 @@ def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
     widths = {name: width for width, name in SIZE_NAMES.items()}
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, Mapping):
-        raise CheckpointError(f"config.json: model_args is {arguments!r}, not a map")
+        raise CheckpointError(f"config.json: model_args: expected a JSON object, got {arguments!r}")
     unknown = arguments.keys() - TIMM_HARMLESS
     if unknown:
-        raise CheckpointError(f"config.json: model_args has {', '.join(sorted(unknown))}: no tower of this kind then")
-    width, size = arguments.get("embed_dim", widths[match[1]]), arguments.get("img_size", int(match[3]))
+        raise CheckpointError(f"config.json: model_args: {', '.join(sorted(unknown))} not supported in an AIMv2 tower")
+    width = arguments.get("embed_dim", widths[match[1]])
     return {
         "hidden_act": arguments.get("act_layer", "silu"),
         "hidden_size": width,
         "num_hidden_layers": arguments.get("depth", 24),
         "num_attention_heads": arguments.get("num_heads", widths[match[1]] // HEAD_WIDTH),
         "patch_size": arguments.get("patch_size", int(match[2])),
-        "image_size": size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size,
+        "image_size": square_side(arguments.get("img_size", int(match[3]))),
         "pos_embed_type": "absolute",
     }
 
 
-def tower_fields(shape: TowerShape, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def tower_fields(dimensions: AIMv2Dimensions, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """
-    The fields of SAILViTConfig for a tower, and where its configuration contradicts its tensors.
+    Return the fields of SAILViTConfig for a tower, and where its configuration contradicts its tensors.
 
     Args:
-        shape: By its tensors.
-        config: By its configuration, as read_tower_config gives it; it decides what tensors do not show.
+        config: As read_aimv2_config returns it; it decides what the tensors do not show.
     """
-    fields = {key: value for key, value in asdict(shape).items() if key != "grid_size"}
-    if shape.grid_size is None:
+    fields = {key: value for key, value in asdict(dimensions).items() if key != "grid_size"}
+    if dimensions.grid_size is None:
         fields |= {"pos_embed_type": "sincos", "image_size": config.get("image_size", 448)}
     else:
-        fields |= {"pos_embed_type": "absolute", "image_size": shape.grid_size * shape.patch_size}
+        fields |= {"pos_embed_type": "absolute", "image_size": dimensions.grid_size * dimensions.patch_size}
+    heads = config.get("num_attention_heads")
+    if heads is None and _is_published(dimensions):
+        heads = dimensions.hidden_size // HEAD_WIDTH
     problems = [
-        Problem("config", key, f"config.json says {config[key]!r}, the tensors {value!r}: correct config.json")
-        for key, value in fields.items()
-        if key in config and config[key] != value
+        *contradictions(fields, config),
+        *_depth_problems(dimensions, config),
+        *invalid_values(config, ("rms_norm_eps", "attention_dropout", "projection_dropout", "initializer_range")),
+        *_head_problems(dimensions, heads),
     ]
-    if not shape.num_hidden_layers:
-        problems.append(Problem("missing", "num_hidden_layers", "there is no block"))
-    elif "num_hidden_layers" not in config and _is_published(shape) and size_name(shape) is None:
-        size = SIZE_NAMES[shape.hidden_size]
-        what = f"{shape.num_hidden_layers} here, another number in AIMv2 {size}: say it in config.json"
-        problems.append(Problem("missing", "num_hidden_layers", what))
-    return _with_heads({**config, **fields}, shape, problems + _odd_values(config))
+    if not is_integer(factor := config.get("pixel_shuffle_factor", 2)):
+        problems.append(config_problem("pixel_shuffle_factor", "a positive integer", factor))
+    return {**config, **fields, "num_attention_heads": heads}, problems
 
 
-def _odd_values(config: Mapping[str, Any]) -> list[Problem]:
-    problems = []
-    for key in ("rms_norm_eps", "attention_dropout", "projection_dropout", "initializer_range"):
-        value = config.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            problems.append(Problem("config", key, f"is {value!r}, not a number from 0 to 1: correct config.json"))
-    if config.get("hidden_act", "silu") not in ACTIVATIONS:
-        what = f"is {config['hidden_act']!r}, not one of {', '.join(ACTIVATIONS)}: correct config.json"
-        problems.append(Problem("config", "hidden_act", what))
-    factor = config.get("pixel_shuffle_factor", 2)
-    if type(factor) is not int or factor < 1:
-        problems.append(Problem("config", "pixel_shuffle_factor", f"is {factor!r}: correct config.json"))
-    return problems
+def _depth_problems(dimensions: AIMv2Dimensions, config: Mapping[str, Any]) -> list[Problem]:
+    depth = dimensions.num_hidden_layers
+    if not depth:
+        return [Problem("missing", "num_hidden_layers", "expected at least one block, got none")]
+    if "num_hidden_layers" in config or not _is_published(dimensions) or size_name(dimensions):
+        return []
+    size, expected = SIZE_NAMES[dimensions.hidden_size], _published_depth(dimensions)
+    what = f"expected {expected} blocks as in AIMv2 {size}, got {depth}: set it in config.json if that is right"
+    return [Problem("missing", "num_hidden_layers", what)]
 
 
-def _with_heads(
-    fields: dict[str, Any], shape: TowerShape, problems: list[Problem]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Adds the number of heads, which no tensor shows: the configuration's; that of a published size is known."""
-    width, said = shape.hidden_size, fields.get("num_attention_heads")
-    if said is None and _is_published(shape):
-        said = width // HEAD_WIDTH
-    if type(said) is not int or said < 1 or width % said:
-        mend = "say it in config.json, or convert with --base"
-        what = f"is {said!r}, for a width of {width}, and tensors do not show it: {mend}"
-        problems.append(Problem("config", "num_attention_heads", what))
-    elif _is_published(shape) and said != width // HEAD_WIDTH:
-        what = f"config.json says {said}, but AIMv2 {SIZE_NAMES[width]} has {width // HEAD_WIDTH}: correct config.json"
-        problems.append(Problem("config", "num_attention_heads", what))
-    return {**fields, "num_attention_heads": said}, problems
+def _head_problems(dimensions: AIMv2Dimensions, heads: Any) -> list[Problem]:
+    """Check the number of heads, which no tensor shows; the heads of published sizes are known."""
+    width = dimensions.hidden_size
+    if not is_integer(heads) or width % heads:
+        fix = "tensors do not show it; set it in config.json, or convert with --base"
+        return [config_problem("num_attention_heads", f"a divisor of the width {width}", heads, fix)]
+    if _is_published(dimensions) and heads != width // HEAD_WIDTH:
+        return [config_problem("num_attention_heads", f"{width // HEAD_WIDTH} as in AIMv2 {SIZE_NAMES[width]}", heads)]
+    return []
 
 
-def _is_published(shape: TowerShape) -> bool:
-    return MLP_WIDTHS.get(shape.hidden_size) == shape.intermediate_size
+def _is_published(dimensions: AIMv2Dimensions) -> bool:
+    return MLP_WIDTHS.get(dimensions.hidden_size) == dimensions.intermediate_size
 
 
-def size_name(shape: TowerShape) -> str | None:
-    """The published size of this width and depth, if there is one."""
-    name = SIZE_NAMES.get(shape.hidden_size)
-    depth = 12 if name == "base" else 24
-    return name if _is_published(shape) and shape.num_hidden_layers == depth else None
+def _published_depth(dimensions: AIMv2Dimensions) -> int:
+    return 12 if SIZE_NAMES[dimensions.hidden_size] == "base" else 24
+
+
+def size_name(dimensions: AIMv2Dimensions) -> str | None:
+    """Return the published size of this width and depth, if there is one."""
+    if not _is_published(dimensions) or dimensions.num_hidden_layers != _published_depth(dimensions):
+        return None
+    return SIZE_NAMES[dimensions.hidden_size]
 
 
 @dataclass(frozen=True)
@@ -268,88 +206,74 @@ class Tower:
     A tower in a checkpoint.
 
     Attributes:
-        found: Its names.
-        shape: Its dimensions, by its tensors.
-        fields: Those of SAILViTConfig.
-        tensors: Name in the layout, without prefix -> where it lies.
+        match: Its names.
+        dimensions: As its tensors show them.
+        fields: Of SAILViTConfig.
+        tensors: Name in the layout, without prefix -> tensor.
         problems: What is wrong with it.
     """
 
-    found: AIMv2Match
-    shape: TowerShape
+    match: Match
+    dimensions: AIMv2Dimensions
     fields: dict[str, Any]
     tensors: dict[str, StoredTensor]
     problems: list[Problem]
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Data type -> how many of its tensors have it."""
+        """Dtype -> number of tensors."""
         return dict(Counter(tensor.dtype for tensor in self.tensors.values()))
 
 
 def find_aimv2(checkpoint: Checkpoint, layout: str | None = None, prefix: str | None = None) -> Tower:
     """
-    The tower of a checkpoint; only the files that hold its tensors are opened.
+    Return the tower of a checkpoint; only the files that hold its tensors are opened.
 
     Args:
-        layout: The layout it has, if that is known.
-        prefix: The prefix its names have, if that is known.
+        layout: Its layout, if it is known.
+        prefix: Prefix of its names, if it is known.
 
     Raises:
-        CheckpointError: There is none, or a file that holds it is missing or broken.
+        CheckpointError: There is none, or one of its files is missing or broken.
     """
     try:
-        found = match_aimv2(checkpoint.weight_map, layout, prefix)
+        match = match_aimv2(checkpoint.weight_map, layout, prefix)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.source.name}: {error}") from error
-    tensors = {name: checkpoint[stored] for name, stored in found.names.items()}
-    shape, problems = measure(found, {name: tensor.shape for name, tensor in tensors.items()})
-    fields, contradictions = tower_fields(shape, read_source_config(checkpoint))
-    tower = Tower(found, shape, fields, tensors, problems + contradictions + _record_problems(checkpoint))
-    tower.problems.extend(_dtype_problems(tower))
-    for file in checkpoint.opened:
-        tower.problems.extend(checkpoint.name_problems(file))
-    return tower
+    tensors = {name: checkpoint[stored] for name, stored in match.names.items()}
+    found = MatchedTensors(match, tensors)
+    dimensions, problems = infer_dimensions(found)
+    fields, config_problems = tower_fields(dimensions, read_source_config(checkpoint))
+    problems += [*config_problems, *_record_problems(checkpoint), *found.dtype_problems()]
+    problems += [problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)]
+    return Tower(match, dimensions, fields, tensors, problems)
 
 
 def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the source says of its tower: its config.json, or else the provenance.json of a conversion."""
-    return read_aimv2_config(checkpoint.document("config.json")) or recorded_tower(checkpoint)
+    """Return the fields of the source's tower, from config.json or else from the provenance.json of a conversion."""
+    return read_aimv2_config(checkpoint.document("config.json")) or _recorded_tower(checkpoint)
 
 
-def recorded_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+def _recorded_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """
-    The fields that the provenance.json of a conversion has.
+    Return the fields of the tower in the provenance.json of a conversion.
 
     Raises:
-        CheckpointError: It has something else in their place.
+        CheckpointError: They are no JSON object.
     """
     recorded = checkpoint.document(PROVENANCE).get("tower", {})
     if not isinstance(recorded, dict):
-        raise CheckpointError(f"{PROVENANCE}: its tower is {recorded!r}, not a map: remove the file if it is not true")
+        raise CheckpointError(
+            f"{PROVENANCE}: tower: expected a JSON object, got {recorded!r}: remove the file if it is wrong"
+        )
     return recorded
 
 
 def _record_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """Where config.json says something else than provenance.json of what no tensor shows."""
-    said, recorded = read_source_config(checkpoint), recorded_tower(checkpoint)
+    """Fields that no tensor shows, where config.json and provenance.json differ."""
+    config, recorded = read_source_config(checkpoint), _recorded_tower(checkpoint)
     return [
-        Problem("config", key, f"config.json says {said[key]!r}, {PROVENANCE} {recorded[key]!r}: one of them is wrong")
+        config_problem(key, f"{recorded[key]!r} as in {PROVENANCE}", config[key], "fix config.json, or that file")
         for key in ("num_attention_heads", "rms_norm_eps", "hidden_act")
-        if key in said and key in recorded and said[key] != recorded[key]
+        if key in config and key in recorded and config[key] != recorded[key]
     ]
-
-
-def _dtype_problems(tower: Tower) -> list[Problem]:
-    dtypes = tower.dtypes
-    common = max(dtypes, key=lambda dtype: dtypes[dtype])
-    problems = []
-    for name, tensor in tower.tensors.items():
-        if tensor.dtype not in FLOAT_BITS:
-            problems.append(
-                Problem("dtype", tower.found.names[name], f"is {tensor.dtype}, not a floating point number")
-            )
-        elif tensor.dtype != common:
-            what = f"is {tensor.dtype}, most of the tower {common}: mixed precision"
-            problems.append(Problem("mixed", tower.found.names[name], what))
-    return problems

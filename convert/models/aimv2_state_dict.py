@@ -1,11 +1,13 @@
-"""TODO convert/models/aimv2_state_dict.py."""
+"""Conversion of AIMv2 state dicts in memory."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.tensors import StoredTensor, load_float32
-from .aimv2_names import get_layout, match_aimv2, plan_tensors
+from .aimv2_config import infer_dimensions
+from .aimv2_names import get_layout, match_aimv2, plan_layout
+from .name_tables import MatchedTensors
 
 
 if TYPE_CHECKING:
@@ -14,8 +16,8 @@ if TYPE_CHECKING:
 
 def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) -> "torch.Tensor":
     """
-    Positions for another grid, (1, grid_size ** 2, width) in float32: learned ones resampled (bicubic, antialiased), or
-    the 2-D sine-cosine of `native` towers where there are none.
+    Return position embeddings for another grid, (1, grid_size ** 2, width) in float32: learned ones resampled (bicubic,
+    antialiased), or the 2-D sine-cosine ones of `native` towers if there are none.
     """
     from ...modeling_sailvit import resample_position_embeddings, sincos_position_embeddings
 
@@ -27,31 +29,31 @@ def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) 
 
 def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "dict[str, torch.Tensor]":
     """
-    A state dict in any layout -> the same tower's in another, without copies where a name is all that changes. The
-    numbers are not looked at, and keep their dtypes.
+    Convert the state dict of a tower from any layout to another. Tensors that only change their names are not copied;
+    values are not validated, and keep their dtypes.
 
     Args:
-        tensors: Of a whole tower, with any prefix; heads and other parts are left out.
+        tensors: Of a whole tower, under any prefix; heads and other models are left out.
         to_layout: A key of LAYOUTS.
 
     Raises:
-        CheckpointError: They are no tower, or not a whole one, or have sine-cosine positions, which the layout lacks;
+        CheckpointError: They are no whole tower, or have sine-cosine position embeddings, which the layout lacks, or
             there is no such layout.
     """
     import torch
 
-    from .aimv2_config import measure
-
-    target, found = get_layout(to_layout), match_aimv2(tensors)
-    shape, problems = measure(found, {short: tuple(tensors[name].shape) for short, name in found.names.items()})
-    if shape.grid_size is None and not target.has_sincos:
-        problems.append(Problem("layout", target.name, "has no sine-cosine positions, and no grid is known here"))
+    target, match = get_layout(to_layout), match_aimv2(tensors)
+    own = {name: tensors[stored] for name, stored in match.names.items()}
+    dimensions, problems = infer_dimensions(MatchedTensors(match, own))
+    if dimensions.grid_size is None and not target.has_sincos:
+        what = "needs learned position embeddings, got sine-cosine ones, and no grid to compute them for"
+        problems.append(Problem("layout", target.name, what))
     raise_if_any(problems)
     converted = {}
-    for move in plan_tensors(found.layout, target, shape, shape.grid_size):
-        runs = [tensors[found.names[name]].reshape(-1)[start:stop] for name, start, stop in move.sources]
-        if len({run.dtype for run in runs}) > 1:
-            raise CheckpointError(f"{move.target.released}: its parts have different dtypes")
-        whole = runs[0] if len(runs) == 1 else torch.cat(runs)
-        converted[target.prefix + move.target.name] = whole.reshape(move.target.shape)
+    for one in plan_layout(match.scheme, target, dimensions, dimensions.grid_size):
+        slices = [own[name].reshape(-1)[start:stop] for name, start, stop in one.sources]
+        if len(dtypes := {str(part.dtype) for part in slices}) > 1:
+            raise CheckpointError(f"{one.target.canonical}: expected one dtype, got {', '.join(sorted(dtypes))}")
+        whole = slices[0] if len(slices) == 1 else torch.cat(slices)
+        converted[target.prefix + one.target.name] = whole.reshape(one.target.shape)
     return converted

@@ -1,39 +1,24 @@
-"""InternLM2 and 2.5, as published with code of their own, to transformers' LlamaForCausalLM."""
+"""InternLM2 and 2.5, as published with remote code, to transformers' LlamaForCausalLM."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..export.converted_card import save_card
 from ..export.runtimes import LOAD_LANGUAGE
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from ..storage.output_folder import final_name
-from ..storage.tensors import StoredTensor, is_same, torch_name
+from ..storage.tensors import is_same
+from .config_checks import config_problem, contradictions, invalid_values, is_integer
 from .internlm2_tokenizer import NewTokenizer, find_tokenizer
-from .internvl_common import (
-    Found,
-    InternVLPlan,
-    Kind,
-    check_model,
-    common_rows,
-    contradictions,
-    count_blocks,
-    describe_names,
-    finds,
-    has_names,
-    is_whole,
-    odd_numbers,
-    read_model,
-    tensor_shape,
-)
+from .internvl_common import InternVLPlan, check_source, read_source
+from .mapped_plan import match_notes
+from .name_tables import Dimensions, MatchedTensors, ModelFamily, NamingScheme
 
 
-INTERNLM2 = {
+LLAMA = {
     "model.tok_embeddings": "model.embed_tokens",
     "model.layers.{}.attention_norm": "model.layers.{}.input_layernorm",
     "model.layers.{}.attention.wqkv": (
@@ -50,8 +35,6 @@ INTERNLM2 = {
     "output": "lm_head",
 }
 
-OF_INTERNLM2 = re.compile(r"(?P<prefix>(?:.*\.)?)model\.layers\.\d+\.attention\.wqkv\.(?:weight|bias)")
-
 LOAD_LANGUAGE_ALONE = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").eval()"""
@@ -59,12 +42,12 @@ model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto").eval()"""
 # InternLM2's own defaults, as released.
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-NOT_OF_GENERATION = {"transformers_version", "_from_model_config", "auto_map"}
+SERVICE_FIELDS = {"transformers_version", "_from_model_config", "auto_map"}
 
 
 @dataclass(frozen=True)
-class InternLM2Shape:
-    """The dimensions of an InternLM2; its heads by its configuration, the others by its tensors."""
+class InternLM2Dimensions(Dimensions):
+    """The dimensions of an InternLM2; its heads and its tied embeddings are those of its configuration."""
 
     vocab_size: int
     hidden_size: int
@@ -77,13 +60,11 @@ class InternLM2Shape:
     tie_word_embeddings: bool
 
     @property
-    def groups(self) -> tuple[int, tuple[int, int, int]]:
-        """How many groups wqkv has; rows of query, key and value in each."""
+    def qkv_groups(self) -> tuple[int, tuple[int, ...]]:
         queries = self.num_attention_heads // self.num_key_value_heads
         return self.num_key_value_heads, (queries * self.head_dim, self.head_dim, self.head_dim)
 
     def parameters(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """(module, "{}" for the block; parameter of it) -> shape of the tensor."""
         width, mlp = self.hidden_size, self.intermediate_size
         queries = self.num_attention_heads * self.head_dim
         rows = queries + 2 * self.num_key_value_heads * self.head_dim
@@ -107,195 +88,190 @@ class InternLM2Shape:
         }
 
 
-LM = Kind("InternLM2", "language", INTERNLM2, OF_INTERNLM2)
+ORIGINAL = NamingScheme("InternLM2", "InternLM2", {name: name for name in LLAMA}, ignored=r".*\.rotary_emb\.inv_freq")
+
+CONVERTED = NamingScheme("LlamaForCausalLM", "transformers' LlamaForCausalLM", LLAMA)
+
+INTERNLM2 = ModelFamily(
+    "InternLM2",
+    "language",
+    {ORIGINAL.name: ORIGINAL},
+    InternLM2Dimensions(1, 1, 1, 1, 1, 1, 1, attention_bias=True, tie_word_embeddings=False).parameters().keys(),
+    anchors=("model.layers.{}.attention.wqkv",),
+)
 
 
 def is_internlm2(names: Iterable[str]) -> bool:
-    """Whether there is an InternLM2 or 2.5 among the names of a checkpoint, behind whatever prefix."""
-    return finds(LM, names)
+    """Return whether a checkpoint contains an InternLM2 or 2.5, under any prefix."""
+    return INTERNLM2.is_in(names)
 
 
-def measure_internlm2(
-    found: Found, tensors: Mapping[str, StoredTensor], said: Mapping[str, Any]
-) -> tuple[InternLM2Shape, list[Problem]]:
+def _infer_dimensions(found: MatchedTensors, original: Mapping[str, Any]) -> tuple[InternLM2Dimensions, list[Problem]]:
     """
-    The dimensions of an InternLM2, and where its configuration contradicts its tensors.
-
-    Args:
-        said: The configuration, without which nobody knows the heads.
+    Return the dimensions, and where the configuration contradicts the tensors.
 
     Raises:
-        CheckpointError: Nothing can be measured.
+        CheckpointError: Dimensions are unknown.
     """
-    vocabulary, width = tensor_shape(tensors, found, "model.tok_embeddings.weight", 2)
+    vocabulary, width = found.required_shape("model.tok_embeddings.weight", 2)
+    layer = "model.layers.{}."
     known = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": common_rows(tensors, ".feed_forward.w1.weight"),
-        "num_hidden_layers": count_blocks(tensors, found, "model.layers."),
+        "intermediate_size": found.common_rows(layer + "feed_forward.w1") or 1,
+        "num_hidden_layers": found.count_blocks(layer + "attention_norm"),
     }
-    bias = has_names(tensors, ".attention.wqkv.bias", ".attention.wo.bias")
-    problems = contradictions({**known, "bias": bias}, said)
-    heads, groups, head_dim = _heads(width, said)
-    wanted, rows = (heads + 2 * groups) * head_dim, common_rows(tensors, ".attention.wqkv.weight")
-    if rows != wanted:
-        what = f"{heads} heads and {groups} key-value heads of {head_dim} want {wanted} rows of wqkv, there are {rows}"
-        problems.append(Problem("config", "num_key_value_heads", f"{what}: correct config.json"))
-    tied = said.get("tie_word_embeddings", False)
+    bias = found.has(".bias", layer + "attention.wqkv", layer + "attention.wo")
+    problems = contradictions({**known, "bias": bias}, original)
+    heads, groups, head_dim = _heads(width, original)
+    expected, rows = (heads + 2 * groups) * head_dim, found.common_rows(layer + "attention.wqkv")
+    if rows != expected:
+        for_heads = f"for {heads} heads and {groups} key-value heads of {head_dim}"
+        what = f"expected {expected} rows of wqkv {for_heads}, got {rows}: fix config.json"
+        problems.append(Problem("config", "num_key_value_heads", what))
+    tied = original.get("tie_word_embeddings", False)
     if type(tied) is not bool:
-        what = f"is {tied!r}, not true or false: correct config.json"
-        problems.append(Problem("config", "tie_word_embeddings", what))
-    shape = InternLM2Shape(
+        problems.append(config_problem("tie_word_embeddings", "true or false", tied))
+    dimensions = InternLM2Dimensions(
         **known, num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim, attention_bias=bias,
         tie_word_embeddings=tied is True,
     )  # fmt: skip
-    return shape, problems
+    return dimensions, problems
 
 
-def _heads(width: int, said: Mapping[str, Any]) -> tuple[int, int, int]:
+def _heads(width: int, config: Mapping[str, Any]) -> tuple[int, int, int]:
     """
-    Heads, key-value heads and the width of each, by the configuration.
+    Return the heads, the key-value heads and the width of a head, as configured.
 
     Raises:
-        CheckpointError: It does not say them, or says what cannot be.
+        CheckpointError: They are not configured, or impossible.
     """
-    heads = said.get("num_attention_heads")
-    groups = heads if said.get("num_key_value_heads") is None else said["num_key_value_heads"]
-    for key, value, of in (("num_attention_heads", heads, None), ("num_key_value_heads", groups, heads)):
-        if not is_whole(value) or (of and of % value):
-            what = f"is {value!r}{f', to divide {of}' if of else ''}: tensors do not show it, so say it in config.json"
-            raise CheckpointError(f"{key}: {what}")
-    if said.get("head_dim") is None and width % heads:
-        raise CheckpointError(f"num_attention_heads: is {heads}, to divide {width}: correct config.json")
-    head_dim = width // heads if said.get("head_dim") is None else said["head_dim"]
-    if not is_whole(head_dim, 2) or head_dim % 2:
-        raise CheckpointError(f"head_dim: is {head_dim!r}, not an even number: correct config.json")
+    heads, groups, head_dim = map(config.get, ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    fix = "tensors do not show it; set it in config.json"
+    if not is_integer(heads):
+        raise CheckpointError(str(config_problem("num_attention_heads", "a positive integer", heads, fix)))
+    groups = heads if groups is None else groups
+    if not is_integer(groups) or heads % groups:
+        raise CheckpointError(str(config_problem("num_key_value_heads", f"a divisor of {heads}", groups, fix)))
+    if head_dim is None and width % heads:
+        raise CheckpointError(str(config_problem("num_attention_heads", f"a divisor of the width {width}", heads)))
+    head_dim = width // heads if head_dim is None else head_dim
+    if not is_integer(head_dim, 2) or head_dim % 2:
+        raise CheckpointError(str(config_problem("head_dim", "an even number", head_dim)))
     return heads, groups, head_dim
 
 
-def llama_config(shape: InternLM2Shape, said: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def llama_config(dimensions: InternLM2Dimensions, original: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """
-    config.json of a LlamaForCausalLM, as every transformers from 4.56 on reads it, and what cannot be expressed.
+    Return the config.json of a LlamaForCausalLM, for transformers from 4.56 on, and impossible or unsupported values.
 
     Args:
-        said: The original configuration; it decides what tensors do not show, and else InternLM2's defaults do.
+        original: The original configuration; InternLM2's defaults apply where neither it nor the tensors have a value.
     """
-    problems = odd_numbers(said, ("rms_norm_eps", "initializer_range")) + _odd_ids(said, shape.vocab_size)
-    positions, theta = said.get("max_position_embeddings", 2048), said.get("rope_theta", 10000)
-    if not is_whole(positions):
-        problems.append(Problem("config", "max_position_embeddings", f"is {positions!r}: correct config.json"))
+    problems = invalid_values(original, ("rms_norm_eps", "initializer_range"))
+    problems += _token_id_problems(original, dimensions.vocab_size)
+    positions, theta = original.get("max_position_embeddings", 2048), original.get("rope_theta", 10000)
+    if not is_integer(positions):
+        problems.append(config_problem("max_position_embeddings", "a positive integer", positions))
     if type(theta) not in (int, float) or not 1 < theta < float("inf"):
-        problems.append(Problem("config", "rope_theta", f"is {theta!r}: correct config.json"))
-    scaling, odd = _rope_scaling(said.get("rope_scaling"))
-    dimensions = {key: value for key, value in asdict(shape).items() if key != "tie_word_embeddings"}
+        problems.append(config_problem("rope_theta", "a number above 1", theta))
+    scaling, scaling_problems = _rope_scaling(original.get("rope_scaling"))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **dimensions,
+        **asdict(dimensions),
         "mlp_bias": False,
-        "hidden_act": said.get("hidden_act", "silu"),
+        "hidden_act": original.get("hidden_act", "silu"),
         "max_position_embeddings": positions,
-        "rms_norm_eps": said.get("rms_norm_eps", 1e-6),
+        "rms_norm_eps": original.get("rms_norm_eps", 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "initializer_range": said.get("initializer_range", 0.02),
-        "tie_word_embeddings": shape.tie_word_embeddings,
+        "initializer_range": original.get("initializer_range", 0.02),
         "use_cache": True,
-        **{key: said.get(key, default) for key, default in TOKEN_IDS.items()},
+        **{key: original.get(key, default) for key, default in TOKEN_IDS.items()},
     }
-    return config, problems + odd
+    return config, problems + scaling_problems
 
 
-def _odd_ids(said: Mapping[str, Any], vocabulary: int) -> list[Problem]:
+def _token_id_problems(original: Mapping[str, Any], vocabulary: int) -> list[Problem]:
     problems = []
     for key in TOKEN_IDS:
-        value = said.get(key)
-        values = value if key == "eos_token_id" and isinstance(value, list) else [value]
-        if not all(one is None or (is_whole(one, 0) and one < vocabulary) for one in values):
-            what = f"is {value!r}, but the vocabulary has {vocabulary} tokens: correct config.json"
-            problems.append(Problem("config", key, what))
+        value = original.get(key)
+        ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        if not all(one is None or (is_integer(one, 0) and one < vocabulary) for one in ids):
+            problems.append(config_problem(key, f"an id below the vocabulary size {vocabulary}", value))
     return problems
 
 
-def _rope_scaling(said: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """What InternLM2 knows, in the form that transformers 4 and 5 read."""
-    if said is None:
+def _rope_scaling(declared: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Return InternLM2's rotary scaling, in the form that transformers 4 and 5 read."""
+    if declared is None:
         return None, []
-    kind = said.get("rope_type", said.get("type")) if isinstance(said, Mapping) else None
-    factor = said.get("factor") if isinstance(said, Mapping) else None
+    fields = declared if isinstance(declared, Mapping) else {}
+    kind, factor = fields.get("rope_type", fields.get("type")), fields.get("factor")
     if kind not in ("dynamic", "linear") or type(factor) not in (int, float) or not 1 <= factor < float("inf"):
-        what = f'is {said!r}, where {{"type": "dynamic" or "linear", "factor": 1 or more}} is wanted'
-        return None, [Problem("config", "rope_scaling", f"{what}: correct config.json")]
+        expected = '{"type": "dynamic" or "linear", "factor": 1 or more}'
+        return None, [config_problem("rope_scaling", expected, declared)]
     return {"rope_type": kind, "factor": float(factor)}, []
 
 
 @dataclass(kw_only=True)
 class InternLM2Plan(InternVLPlan):
     """
-    An InternLM2, to be written as a LlamaForCausalLM.
+    The conversion of an InternLM2 to a LlamaForCausalLM.
 
     Attributes:
-        tokenizer: Its tokenizer; None if there is none that runs without code of its own.
+        tokenizer: Its tokenizer; None if there is none that runs without remote code.
     """
 
     tokenizer: NewTokenizer | None = None
 
     def write_folder(self, folder: Path) -> None:
-        write_json(folder / "config.json", {**self.config, "dtype": torch_name(self.dtype)})
-        said = self.checkpoint.document("generation_config.json")
-        kept = {key: value for key, value in said.items() if key not in NOT_OF_GENERATION}
-        if kept:
+        self.write_config(folder)
+        declared = self.checkpoint.document("generation_config.json")
+        if kept := {key: value for key, value in declared.items() if key not in SERVICE_FIELDS}:
             write_json(folder / "generation_config.json", kept)
         if self.tokenizer:
             self.tokenizer.write(folder)
-        what = (
-            f"An InternLM2, {self.shape.num_hidden_layers} blocks of width {self.shape.hidden_size}, "
-            f"{torch_name(self.dtype)}, as transformers' LlamaForCausalLM."
-        )
-        load = LOAD_LANGUAGE if self.tokenizer else LOAD_LANGUAGE_ALONE
-        usage = ["", "```python", load.format(name=final_name(folder)), "```"]
-        save_card(folder, self.checkpoint, [what, *usage], library_name="transformers", pipeline_tag="text-generation")
-
-    def verify(self, folder: Path) -> dict[str, Any]:
-        from .internvl_reference import verify_internlm2
-
-        return verify_internlm2(folder, self)
+        usage = LOAD_LANGUAGE if self.tokenizer else LOAD_LANGUAGE_ALONE
+        self.write_card(folder, "", usage, pipeline_tag="text-generation")
 
     def provenance(self) -> dict[str, Any]:
         return {**super().provenance(), "tokenizer": self.tokenizer.origin if self.tokenizer else None}
 
 
-def plan_internlm2(checkpoint: Checkpoint, asked: Options) -> InternLM2Plan:
+def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternLM2Plan:
     """
-    An InternLM2 or 2.5, bare or in a larger model, to transformers' LlamaForCausalLM.
+    Plan the conversion of an InternLM2 or 2.5, bare or in a larger model, to transformers' LlamaForCausalLM.
 
     Raises:
-        CheckpointError: There is no whole one, config.json contradicts it or has what a LlamaForCausalLM has not, or an
-            option means nothing for it.
+        CheckpointError: There is no whole one, config.json contradicts it, LlamaForCausalLM does not support the
+            variant, or an option does not apply.
     """
-    found, tensors, said = read_model(checkpoint, LM, asked)
-    shape, problems = measure_internlm2(found, tensors, said)
-    if shape.tie_word_embeddings:
-        problems += _drop_tied_head(checkpoint, found, tensors)
-    config, odd = llama_config(shape, said)
-    dtype = check_model(checkpoint, asked, found, tensors, shape, problems + odd)
+    found, original = read_source(checkpoint, INTERNLM2, options)
+    dimensions, problems = _infer_dimensions(found, original)
+    if dimensions.tie_word_embeddings:
+        problems += _drop_tied_head(checkpoint, found)
+    config, config_problems = llama_config(dimensions, original)
+    dtype = check_source(checkpoint, found, dimensions, options, problems + config_problems)
     tokenizer, note = find_tokenizer(checkpoint)
-    job = InternLM2Plan(
-        checkpoint=checkpoint, dtype=dtype, found=found, stored=tensors, shape=shape, said=said, config=config,
-        tokenizer=tokenizer,
+    plan = InternLM2Plan(
+        checkpoint=checkpoint, dtype=dtype, match=found.match, stored=found.tensors, dimensions=dimensions,
+        layout=CONVERTED, config=config, tokenizer=tokenizer,
     )  # fmt: skip
-    job.notes = [*describe_names(found), note]
-    return job
+    plan.notes = [*match_notes(found.match, "(buffers, tied weights)"), note]
+    return plan
 
 
-def _drop_tied_head(checkpoint: Checkpoint, found: Found, tensors: dict[str, StoredTensor]) -> list[Problem]:
-    """A head that is stored though it is tied is left out, if it is the embeddings."""
+def _drop_tied_head(checkpoint: Checkpoint, found: MatchedTensors) -> list[Problem]:
+    """Drop a stored head that is tied to the embeddings, if it equals them."""
+    tensors, names = found.tensors, found.match.names
     if "output.weight" not in tensors or "model.tok_embeddings.weight" not in tensors:
         return []
-    head, embeddings = tensors["output.weight"], tensors["model.tok_embeddings.weight"]
-    if not checkpoint.headers_only and not is_same(head, embeddings):
-        what = "is not model.tok_embeddings.weight, to which config.json ties it: correct tie_word_embeddings"
-        return [Problem("config", found.names["output.weight"], what)]
+    if not checkpoint.headers_only and not is_same(tensors["output.weight"], tensors["model.tok_embeddings.weight"]):
+        expected = "the values of model.tok_embeddings.weight, to which config.json ties it"
+        what = f"expected {expected}, got others: fix tie_word_embeddings"
+        return [Problem("config", names["output.weight"], what)]
     del tensors["output.weight"]
-    found.dropped.append(found.names.pop("output.weight"))
+    found.match.dropped.append(names.pop("output.weight"))
     return []

@@ -1,40 +1,24 @@
-"""InternViT, as published with code of its own, to transformers' InternVLVisionModel."""
+"""InternViT, as published with remote code, to transformers' InternVLVisionModel."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from ..export.converted_card import save_card
-from ..export.image_settings import center_crops, clip_settings, has_normalization, read_image_settings
+from ..export.image_settings import clip_settings, read_image_settings
 from ..export.runtimes import LOAD_TRANSFORMERS
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from ..storage.output_folder import final_name
-from ..storage.tensors import StoredTensor, torch_name
-from .internvl_common import (
-    Found,
-    InternVLPlan,
-    Kind,
-    check_model,
-    common_rows,
-    contradictions,
-    count_blocks,
-    describe_names,
-    finds,
-    has_names,
-    is_whole,
-    odd_numbers,
-    read_model,
-    tensor_shape,
-)
+from .config_checks import config_problem, contradictions, invalid_values, is_integer
+from .internvl_common import InternVLPlan, check_source, read_source
+from .mapped_plan import image_notes, match_notes
+from .name_tables import Dimensions, MatchedTensors, ModelFamily, NamingScheme
 
 
-INTERNVIT = {
+TRANSFORMERS = {
     "embeddings.class_embedding": "embeddings.cls_token",
     "embeddings.position_embedding": "embeddings.position_embeddings",
     "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
@@ -54,9 +38,6 @@ INTERNVIT = {
     "encoder.layers.{}.ls2": "encoder.layer.{}.lambda_2",
 }
 
-# Names that no other model has: by them a model is found, and its prefix.
-OF_INTERNVIT = re.compile(r"(?P<prefix>(?:.*\.)?)encoder\.layers\.\d+\.ls[12]")
-
 PUBLISHED_HEADS = {1024: 16, 3200: 25}  # by width, of InternViT-300M and -6B
 
 # Field of InternVLVisionConfig -> what InternViT calls it, and its default there.
@@ -73,8 +54,8 @@ QK_NORM_EPS = 1e-6  # of InternVLVisionModel, whatever its configuration says
 
 
 @dataclass(frozen=True)
-class InternViTShape:
-    """The dimensions of an InternViT that its tensors show; grid_size is the side of the square of positions."""
+class InternViTDimensions(Dimensions):
+    """The dimensions of an InternViT; grid_size is the side of the square of position embeddings."""
 
     hidden_size: int
     intermediate_size: int
@@ -86,13 +67,7 @@ class InternViTShape:
     norm_bias: bool
     qk_norm: bool
 
-    @property
-    def groups(self) -> tuple[int, tuple[int, int, int]]:
-        """How many groups qkv has; rows of query, key and value in each."""
-        return 1, (self.hidden_size,) * 3
-
     def parameters(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """(module, "{}" for the block; parameter of it) -> shape of the tensor."""
         width, mlp, patch = self.hidden_size, self.intermediate_size, self.patch_size
         block = {
             ("norm1", ".weight"): (width,), ("norm1", ".bias"): (width,) if self.norm_bias else None,
@@ -115,133 +90,136 @@ class InternViTShape:
         }
 
 
-VIT = Kind("InternViT", "vision", INTERNVIT, OF_INTERNVIT)
+ORIGINAL = NamingScheme("InternViT", "InternViT", {name: name for name in TRANSFORMERS})
+
+CONVERTED = NamingScheme("InternVLVisionModel", "transformers' InternVLVisionModel", TRANSFORMERS)
+
+INTERNVIT = ModelFamily(
+    "InternViT",
+    "vision",
+    {ORIGINAL.name: ORIGINAL},
+    InternViTDimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, norm_bias=True, qk_norm=True).parameters().keys(),
+    anchors=("encoder.layers.{}.ls1", "encoder.layers.{}.ls2"),
+)
 
 
 def is_internvit(names: Iterable[str]) -> bool:
-    """Whether there is an InternViT among the names of a checkpoint, behind whatever prefix."""
-    return finds(VIT, names)
+    """Return whether a checkpoint contains an InternViT, under any prefix."""
+    return INTERNVIT.is_in(names)
 
 
-def measure_internvit(found: Found, tensors: Mapping[str, StoredTensor]) -> InternViTShape:
+def _infer_dimensions(found: MatchedTensors) -> InternViTDimensions:
     """
     Raises:
-        CheckpointError: Nothing can be measured.
+        CheckpointError: Dimensions are unknown, as a tensor is missing or no patch convolution or square of positions.
     """
-    patches = tensor_shape(tensors, found, "embeddings.patch_embedding.weight", 4)
+    prefix, layer = found.match.prefix, "encoder.layers.{}."
+    patches = found.required_shape("embeddings.patch_embedding.weight", 4)
     if patches[2] != patches[3]:
-        raise CheckpointError(f"{found.prefix}embeddings.patch_embedding.weight is {list(patches)}: no square patches")
-    positions = tensor_shape(tensors, found, "embeddings.position_embedding", 3)[1] - 1
+        where = f"{prefix}embeddings.patch_embedding.weight"
+        raise CheckpointError(f"{where}: expected square patches, got shape {list(patches)}")
+    positions = found.required_shape("embeddings.position_embedding", 3)[1] - 1
     if positions < 1 or isqrt(positions) ** 2 != positions:
-        what = f"{positions} positions besides the class token's: those of no square grid"
-        raise CheckpointError(f"{found.prefix}embeddings.position_embedding has {what}")
-    return InternViTShape(
+        what = f"expected a class token and a square grid, got {positions} positions besides the class token"
+        raise CheckpointError(f"{prefix}embeddings.position_embedding: {what}")
+    return InternViTDimensions(
         hidden_size=patches[0],
-        intermediate_size=common_rows(tensors, ".mlp.fc1.weight"),
-        num_hidden_layers=count_blocks(tensors, found, "encoder.layers."),
+        intermediate_size=found.common_rows(layer + "mlp.fc1") or 1,
+        num_hidden_layers=found.count_blocks(layer + "norm1"),
         num_channels=patches[1],
         patch_size=patches[2],
         grid_size=isqrt(positions),
-        qkv_bias=has_names(tensors, ".attn.qkv.bias"),
-        norm_bias=has_names(tensors, ".norm1.bias", ".norm2.bias"),
-        qk_norm=has_names(tensors, ".attn.q_norm.weight", ".attn.k_norm.weight"),
+        qkv_bias=found.has(".bias", layer + "attn.qkv"),
+        norm_bias=found.has(".bias", layer + "norm1", layer + "norm2"),
+        qk_norm=found.has(".weight", layer + "attn.q_norm", layer + "attn.k_norm"),
     )
 
 
-def internvit_config(shape: InternViTShape, said: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def internvit_config(
+    dimensions: InternViTDimensions, original: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
     """
-    config.json of an InternVLVisionModel, and where what is said contradicts the tensors or cannot be expressed.
+    Return the config.json of an InternVLVisionModel, and its contradictions with the tensors and impossible values.
 
     Args:
-        said: The original configuration; it decides what tensors do not show, and else InternViT's defaults do.
+        original: The original configuration; InternViT's defaults apply where neither it nor the tensors have a value.
     """
-    side, patch = shape.grid_size * shape.patch_size, shape.patch_size
+    side, patch = dimensions.grid_size * dimensions.patch_size, dimensions.patch_size
     known = {
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_channels": shape.num_channels,
+        "hidden_size": dimensions.hidden_size,
+        "intermediate_size": dimensions.intermediate_size,
+        "num_hidden_layers": dimensions.num_hidden_layers,
+        "num_channels": dimensions.num_channels,
         "image_size": side,
         "patch_size": patch,
-        "norm_type": "layer_norm" if shape.norm_bias else "rms_norm",
+        "norm_type": "layer_norm" if dimensions.norm_bias else "rms_norm",
     }
-    problems = contradictions({**known, "qkv_bias": shape.qkv_bias, "qk_normalization": shape.qk_norm}, said)
+    problems = contradictions(
+        {**known, "qkv_bias": dimensions.qkv_bias, "qk_normalization": dimensions.qk_norm}, original
+    )
     config = {
         "architectures": ["InternVLVisionModel"],
         "model_type": "internvl_vision",
         **known,
         "image_size": [side, side],
         "patch_size": [patch, patch],
-        "attention_bias": shape.qkv_bias,
-        "use_qk_norm": shape.qk_norm,
-        "num_attention_heads": said.get("num_attention_heads", PUBLISHED_HEADS.get(shape.hidden_size)),
-        **{name: said.get(original, default) for name, (original, default) in INTERNVIT_FIELDS.items()},
+        "attention_bias": dimensions.qkv_bias,
+        "use_qk_norm": dimensions.qk_norm,
+        "num_attention_heads": original.get("num_attention_heads", PUBLISHED_HEADS.get(dimensions.hidden_size)),
+        **{name: original.get(key, default) for name, (key, default) in INTERNVIT_FIELDS.items()},
         "hidden_dropout_prob": 0.0,
         "use_absolute_position_embeddings": True,
         "use_mask_token": False,
         "use_mean_pooling": True,  # which leaves out a final norm: an InternViT has none
     }
-    return config, problems + _odd_internvit(config, said)
+    return config, problems + _unsupported_values(config, original)
 
 
-def _odd_internvit(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:
-    """Fields that cannot be, or that an InternVLVisionModel has not."""
-    free = ("hidden_act", "initializer_factor")  # no number; of no meaning once trained
-    numbers = [original for original, _ in INTERNVIT_FIELDS.values() if original not in free]
-    problems, heads, width = odd_numbers(said, numbers), config["num_attention_heads"], config["hidden_size"]
-    if not is_whole(heads) or width % heads:
-        what = f"is {heads!r}, for a width of {width}: tensors do not show it, so say it in config.json"
-        problems.append(Problem("config", "num_attention_heads", what))
+def _unsupported_values(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[Problem]:
+    """Return impossible values, and those that an InternVLVisionModel does not support."""
+    ignored = ("hidden_act", "initializer_factor")  # no number; without effect on a trained model
+    fractions = [name for name, _ in INTERNVIT_FIELDS.values() if name not in ignored]
+    problems, heads, width = invalid_values(original, fractions), config["num_attention_heads"], config["hidden_size"]
+    if not is_integer(heads) or width % heads:
+        fix = "tensors do not show it; set it in config.json"
+        problems.append(config_problem("num_attention_heads", f"a divisor of the width {width}", heads, fix))
     if config["use_qk_norm"] and config["layer_norm_eps"] != QK_NORM_EPS:
-        what = f"with qk_normalization, transformers' InternVLVisionModel has {QK_NORM_EPS} there"
-        problems.append(Problem("config", "layer_norm_eps", f"is {config['layer_norm_eps']!r}: {what}"))
+        expected = f"{QK_NORM_EPS}, which transformers' InternVLVisionModel uses with qk_normalization"
+        fix = "other values are not supported"
+        problems.append(config_problem("layer_norm_eps", expected, config["layer_norm_eps"], fix))
     return problems
 
 
 @dataclass(kw_only=True)
 class InternViTPlan(InternVLPlan):
-    """An InternViT, to be written as an InternVLVisionModel."""
+    """The conversion of an InternViT to an InternVLVisionModel."""
 
     def write_folder(self, folder: Path) -> None:
-        write_json(folder / "config.json", {**self.config, "dtype": torch_name(self.dtype)})
-        settings = clip_settings(self.checkpoint, self.config["image_size"])
-        write_json(folder / "preprocessor_config.json", settings)
-        what = (
-            f"An InternViT, {self.shape.num_hidden_layers} blocks of width {self.shape.hidden_size}, "
-            f"{self.config['image_size'][0]} pixels, {torch_name(self.dtype)}, as transformers' InternVLVisionModel. "
-            "The first token is the class token."
-        )
-        usage = ["", "```python", LOAD_TRANSFORMERS.format(name=final_name(folder)), "```"]
-        told = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
-        save_card(folder, self.checkpoint, [what, *usage], **told)
-
-    def verify(self, folder: Path) -> dict[str, Any]:
-        from .internvl_reference import verify_internvit
-
-        return verify_internvit(folder, self)
+        self.write_config(folder)
+        size = self.config["image_size"]
+        write_json(folder / "preprocessor_config.json", clip_settings(self.checkpoint, size))
+        data = {"pipeline_tag": "image-feature-extraction", "tags": ["vision"]}
+        self.write_card(folder, f"{size[0]} pixels, ", LOAD_TRANSFORMERS, **data)
 
 
-def plan_internvit(checkpoint: Checkpoint, asked: Options) -> InternViTPlan:
+def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:
     """
-    An InternViT, bare or in a larger model, to transformers' InternVLVisionModel.
+    Plan the conversion of an InternViT, bare or in a larger model, to transformers' InternVLVisionModel.
 
     Raises:
-        CheckpointError: There is no whole one, config.json contradicts it, it is a variant that InternVLVisionModel has
-            not, or an option means nothing for it.
+        CheckpointError: There is no whole one, config.json contradicts it, InternVLVisionModel does not support the
+            variant, or an option does not apply.
     """
-    found, tensors, said = read_model(checkpoint, VIT, asked)
-    shape = measure_internvit(found, tensors)
-    config, problems = internvit_config(shape, said)
-    dtype = check_model(checkpoint, asked, found, tensors, shape, problems)
+    found, original = read_source(checkpoint, INTERNVIT, options)
+    dimensions = _infer_dimensions(found)
+    config, problems = internvit_config(dimensions, original)
+    dtype = check_source(checkpoint, found, dimensions, options, problems)
     read_image_settings(checkpoint)
-    job = InternViTPlan(
-        checkpoint=checkpoint, dtype=dtype, found=found, stored=tensors, shape=shape, said=said, config=config
-    )
-    job.notes = describe_names(found)
-    if said.get("drop_path_rate"):
-        job.notes.append(f"drop_path_rate {said['drop_path_rate']}: InternVLVisionModel has none, for training")
-    if not has_normalization(checkpoint):
-        job.notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, assumed")
-    if center_crops(checkpoint):
-        job.notes.append("the source crops pictures to a square; what is written resizes them to it, as SAILViT does")
-    return job
+    plan = InternViTPlan(
+        checkpoint=checkpoint, dtype=dtype, match=found.match, stored=found.tensors, dimensions=dimensions,
+        layout=CONVERTED, config=config,
+    )  # fmt: skip
+    plan.notes = [*match_notes(found.match, "(buffers)"), *image_notes(checkpoint)]
+    if rate := original.get("drop_path_rate"):
+        plan.notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
+    return plan

@@ -227,10 +227,10 @@ class SAILVLPlan(ConversionPlan):
         if self.placed:
             record["placed"] = self.placed
         if self.vision:
-            found, checkpoint = self.vision.tower.found, self.vision.checkpoint
+            match, checkpoint = self.vision.match, self.vision.checkpoint
             files = [file for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files]
             record["inserted"] = {
-                **source_provenance(checkpoint.source, files), "layout": found.layout.name, "prefix": found.prefix,
+                **source_provenance(checkpoint.source, files), "layout": match.scheme.name, "prefix": match.prefix,
             }  # fmt: skip
         return record
 
@@ -351,7 +351,11 @@ def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
         notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
     for note in plan.vision.notes if plan.vision else ():
         notes.append(f"inserted: {note}")
-    if rounded := sorted(map(torch_name, plan.vision.tower.dtypes.keys() - {plan.dtype})) if plan.vision else []:
+    if (
+        rounded := sorted(map(torch_name, {tensor.dtype for tensor in plan.vision.source_tensors()} - {plan.dtype}))
+        if plan.vision
+        else []
+    ):
         notes.append(f"inserted: {', '.join(rounded)} became {torch_name(plan.dtype)}, as the rest of the model is")
     return notes
 

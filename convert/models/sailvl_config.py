@@ -11,7 +11,6 @@ from ..storage.errors import CheckpointError, Problem
 from ..storage.files import first_line
 from ..storage.tensors import is_same
 from ..storage.tied_embeddings import text_fields
-from .aimv2_config import why_empty
 
 
 if TYPE_CHECKING:
@@ -143,7 +142,9 @@ def shape_problems(
         elif name not in expected:
             yield Problem("unexpected", stored_name, "what config.json describes has no such tensor")
         elif not prod(shape):
-            yield Problem("empty", stored_name, why_empty(shape))
+            yield Problem(
+                "empty", stored_name, f"empty, {list(shape)}: saved under ZeRO-3 without gathering it? Save it gathered"
+            )
         elif shape != expected[name]:
             yield Problem("shape", stored_name, f"expected {list(expected[name])} by config.json, got {list(shape)}")
 

@@ -98,11 +98,26 @@ def load_model(auto_class: str, folder: str, trust: bool) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust)
-        stored = {name for file in Path(folder).glob("*.safetensors") for name in [*safe_open(file, "pt").keys()]}
-        wrong = {"unexpected": sorted(stored - model.state_dict().keys())}
+        wrong = compare_names(folder, model)
     if any(wrong.values()):
         raise SystemExit(f"not loaded strictly: {wrong}")
     return model
+
+
+def compare_names(folder: str, model: torch.nn.Module) -> dict[str, list[str]]:
+    """Return the missing and unexpected names, and those of other shapes, without reading any values."""
+    stored: dict[str, list[int]] = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    model.tie_weights()
+    expected = model.state_dict(keep_vars=True)
+    tied = {id(expected[name]) for name in stored.keys() & expected.keys()}
+    return {
+        "missing": sorted(name for name, tensor in expected.items() if name not in stored and id(tensor) not in tied),
+        "unexpected": sorted(stored.keys() - expected.keys()),
+        "shape": sorted(name for name in stored.keys() & expected.keys() if [*expected[name].shape] != stored[name]),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,388 @@
+"""
+Tables of parameter names: which tensors a model has under each naming scheme, and which scheme a checkpoint uses.
+
+A model family has canonical names. A naming scheme's table maps each canonical module ("{}" is the block index) to its
+name in the scheme, or to several names that share its rows: query, key and value. So every tensor of a scheme is a few
+intervals of elements of one canonical tensor, and a conversion between two schemes, in either direction, copies
+intervals.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+from ..storage.errors import CheckpointError, Problem
+from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
+from ..storage.tensors import FLOAT_BITS
+
+
+MAX_BLOCKS = 1000
+MIN_RIVAL_NAMES = 8  # other models share a name or two with a table
+
+
+class Dimensions(ABC):
+    """The dimensions of a model, which determine the shape of each of its tensors."""
+
+    hidden_size: int
+    num_hidden_layers: int
+
+    @property
+    def qkv_groups(self) -> tuple[int, tuple[int, ...]]:
+        """Number of groups in a fused qkv, one after the other; rows of query, key and value in each."""
+        return 1, (self.hidden_size,) * 3
+
+    @abstractmethod
+    def parameters(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Return (canonical module, suffix of the parameter) -> shape of the tensor."""
+
+
+@dataclass(frozen=True)
+class NamingScheme:
+    """
+    The names under which a model is stored.
+
+    Attributes:
+        name: A key, as on the command line.
+        title: A name for messages.
+        modules: Canonical module -> its name in the scheme, or the names that share its rows.
+        prefix: Prefix of the names that are written. Any prefix is read.
+        ignored: Regular expression of names that belong to the scheme and are dropped: heads, buffers.
+        squeezed: Canonical modules whose tensors are stored without their first dimension, which is 1.
+        has_sincos: Whether position embeddings may be absent, to be computed.
+    """
+
+    name: str
+    title: str
+    modules: Mapping[str, str | tuple[str, ...]] = field(repr=False)
+    prefix: str = ""
+    ignored: str = r"(?!)"
+    squeezed: tuple[str, ...] = ()
+    has_sincos: bool = True
+
+    def names_of(self, module: str) -> tuple[str, ...]:
+        names = self.modules[module]
+        return (names,) if isinstance(names, str) else names
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """
+    A model family.
+
+    Attributes:
+        title: A name for messages.
+        component: The part of a multimodal model that it can be, one of plan.PARTS.
+        schemes: The naming schemes in which it is recognised, by name.
+        parameters: Every (canonical module, suffix) that a model of it can have, optional ones included.
+        anchors: Canonical modules whose names no other family has.
+    """
+
+    title: str
+    component: str
+    schemes: Mapping[str, NamingScheme] = field(repr=False)
+    parameters: Iterable[tuple[str, str]] = field(repr=False)
+    anchors: tuple[str, ...] = field(repr=False)
+
+    def pattern(self, scheme: NamingScheme) -> re.Pattern[str]:
+        """Match any name of a scheme behind any prefix; groups "prefix" and, for an anchor, "anchor"."""
+        templates: dict[bool, set[str]] = {True: set(), False: set()}
+        for module, suffix in self.parameters:
+            for name in scheme.names_of(module):
+                template = re.escape(name).replace(r"\{\}", r"\d+") + re.escape(suffix)
+                templates[module in self.anchors].add(template)
+        anchors, others = ("|".join(sorted(templates[key])) for key in (True, False))
+        return re.compile(rf"(?P<prefix>(?:.*?\.)??)(?:(?P<anchor>{anchors})|{others})")
+
+    def is_in(self, names: Iterable[str]) -> bool:
+        """Return whether a checkpoint contains a model of this family, under any prefix."""
+        patterns = [self.pattern(scheme) for scheme in self.schemes.values()]
+        cleaned = map(strip_wrapper_prefixes, names)
+        return any((match := pattern.fullmatch(name)) and match["anchor"] for name in cleaned for pattern in patterns)
+
+
+# The tensors of a scheme
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a naming scheme, and its elements in the canonical tensor: intervals (first, last + 1), in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    canonical: str
+    intervals: tuple[tuple[int, int], ...]
+
+
+def tensor_specs(scheme: NamingScheme, dimensions: Dimensions) -> list[TensorSpec]:
+    """Return every tensor of a model, without the scheme's prefix: modules outside the blocks first, then by block."""
+    parameters, specs = dimensions.parameters(), []
+    for block in (None, *range(dimensions.num_hidden_layers)):
+        for (module, suffix), shape in parameters.items():
+            if ("{}" in module) == (block is not None):
+                specs += _module_specs(scheme, module, suffix, shape, block, dimensions)
+    return specs
+
+
+def _module_specs(
+    scheme: NamingScheme, module: str, suffix: str, shape: tuple[int, ...], block: int | None, dimensions: Dimensions
+) -> Iterator[TensorSpec]:
+    names, row = scheme.names_of(module), prod(shape[1:])
+    groups, rows = dimensions.qkv_groups if len(names) > 1 else (1, shape[:1])
+    slices = qkv_group_slices(groups, [count * row for count in rows])
+    for name, count, intervals in zip(names, rows, slices, strict=True):
+        own = shape[1:] if module in scheme.squeezed else (groups * count, *shape[1:])
+        yield TensorSpec(name.format(block) + suffix, own, module.format(block) + suffix, tuple(intervals))
+
+
+def qkv_group_slices(groups: int, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """
+    Return the intervals of query, key and value in a fused tensor.
+
+    Args:
+        groups: Number of groups, one after the other.
+        sizes: Elements of query, key and value in one group, in their order.
+
+    Returns:
+        For each of them, (first element, last + 1) in every group.
+    """
+    ends = list(accumulate(sizes))
+    return [
+        [(group * ends[-1] + end - size, group * ends[-1] + end) for group in range(groups)]
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A tensor to write, and its elements in the source: (name, first element, last + 1), in order."""
+
+    target: TensorSpec
+    sources: tuple[tuple[str, int, int], ...]
+
+
+def plan_tensors(source: Iterable[TensorSpec], target: Iterable[TensorSpec]) -> list[TensorSource]:
+    """Return where the elements of every target tensor come from; nowhere, if the source lacks its canonical tensor."""
+    stored: dict[str, list[tuple[int, int, str, int]]] = {}  # canonical -> first, last + 1, name, first in that tensor
+    for spec in source:
+        offset = 0
+        for start, stop in spec.intervals:
+            stored.setdefault(spec.canonical, []).append((start, stop, spec.name, offset))
+            offset += stop - start
+    return [TensorSource(spec, _overlaps(spec, sorted(stored.get(spec.canonical, [])))) for spec in target]
+
+
+def _overlaps(target: TensorSpec, stored: list[tuple[int, int, str, int]]) -> tuple[tuple[str, int, int], ...]:
+    return tuple(
+        (name, offset + max(first, start) - start, offset + min(last, stop) - start)
+        for first, last in target.intervals
+        for start, stop, name, offset in stored
+        if start < last and first < stop
+    )
+
+
+# The names of a checkpoint
+
+
+class AmbiguousMatchError(CheckpointError):
+    """More than one model of a family among the names of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """
+    A model among the names of a checkpoint.
+
+    Attributes:
+        names: Name in the scheme, without prefix and wrappers -> name in the checkpoint.
+        dropped: Names that the scheme drops.
+        unmapped: Names under the prefix that the scheme does not have.
+        others: First segments of the names outside the prefix -> their number.
+        wrappers: Segments that were removed from the names.
+    """
+
+    family: ModelFamily
+    scheme: NamingScheme
+    prefix: str
+    names: dict[str, str]
+    dropped: list[str]
+    unmapped: list[str]
+    others: dict[str, int]
+    wrappers: list[str]
+
+    @property
+    def reason(self) -> str:
+        """The evidence for the scheme and the prefix."""
+        total = len(self.names) + len(self.dropped) + len(self.unmapped) + sum(self.others.values())
+        where = f"under the prefix {self.prefix!r}" if self.prefix else "without a prefix"
+        return f"{len(self.names)} of {total} names, {where}, match {self.scheme.title}"
+
+
+def match_names(
+    names: Iterable[str], family: ModelFamily, scheme: str | None = None, prefix: str | None = None
+) -> Match:
+    """
+    Find the model of a family among the names of a checkpoint.
+
+    Args:
+        scheme: Name of its scheme, if it is known.
+        prefix: Prefix of its names, if it is known.
+
+    Raises:
+        CheckpointError: There is none, or more than one (AmbiguousMatchError), or two names are equal without wrappers.
+    """
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    cleaned, wrappers = without_wrapper_prefixes(names)
+    schemes = [family.schemes[scheme]] if scheme else [*family.schemes.values()]
+    candidates = _candidates(cleaned, family, schemes, prefix)
+    if not candidates:
+        where = f" under the prefix {prefix!r}" if prefix is not None else ""
+        shown, known = (
+            ", ".join(sorted(cleaned)[:3]) or "none",
+            schemes[0].title if len(schemes) == 1 else "a known layout",
+        )
+        names_are = f"none of the {len(cleaned)} names ({shown}, ...) is one of {known}"
+        raise CheckpointError(f"no {family.title}{where}: {names_are}")
+    rivals = [one for one in candidates if one[0] and one[1] >= MIN_RIVAL_NAMES]
+    if len(rivals) > 1:
+        listed = ", ".join(f"{own.name} under {where!r}" for _, _, own, where in rivals)
+        option = " or --from-layout" if len(schemes) > 1 else ""
+        raise AmbiguousMatchError(f"more than one {family.title}: {listed}; choose with --prefix{option}")
+    return _sort_names(cleaned, wrappers, family, *candidates[0][2:])
+
+
+def _candidates(
+    names: Iterable[str], family: ModelFamily, schemes: Iterable[NamingScheme], prefix: str | None
+) -> list[tuple[bool, int, NamingScheme, str]]:
+    """Return (has an anchor, number of names, scheme, prefix), the best first. Of schemes with equal names, the one
+    that is written with this prefix."""
+    found: dict[tuple[int, str], tuple[bool, int, NamingScheme, str]] = {}
+    for scheme in schemes:
+        matches = [match for match in map(family.pattern(scheme).fullmatch, names) if match]
+        anchored = {match["prefix"] for match in matches if match["anchor"]}
+        for own, count in Counter(match["prefix"] for match in matches).items():
+            key = id(scheme.modules), own
+            if prefix in (None, own) and (key not in found or scheme.prefix == own):
+                found[key] = own in anchored, count, scheme, own
+    return sorted(found.values(), key=lambda one: one[:2], reverse=True)
+
+
+def _sort_names(
+    cleaned: Mapping[str, str], wrappers: list[str], family: ModelFamily, scheme: NamingScheme, prefix: str
+) -> Match:
+    pattern, ignored = family.pattern(scheme), re.compile(scheme.ignored)
+    match = Match(family, scheme, prefix, {}, [], [], Counter(), wrappers)
+    for short, name in cleaned.items():
+        inside = short.removeprefix(prefix)
+        if not short.startswith(prefix):
+            match.others[short.split(".")[0]] += 1
+        elif (own := pattern.fullmatch(inside)) and not own["prefix"]:
+            match.names[inside] = name
+        elif ignored.fullmatch(inside):
+            match.dropped.append(name)
+        else:
+            match.unmapped.append(name)
+    foreign = [name for name in match.unmapped if not _is_adapter(name)]
+    if len(foreign) > len(match.names):
+        raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
+    return match
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or ".base_layer." in name
+
+
+@dataclass(frozen=True)
+class MatchedTensors:
+    """
+    The tensors of a match.
+
+    Attributes:
+        tensors: Name in the scheme -> tensor, stored or of torch.
+    """
+
+    match: Match
+    tensors: Mapping[str, Any]
+
+    def name_problems(self) -> list[Problem]:
+        """Return empty tensors and names without a mapping."""
+        names, unknown = self.match.names, f"has no mapping in {self.match.scheme.title}"
+        adapter = "part of a LoRA adapter: merge it first (peft's merge_and_unload)"
+        hint = "saved under ZeRO-3 without gathering? Save the full tensor"
+        empty = {name: [*tensor.shape] for name, tensor in self.tensors.items() if not prod(tensor.shape)}
+        problems = [Problem("empty", names[name], f"empty, shape {shape}: {hint}") for name, shape in empty.items()]
+        return problems + [
+            Problem("unexpected", name, adapter if _is_adapter(name) else unknown) for name in self.match.unmapped
+        ]
+
+    def shape_problems(self, dimensions: Dimensions) -> list[Problem]:
+        """Return missing, unexpected and wrongly shaped tensors, compared with a model of these dimensions."""
+        expected = {spec.name: spec.shape for spec in tensor_specs(self.match.scheme, dimensions)}
+        problems, names = [], self.match.names
+        for name, shape in expected.items():
+            own = tuple(self.tensors[name].shape) if name in self.tensors else None
+            if own is None:
+                problems.append(Problem("missing", self.match.prefix + name, f"missing; expected shape {list(shape)}"))
+            elif prod(own) and own != shape:
+                problems.append(Problem("shape", names[name], f"expected shape {list(shape)}, got {list(own)}"))
+        what = f"not part of an {self.match.family.title} of these dimensions"
+        return problems + [Problem("unexpected", names[name], what) for name in self.tensors if name not in expected]
+
+    def dtype_problems(self) -> list[Problem]:
+        """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
+        common = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
+        problems, most = [], f"{common} as in most of the {self.match.family.title}"
+        for name, tensor in self.tensors.items():
+            where, dtype = self.match.names[name], tensor.dtype
+            if dtype not in FLOAT_BITS:
+                problems.append(Problem("dtype", where, f"expected a floating point dtype, got {dtype}"))
+            elif dtype != common:
+                problems.append(Problem("mixed", where, f"expected {most}, got {dtype}: choose with --dtype"))
+        return problems
+
+    def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        """
+        Return the shape of a tensor from which dimensions are inferred.
+
+        Raises:
+            CheckpointError: It is missing, or has another number of dimensions.
+        """
+        where, title = self.match.prefix + name, self.match.family.title
+        if name not in self.tensors:
+            raise CheckpointError(f"{where}: missing; without it the dimensions of the {title} are unknown")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != ndim:
+            raise CheckpointError(f"{where}: expected {ndim} dimensions, got shape {list(shape)}")
+        return shape
+
+    def count_blocks(self, module: str) -> int:
+        """
+        Raises:
+            CheckpointError: A block index is not below MAX_BLOCKS.
+        """
+        start = self.match.scheme.names_of(module)[0].split("{}")[0]
+        pattern = re.compile(re.escape(start) + r"(\d+)\.")
+        last = max((int(block[1]) for block in map(pattern.match, self.tensors) if block), default=-1)
+        if last >= MAX_BLOCKS:
+            raise CheckpointError(f"{self.match.prefix}{start}{last}: expected a block index below {MAX_BLOCKS}")
+        return last + 1
+
+    def common_rows(self, module: str) -> int | None:
+        """Return the most frequent first dimension of a module's weights, so that a block that differs is reported."""
+        ends = self._endings(module, ".weight")
+        shapes = [tensor.shape for name, tensor in self.tensors.items() if name.endswith(ends)]
+        rows = Counter(shape[0] for shape in shapes if shape and prod(shape))
+        return rows.most_common(1)[0][0] if rows else None
+
+    def has(self, suffix: str, *modules: str) -> bool:
+        """Return whether any block has this parameter in one of these modules."""
+        ends = tuple(end for module in modules for end in self._endings(module, suffix))
+        return any(name.endswith(ends) for name in self.tensors)
+
+    def _endings(self, module: str, suffix: str) -> tuple[str, ...]:
+        return tuple(name.split("{}")[-1] + suffix for name in self.match.scheme.names_of(module))
