@@ -152,7 +152,7 @@ def _check_architectures(report: Report, checkpoint: Checkpoint, from_layout: st
 def _check_aimv2(report: Report, checkpoint: Checkpoint, tower: Tower) -> None:
     match = tower.match
     report.layout, report.prefix, report.reason = match.scheme.name, match.prefix, match.reason
-    report.heads, report.others, report.wrappers = match.dropped, match.others, match.wrappers
+    report.heads, report.others, report.wrappers = match.dropped, dict(match.others), match.wrappers
     report.size, report.fields = size_name(tower.dimensions), tower.fields
     report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
     report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
