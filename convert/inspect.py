@@ -152,7 +152,7 @@ def _check_architectures(report: Report, checkpoint: Checkpoint, from_layout: st
 def _check_aimv2(report: Report, checkpoint: Checkpoint, tower: Tower) -> None:
     found = tower.found
     report.layout, report.prefix, report.reason = found.layout.name, found.prefix, found.reason
-    report.heads, report.others, report.wrappers = found.heads, found.others, found.wrappers
+    report.heads, report.others, report.wrappers = found.heads, dict(found.others), found.wrappers
     report.size, report.fields = size_name(tower.shape), tower.fields
     report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
     report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
