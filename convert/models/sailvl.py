@@ -4,6 +4,7 @@ are reflinked, copied or, on request, hard-linked; the others are rewritten.
 """
 
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -173,12 +174,19 @@ class SAILVLPlan(ConversionPlan):
                 copy_file(file, target, count)
         digests = {file: _write_shard(folder / file, shard, count) for file, shard in shards.items()}
         if self.checkpoint.entry.endswith(".index.json"):
-            weight_map = {name: self.checkpoint.weight_map[stored_name] for name, stored_name in self.names.items()}
-            weight_map |= {name: file for file in digests for name in digests[file]}
-            size = sum(tensor.nbytes for tensor in self.tensors())
-            write_json(folder / WEIGHTS[1], {"metadata": {"total_size": size}, "weight_map": weight_map})
+            self._write_index(folder / WEIGHTS[1], digests)
         self.notes += self._placed_notes()
         return {name: digest for file in digests for name, digest in digests[file].items()}
+
+    def _write_index(self, path: Path, written: Mapping[str, Iterable[str]]) -> None:
+        """Write the index of the shards; written: file -> tensors of the rewritten ones."""
+        if not written:
+            shutil.copyfile(self.checkpoint.source.path(self.checkpoint.entry), path)
+            return
+        weight_map = {name: self.checkpoint.weight_map[stored_name] for name, stored_name in self.names.items()}
+        weight_map |= {name: file for file, names in written.items() for name in names}
+        size = sum(tensor.nbytes for tensor in self.tensors())
+        write_json(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
     def _unchanged_names(self) -> dict[str, str]:
         """Return written name -> name in the source of the unchanged files."""
