@@ -80,30 +80,3 @@ def run_in_clean_process(folder: Path, scratch: Path | None = None) -> "dict[str
     if done.returncode:
         raise VerificationError(f"the folder does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
     return load_file(scratch / "tokens.safetensors")
-
-
-def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
-    """Return |ours - reference| / |reference|, Frobenius norms in float64; NaN where either is not finite."""
-    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
-def compare_outputs(ours: "torch.Tensor", reference: "torch.Tensor", name: str) -> dict[str, Any]:
-    """
-    Compare a folder's tokens with those of a reference.
-
-    Args:
-        name: What computed the reference.
-
-    Returns:
-        What provenance.json records under "verification".
-
-    Raises:
-        VerificationError: The relative difference is above TOLERANCE.
-    """
-    difference = relative_difference(ours, reference)
-    if not difference <= TOLERANCE:
-        raise VerificationError(
-            f"the folder's tokens differ from those of {name} by {difference:.1e} (relative): expected at most "
-            f"{TOLERANCE:.0e}"
-        )
-    return {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE, "picture": PICTURE.name}
