@@ -35,4 +35,4 @@ def run_inspect(options: argparse.Namespace) -> int:
     with byte_progress() as on_progress:
         report = inspect_checkpoint(options.source, **pick(options, names), on_progress=on_progress)
     print(json.dumps(report.to_dict(), indent=2) if options.json else table(report))
-    return 0 if report.whole else 2
+    return 0 if report.ok else 2

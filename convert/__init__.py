@@ -1,8 +1,8 @@
 """
-Checkpoints in any layout to any layout: read lazily, named by tables, written whole or not at all, and looked over.
+Converts, composes and inspects checkpoints in any layout.
 
-Nothing here builds a model to move a tensor, and importing it imports neither torch nor transformers. A new model is
-composed by the classes that will run it.
+Tensors are read lazily and converted without building a model; importing this package imports neither torch nor
+transformers. Only compose_model and the verification of a written folder build models.
 """
 
 from .compose import compose_model

@@ -1,13 +1,14 @@
-"""A conversion, planned: what every kind of it says and does, and what was asked for."""
+"""ConversionPlan: the interface that every conversion implements; Options: what a conversion is asked for."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError
+from .storage.files import count_bytes
 from .storage.output_folder import check_space
 from .storage.safetensors_io import split_in_shards, write_weights
 from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor
@@ -15,7 +16,9 @@ from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-PARTS = ("vision", "connector", "language", "all")
+COMPONENTS = ("vision", "connector", "language")
+
+PARTS = (*COMPONENTS, "all")
 
 SHARD_SIZE = "5GB"
 
@@ -23,18 +26,19 @@ SHARD_SIZE = "5GB"
 @dataclass(frozen=True)
 class Options:
     """
-    What was asked for, besides the source and where to.
+    Options of a conversion; None means the default.
 
     Attributes:
-        part: One of PARTS; None for what the source is: all of a multimodal model, else the one part there is.
-        to_layout: A key of LAYOUTS; None for what fits.
-        from_layout: The layout of the source's tower; recognised if not given.
-        prefix: What stands before the names of the part, where several could be meant.
-        image_size: Height and width in pixels; learned positions are resampled to it.
-        dtype: One of DTYPES; the source's if not given.
-        max_shard_size: In bytes, or as "5GB", of files that are written anew; SHARD_SIZE if not given.
-        insert_vision: A checkpoint whose tower is to take the place of the source's.
-        link: Whether files of weights that stay as they are may be hard links to the source's.
+        part: One of PARTS; by default all of a multimodal model, else the component that the source is.
+        to_layout: Layout of the written vision encoder, a key of LAYOUTS; "sailvit" by default.
+        from_layout: Layout of the source's vision encoder, a key of LAYOUTS; detected by default.
+        prefix: Prefix of the component's tensor names, where several could be meant.
+        image_size: Height and width in pixels; learned position embeddings are resampled to it.
+        dtype: One of DTYPES; by default the source's, float32 where it has fp32 master weights besides rounded ones.
+        max_shard_size: In bytes, or as "5GB" (the default for files that are rewritten); if given, all files are.
+        insert_vision: File, folder or name on the Hub of an AIMv2 that replaces the vision encoder of a SAIL-VL.
+        link: Whether unchanged weight files may be hard links where reflinks are not available; else they are copied.
+            Whatever writes into a hard link in place changes the source too.
     """
 
     part: str | None = None
@@ -48,91 +52,90 @@ class Options:
     link: bool = False
 
     def check(self) -> None:
-        """
-        Raises:
-            CheckpointError: A value that cannot be.
-        """
-        if self.part not in (None, *PARTS):
-            raise CheckpointError(f"part {self.part!r}: one of {', '.join(PARTS)} is wanted")
+        """Raise CheckpointError if a value is out of range."""
+        check_choice("part", self.part, PARTS)
+        check_choice("dtype", self.dtype, DTYPES)
         if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
-            raise CheckpointError(f"image size {self.image_size!r}: a whole number of pixels is wanted")
-        if self.dtype not in (None, *DTYPES):
-            raise CheckpointError(f"dtype {self.dtype!r}: one of {', '.join(DTYPES)} is wanted")
-        split_in_shards({}, SHARD_SIZE if self.max_shard_size is None else self.max_shard_size)
+            raise CheckpointError(f"image size: expected a positive integer of pixels, got {self.image_size!r}")
+        split_in_shards({}, self.shard_size)
+
+    @property
+    def shard_size(self) -> int | str:
+        return SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the options without local paths."""
+        options = asdict(self)
+        if self.insert_vision and Path(self.insert_vision).exists():
+            options["insert_vision"] = Path(self.insert_vision).resolve().name
+        return options
+
+
+def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Raise CheckpointError if a value is given that is not one of the choices."""
+    if value not in (None, *choices):
+        raise CheckpointError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass(kw_only=True)
 class ConversionPlan(ABC):
     """
-    One conversion, once it is sure that it can be done.
+    A conversion that was checked to be possible.
 
     Attributes:
         checkpoint: The source.
-        dtype: Of what is written, a key of readers.ITEM_SIZES.
-        notes: What was found, dropped or assumed, line by line.
-        verification: The reference, and how far the folder is from it; None if they were not compared.
+        dtype: Of the written tensors, a value of TORCH_DTYPES.
+        unchanged_files: Weight files of the source that are not rewritten.
+        notes: Messages about what was detected, dropped or assumed.
+        verification: The reference and the difference from it; None if the folder was not verified.
     """
 
     checkpoint: Checkpoint
     dtype: str
+    unchanged_files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     verification: dict[str, Any] | None = None
 
     @abstractmethod
     def tensors(self) -> list[NewTensor]:
-        """What is to be written, in the order in which it shall lie in the files."""
+        """Return the tensors to write, in their order in the files."""
 
     @abstractmethod
-    def inputs(self) -> Iterable[StoredTensor]:
-        """The tensors of the source that are read."""
+    def source_tensors(self) -> Iterable[StoredTensor]:
+        """Return the tensors of the source that are read."""
 
     @abstractmethod
     def write_folder(self, folder: Path) -> None:
-        """Writes all but the weights and the provenance."""
+        """Write all files but the weights and provenance.json."""
 
     @abstractmethod
-    def record(self) -> dict[str, Any]:
-        """What provenance.json says of this kind of conversion; under "source", what it says of the source."""
-
-    def write_notes(self) -> list[str]:
-        """What there is to say of weights once they are written, line by line."""
-        return []
-
-    @property
-    def kept(self) -> list[str]:
-        """Files of weights of the source that stay as they are."""
-        return []
+    def provenance(self) -> dict[str, Any]:
+        """Return the entries of provenance.json of this kind of conversion, those about the source under "source"."""
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
-        """Loads the folder and holds it against the source; None where nothing loads it."""
+        """Load the folder and compare it with the source; None if nothing loads it alone."""
         return None
 
     def write_weights(
         self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
     ) -> dict[str, str]:
-        """Streams the tensors into the folder; returns name -> sha256."""
+        """Write the tensors, one chunk in memory at a time; may add notes; return tensor name -> sha256."""
         tensors = self.tensors()
-        total, done = sum(tensor.nbytes for tensor in tensors), 0
-
-        def count(written: int) -> None:
-            nonlocal done
-            done += written
-            on_progress(done, total)
-
+        total = sum(tensor.nbytes for tensor in tensors)
         check_space(folder, total)
-        return write_weights(folder, tensors, max_shard_size, count)
+        return write_weights(folder, tensors, max_shard_size, count_bytes(total, on_progress))
 
 
-def output_dtype(asked: str | None, tensors: dict[str, StoredTensor], where: str) -> str:
+def output_dtype(dtype: str | None, tensors: dict[str, StoredTensor], source: str) -> str:
     """
-    The dtype to write: what was asked for, or that of all tensors.
+    Return the dtype to write, a value of TORCH_DTYPES: the given one, else that of all tensors.
 
     Raises:
-        CheckpointError: It is no floating point number that can be written, or there are several.
+        CheckpointError: No dtype is given, and the tensors have several, or none of DTYPES.
     """
-    if asked:
-        return TORCH_DTYPES[asked]
-    found = sorted({tensor.dtype for tensor in tensors.values()})
-    if len(found) != 1 or found[0] not in map(TORCH_DTYPES.get, DTYPES):
-        raise CheckpointError(f"{where}: its tensors are {', '.join(found)}: choose with --dtype")
-    return found[0]
+    if dtype:
+        return TORCH_DTYPES[dtype]
+    stored = sorted({tensor.dtype for tensor in tensors.values()})
+    if len(stored) != 1 or stored[0] not in map(TORCH_DTYPES.get, DTYPES):
+        raise CheckpointError(f"{source}: expected tensors of one dtype, got {', '.join(stored)}: choose with --dtype")
+    return stored[0]

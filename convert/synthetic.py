@@ -1,6 +1,7 @@
-"""Checkpoints with random weights, of the true shapes and names: for a first look, for tests and benchmarks."""
+"""Writes checkpoints with random weights and the published names and shapes, for demos, tests and benchmarks."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from .storage.tensors import CHUNK, TORCH_DTYPES, NewTensor, cast
 
 def published_shape(size: str, image_size: int = 448, blocks: int | None = None) -> AIMv2Dimensions:
     """
-    The dimensions of a published AIMv2.
+    Return the dimensions of a published AIMv2.
 
     Args:
         size: "base", "large", "huge", "1b" or "3b".
         image_size: Height and width in pixels; a multiple of 14.
-        blocks: Another depth than the published one.
+        blocks: Number of blocks; the published one by default.
     """
     width = {name: width for width, name in SIZE_NAMES.items()}[size]
     depth = blocks or (12 if size == "base" else 24)
@@ -40,15 +41,13 @@ def write_synthetic(
     config: dict[str, Any] | None = None,
 ) -> Path:
     """
-    Writes random weights under the names of a layout; returns the folder.
+    Write random weights to a new folder; returns the folder.
 
     Args:
-        folder: To be made.
-        shape: Of the tower.
         layout: A key of LAYOUTS.
         dtype: "float32", "bfloat16" or "float16".
         max_shard_size: In bytes, or as "5GB".
-        config: Its config.json; Apple's, as they publish it, if not given.
+        config: Its config.json; Apple's by default.
     """
     folder.mkdir(parents=True)
     target, key = LAYOUTS[layout], TORCH_DTYPES[dtype]
@@ -62,27 +61,23 @@ def write_synthetic(
 
 
 def apple_config(shape: AIMv2Dimensions) -> dict[str, Any]:
-    """config.json as Apple publishes it."""
+    """Return config.json as Apple publishes it."""
+    fields = asdict(shape)
+    image_size = (fields.pop("grid_size") or 16) * shape.patch_size
     return {
         "architectures": ["AIMv2Model"],
         "model_type": "aimv2",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_hidden_layers,
+        **fields,
         "num_attention_heads": max(shape.hidden_size // HEAD_WIDTH, 1),
-        "num_channels": shape.num_channels,
-        "image_size": (shape.grid_size or 16) * shape.patch_size,
-        "patch_size": shape.patch_size,
+        "image_size": image_size,
         "rms_norm_eps": 1e-5,
         "attention_dropout": 0.0,
         "projection_dropout": 0.0,
-        "qkv_bias": shape.qkv_bias,
-        "use_bias": shape.use_bias,
     }
 
 
 def _random(piece: TensorSpec, dtype: str) -> Iterator[np.ndarray]:
-    """Normal numbers, those of the released tensor's name whatever the layout; norms lie around 1."""
+    """Normal random numbers, the same in every layout: the seed is the released name; norms are around 1."""
     generator = np.random.default_rng(crc32(piece.canonical.encode()))
     scale, middle = (0.2, 1.0) if "norm" in piece.canonical else (min(0.02, prod(piece.shape) ** -0.25), 0.0)
     skipped, left = piece.intervals[0][0], prod(piece.shape)

@@ -334,7 +334,7 @@ def test_published_shapes_are_loaded_strictly_and_give_equal_tokens(tmp_path, si
     (source / "config.json").write_text(json.dumps(config))
     done = convert(source, tmp_path / "out", to_layout=target, verify=True)
     assert done.verification["relative_difference"] < 1e-5
-    assert inspect_checkpoint(tmp_path / "out").whole
+    assert inspect_checkpoint(tmp_path / "out").ok
 
 
 # What is refused: one line that names the file or tensor and the mend, exit code 2, and no OUT
@@ -628,7 +628,7 @@ def test_out_is_not_the_source_and_not_replaced_unasked(tmp_path, apple, capsys)
     run(apple, tmp_path, "--overwrite", code=2)
     for overwrite in ([], ["--overwrite"]):
         run(apple, apple / "sub" / "out", *overwrite, code=2)
-        assert "is inside of the source" in capsys.readouterr().err and not (apple / "sub").exists()
+        assert "is inside the source" in capsys.readouterr().err and not (apple / "sub").exists()
     run(apple / "model.safetensors", tmp_path / "out", "--no-verify")
     run(apple, tmp_path / "out", code=2)
     assert "give --overwrite" in capsys.readouterr().err
@@ -699,7 +699,7 @@ def test_a_kill_at_any_point_leaves_the_old_folder_or_none(tmp_path):
                 process.wait()
             if (tmp_path / target).exists():
                 old = (tmp_path / target / "provenance.json").read_bytes() == before
-                assert old or inspect_checkpoint(tmp_path / target, deep=True).whole
+                assert old or inspect_checkpoint(tmp_path / target, deep=True).ok
     convert(source, tmp_path / "new", overwrite=True)
     convert(source, tmp_path / "old", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "source"]

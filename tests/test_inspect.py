@@ -1,4 +1,4 @@
-"""The doctor: what it says of whole checkpoints, and that it finds each thing that can be wrong with one."""
+"""Inspection: what it reports of valid checkpoints, and that it finds each thing that can be wrong with one."""
 
 import json
 import os
@@ -46,9 +46,9 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_published_checkpoints_are_whole(tmp_path, layout, capsys):
     folder = make_checkpoint(tmp_path / "source", layout)
     code, said = run(capsys, folder)
-    assert code == 0 and said.endswith("whole, by its headers\n") and LAYOUTS[layout].title in said
+    assert code == 0 and said.endswith("valid, by its headers\n") and LAYOUTS[layout].title in said
     report = inspect_checkpoint(folder, deep=True)
-    assert report.whole and report.layout == layout and report.prefix == LAYOUTS[layout].prefix
+    assert report.ok and report.layout == layout and report.prefix == LAYOUTS[layout].prefix
     assert (
         report.parameters == 143_680 and set(report.dtypes) == {"float32"} and report.fields["num_attention_heads"] == 2
     )
@@ -66,7 +66,7 @@ def test_sizes_are_told(tmp_path, size):
     (folder / "model.safetensors").write_bytes(header)
     os.truncate(folder / "model.safetensors", len(header) + sum(tensor.nbytes for tensor in tensors))
     report = inspect_checkpoint(folder)
-    assert report.whole and report.size == size and report.fields["num_attention_heads"] == shape.hidden_size // 128
+    assert report.ok and report.size == size and report.fields["num_attention_heads"] == shape.hidden_size // 128
 
 
 def test_a_program_gets_json(converted, capsys):
@@ -83,11 +83,11 @@ def test_heads_and_other_parts_are_told(tmp_path, capsys):
     randomize(SAILViTForImageClassification(SAILViTConfig(**TINY))).save_pretrained(tmp_path / "classifier")
     SAILViTImageProcessor(size=56).save_pretrained(tmp_path / "classifier")
     report = inspect_checkpoint(tmp_path / "classifier")
-    assert report.whole and report.prefix == "vision_model." and report.others == {"classifier": 4}
+    assert report.ok and report.prefix == "vision_model." and report.others == {"classifier": 4}
     folder = make_checkpoint(tmp_path / "lit", "lit")
     tensors = load_file(folder / "model.safetensors") | {"image_encoder.head.cls_token": torch.ones(1, 1, 64)}
     save_file(tensors, folder / "model.safetensors")
-    assert "head         1 tensors, not part of the tower" in run(capsys, folder)[1]
+    assert "head         1 tensors, not part of the encoder" in run(capsys, folder)[1]
 
 
 def damage_config(**changes):
@@ -133,7 +133,7 @@ DAMAGE = {
     "tiles": (
         with_file("preprocessor_config.json", '{"size": 448}'),
         "config",
-        "preprocessor_config.json: has tiles of",
+        "preprocessor_config.json: expected tiles of",
     ),
     "code": (without("configuration_sailvit.py"), "code", "configuration_sailvit.py: missing"),
     "stray weights": (with_file("pytorch_model.bin"), "stray", "pytorch_model.bin: stray"),
@@ -159,7 +159,7 @@ def test_a_converted_folder_wants_all_its_files(converted):
 def test_code_that_was_changed_is_found_by_the_provenance(converted):
     with (converted / "modeling_sailvit.py").open("a") as file:
         file.write("print()\n")
-    assert inspect_checkpoint(converted).whole
+    assert inspect_checkpoint(converted).ok
     assert [problem.location for problem in inspect_checkpoint(converted, deep=True).problems] == [
         "modeling_sailvit.py"
     ]
@@ -176,12 +176,12 @@ def test_what_is_written_is_whole(tmp_path, layout):
     for name, source in [("a", make_checkpoint(tmp_path / "apple")), ("n", native)]:
         convert_checkpoint(source, tmp_path / name, to_layout=layout, verify=False)
         report = inspect_checkpoint(tmp_path / name, deep=True)
-        assert report.whole and report.layout == layout, report.problems
+        assert report.ok and report.layout == layout, report.problems
 
 
 def test_a_model_saved_without_its_processor_is_whole(tmp_path):
     randomize(SAILViTForImageClassification(SAILViTConfig(**TINY))).save_pretrained(tmp_path)
-    assert inspect_checkpoint(tmp_path).whole
+    assert inspect_checkpoint(tmp_path).ok
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -189,7 +189,7 @@ def test_damage_is_named(converted, capsys, kind):
     damage, expected_kind, message = DAMAGE[kind]
     damage(converted)
     code, said = run(capsys, converted)
-    assert code == 2 and "NOT WHOLE" in said and message in said, said
+    assert code == 2 and "INVALID" in said and message in said, said
     assert expected_kind in {problem.kind for problem in inspect_checkpoint(converted).problems}
 
 
@@ -200,7 +200,7 @@ def test_deep_finds_what_headers_do_not_show(converted, value):
     name = min(tensors)
     tensors[name].view(-1)[7] = value
     save_file(tensors, path, metadata={"format": "pt"})
-    assert inspect_checkpoint(converted).whole
+    assert inspect_checkpoint(converted).ok
     kinds = {(problem.kind, problem.location) for problem in inspect_checkpoint(converted, deep=True).problems}
     assert kinds == {("values", name), ("sha256", name)}
 
@@ -212,7 +212,7 @@ def test_deep_finds_a_flipped_bit_by_the_provenance(converted):
     path.write_bytes(content)
     assert [problem.kind for problem in inspect_checkpoint(converted, deep=True).problems] == ["sha256"]
     (converted / "provenance.json").unlink()
-    assert inspect_checkpoint(converted, deep=True).whole
+    assert inspect_checkpoint(converted, deep=True).ok
 
 
 def test_files_of_training_runs_are_no_strays(converted):
@@ -225,7 +225,7 @@ def test_files_of_training_runs_are_no_strays(converted):
         "trainer_state.json",
     ):
         (converted / name).write_bytes(b"{}")
-    assert inspect_checkpoint(converted).whole
+    assert inspect_checkpoint(converted).ok
 
 
 def test_a_single_file_is_looked_at_alone(tmp_path, converted, capsys):
@@ -233,7 +233,7 @@ def test_a_single_file_is_looked_at_alone(tmp_path, converted, capsys):
     assert inspect_checkpoint(tmp_path / "apple" / "model.safetensors").problems[0].kind == "code"
     make_checkpoint(tmp_path / "single", shape=TINY_SHAPE)
     (tmp_path / "single" / "other.bin").write_bytes(b"")
-    assert inspect_checkpoint(tmp_path / "single" / "model.safetensors").whole
+    assert inspect_checkpoint(tmp_path / "single" / "model.safetensors").ok
     code, said = run(capsys, converted / "model-00002-of-00006.safetensors")
     assert code == 2 and "without it the dimensions of the AIMv2 tower are unknown" in said
 

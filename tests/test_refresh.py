@@ -102,7 +102,10 @@ def test_code_that_is_known_to_break_is_told_and_not_published(old_vl, made, cap
     assert sailvit_cli.main(["inspect", str(old_vl)]) == 2
     said = capsys.readouterr().out
     assert f"version 1, the installed package's is {package_version()}" in said
-    assert "version 1 cannot write anything on transformers >= 5.24" in said and "--refresh-code` renews it" in said
+    assert (
+        "version 1 cannot write anything on transformers >= 5.24" in said
+        and "update it with `sailvit convert FOLDER --refresh-code`" in said
+    )
     write_model_card(old_vl, "owner/vl", "v1")
     assert any(
         "cannot write anything" in problem.message for problem in check_before_publish(old_vl) if problem.kind == "code"
@@ -157,7 +160,7 @@ def test_code_is_renewed_and_weights_are_not_touched(old, made, kind):
     record = read(old / "provenance.json")
     assert record["refreshed"]["code"] == {"from": 1, "to": package_version()}
     assert record["source"] == read(made / kind / "provenance.json")["source"]
-    assert inspect_checkpoint(old, deep=True).whole
+    assert inspect_checkpoint(old, deep=True).ok
     assert refresh(old).files == [] and contents(old) == after
 
 
@@ -166,7 +169,7 @@ def test_a_folder_that_would_not_load_is_left_as_it_was(old, kind, monkeypatch):
         raise VerificationError("the folder does not load in a clean process: of no matter what")
 
     before = contents(old)
-    monkeypatch.setattr(refreshing, "run_in_clean_process" if kind == "tower" else "verify_all", refuse)
+    monkeypatch.setattr(refreshing, "run_in_clean_process" if kind == "tower" else "verify_sailvl", refuse)
     with pytest.raises(VerificationError):
         refresh(old, verify=True)
     assert contents(old) == before
@@ -187,7 +190,7 @@ def test_it_is_loaded_with_the_new_code_before_that_is_put_there(old, kind, monk
     monkeypatch.undo()
     assert sailvit_cli.main(["convert", str(old), "--refresh-code"]) == 0
     said = capsys.readouterr().out
-    assert "with the new code it loads in a fresh process" in said and f"renewed: {MAIN[kind]}" in said
+    assert "with the new code it loads in a clean process" in said and f"updated: {MAIN[kind]}" in said
     assert f"code of version {package_version()}, before 1" in said
 
 
@@ -209,12 +212,12 @@ def test_a_classifier_is_renewed_too(tmp_path):
 def test_edited_code_is_replaced_only_on_request(old, kind):
     (old / MAIN[kind]).write_text((old / MAIN[kind]).read_text() + "# mine\n")
     before = contents(old)
-    with pytest.raises(CheckpointError, match=rf"{MAIN[kind]}: it is not what provenance\.json recorded.*--overwrite"):
+    with pytest.raises(CheckpointError, match=rf"{MAIN[kind]}: it differs from provenance\.json.*--overwrite"):
         refresh(old)
     assert contents(old) == before
     refresh(old, overwrite=True)
     assert (old / MAIN[kind]).read_bytes() == (ROOT / MAIN[kind]).read_bytes()
-    assert inspect_checkpoint(old, deep=True).whole
+    assert inspect_checkpoint(old, deep=True).ok
 
 
 def test_settings_that_were_edited_stay(old_vl):
@@ -226,7 +229,7 @@ def test_settings_that_were_edited_stay(old_vl):
     (old_vl / "config.json").write_text(json.dumps({**config, "vision_batch_size": 3}))
     done = refresh(old_vl)
     assert read(old_vl / "tokenizer_config.json") == settings
-    assert any("tokenizer_config.json is not what provenance.json recorded" in note for note in done.notes)
+    assert any("tokenizer_config.json differs from provenance.json" in note for note in done.notes)
     assert (old_vl / "chat_template.jinja").read_text() == "{{ 'mine' }}"
     config = read(old_vl / "config.json")
     assert (
@@ -266,7 +269,7 @@ def test_what_a_kill_interrupted_is_finished_by_the_next_call(old, made, count, 
     assert any(problem.kind == "stray" for problem in inspect_checkpoint(old).problems)
     refresh(old)
     assert contents(old).keys() == contents(made / kind).keys()
-    assert inspect_checkpoint(old, deep=True).whole
+    assert inspect_checkpoint(old, deep=True).ok
 
 
 def test_newer_code_is_kept(old_vl):
@@ -275,7 +278,9 @@ def test_newer_code_is_kept(old_vl):
     record_as_written(old_vl)
     before = contents(old_vl)
     for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match=rf"its code is of version 99, this package's of {package_version()}"):
+        with pytest.raises(
+            CheckpointError, match=f"expected code of version {package_version()} at most, got version 99"
+        ):
             refresh(old_vl, overwrite=overwrite)
     assert contents(old_vl) == before
 
@@ -285,8 +290,8 @@ def test_what_has_no_code_of_this_package_is_refused(made, tmp_path):
     cases = {
         made / "release": "names no code of this package",
         tmp_path / "native": "names no code of this package",
-        tmp_path / "nowhere": "no folder with a config.json here.*hf download",
-        made / "vl" / "model-00001-of-00002.safetensors": "no folder with a config.json",
+        tmp_path / "nowhere": "expected a folder with a config.json.*hf download",
+        made / "vl" / "model-00001-of-00002.safetensors": "expected a folder with a config.json",
     }
     for folder, message in cases.items():
         with pytest.raises(CheckpointError, match=message):
@@ -299,7 +304,7 @@ def test_a_cache_of_the_hub_is_left_alone(old, tmp_path):
     for path in old.iterdir():
         (snapshot / path.name).symlink_to(path)
     before = contents(old)
-    with pytest.raises(CheckpointError, match=r"is a link, as in a cache of the Hub"):
+    with pytest.raises(CheckpointError, match=r"is a symbolic link, as in a cache of the Hub"):
         refresh(snapshot, overwrite=True)
     assert contents(old) == before and all(path.is_symlink() for path in snapshot.iterdir())
 

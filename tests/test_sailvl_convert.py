@@ -164,7 +164,7 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     assert (
         relative_difference(logits, ReferenceModel(config, released_tensors(config), IMAGE).logits(ids, pixels)) < 1e-4
     )
-    assert inspect_checkpoint(tmp_path / "out", deep=True).whole
+    assert inspect_checkpoint(tmp_path / "out", deep=True).ok
 
 
 def test_what_stands_beside_the_weights_is_the_releases(toys):
@@ -274,7 +274,7 @@ def test_what_is_saved_into_the_folder_leaves_its_source_as_it_is(release, tmp_p
     assert weights_of(tmp_path / "out") == before and not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
     placed = read(tmp_path / "out" / "provenance.json")["placed"]
     assert placed.keys() == before.keys() and {*placed.values()} <= {"copied", "reflinked"}
-    assert any("stay as they are: 2 copied" in note or "2 reflinked" in note for note in done.notes)
+    assert any("unchanged weight files: 2 copied" in note or "2 reflinked" in note for note in done.notes)
     if "copied" in placed.values():
         size = sum(map(len, before.values()))
         assert told[-1] == (size, size) and done.copied == size
@@ -330,7 +330,7 @@ def test_reflinks_come_first(toys, tmp_path, monkeypatch, link):
     done = convert(toys / "release", tmp_path / "out", link=link)
     assert weights_of(tmp_path / "out") == weights_of(toys / "release")
     assert {*read(tmp_path / "out" / "provenance.json")["placed"].values()} == {"reflinked"}
-    assert any("2 reflinked: no room taken" in note for note in done.notes) and done.copied == 0
+    assert any("2 reflinked: they take no space" in note for note in done.notes) and done.copied == 0
 
 
 def test_copies_without_room_are_refused_before_they_are_begun(toys, tmp_path, monkeypatch):
@@ -346,9 +346,9 @@ def test_copies_without_room_are_refused_before_they_are_begun(toys, tmp_path, m
 
 def test_links_where_nothing_could_be_one_are_refused(toys, tmp_path):
     for options in ({"dtype": "bfloat16"}, {"part": "language"}, {"max_shard_size": "1GB"}):
-        with pytest.raises(CheckpointError, match="--link: no file of weights stays as it is"):
+        with pytest.raises(CheckpointError, match="--link: all weight files are rewritten"):
             convert(toys / "release", tmp_path / "out", link=True, **options)
-    with pytest.raises(CheckpointError, match="--link: no file"):
+    with pytest.raises(CheckpointError, match="--link: all weight files"):
         convert(toys / "vision", tmp_path / "out", link=True)
 
 
@@ -503,8 +503,8 @@ def test_a_tower_of_transformers_is_taken_out_as_its_own(tmp_path, tower):
     done = convert(tmp_path / "all", tmp_path / "out", part="vision", verify=True)
     assert equal(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "tower")) and done.verification
     assert load(tmp_path / "out", AutoModel).config.model_type == tower
-    assert inspect_checkpoint(tmp_path / "out").whole and inspect_checkpoint(tmp_path / "all").whole
-    with pytest.raises(CheckpointError, match="no AIMv2: it is taken out as it is, without --to-layout"):
+    assert inspect_checkpoint(tmp_path / "out").ok and inspect_checkpoint(tmp_path / "all").ok
+    with pytest.raises(CheckpointError, match="--to-layout: expected AIMv2, got vision encoder that is no AIMv2"):
         convert(tmp_path / "all", tmp_path / "again", part="vision", to_layout="timm")
 
 
@@ -546,7 +546,7 @@ def test_a_tower_put_back_changes_no_bit(toys, tmp_path):
     assert record["placed"].keys() == {first.name} and second.exists()
     assert record["inserted"]["name"] == "vision" == record["options"]["insert_vision"]
     assert record["inserted"]["files"].keys() >= {"model.safetensors", "config.json"}
-    assert inspect_checkpoint(tmp_path / "out", deep=True).whole
+    assert inspect_checkpoint(tmp_path / "out", deep=True).ok
 
 
 @pytest.mark.parametrize("layout", ["sailvit", "timm", "transformers"])
@@ -565,7 +565,7 @@ def test_another_tower_gives_its_own_features(toys, tmp_path, layout):
         assert torch.equal(model.vision_model(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     inputs = inputs_of(tmp_path / "out")
     assert (inputs["input_ids"] == IMAGE).sum() == 9 * len(inputs["pixel_values"])
-    assert logits_of(tmp_path / "out").isfinite().all() and done.tower.match.scheme.name == layout
+    assert logits_of(tmp_path / "out").isfinite().all() and done.vision.match.scheme.name == layout
 
 
 def test_an_inserted_tower_gets_the_models_dtype_and_that_is_told(tmp_path):
@@ -579,8 +579,8 @@ def test_an_inserted_tower_gets_the_models_dtype_and_that_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((128, 96, 2, 3, 14, 4), "the connector takes 256 numbers, 2 x 2 tokens of 64; this tower's are 128 wide"),
-        ((64, 96, 2, 3, 14, 5), "folds 2 x 2 tokens, which the tower's 5 x 5 cannot be cut into"),
+        ((128, 96, 2, 3, 14, 4), r"takes 256 numbers: expected a width of 64 \(2 x 2 tokens\), got 128"),
+        ((64, 96, 2, 3, 14, 5), "folds 2 x 2 tokens: expected a grid that 2 divides, got 5 x 5 patches"),
     ],
 )
 def test_a_tower_that_the_connector_cannot_take_is_refused(toys, tmp_path, shape, message):
@@ -592,7 +592,7 @@ def test_a_tower_that_the_connector_cannot_take_is_refused(toys, tmp_path, shape
 
 def test_the_tower_that_is_inserted_is_not_written_over(toys, tmp_path):
     shutil.copytree(toys / "vision", tmp_path / "tower")
-    with pytest.raises(CheckpointError, match="holds the source"):
+    with pytest.raises(CheckpointError, match="contains the source"):
         convert(toys / "all", tmp_path / "tower", insert_vision=tmp_path / "tower", overwrite=True)
 
 
@@ -632,11 +632,11 @@ NORM, MATRIX = "language_model.model.norm.weight", "mlp1.1.weight"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "merges.txt")
 DAMAGE = {
     "missing shard": (without("model-00002-of-00002.safetensors"), r"model-00002-of-00002\.safetensors.*copy or down"),
-    "no configuration": (without("config.json"), r"config\.json is missing: put the one of the model beside"),
-    "no language model": (config_with(llm_config=None), "says nothing of a language model"),
+    "no configuration": (without("config.json"), r"config\.json is missing: put the model's config.json next"),
+    "no language model": (config_with(llm_config=None), "has no section of a language model"),
     "no tokenizer": (without(*TOKENIZER), "no tokenizer .*: give the folder"),
     "no image tokens": (without_image_tokens, "the tokenizer has no <img>: use the one that was published"),
-    "small vocabulary": (llm_with(vocab_size=300), r"is \[384, 64\], by config.json \[300, 64\]"),
+    "small vocabulary": (llm_with(vocab_size=300), r"expected \[300, 64\] by config.json, got \[384, 64\]"),
     "unknown language": (llm_with(model_type="gpt-17"), "'gpt-17' is not known .*--part vision"),
     "internlm2": (llm_with(model_type="internlm2"), "'internlm2' is not known .*convert it to Llama's names"),
     "ps_version": (config_with(ps_version="v1"), "ps_version 'v1' is not supported"),
@@ -646,9 +646,15 @@ DAMAGE = {
     ),
     "padded pictures": (config_with(pad2square=True), "pad2square is not supported: images are not padded"),
     "max tiles": (config_with(max_dynamic_patch=0), "max_tiles"),
-    "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; .64. is wanted"),
-    "too much": (tensors_with(NORM, lambda t: {NORM: t, "extra": t}), "extra: is none of its tensors"),
-    "wrong shape": (tensors_with(MATRIX, lambda t: {MATRIX: t[:, :8]}), r"mlp1.1.weight: is \[64, 8\], by config.json"),
+    "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; expected .64."),
+    "too much": (
+        tensors_with(NORM, lambda t: {NORM: t, "extra": t}),
+        "extra: what config.json describes has no such tensor",
+    ),
+    "wrong shape": (
+        tensors_with(MATRIX, lambda t: {MATRIX: t[:, :8]}),
+        r"mlp1.1.weight: expected .* by config.json, got \[64, 8\]",
+    ),
     "empty": (tensors_with(NORM, lambda t: {NORM: t[:0]}), f"{NORM}: empty"),
     "adapter": (tensors_with(NORM, lambda t: {NORM: t, "language_model.a.lora_A.weight": t}), "merge it first"),
     "mixed": (tensors_with(NORM, lambda t: {NORM: t.half()}), "F16, F32: choose with --dtype"),
@@ -674,11 +680,17 @@ def test_nan_is_found_where_weights_are_written_anew(release, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to-layout", "timm"], "--to-layout is for a tower, not for all of a SAIL-VL: add --part vision"),
-        (["--image-size", "98"], "--image-size is for a tower, not for all of a SAIL-VL: add --part vision"),
-        (["--prefix", "vision_model"], "--prefix is for a tower"),
-        (["--part", "language", "--from-layout", "timm"], "--from-layout is for a tower, not for --part language"),
-        (["--part", "vision", "--insert-vision", "X"], "--insert-vision makes a whole model: leave out --part vision"),
+        (["--to-layout", "timm"], "--to-layout: expected AIMv2, got SAIL-VL: add --part vision"),
+        (["--image-size", "98"], "--image-size: expected AIMv2, got SAIL-VL: add --part vision"),
+        (["--prefix", "vision_model"], "--prefix: expected InternLM2 or InternViT or AIMv2, got SAIL-VL"),
+        (
+            ["--part", "language", "--from-layout", "timm"],
+            "--from-layout: expected AIMv2, got language model: leave it out",
+        ),
+        (
+            ["--part", "vision", "--insert-vision", "X"],
+            "--insert-vision writes a whole SAIL-VL: leave out --part vision",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(toys, tmp_path, capsys, arguments, message):
@@ -691,7 +703,7 @@ def test_options_that_do_not_go_together_are_refused(toys, tmp_path, capsys, arg
     "options", [{"part": "all"}, {"part": "connector"}, {"part": "language"}, {"insert_vision": "X"}]
 )
 def test_a_tower_has_no_other_parts(toys, tmp_path, options):
-    with pytest.raises(CheckpointError, match=r"no SAIL-VL|no name starts with language_model\."):
+    with pytest.raises(CheckpointError, match=r"expected a SAIL-VL .*, got AIMv2"):
         convert(toys / "vision", tmp_path / "out", **options)
     assert not any(tmp_path.iterdir())
 
@@ -728,7 +740,7 @@ def test_a_tower_and_a_language_model_become_one_that_answers(toys, tmp_path, la
     record = read(tmp_path / "out" / "provenance.json")
     assert record["options"] == {"dtype": None, "seed": 0, "max_tiles": 5}
     assert [record["source"][part]["name"] for part in ("vision", "language")] == ["vision", "language"]
-    assert inspect_checkpoint(tmp_path / "out", deep=True).whole
+    assert inspect_checkpoint(tmp_path / "out", deep=True).ok
 
 
 @pytest.mark.slow
@@ -795,14 +807,14 @@ def refused(toys: Path, tmp_path: Path) -> dict:
     tower = toys / "vision"
     return {
         "no tokenizer": ((tower, bare), {}, "no tokenizer"),
-        "unknown": ((tower, strange), {}, "names the model type 'gpt-17'"),
+        "unknown": ((tower, strange), {}, "got the model type 'gpt-17'"),
         "multimodal": ((tower, toys / "all"), {}, "--part language` first"),
-        "a tower": ((tower, tower), {}, "a causal language model of the installed transformers is wanted"),
-        "no tower": ((whole, whole), {}, "no vision tower"),
+        "a tower": ((tower, tower), {}, "expected a causal language model of the installed transformers, got"),
+        "no tower": ((whole, whole), {}, "expected a vision encoder"),
         "not whole": ((tower, broken), {}, "model.norm.weight"),
         "odd grid": ((odd, whole), {}, "does not divide the 5 x 5 patches"),
-        "seed": ((tower, whole), {"seed": -1}, "seed -1"),
-        "dtype": ((tower, whole), {"dtype": "int8"}, "dtype 'int8'"),
+        "seed": ((tower, whole), {"seed": -1}, "seed: expected an integer from 0 on, got -1"),
+        "dtype": ((tower, whole), {"dtype": "int8"}, "dtype: expected one of .*, got 'int8'"),
         "tiles": ((tower, whole), {"max_tiles": 0}, "max_tiles"),
         "nowhere": ((tmp_path / "x", whole), {}, "no such file or folder"),
     }
@@ -860,7 +872,7 @@ def test_the_parts_are_told(toys, capsys):
 def test_a_part_that_was_taken_out_is_whole(toys, tmp_path, part):
     convert(toys / "release", tmp_path / "out", part=part)
     report = inspect_checkpoint(tmp_path / "out", deep=True)
-    assert report.whole and report.parts.keys() == {part}
+    assert report.ok and report.parts.keys() == {part}
 
 
 def test_what_is_wrong_in_a_part_is_named(toys, tmp_path):
@@ -876,7 +888,7 @@ def test_what_is_wrong_in_a_part_is_named(toys, tmp_path):
     assert problems == {
         ("missing", "mlp1.3.bias"), ("missing", NORM), ("shape", MATRIX), ("unexpected", "language_model.extra"),
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match=f"{MATRIX}: is"):
+    with pytest.raises(CheckpointError, match=f"{MATRIX}: expected"):
         convert(tmp_path / "bad", tmp_path / "out", part="connector")
     with pytest.raises(CheckpointError, match=r"language_model\.extra"):
         convert(tmp_path / "bad", tmp_path / "out", part="language")

@@ -717,7 +717,7 @@ def test_inspect_reads_them(tmp_path, deepspeed):
     (run / "config.json").write_text(json.dumps({"vision_config": published_config("sailvit")}))
     save_file({"a": torch.ones(2)}, run / "model.safetensors")
     report = inspect_checkpoint(run, deep=True)
-    assert report.whole and report.layout == "sailvit" and [*report.files] == ["global_step7/*_states.pt"]
+    assert report.ok and report.layout == "sailvit" and [*report.files] == ["global_step7/*_states.pt"]
 
 
 def test_nothing_here_imports_torch(tmp_path, deepspeed):

@@ -10,7 +10,6 @@ from typing import Any
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import hash_file
 from ..storage.sources import PROVENANCE, licence_of, public_name
-from ..storage.tensors import torch_name
 
 
 RECORDED_SUFFIXES = (".py", ".json", ".jinja", ".txt", ".model")
@@ -21,18 +20,14 @@ def write_provenance(
     checkpoint: Checkpoint,
     files: Mapping[str, Mapping[str, Any]],
     digests: Mapping[str, str],
-    *,
-    options: Mapping[str, Any],
-    dtype: str,
     record: Mapping[str, Any],
-    verification: Mapping[str, Any] | None,
 ) -> None:
     """
     Args:
         files: Name -> sha256 and bytes of every file that was read.
         digests: Name -> sha256 of every tensor that was written.
-        record: What this kind of conversion records; under "source" of the source, under "kept" name -> name in the
-            source of files of weights that were not rewritten.
+        record: What the conversion records; under "source" of the source, under "kept" name -> name in the source of
+            weight files that were not rewritten.
     """
     source, details = checkpoint.source, dict(record)
     before, training = checkpoint.document(PROVENANCE).get("source"), checkpoint.training_metadata()
@@ -47,10 +42,7 @@ def write_provenance(
             **({"source": before} if before else {}),
         },
         **({"training": training} if training else {}),
-        "options": options,
-        "dtype": torch_name(dtype),
         **details,
-        "verification": verification,
     }
     save_record(folder, content, kept, digests)
 

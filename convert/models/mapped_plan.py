@@ -45,12 +45,6 @@ class MappedPlan(ConversionPlan):
     def source_tensors(self) -> Iterable[StoredTensor]:
         return self.stored.values()
 
-    def inputs(self) -> Iterable[StoredTensor]:  # TODO remove once plan.py says source_tensors and provenance
-        return self.source_tensors()
-
-    def record(self) -> dict[str, Any]:
-        return self.provenance()
-
     def chunks(self, source: TensorSource) -> Iterator[np.ndarray]:
         """The bytes (uint8) of a tensor to write."""
         for name, start, stop in source.sources:

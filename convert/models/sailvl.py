@@ -1,18 +1,18 @@
 """
-SAIL-VL as a whole: a tower, a connector and a language model to a folder that loads. Files of weights that are right
-as they are stay so, as reflinks, copies or, on request, hard links; what has to be other is written anew.
+SAIL-VL as a whole: names its tensors, and plans its conversion to a folder that loads. Weight files that need no change
+are reflinked, copied or, on request, hard-linked; the others are rewritten.
 """
 
-import json
 import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from ..export.card import write_conversion_card
 from ..export.code_files import copy_code
@@ -33,7 +33,7 @@ from ..storage.files import (
     LINKED,
     REFLINKED,
     copy_file,
-    first_line,
+    count_bytes,
     hash_file,
     is_cached,
     link_files,
@@ -42,16 +42,22 @@ from ..storage.files import (
 from ..storage.names import without_wrapper_prefixes
 from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
-from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
-from ..storage.tensors import NewTensor, StoredTensor, cast_stream, is_same, torch_name
+from ..storage.sources import WEIGHTS, Source, find_source, licence_of, public_name
+from ..storage.tensors import NewTensor, StoredTensor, cast_stream, torch_name
 from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
+from .sailvl_config import (
+    MODEL_TYPES,
+    build_meta_model,
+    model_problems,
+    read_config,
+    vision_fields,
+    without_converted,
+)
 
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ...configuration_sailvl import SAILVLConfig
     from ...processing_sailvl import SAILVLProcessor
 
@@ -59,9 +65,7 @@ VISION, CONNECTOR, LANGUAGE = "vision_model.", "mlp1.", "language_model."
 
 PREFIXES = {"vision": VISION, "connector": CONNECTOR, "language": LANGUAGE}
 
-MODEL_TYPES = ("sailvl", "internvl_chat")
-
-PART_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|language_model)\.")
+COMPONENT_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|language_model)\.")
 
 TEMPLATE = "sailvl-chat"
 
@@ -69,13 +73,13 @@ TEMPLATE = "sailvl-chat"
 @dataclass(frozen=True)
 class Names:
     """
-    The names of a checkpoint, as a SAIL-VL has them.
+    The tensor names of a checkpoint, mapped to those of a SAIL-VL.
 
     Attributes:
         stored: Released name -> name in the checkpoint.
-        prefix: What stands before them there.
-        wrappers: Segments that were left out.
-        others: Names outside the prefix.
+        prefix: Prefix of all of them in the checkpoint.
+        wrappers: Name segments that wrappers such as torch.compile added.
+        others: Names without the prefix.
     """
 
     stored: dict[str, str]
@@ -84,405 +88,170 @@ class Names:
     others: list[str] = field(default_factory=list)
 
     def under(self, prefix: str) -> dict[str, str]:
-        """Those of one part, without its prefix."""
-        return {name.removeprefix(prefix): place for name, place in self.stored.items() if name.startswith(prefix)}
+        """Return those of one component, without its prefix -> name in the checkpoint."""
+        own = {name: stored_name for name, stored_name in self.stored.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): stored_name for name, stored_name in own.items()}
 
     @property
-    def is_canonical(self) -> bool:
-        return not self.prefix and not self.wrappers
+    def are_canonical(self) -> bool:
+        return not (self.prefix or self.wrappers or self.others)
 
 
 def match_names(names: Iterable[str]) -> Names:
-    """
-    Raises:
-        CheckpointError: Two names are one when wrappers are left out.
-    """
+    """Raises CheckpointError if two names are the same without wrappers."""
     cleaned, wrappers = without_wrapper_prefixes(names)
-    prefixes = Counter(match["prefix"] for short in cleaned if (match := PART_NAME.match(short)))
+    prefixes = Counter(match["prefix"] for short in cleaned if (match := COMPONENT_NAME.match(short)))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
     stored = {short.removeprefix(prefix): name for short, name in cleaned.items() if short.startswith(prefix)}
     others = [name for short, name in cleaned.items() if not short.startswith(prefix)]
     return Names(stored, prefix, wrappers, others)
 
 
-def is_sailvl(checkpoint: Checkpoint) -> bool:
-    """Whether it has the names of a SAIL-VL: a language model, and a connector unless config.json tells of one."""
-    parts = {name.split(".")[0] for name in match_names(checkpoint.weight_map).stored}
-    is_called = checkpoint.document("config.json").get("model_type") in MODEL_TYPES
-    return "language_model" in parts and ("mlp1" in parts or is_called)
+def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Whether there are names of a language model, and of a connector unless config.json has the model type."""
+    components = {name.split(".")[0] for name in match_names(names).stored}
+    return "language_model" in components and ("mlp1" in components or config.get("model_type") in MODEL_TYPES)
 
 
-def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
+def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
     """
-    Raises:
-        CheckpointError: There is no configuration, or one that cannot be.
-    """
-    from ...configuration_sailvl import SAILVLConfig
-
-    fields = checkpoint.document("config.json")
-    if not text_fields(fields):
-        raise CheckpointError(
-            f"{checkpoint.source.name}: config.json {'says nothing of a language model' if fields else 'is missing'}: "
-            "put the one of the model beside its weights, or convert with --base"
-        )
-    try:
-        return SAILVLConfig.from_dict({**fields, **changes, "model_type": SAILVLConfig.model_type})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"config.json: {first_line(error)} (--part vision, connector or language takes one part out)"
-        raise CheckpointError(f"{checkpoint.source.name}: {what}") from error
-
-
-def build_empty(config: "SAILVLConfig", source: str) -> "nn.Module":
-    """
-    The model without numbers.
-
-    Raises:
-        CheckpointError: transformers has no such language model.
-    """
-    import torch
-
-    from ...modeling_sailvl import SAILVLForConditionalGeneration
-
-    try:
-        with torch.device("meta"):
-            model = SAILVLForConditionalGeneration(config)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: config.json: {first_line(error)}") from error
-    model.tie_weights()
-    return model
-
-
-def model_problems(
-    checkpoint: Checkpoint, names: Mapping[str, str], model: "nn.Module", prefix: str = ""
-) -> list[Problem]:
-    """
-    Where a model and the tensors of a checkpoint differ, by names and shapes.
+    Return tensors that are written as they are stored, but for name and dtype.
 
     Args:
-        names: Name in the model -> name in the checkpoint.
-        prefix: What would stand there before the name of a tensor that is missing.
+        names: Written name -> name in the checkpoint.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    parameters: dict[int, str] = {}
-    twins = {
-        name: parameters[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameters.setdefault(id(parameter), name) != name
-    }
-    found = {name: checkpoint[place] for name, place in names.items()}
-    problems = [*_shape_problems(names, found, wanted)]
-    for name in wanted.keys() - found.keys() - twins.keys():
-        problems.append(Problem("missing", prefix + name, f"missing; {list(wanted[name])} is wanted"))
-    for name, first in () if checkpoint.headers_only else twins.items():
-        if name in found and first in found and not is_same(found[name], found[first]):
-            what = f"differs from {first}, to which config.json ties it: correct tie_word_embeddings"
-            problems.append(Problem("values", names[name], what))
-    for file in checkpoint.opened:
-        problems += checkpoint.name_problems(file)
-    return sorted(problems, key=lambda problem: problem.location)
 
+    def tensor(name: str, stored_name: str) -> NewTensor:
+        stored = checkpoint[stored_name]
+        return NewTensor(name, dtype, stored.shape, lambda: cast_stream(stored, stored_name, dtype))
 
-def _shape_problems(
-    names: Mapping[str, str], found: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]]
-) -> Iterable[Problem]:
-    for name, tensor in found.items():
-        if name not in wanted:
-            adapter = "lora_" in name or ".base_layer." in name
-            mend = "belongs to an adapter: merge it first (peft's merge_and_unload)" if adapter else "is none of its"
-            yield Problem("unexpected", names[name], f"{mend} tensors, by config.json" if not adapter else mend)
-        elif not prod(tensor.shape):
-            what = f"empty, {list(tensor.shape)}: saved under ZeRO-3 without gathering its parts? Save it whole"
-            yield Problem("empty", names[name], what)
-        elif tensor.shape != wanted[name]:
-            yield Problem("shape", names[name], f"is {list(tensor.shape)}, by config.json {list(wanted[name])}")
-
-
-def has_weight_conversions(model_type: str) -> bool:
-    """Whether transformers (>= 5) has tensors of such a language model in another form than they are stored."""
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:  # transformers < 5
-        return False
-    return bool(get_checkpoint_conversion_mapping(model_type))
+    return [tensor(name, stored_name) for name, stored_name in names.items()]
 
 
 @dataclass(kw_only=True)
-class StoredJob(ConversionPlan):
+class SAILVLPlan(ConversionPlan):
     """
-    Tensors that are written as they are stored, but for their names and precision.
+    Writes all of a SAIL-VL.
 
     Attributes:
-        names: Name that is written -> name in the checkpoint.
+        names: Written name -> name in the checkpoint, without a replaced vision encoder.
+        config: As written.
+        processor: As written.
+        vision: The vision encoder that replaces the source's.
+        link: Whether unchanged files may be hard links.
+        placed: Written name of an unchanged file -> REFLINKED, LINKED or COPIED.
+        copied: Bytes of unchanged files that were copied.
     """
 
     names: dict[str, str]
-
-    def tensors(self) -> list[NewTensor]:
-        return [self._tensor(name, place) for name, place in self.names.items()]
-
-    def inputs(self) -> Iterable[StoredTensor]:
-        return map(self.checkpoint.__getitem__, self.names.values())
-
-    def _tensor(self, name: str, place: str) -> NewTensor:
-        tensor = self.checkpoint[place]
-        return NewTensor(name, self.dtype, tensor.shape, lambda: cast_stream(tensor, place, self.dtype))
-
-
-@dataclass(kw_only=True)
-class SAILVLPlan(StoredJob):
-    """
-    A SAIL-VL, all of it.
-
-    Attributes:
-        config: Of what is written.
-        processor: Likewise.
-        keeps_files: Whether files of weights stay as they are, those of another tower apart.
-        tower: What is to take the place of the source's tower.
-        link: Whether files that stay as they are may be hard links.
-        placed: Name of a file that stayed as it is -> how it got there: REFLINKED, LINKED or COPIED.
-        copied: Bytes that were copied.
-    """
-
     config: "SAILVLConfig"
     processor: "SAILVLProcessor"
-    keeps_files: bool
-    tower: AIMv2Plan | None = None
+    vision: AIMv2Plan | None = None
     link: bool = False
     placed: dict[str, str] = field(default_factory=dict)
     copied: int = 0
 
     def tensors(self) -> list[NewTensor]:
-        return [*self._stored_tensors(), *self._tower_tensors()]
+        return [*renamed_tensors(self.checkpoint, self.names, self.dtype), *self._inserted_tensors()]
 
-    def inputs(self) -> Iterable[StoredTensor]:
+    def source_tensors(self) -> Iterable[StoredTensor]:
         return map(self.checkpoint.__getitem__, self.checkpoint.weight_map)
 
-    def _stored_tensors(self) -> list[NewTensor]:
-        return super().tensors()
-
-    def _tower_tensors(self) -> list[NewTensor]:
-        tensors = self.tower.tensors() if self.tower else []
+    def _inserted_tensors(self) -> list[NewTensor]:
+        tensors = self.vision.tensors() if self.vision else []
         return [NewTensor(VISION + tensor.name, tensor.dtype, tensor.shape, tensor.chunks) for tensor in tensors]
-
-    @property
-    def kept(self) -> list[str]:
-        """The files that stay as they are."""
-        changed = {self.checkpoint.weight_map[place] for place in self._left_out()} if self.tower else set()
-        return [file for file in self.checkpoint.files if file not in changed] if self.keeps_files else []
-
-    def _left_out(self) -> set[str]:
-        """Names in the checkpoint of what is not written."""
-        return self.checkpoint.weight_map.keys() - {*self.names.values()}
 
     def write_weights(
         self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
     ) -> dict[str, str]:
-        if not self.keeps_files:
+        if not self.unchanged_files:
             return super().write_weights(folder, max_shard_size, on_progress)
-        kept = {folder / self._file_name(file): self.checkpoint.source.path(file) for file in self.kept}
-        linked = link_files(kept, self.link)
-        copies, shards = {target: kept[target] for target in kept if target not in linked}, self._changed_shards()
-        self.placed = {target.name: linked.get(target, COPIED) for target in kept}
-        self.copied = sum(source.stat().st_size for source in copies.values())
-        total, done = self.copied + sum(tensor.nbytes for shard in shards.values() for tensor in shard), 0
-
-        def count(written: int) -> None:
-            nonlocal done
-            done += written
-            on_progress(done, total)
-
+        shards, path = self._rewritten_shards(), self.checkpoint.source.path
+        files = {folder / name: path(file) for name, file in self._unchanged_names().items()}
+        made = link_files(files, self.link)
+        self.placed = {target.name: made.get(target, COPIED) for target in files}
+        self.copied = sum(file.stat().st_size for target, file in files.items() if target not in made)
+        total = self.copied + sum(tensor.nbytes for shard in shards.values() for tensor in shard)
         check_space(folder, total)
-        for target, source in copies.items():
-            copy_file(source, target, count)
-        written = {file: _write_shard(folder / self._file_name(file), shard, count) for file, shard in shards.items()}
+        count = count_bytes(total, on_progress)
+        for target, file in files.items():
+            if target not in made:
+                copy_file(file, target, count)
+        digests = {file: _write_shard(folder / file, shard, count) for file, shard in shards.items()}
         if self.checkpoint.entry.endswith(".index.json"):
-            self._write_index(folder, written)
-        return {name: digest for digests in written.values() for name, digest in digests.items()}
+            self._write_index(folder / WEIGHTS[1], digests)
+        self.notes += self._placed_notes()
+        return {name: digest for file in digests for name, digest in digests[file].items()}
 
-    def write_notes(self) -> list[str]:
-        counts = Counter(self.placed.values())
+    def _write_index(self, path: Path, written: Mapping[str, Iterable[str]]) -> None:
+        """Write the index of the shards; written: file -> tensors of the rewritten ones."""
+        if not written:
+            shutil.copyfile(self.checkpoint.source.path(self.checkpoint.entry), path)
+            return
+        weight_map = {name: self.checkpoint.weight_map[stored_name] for name, stored_name in self.names.items()}
+        weight_map |= {name: file for file, names in written.items() for name in names}
+        size = sum(tensor.nbytes for tensor in self.tensors())
+        write_json(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+    def _unchanged_names(self) -> dict[str, str]:
+        """Return written name -> name in the source of the unchanged files."""
+        is_sharded = self.checkpoint.entry.endswith(".index.json")
+        return {file if is_sharded else WEIGHTS[0]: file for file in self.unchanged_files}
+
+    def _rewritten_shards(self) -> dict[str, list[NewTensor]]:
+        """Return file -> tensors, of files with tensors of the replaced vision encoder; the first gets the new ones."""
+        shards, weight_map = {}, self.checkpoint.weight_map
+        for file in [file for file in self.checkpoint.files if file not in self.unchanged_files]:
+            held = {name: stored for name, stored in self.names.items() if weight_map[stored] == file}
+            inserted = [] if shards else self._inserted_tensors()
+            shards[file] = [*renamed_tensors(self.checkpoint, held, self.dtype), *inserted]
+        return {file: shard for file, shard in shards.items() if shard}
+
+    def _placed_notes(self) -> list[str]:
         why = "this file system has no reflinks between the two (--link makes hard links)"
         if self.link:
-            cached = any(is_cached(self.checkpoint.source.path(file)) for file in self.kept)
+            cached = any(is_cached(self.checkpoint.source.path(file)) for file in self.unchanged_files)
             why = "a cache of the Hub is never linked to" if cached else "no link can be made there"
         size = f"{self.copied / 1e9:.1f} GB" if self.copied > 1e9 else f"{self.copied / 1e6:.1f} MB"
-        told = {
-            REFLINKED: "reflinked: no room taken, and writing into one side leaves the other as it is",
+        meaning = {
+            REFLINKED: "reflinked: they take no space, and writing into one side leaves the other as it is",
             LINKED: "hard links: whatever writes into them in place changes the source too",
             COPIED: f"copied, {size}: {why}",
         }
-        return [f"files of weights that stay as they are: {count} {told[how]}" for how, count in sorted(counts.items())]
-
-    def _file_name(self, file: str) -> str:
-        return file if self.checkpoint.entry.endswith(".index.json") else WEIGHTS[0]
-
-    def _changed_shards(self) -> dict[str, list[NewTensor]]:
-        """File -> what is written into it anew: those that held the tower before; the first of them holds the new."""
-        changed = [file for file in self.checkpoint.files if file not in self.kept] if self.tower else []
-        shards: dict[str, list[NewTensor]] = {file: [] for file in changed}
-        for tensor in self._stored_tensors() if changed else ():
-            if (file := self.checkpoint.weight_map[self.names[tensor.name]]) in shards:
-                shards[file].append(tensor)
-        if changed:
-            shards[changed[0]] += self._tower_tensors()
-        return {file: shard for file, shard in shards.items() if shard}
-
-    def _write_index(self, folder: Path, written: Mapping[str, Mapping[str, str]]) -> None:
-        target = folder / WEIGHTS[1]
-        if not written:
-            shutil.copyfile(self.checkpoint.source.path(self.checkpoint.entry), target)
-            return
-        weight_map = {name: self.checkpoint.weight_map[place] for name, place in self.names.items()}
-        weight_map |= {name: file for file, digests in written.items() for name in digests}
-        total = sum(tensor.nbytes for tensor in self.tensors())
-        write_json(target, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        counts = sorted(Counter(self.placed.values()).items())
+        return [f"unchanged weight files: {count} {meaning[how]}" for how, count in counts]
 
     def write_folder(self, folder: Path) -> None:
         fields = self.checkpoint.document("config.json")
-        write_config(folder, self.config, text_fields(fields), fields.get("vision_config") or {}, self.dtype)
+        write_config(folder, self.config, text_fields(fields), vision_fields(fields), self.dtype)
         copy_tokenizer(self.checkpoint, folder)
         mark_tokenizer(folder, self.config.image_token)
         write_generation_config(self.checkpoint, folder)
         write_processor(self.processor, folder)
         copy_code(folder)
-        tags = ["sailvl", "custom_code", "conversational"]
-        write_conversion_card(folder, [self.checkpoint.source], describe_all(self.config, self.dtype), tags)
+        description = describe_sailvl(self.config, self.dtype)
+        write_conversion_card(folder, [self.checkpoint.source], description, CARD_TAGS)
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        return verify_all(folder)
+        return verify_sailvl(folder)
 
-    def record(self) -> dict[str, Any]:
-        record = {
-            "source": {"layout": "sailvl"},
-            "part": "all",
-            "kept": {self._file_name(file): file for file in self.kept},
-            **({"placed": self.placed} if self.placed else {}),
-        }
-        if self.tower:
-            match, checkpoint = self.tower.match, self.tower.checkpoint
+    def provenance(self) -> dict[str, Any]:
+        record = {"source": {"layout": "sailvl"}, "part": "all", "kept": self._unchanged_names()}
+        if self.placed:
+            record["placed"] = self.placed
+        if self.vision:
+            match, checkpoint = self.vision.match, self.vision.checkpoint
+            files = [file for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files]
             record["inserted"] = {
-                "name": public_name(checkpoint.source),
-                "revision": checkpoint.source.revision,
-                **licence_of(checkpoint.source),
-                "layout": match.scheme.name,
-                "prefix": match.prefix,
-                "files": {file: {"sha256": hash_file(checkpoint.source.path(file))}
-                          for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files},
+                **source_provenance(checkpoint.source, files), "layout": match.scheme.name, "prefix": match.prefix,
             }  # fmt: skip
         return record
 
 
-def plan_whole(checkpoint: Checkpoint, asked: Options) -> SAILVLPlan:
-    """
-    Raises:
-        CheckpointError: It is no whole SAIL-VL, or what is wanted of it cannot be.
-    """
-    source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
-    raise_if_any(checkpoint.shard_problems(), source)
-    config = read_config(checkpoint)
-    raise_if_any(whole_problems(checkpoint, names, config), source)
-    dtype = output_dtype(asked.dtype, {name: checkpoint[place] for name, place in names.stored.items()}, source)
-    tower = _plan_insertion(checkpoint, names, asked, dtype, config) if asked.insert_vision else None
-    if tower:
-        config = read_config(checkpoint, **_tower_changes(tower, checkpoint))
-    config.image_token_id = find_image_token(checkpoint, config)
-    kept = {name: place for name, place in names.stored.items() if not (tower and name.startswith(VISION))}
-    job = SAILVLPlan(
-        checkpoint=checkpoint,
-        dtype=dtype,
-        names=kept,
-        config=config,
-        processor=build_processor(checkpoint, config),
-        keeps_files=_keeps_files(checkpoint, names, asked, dtype),
-        tower=tower,
-        link=asked.link,
-    )
-    job.notes = _notes(job, names)
-    return job
-
-
-def whole_problems(checkpoint: Checkpoint, names: Names, config: "SAILVLConfig") -> list[Problem]:
-    """What is missing, too much, empty or of another shape than config.json says."""
-    model = build_empty(config, checkpoint.source.name)
-    problems = model_problems(checkpoint, names.stored, model, names.prefix)
-    if has_weight_conversions(config.text_config.model_type):
-        problems = [problem for problem in problems if LANGUAGE not in problem.location or problem.kind == "values"]
-    return problems
-
-
-def _plan_insertion(
-    checkpoint: Checkpoint, names: Names, asked: Options, dtype: str, config: "SAILVLConfig"
-) -> AIMv2Plan:
-    origin, entry = find_source(str(asked.insert_vision))
-    inserted = FileCheckpoint(origin, entry, checkpoint.trust_pickle)
-    job = plan_aimv2(inserted, Options(dtype=torch_name(dtype)))
-    factor, (taken,) = config.pixel_shuffle_factor, checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
-    width, grid = job.fields["hidden_size"], job.fields["image_size"] // job.fields["patch_size"]
-    if factor**2 * width != taken:
-        raise CheckpointError(
-            f"{origin.name}: the connector takes {taken} numbers, {factor} x {factor} tokens of {taken // factor**2}; "
-            f"this tower's are {width} wide: build a new model around it with `sailvit compose`"
-        )
-    if grid % factor:
-        raise CheckpointError(
-            f"{origin.name}: the connector folds {factor} x {factor} tokens, which the tower's {grid} x {grid} cannot "
-            "be cut into: convert it with another --image-size first"
-        )
-    return job
-
-
-def _tower_changes(tower: AIMv2Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What another tower changes in the configuration."""
-    changes: dict[str, Any] = {"vision_config": {"model_type": "sailvit", **tower.fields}}
-    if "force_image_size" in checkpoint.document("config.json"):
-        changes["force_image_size"] = tower.fields["image_size"]
-    return changes
-
-
-def _keeps_files(checkpoint: Checkpoint, names: Names, asked: Options, dtype: str) -> bool:
-    """Whether transformers reads the files as they are."""
-    if asked.max_shard_size is not None or not names.is_canonical or names.others:
-        return False
-    if any(tensor.dtype != dtype for tensors in checkpoint.opened.values() for tensor in tensors.values()):
-        return False
-    files = checkpoint.files
-    return all(file.endswith(".safetensors") and "/" not in file for file in files) and all(
-        _has_pt_metadata(checkpoint.source.path(file)) for file in files
-    )
-
-
-def _has_pt_metadata(path: Path) -> bool:
-    """Whether a safetensors file has no metadata, or such as transformers wants."""
-    with path.open("rb") as file:
-        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
-    return metadata is None or metadata.get("format") == "pt"
-
-
-def _notes(job: SAILVLPlan, names: Names) -> list[str]:
-    config, fields = job.config, job.checkpoint.document("config.json")
-    vision, text = config.vision_config, config.text_config
-    notes = [
-        f"a SAIL-VL: {vision.model_type} of width {vision.hidden_size}, {text.model_type} of width {text.hidden_size}, "
-        f"{config.image_seq_length} visual tokens a tile"
-    ]
-    if names.wrappers:
-        notes.append(f"left out of the names: {', '.join(names.wrappers)}")
-    if names.others:
-        notes.append(f"not of the model, left: {len(names.others)} tensors ({names.others[0]}, ...)")
-    if job.kept:
-        notes.append(f"{len(job.kept)} of {len(job.checkpoint.files)} files of weights stay as they are")
-    notes += padding_notes(job.checkpoint)
-    if not has_normalization(job.checkpoint):
-        notes.append("the source does not say how pictures are normalised: ImageNet's mean and std, SAILViT's, assumed")
-    if fields.get("template", TEMPLATE) != TEMPLATE:
-        notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
-    if job.tower:
-        notes += [f"inserted: {note}" for note in job.tower.notes]
-        rounded = sorted({tensor.dtype for tensor in job.tower.inputs()} - {job.dtype})
-        if rounded:
-            before = ", ".join(torch_name(dtype) for dtype in rounded)
-            notes.append(f"inserted: {before} became {torch_name(job.dtype)}, as the rest of the model is")
-    return notes
+def source_provenance(source: Source, files: Iterable[str]) -> dict[str, Any]:
+    """Return the entries of provenance.json about another source, with the hashes of the files that were read."""
+    hashes = {file: {"sha256": hash_file(source.path(file))} for file in files}
+    return {"name": public_name(source), "revision": source.revision, **licence_of(source), "files": hashes}
 
 
 def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[int], None]) -> dict[str, str]:
@@ -492,24 +261,144 @@ def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[in
     return digests
 
 
-def describe_all(config: "SAILVLConfig", dtype: str) -> str:
+def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
+    """Raises CheckpointError if the checkpoint is no complete SAIL-VL, or an option does not fit it."""
+    source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
+    raise_if_any(sailvl_problems(checkpoint), source)
+    dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in names.stored.items()}, source)
+    config, vision = read_config(checkpoint), None
+    if options.insert_vision:
+        vision = _plan_insertion(checkpoint, names, options, dtype, config)
+        config = read_config(checkpoint, **_config_changes(vision, checkpoint))
+    config.image_token_id = find_image_token(checkpoint, config)
+    kept = {name: stored for name, stored in names.stored.items() if not (vision and name.startswith(VISION))}
+    changed = {checkpoint.weight_map[names.stored[name]] for name in names.stored.keys() - kept.keys()}
+    if options.max_shard_size is not None or not names.are_canonical or not _loads_as_stored(checkpoint, dtype):
+        changed = {*checkpoint.files}
+    plan = SAILVLPlan(
+        checkpoint=checkpoint,
+        dtype=dtype,
+        names=kept,
+        config=config,
+        processor=build_processor(checkpoint, config),
+        unchanged_files=[file for file in checkpoint.files if file not in changed],
+        vision=vision,
+        link=options.link,
+    )
+    plan.notes = _notes(plan, names)
+    return plan
+
+
+def sailvl_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """
+    Return the problems of the files; if there are none, those of the tensors: names and shapes that config.json does
+    not describe.
+    """
+    if problems := checkpoint.shard_problems():
+        return problems
+    names, config = match_names(checkpoint.weight_map), read_config(checkpoint)
+    model = build_meta_model(config, checkpoint.source.name)
+    problems = model_problems(checkpoint, names.stored, model, names.prefix)
+    return without_converted(problems, config.text_config.model_type, LANGUAGE)
+
+
+def _plan_insertion(
+    checkpoint: Checkpoint, names: Names, options: Options, dtype: str, config: "SAILVLConfig"
+) -> AIMv2Plan:
+    origin, entry = find_source(str(options.insert_vision))
+    plan = plan_aimv2(FileCheckpoint(origin, entry, checkpoint.trust_pickle), Options(dtype=torch_name(dtype)))
+    factor, (taken,) = config.pixel_shuffle_factor, checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
+    width, grid = plan.fields["hidden_size"], plan.fields["image_size"] // plan.fields["patch_size"]
+    if factor**2 * width != taken:
+        raise CheckpointError(
+            f"{origin.name}: the connector takes {taken} numbers: expected a width of {taken // factor**2} "
+            f"({factor} x {factor} tokens), got {width}: build a new model around it with `sailvit compose`"
+        )
+    if grid % factor:
+        raise CheckpointError(
+            f"{origin.name}: the connector folds {factor} x {factor} tokens: expected a grid that {factor} divides, "
+            f"got {grid} x {grid} patches: convert it with another --image-size first"
+        )
+    return plan
+
+
+def _config_changes(vision: AIMv2Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the fields of config.json that another vision encoder changes."""
+    changes: dict[str, Any] = {"vision_config": {"model_type": "sailvit", **vision.fields}}
+    if "force_image_size" in checkpoint.document("config.json"):
+        changes["force_image_size"] = vision.fields["image_size"]
+    return changes
+
+
+def _loads_as_stored(checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether transformers loads the weight files without changes, in this dtype."""
+    if any(tensor.dtype != dtype for tensors in checkpoint.opened.values() for tensor in tensors.values()):
+        return False
+    are_safetensors = all(file.endswith(".safetensors") and "/" not in file for file in checkpoint.files)
+    return are_safetensors and all(_has_pt_metadata(checkpoint.source.path(file)) for file in checkpoint.files)
+
+
+def _has_pt_metadata(path: Path) -> bool:
+    """Whether a safetensors file has no metadata, or the format that transformers accepts."""
+    with safe_open(path, "np") as file:
+        return (file.metadata() or {}).get("format", "pt") == "pt"
+
+
+def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
+    config, fields = plan.config, plan.checkpoint.document("config.json")
+    vision, text = config.vision_config, config.text_config
+    notes = [
+        f"a SAIL-VL: {vision.model_type} of width {vision.hidden_size}, {text.model_type} of width {text.hidden_size}, "
+        f"{config.image_seq_length} visual tokens a tile"
+    ]
+    if names.wrappers:
+        notes.append(f"removed from the names: {', '.join(names.wrappers)}")
+    if names.others:
+        notes.append(f"dropped, not part of the model: {len(names.others)} tensors ({names.others[0]}, ...)")
+    if plan.unchanged_files:
+        notes.append(f"{len(plan.unchanged_files)} of {len(plan.checkpoint.files)} weight files are unchanged")
+    notes += padding_notes(plan.checkpoint)
+    if not has_normalization(plan.checkpoint):
+        notes.append("the source has no image_mean and image_std: ImageNet's, which SAILViT uses, are assumed")
+    if fields.get("template", TEMPLATE) != TEMPLATE:
+        notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
+    for note in plan.vision.notes if plan.vision else ():
+        notes.append(f"inserted: {note}")
+    if (
+        rounded := sorted(map(torch_name, {tensor.dtype for tensor in plan.vision.source_tensors()} - {plan.dtype}))
+        if plan.vision
+        else []
+    ):
+        notes.append(f"inserted: {', '.join(rounded)} became {torch_name(plan.dtype)}, as the rest of the model is")
+    return notes
+
+
+CARD_TAGS = ("sailvl", "custom_code", "conversational")
+
+
+def describe_sailvl(config: "SAILVLConfig", dtype: str) -> str:
     vision, text = config.vision_config, config.text_config
     return (
-        f"A multimodal language model, {torch_name(dtype)}: a vision encoder ({vision.model_type}, width "
+        f"A multimodal language model, {torch_name(dtype)}: a vision tower ({vision.model_type}, width "
         f"{vision.hidden_size}, {vision.num_hidden_layers} blocks), a connector and a language model "
         f"({text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers). A tile becomes "
         f"{config.image_seq_length} visual tokens."
     )
 
 
-def verify_all(folder: Path) -> dict[str, Any]:
+def verify_sailvl(folder: Path) -> dict[str, Any]:
     """
-    Loads a folder in a fresh process, and has a picture and a question made into a prompt there.
+    Load a folder in a clean process, and have its processor prepare an image and a question there; returns the counts
+    of tiles and placeholders.
 
     Raises:
-        VerificationError: It does not load, or makes another number of placeholders than the model wants.
+        VerificationError: It does not load, or the processor makes another number of placeholders than the model takes.
     """
-    alone = {key: int(value) for key, value in run_in_clean_process(folder).items()}
-    if alone["placeholders"] != alone["tiles"] * alone["image_seq_length"] or not alone["tiles"]:
-        raise VerificationError(f"the folder's processor and model do not fit each other: {alone}")
-    return alone
+    counts = {key: int(value) for key, value in run_in_clean_process(folder).items()}
+    expected = counts["tiles"] * counts["image_seq_length"]
+    if counts["placeholders"] != expected or not expected:
+        raise VerificationError(
+            f"the folder's processor does not fit its model: expected {expected} placeholders for {counts['tiles']} "
+            f"tiles, got {counts['placeholders']}"
+        )
+    return counts

@@ -105,6 +105,18 @@ def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str
     return made
 
 
+def count_bytes(total: int, on_progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    """Return a callback that adds up the byte counts it is called with, and calls on_progress(sum, total)."""
+    done = 0
+
+    def count(read_or_written: int) -> None:
+        nonlocal done
+        done += read_or_written
+        on_progress(done, total)
+
+    return count
+
+
 def is_cached(path: Path) -> bool:
     """Whether a file, or the target of a link, is in a cache of the Hub."""
     parts = path.resolve().parts

@@ -3,14 +3,14 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
-from .sources import PROVENANCE
+from .sources import PROVENANCE, LocalFolder, Source
 
 
 @contextmanager
@@ -64,6 +64,17 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out} exists: give --overwrite, or another name")
     if out.exists() and any(out.iterdir()) and not (out / PROVENANCE).exists():
         raise CheckpointError(f"{out} holds no {PROVENANCE}, so no conversion wrote it: remove it yourself")
+
+
+def check_separate(out: Path, sources: Iterable[Source]) -> None:
+    """Raise CheckpointError if `out` is a source, contains one, or is inside one."""
+    for source in sources:
+        if isinstance(source, LocalFolder):
+            folder, given, target = source.folder.resolve(), source.requested.resolve(), out.resolve()
+            if folder == target or target in folder.parents:
+                raise CheckpointError(f"{out} contains the source {source.requested}: choose another output folder")
+            if given in (target, *target.parents):
+                raise CheckpointError(f"{out} is inside the source {source.requested}: choose another output folder")
 
 
 def check_space(folder: Path, nbytes: int) -> None:

@@ -73,7 +73,9 @@ class CompositeCheckpoint(Checkpoint):
         return {name: self[name] for name, its_file in self.weight_map.items() if its_file == file}
 
     def document(self, file: str) -> dict[str, Any]:
-        """Of provenance.json only its source: its hashes are of other tensors."""
+        """Of provenance.json only its source: its hashes are of other tensors. An adapter is merged."""
+        if file == ADAPTER:
+            return {}
         source, name = self.source.locations.get(file, (None, file))
         owner = next((part for part in self.parts.values() if part.source is source), self.parts[""])
         content = owner.document(name)
