@@ -349,7 +349,7 @@ def _write_files(
     sources = [component.checkpoint.source for component in (vision, language)]
     description = (
         f"{describe_sailvl(model.config, dtype)}\n\n"
-        f"The vision encoder is that of {public_name(sources[0])}, the language model is {public_name(sources[1])}. The "
+        f"The vision encoder comes from {public_name(sources[0])}, the language model from {public_name(sources[1])}. The "
         "connector is randomly initialised: train it before you use the model.\n\n"
         f"Each component keeps its own licence: {vision.licence()}; {language.licence()}."
     )
