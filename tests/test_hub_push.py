@@ -139,6 +139,8 @@ def test_files_that_are_no_part_of_a_model_are_not_uploaded(hub, folder):
 @pytest.mark.parametrize("how", [503, "cut", "lose"])
 @pytest.mark.parametrize("times", [1, FOREVER])
 def test_whatever_request_fails_the_next_call_finishes_with_one_commit(hub, folder, how, times):
+    push(hub, folder, tag="v1")  # once a day, huggingface_hub >= 2 has a request of its own before the first
+    hub.repositories.clear(), hub.objects.clear(), hub.asked.clear()
     push(hub, folder, tag="v1")
     requests = len(hub.asked)
     assert requests > 10
