@@ -1,5 +1,5 @@
 """
-Folders to the Hub: a card is written, the gate tries the folder as a stranger would, and one commit publishes it.
+Publish a folder: write its model card, check that a copy loads in a clean process, upload it in one commit.
 
 Importing it imports neither torch nor transformers.
 """

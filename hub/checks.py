@@ -3,21 +3,18 @@ The checks that a folder must pass before it is published: its files, its card, 
 what would be published loads and runs in a clean process, offline, by the Auto classes of the installed transformers.
 """
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..convert.export.card import card_problems
 from ..convert.inspect import inspect_checkpoint
 from ..convert.storage.errors import CheckpointError, Problem, VerificationError
-from ..convert.storage.files import copy_file, link_files, read_json
-from ..convert.storage.output_folder import check_space
+from ..convert.storage.files import read_json
 from ..convert.storage.sources import PROVENANCE
-from ..convert.verify.outputs import TOLERANCE, auto_class_of, relative_difference, run_in_clean_process
+from ..convert.verify.outputs import TOLERANCE, auto_class_of, link_or_copy, relative_difference, run_in_clean_process
 from .files import file_problems, published_files
 
 
@@ -55,9 +52,7 @@ def check_before_publish(
     config = read_json(folder / "config.json")
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
     problems += [*card_problems(folder), *_checkpoint_problems(folder), *_verification_problems(folder)]
-    with _scratch_next_to(folder) as scratch:
-        problems += _load_problems(folder, config, scratch, log)
-    return list(dict.fromkeys(problems))
+    return list(dict.fromkeys([*problems, *_load_problems(folder, config, log)]))
 
 
 def check_folder(folder: Path) -> None:
@@ -68,32 +63,6 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         reason = "no config.json in it" if folder.is_dir() else "no such folder"
         raise CheckpointError(f"{folder}: {reason}: give a folder that `sailvit convert` or save_pretrained wrote")
-
-
-@contextmanager
-def _scratch_next_to(folder: Path) -> Iterator[Path]:
-    """Make a folder on the same disk if possible, so that files can be linked; remove those of killed processes."""
-    parent, prefix = folder.resolve().parent, f".{folder.resolve().name}.check-"
-    parent = parent if os.access(parent, os.W_OK) else Path(tempfile.gettempdir())
-    for left in parent.iterdir():
-        if left.name.startswith(prefix) and not _is_running(left.name.removeprefix(prefix)):
-            shutil.rmtree(left, ignore_errors=True)
-    scratch = parent / f"{prefix}{os.getpid()}"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def _checkpoint_problems(folder: Path) -> list[Problem]:
@@ -109,15 +78,17 @@ def _verification_problems(folder: Path) -> Iterator[Problem]:
         yield Problem("tokens", PROVENANCE, "this conversion was not verified: convert again without --no-verify")
 
 
-def _load_problems(folder: Path, config: dict, scratch: Path, log: Callable[[str], None]) -> Iterator[Problem]:
-    """Run a copy of what would be published by its own code, and by this package's classes where it has those."""
-    _link_or_copy(folder, scratch)
+def _load_problems(folder: Path, config: dict[str, Any], log: Callable[[str], None]) -> Iterator[Problem]:
+    """Run what would be published by its own code, and by this package's classes where it has those."""
     here, ours = f"transformers {version('transformers')}", config.get("model_type") in ("sailvit", "sailvl")
-    try:
-        outputs = run_in_clean_process(scratch, generate=True, compare_with_package=ours)
-    except VerificationError as error:
-        yield Problem("load", here, f"{auto_class_of(config)}: {error}: fix that, or convert again")
-        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, path in published_files(folder).items():
+            link_or_copy(path, Path(scratch) / name)
+        try:
+            outputs = run_in_clean_process(Path(scratch), generate=True, compare_with_package=ours)
+        except VerificationError as error:
+            yield Problem("load", here, f"{auto_class_of(config)}: {error}: fix that, or convert again")
+            return
     name = "this package" if ours else here
     reference = {key.removeprefix("package."): outputs.pop(key) for key in [*outputs] if key.startswith("package.")}
     for what, expected in (reference or outputs).items():  # without a reference still a check for NaN
@@ -132,12 +103,3 @@ def _load_problems(folder: Path, config: dict, scratch: Path, log: Callable[[str
             yield Problem("tokens", here, f"{message}: convert again")
         elif what in ("tokens", "logits"):
             log(f"{here} loads it in a clean process; {what} match those of {name} within {difference:.0e}")
-
-
-def _link_or_copy(folder: Path, copy: Path) -> None:
-    for name, path in published_files(folder).items():
-        if path.is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            if not link_files({copy / name: path}, hard=True):  # it is only read, and then removed
-                check_space(copy, path.stat().st_size)
-                copy_file(path, copy / name)

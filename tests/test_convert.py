@@ -240,6 +240,17 @@ def test_the_card_of_a_folder_runs(tmp_path, apple, monkeypatch):
         assert sum(parameter.numel() for parameter in scope["model"].parameters()) == 143_680
 
 
+def test_the_record_of_a_training_run_is_checked_and_copied(tmp_path, apple):
+    stages = [{"stage": 1, "recipe": "alignment", "learning_rate": 2e-4}, {"stage": 2, "kinds": ["ocr", "caption"]}]
+    (apple / "training.json").write_text(json.dumps({"training": {"stages": stages, "tokens_seen": 9}}))
+    convert(apple, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert record["training"] == {"stages": stages, "tokens_seen": 9} and "training.json" in record["source"]["files"]
+    (apple / "training.json").write_text(json.dumps({"training": {"stages": [{"stage": {"number": 1}}]}}))
+    with pytest.raises(CheckpointError, match=r"training\.json: training\.stages\[0\]\.stage: expected a number or a"):
+        convert(apple, tmp_path / "other")
+
+
 @pytest.mark.parametrize("suffix", ["bin", "pt", "pth"])
 def test_training_checkpoints_of_torch_are_converted(tmp_path, apple, suffix):
     tensors = load_file(apple / "model.safetensors")

@@ -256,7 +256,7 @@ def test_every_kind_of_folder_has_its_task_and_library(tmp_path, config, tag, li
         ("---\nbase_model: /home/me/aimv2\nlicense: mit\n---\n", "expected a name on the Hub"),
         ("---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---\n", "has no licence"),
         ("---\nlicense: other\n---\n", "without a license_name"),
-        ("---\nlicense: mit\n---\n", "license: expected 'other', as the sources' cards state, got 'mit'"),
+        ("---\nlicense: mit\n---\n", "license: expected 'other', got 'mit'"),
         ("---\nlicense: mit\nmodel-index: 3\n---\n", "the Hub does not accept its YAML"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The whole way as its users go: two parts, a step of training, a folder, the Hub, and a stranger who loads it."""
+"""End to end: compose two components, train a step, convert, publish, and load in a clean process."""
 
 import os
 import subprocess
@@ -61,8 +61,8 @@ def run(*command: object, folder: Path, **settings: str) -> str:
 
 
 @pytest.mark.nightly
-def test_from_two_parts_to_a_stranger_who_loads_what_was_trained(tmp_path):
-    """Every file is the same to the byte, every token to the bit, in a fresh process and cache."""
+def test_from_two_components_to_a_published_model_that_loads_elsewhere(tmp_path):
+    """In a clean process and cache every file is byte-identical and every token bit-identical."""
     sailvit = [sys.executable, "-m", "sailvit_cli"]
     write_release(tmp_path / "release")
     for part in ("vision", "language"):
@@ -78,7 +78,7 @@ def test_from_two_parts_to_a_stranger_who_loads_what_was_trained(tmp_path):
         for name in names:
             folder = name.partition("/")[2]
             said = run(*sailvit, "push", folder, name, "--tag", "v1", folder=tmp_path, HF_TOKEN=TOKEN, **address)
-            assert "the gate is passed" in said and said.rstrip().endswith("revision v1")
+            assert "all checks before publishing passed" in said and said.rstrip().endswith("revision v1")
         commits = [hub.repositories[name].tags["v1"] for name in names]
         (tmp_path / "stranger").mkdir()
         both = [text for pair in zip(names, commits, strict=True) for text in pair]

@@ -1,8 +1,7 @@
-"""What may be published: what the gate lets pass, and what it names."""
+"""The checks before publishing: what passes, and what is reported."""
 
 import getpass
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,7 @@ SECRET = "hf_" + "a1B2" * 8
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
-    """A tower as `sailvit convert` writes it, held against its source, with a card."""
+    """A vision encoder as `sailvit convert` writes it, verified, with a card."""
     folder = tmp_path_factory.mktemp("checks") / "tower"
     convert_checkpoint(make_checkpoint(folder.with_name("apple")), folder)
     write_model_card(folder, "owner/tower", "v1")
@@ -41,13 +40,13 @@ def multimodal(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    """For what is seen without loading the folder."""
+    """For checks that do not load the folder."""
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
 
 
 @pytest.fixture
 def tower(converted, tmp_path) -> Path:
-    """A copy, to be spoiled."""
+    """A copy to damage."""
     return Path(shutil.copytree(converted, tmp_path / "tower"))
 
 
@@ -75,22 +74,22 @@ def field(file: str, **fields):
     return lambda folder: (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **fields}))
 
 
-def metadata(**said):
+def metadata(**entries):
     def change(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **said})
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **entries})
 
     return change
 
 
 @pytest.mark.parametrize("which", ["converted", "multimodal"])
-def test_the_files_of_a_conversion_are_clean(request, which):
+def test_the_files_of_a_conversion_have_no_problems(request, which):
     folder = request.getfixturevalue(which)
     assert file_problems(folder, "owner") == []
     assert {*published_files(folder)} == {path.name for path in folder.iterdir()}
 
 
-def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
+def test_code_files_are_those_of_auto_map_and_their_imports(multimodal):
     assert code_files(multimodal) == {path.name for path in multimodal.glob("*.py")}
     assert len(code_files(multimodal)) == 8
 
@@ -106,7 +105,7 @@ def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
         (write("extra.py", "x"), "stray", "extra.py", "remove it"),
         (lambda folder: (folder / "modeling_sailvit.py").unlink(), "code", "modeling_sailvit.py", "missing"),
         (append("modeling_sailvit.py", "\nfrom .helper import x\n"), "code", "helper.py", "missing"),
-        (lambda folder: (folder / "photo.png").symlink_to("gone"), "file", "photo.png", "leads nowhere"),
+        (lambda folder: (folder / "photo.png").symlink_to("gone"), "file", "photo.png", "a broken link"),
         (lambda folder: (folder / "NOTICE").symlink_to(PHOTOGRAPH), "file", "NOTICE", "a link to a file elsewhere"),
         (write("generation_config.json", "{"), "file", "generation_config.json", "JSON"),
         (field("config.json", _name_or_path="/mnt/bn/x/ckpt"), "path", "config.json", "/mnt/bn"),
@@ -131,7 +130,7 @@ def test_code_is_what_the_configurations_name_and_what_it_imports(multimodal):
         (append("README.md", "key word-of-this-machine"), "secret", "README.md", "the token that this machine has"),
     ],
 )
-def test_what_must_not_leave_this_machine_is_named(tower, monkeypatch, change, kind, where, message):
+def test_secrets_local_paths_and_strays_are_reported(tower, monkeypatch, change, kind, where, message):
     monkeypatch.setattr(getpass, "getuser", lambda: "jdoe42")
     monkeypatch.setenv("HF_TOKEN", "word-of-this-machine")
     change(tower)
@@ -140,7 +139,7 @@ def test_what_must_not_leave_this_machine_is_named(tower, monkeypatch, change, k
     assert "a1B2" not in str(found[0])
 
 
-def test_what_only_looks_like_a_place_or_a_name_passes(tower, monkeypatch):
+def test_urls_and_placeholders_are_no_local_paths(tower, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "owner")
     text = "https://host/data/x, a/home/b, n/a, and/or, owner/tower, 1/2, `/v1`, ~/data, #!/usr/bin/env python\n"
     text += '/path/to/your/model, </a/b/c>, ("http://", "file://"), "s3://"'
@@ -148,21 +147,13 @@ def test_what_only_looks_like_a_place_or_a_name_passes(tower, monkeypatch):
     assert file_problems(tower, "owner") == []
 
 
-def test_words_of_a_tokenizer_are_no_places(multimodal, tmp_path):
+def test_tokens_of_a_vocabulary_are_no_local_paths(multimodal, tmp_path):
     folder = Path(shutil.copytree(multimodal, tmp_path / "vl"))
     (folder / "merges.txt").write_text((folder / "merges.txt").read_text() + "/home/x /tmp/y\n")
     assert file_problems(folder, "owner") == []
 
 
-def test_what_a_killed_gate_left_is_cleared_away(tower, monkeypatch):
-    monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
-    for process in (2**22 + 1, os.getppid()):  # the first is more than there can be
-        (tower.parent / f".tower.check-{process}" / "model").mkdir(parents=True)
-    check_before_publish(tower)
-    assert [path.name for path in tower.parent.glob(".*")] == [f".tower.check-{os.getppid()}"]
-
-
-def test_a_folder_that_is_none_is_refused(tmp_path):
+def test_a_missing_or_empty_folder_is_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(CheckpointError, match="give a folder that"):
             check_before_publish(folder)
@@ -171,17 +162,17 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["converted", "multimodal"])
 def test_a_conversion_passes_and_is_left_as_it_was(request, which):
-    folder, said = request.getfixturevalue(which), []
+    folder, lines = request.getfixturevalue(which), []
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert check_before_publish(folder, f"owner/{folder.name}", log=said.append) == []
-    assert len(said) == 1 and "match those of this package within 0e+00" in said[0]
+    assert check_before_publish(folder, f"owner/{folder.name}", log=lines.append) == []
+    assert len(lines) == 1 and "match those of this package within 0e+00" in lines[0]
     after = {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert after == before and not [*folder.parent.glob(".*check*")]
+    assert after == before and not [*folder.parent.glob(".*")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [SAILViTModel, SAILViTForImageClassification])
-def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
+def test_a_folder_of_save_pretrained_passes_with_a_card(cls, tmp_path):
     folder = tmp_path / "saved.v1"
     randomize(cls(SAILViTConfig(**TINY))).save_pretrained(folder)
     SAILViTImageProcessor(size=56).save_pretrained(folder)
@@ -192,7 +183,7 @@ def test_what_save_pretrained_writes_passes_with_a_card(cls, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transformers", "timm"])
-def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path, layout):
+def test_folders_of_other_layouts_pass_without_remote_code(converted, tmp_path, layout):
     convert_checkpoint(converted, tmp_path / "out", to_layout=layout)
     write_model_card(tmp_path / "out", "owner/out", "v1")
     assert check_before_publish(tmp_path / "out") == []
@@ -207,7 +198,7 @@ def test_folders_of_other_layouts_pass_without_code_of_ours(converted, tmp_path,
         (field("config.json", num_hidden_layers=2), "not loaded strictly"),
     ],
 )
-def test_what_does_not_load_for_a_stranger_is_told(tower, change, message):
+def test_a_folder_that_does_not_load_in_a_clean_process_is_reported(tower, change, message):
     (tower / "provenance.json").unlink()
     change(tower)
     found = [problem for problem in check_before_publish(tower) if problem.kind == "load"]
@@ -215,7 +206,7 @@ def test_what_does_not_load_for_a_stranger_is_told(tower, change, message):
 
 
 @pytest.mark.slow
-def test_code_that_makes_other_tokens_is_told(tower):
+def test_code_that_gives_other_tokens_is_reported(tower):
     (tower / "provenance.json").unlink()
     append(
         "modeling_sailvit.py",
@@ -228,7 +219,7 @@ def test_code_that_makes_other_tokens_is_told(tower):
     assert len(found) == 1 and "tokens differ from those of this package by 1.0e-02" in found[0].message
 
 
-def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):
+def test_weights_that_differ_from_the_verified_ones_are_reported(tower, unloaded):
     tensors = load_file(tower / "model.safetensors")
     name = min(tensors)
     tensors[name] = torch.full_like(tensors[name], 0.5)
@@ -236,6 +227,6 @@ def test_weights_that_are_not_what_was_verified_are_told(tower, unloaded):
     assert kinds(check_before_publish(tower)) == {"sha256"}
 
 
-def test_a_conversion_that_nobody_verified_is_told(tower, unloaded):
+def test_a_conversion_that_was_not_verified_is_reported(tower, unloaded):
     field("provenance.json", verification=None)(tower)
     assert [problem.location for problem in check_before_publish(tower)] == ["provenance.json"]

@@ -1,4 +1,4 @@
-"""A saved folder, loaded as strangers load it: by the Auto classes, with remote code, in processes of their own."""
+"""A saved folder, loaded by the Auto classes with remote code, in clean processes."""
 
 import json
 import os
@@ -165,7 +165,7 @@ def test_tower_weights_load_into_the_classifier_and_back(folder, tmp_path):
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
-def test_a_weight_that_is_missing_is_not_loaded_in_silence(folder, tmp_path):
+def test_a_missing_weight_is_an_error(folder, tmp_path):
     from safetensors.torch import save_file
 
     from sailvit.encode.load import load_tower

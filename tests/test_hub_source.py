@@ -1,4 +1,4 @@
-"""Converting what lies on the Hub: the real client, against a Hub on this machine."""
+"""Converting models on the Hub: the real client, against a Hub on this machine."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_inspect_reads_headers_by_ranges_and_downloads_no_weights(tmp_path):
         ("apple/aimv2-tiny", ["--revision", "v9"], "no revision 'v9'"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(hub, tmp_path, name, options, message):
+def test_an_error_of_the_hub_is_one_line(hub, tmp_path, name, options, message):
     endpoint, _ = hub
     for verb in (["convert", name, "out"], ["inspect", name]):
         done = sailvit(tmp_path, *verb, *options, endpoint=endpoint)
@@ -98,7 +98,7 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, name, options, message)
         assert done.stderr.startswith(f"sailvit {verb[0]}: {name}: ") and not (tmp_path / "out").exists()
 
 
-def test_a_hub_that_is_not_there_is_one_line(tmp_path):
+def test_an_unreachable_hub_is_one_line(tmp_path):
     for endpoint in (None, "http://127.0.0.1:9"):
         done = sailvit(tmp_path, "convert", "apple/aimv2-tiny", "out", endpoint=endpoint)
         assert done.returncode == 2 and "the Hub " in done.stderr and done.stderr.count("\n") == 1, done.stderr

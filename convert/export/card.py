@@ -111,7 +111,7 @@ def write_model_card(folder: Path, name: str | None = None, revision: str = "mai
     except CheckpointError:  # a valid one replaces it
         theirs, their_text = {}, ""
     text = text or their_text
-    model = _Model.read(folder, name or folder.resolve().name, {**theirs, **own})
+    model = _Model(folder, name or folder.resolve().name, {**theirs, **own})
     made = _metadata(model)
     tags = [tag for data in (made, own, theirs) for tag in data.get("tags") or [] if isinstance(data["tags"], list)]
     metadata = {**theirs, **own, **made, "tags": list(dict.fromkeys(tags))}
@@ -225,28 +225,16 @@ def read_results(folder: Path) -> list[Any]:
         raise CheckpointError(f"{path}: expected a list of maps with {RESULT_FIELDS}: {reason}") from error
 
 
-@dataclass(frozen=True)
 class _Model:
-    """What a card is made from."""
+    """What a card for publishing is made from; `own` is the YAML of the card that it replaces."""
 
-    folder: Path
-    name: str
-    type: ModelType
-    config: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    training: TrainingRecord
-    parts: list[Component]
-    results: list[Any]
-
-    @classmethod
-    def read(cls, folder: Path, name: str, own: Mapping[str, Any]) -> "_Model":
-        provenance, training = _read_records(folder)
-        parts, config = components(provenance, training, own), read_json(folder / "config.json")
-        return cls(folder, name, model_type_of(folder), config, provenance, training, parts, read_results(folder))
-
-    @property
-    def has_code(self) -> bool:
-        return "auto_map" in self.config
+    def __init__(self, folder: Path, name: str, own: Mapping[str, Any]):
+        self.folder, self.name, self.type = folder, name, model_type_of(folder)
+        self.config = read_json(folder / "config.json")
+        self.has_code = "auto_map" in self.config
+        self.provenance, self.training = _read_records(folder)
+        self.parts = components(self.provenance, self.training, own)
+        self.results = read_results(folder)
 
 
 def _read_records(folder: Path) -> tuple[dict[str, Any], TrainingRecord]:
@@ -384,33 +372,27 @@ def card_problems(folder: Path) -> list[Problem]:
         return [Problem("card", "README.md", f"{str(error).partition(': ')[2]}: correct it by hand")]
     if not metadata:
         return [Problem("card", "README.md", "has no YAML between two lines of ---: write_model_card writes it")]
-    problems = [Problem("card", "README.md", message) for message in _wrong_entries(folder, metadata)]
-    return problems + [Problem("licence", "README.md", message) for message in _wrong_licence(folder, metadata, text)]
+    return [Problem(kind, "README.md", message) for kind, message in _wrong_entries(folder, metadata, text)]
 
 
-def _wrong_entries(folder: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_entries(folder: Path, metadata: Mapping[str, Any], text: str) -> Iterator[tuple[str, str]]:
     from huggingface_hub import ModelCardData
 
     try:
         ModelCardData(**metadata, ignore_metadata_errors=False)
     except (TypeError, ValueError, KeyError) as error:
-        yield f"the Hub does not accept its YAML: {' '.join(str(error).split())}: correct it"
-    model_type = model_type_of(folder)
-    for key, expected in {"library_name": model_type.library, "pipeline_tag": model_type.pipeline_tag}.items():
-        if metadata.get(key) != expected:
-            yield f"{key}: expected {expected!r}, got {metadata.get(key)!r}: write_model_card writes it"
-    bases = metadata.get("base_model") or []
+        yield "card", f"the Hub does not accept its YAML: {' '.join(str(error).split())}: correct it"
+    bases, stated = metadata.get("base_model") or [], metadata.get("license")
     for base in [bases] if isinstance(bases, str) else bases:
         if not HUB_NAME.fullmatch(str(base)):
-            yield f"base_model: expected a name on the Hub, got {base!r}: name the base model, or remove the entry"
-
-
-def _wrong_licence(folder: Path, metadata: Mapping[str, Any], text: str) -> Iterator[str]:
-    stated = metadata.get("license")
+            yield "card", f"base_model: expected a name on the Hub, got {base!r}: name the base model, or remove it"
     if not stated and NO_LICENCE not in text:
-        yield f"has no licence, and does not say that {NO_LICENCE}: write_model_card says it"
+        yield "licence", f"has no licence, nor the sentence {NO_LICENCE!r}: write_model_card writes it"
     if stated == "other" and not metadata.get("license_name"):
-        yield "license is 'other' without a license_name: add it"
-    expected = common_licence(components(*_read_records(folder), metadata)).get("license")
-    if expected and stated != expected:
-        yield f"license: expected {expected!r}, as the sources' cards state, got {stated!r}: write_model_card writes it"
+        yield "licence", "license is 'other' without a license_name: add it"
+    model_type, licence = model_type_of(folder), common_licence(components(*_read_records(folder), metadata))
+    expected = {"library_name": model_type.library, "pipeline_tag": model_type.pipeline_tag, **licence}
+    for key in ("library_name", "pipeline_tag", "license"):
+        if key in expected and metadata.get(key) != expected[key]:
+            message = f"{key}: expected {expected[key]!r}, got {metadata.get(key)!r}: write_model_card writes it"
+            yield "licence" if key == "license" else "card", message

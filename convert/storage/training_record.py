@@ -1,5 +1,5 @@
 """
-The record of a training run: a run writes it beside its weights ({"training": {"stages": [...]}} in training.json),
+The record of a training run: a run writes it next to its weights ({"training": {"stages": [...]}} in training.json),
 convert copies it to provenance.json, and the model card shows it.
 """
 

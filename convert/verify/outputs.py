@@ -1,6 +1,7 @@
 """Runs load_folder.py in a clean process, and compares what a folder gives there with a reference."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,9 @@ def run_in_clean_process(
 
     flags = {"--generate": generate, "--compare-with-package": compare_with_package}
     with tempfile.TemporaryDirectory() as scratch:
-        out, link = Path(scratch) / "outputs.safetensors", _link(folder, Path(scratch))
+        out, link = Path(scratch) / "outputs.safetensors", Path(scratch) / "folder"
+        # Under a name without a dot: from another transformers < 4.57 cannot import code.
+        link_or_copy(folder, link)
         arguments = [link, IMAGE, out, auto_class_of(read_json(folder / "config.json"))]
         arguments += [flag for flag, is_set in flags.items() if is_set]
         # As text, since a script's own folder becomes importable.
@@ -70,14 +73,16 @@ def run_in_clean_process(
         return load_file(out)
 
 
-def _link(folder: Path, scratch: Path) -> Path:
-    """Return a link to the folder whose name has no dot: transformers < 4.57 cannot import code from one that has."""
-    link = scratch / "folder"
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a symbolic link to a file or a folder; a copy on a system without such links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        link.symlink_to(folder.resolve(), target_is_directory=True)
-    except OSError:  # a system without links
-        return folder.resolve()
-    return link
+        target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, target)
+        elif source.is_file():
+            shutil.copyfile(source, target)
 
 
 def _environment(scratch: str) -> dict[str, str]:
