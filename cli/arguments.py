@@ -54,7 +54,9 @@ def add_source(group: Group) -> None:
 
 def add_trust_pickle(group: Group) -> None:
     group.add_argument(
-        "--trust-pickle", action="store_true", help="unpickle torch.save files unrestricted: they can run any code"
+        "--trust-pickle",
+        action="store_true",
+        help="skip objects of unknown classes in torch.save files; files from before torch 1.6 may then run code",
     )
 
 
