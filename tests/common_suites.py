@@ -5,6 +5,7 @@ import importlib.metadata
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unittest
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -31,6 +32,9 @@ MAPPINGS = {
 }
 
 
+SAMPLES = Path(tempfile.mkdtemp(prefix="sailvit-samples-"))
+
+
 def download_tests(folder: Path) -> Path:
     """Write the common tests of the installed transformers to `folder`/transformers_tests; returns `folder`."""
     version = importlib.metadata.version("transformers")
@@ -49,8 +53,8 @@ def download_tests(folder: Path) -> Path:
 
 
 def write_sample_file(url: str) -> str:
-    """Write a small image or video to the current folder, instead of one that a test would download."""
-    path = Path(url.rpartition("/")[2]).resolve()
+    """Write a small image or video to a temporary folder, instead of one that a test would download."""
+    path = SAMPLES / url.rpartition("/")[2]
     if path.suffix in (".png", ".jpg") and not path.exists():
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
     elif path.suffix == ".mp4" and not path.exists():
