@@ -36,8 +36,8 @@ from .plan import DTYPES, SHARD_SIZE, check_choice
 from .storage.checkpoint import Checkpoint, FileCheckpoint
 from .storage.errors import CheckpointError
 from .storage.files import first_line, hash_file, read_json, write_json
-from .storage.output_folder import check_free, check_separate, new_folder
-from .storage.sources import find_source, licence_of, public_name
+from .storage.output_folder import check_free, new_folder
+from .storage.sources import check_separate, find_source, licence_of, public_name
 from .storage.tensors import TORCH_DTYPES
 
 

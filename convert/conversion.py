@@ -13,8 +13,8 @@ from .detect import plan_conversion
 from .export.provenance import write_provenance
 from .plan import ConversionPlan, Options
 from .storage.files import hash_file
-from .storage.output_folder import check_free, check_separate, new_folder
-from .storage.sources import find_source
+from .storage.output_folder import check_free, new_folder
+from .storage.sources import check_separate, find_source
 from .storage.tensors import torch_name
 from .storage.training_run import open_checkpoint
 

@@ -50,7 +50,7 @@ def test_a_stored_folder_has_the_weights_that_were_in_memory(engine):
     if engine == "trainer":
         del truth[HEAD]
     assert described(checkpoint) == truth
-    metadata = checkpoint.training_metadata()
+    metadata = checkpoint.training_metadata
     assert metadata["engine"] == TITLES[engine] and metadata.get("ranks", PROCESSES[engine]) == PROCESSES[engine]
     if engine != "dcp":
         assert metadata["step"] == 2 and metadata["tokens_seen"] == 32 * PROCESSES[engine]
@@ -63,7 +63,7 @@ def test_frozen_parameters_that_deepspeed_rounded_are_taken_from_the_base(engine
     frozen = {name for name, (dtype, *_) in truth.items() if dtype == "bfloat16"}
     assert len(frozen) == 16
     assert described(checkpoint) == truth | {name: describe(read(base[name])) for name in frozen}
-    assert checkpoint.training_metadata()["base"] == {"name": "base", "revision": None, "exact": 16}
+    assert checkpoint.training_metadata["base"] == {"name": "base", "revision": None, "exact": 16}
 
 
 @pytest.mark.parametrize("engine", ["peft", "zero2-peft"])
@@ -142,7 +142,7 @@ def test_an_engines_folder_has_the_weights_that_were_in_memory(trained_in, engin
         del truth[HEAD]
     checkpoint = opened(checkpoint_of(engine, out))
     assert_same(checkpoint, truth)
-    metadata = checkpoint.training_metadata()
+    metadata = checkpoint.training_metadata
     assert metadata["engine"] == TITLES[engine] and metadata.get("ranks", processes) == processes
     if engine != "dcp":
         assert metadata["step"] == 2 and metadata["tokens_seen"] == 32 * processes

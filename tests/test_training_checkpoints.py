@@ -219,7 +219,7 @@ def test_stage_1_saves_frozen_parameters_in_the_model_alone(tmp_path, deepspeed)
                        frozen_param_shapes=None, frozen_param_fragments=None)  # fmt: skip
     checkpoint = opened(root)
     assert {name: checkpoint[name].dtype for name in checkpoint.weight_map} == {"a": "F32", "b": "BF16"}
-    assert checkpoint.training_metadata() == {
+    assert checkpoint.training_metadata == {
         "engine": "DeepSpeed ZeRO-1", "engine_version": "0.19.8", "ranks": 2, "step": 7, "samples": 70,
     }  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_masters_of_other_weights_are_refused(tmp_path, deepspeed):
 def test_what_a_file_says_of_its_training_is_told_if_it_is_plain(tmp_path, deepspeed):
     for version in ({1, 2}, "x" * 99, "a\nb", "/home/me"):
         root = write_zero2(tmp_path / str(hash(str(version))), [{"a": torch.ones(4)}], {}, 1, ds_version=version)
-        assert "engine_version" not in opened(root).training_metadata()
+        assert "engine_version" not in opened(root).training_metadata
 
 
 def test_deepspeed_without_zero_is_read(tmp_path):
@@ -659,7 +659,7 @@ def test_what_a_stage_did_not_save_or_rounded_comes_from_the_base(tmp_path, deep
     kept = "" if "mod" in prefix and prefix != "model." else prefix
     rest = {kept + "rest": base["rest"]}
     assert_same(checkpoint, trained | frozen | {prefix + "vision.b": base["vision.b"]} | rest)
-    facts = checkpoint.training_metadata()["base"]
+    facts = checkpoint.training_metadata["base"]
     assert facts == {"name": "base", "revision": None, "exact": 1, "rounded": [prefix + "moved"]}
     assert "1 rounded tensors exact" in " ".join(training_notes(checkpoint))
     assert checkpoint.document("config.json")["vision_config"] and checkpoint.default_dtype() == "float32"
@@ -746,7 +746,7 @@ def test_a_mean_is_taken_in_float32(tmp_path):
         truth = torch.stack([each[name].double() for each in tensors]).mean(0).float()
         assert checkpoint[name].dtype == "F32" and torch.equal(read(checkpoint[name]), truth)
     assert torch.equal(read(checkpoint["a"], 7, 300_001), read(checkpoint["a"])[7:300_001])
-    assert [part["name"] for part in checkpoint.training_metadata()["mean_of"]] == ["step-0", "step-1", "step-2"]
+    assert [part["name"] for part in checkpoint.training_metadata["mean_of"]] == ["step-0", "step-1", "step-2"]
 
 
 @pytest.mark.parametrize(
@@ -814,7 +814,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path, options):
     assert_same(checkpoint, truth)
     stored = checkpoint["model.up.weight"]
     assert torch.equal(read(stored, 5, 20), truth["model.up.weight"].reshape(-1)[5:20])
-    facts = checkpoint.training_metadata()
+    facts = checkpoint.training_metadata
     assert facts["adapter"] == {"peft_type": "LORA", "r": 3, "lora_alpha": 5} and facts["base"]["name"] == "base"
     assert checkpoint.default_dtype() == "float32"
 

@@ -30,7 +30,7 @@ def write_provenance(
             weight files that were not rewritten.
     """
     source, details = checkpoint.source, dict(record)
-    before, training = checkpoint.document(PROVENANCE).get("source"), checkpoint.training_metadata()
+    before, training = checkpoint.document(PROVENANCE).get("source"), checkpoint.training_metadata
     kept = {name: {"sha256": files[original]["sha256"]} for name, original in details.pop("kept", {}).items()}
     content = {
         "source": {

@@ -55,6 +55,7 @@ class Checkpoint(ABC):
     def document(self, file: str) -> dict[str, Any]:
         """The content of a JSON file next to the weights; empty if there is none."""
 
+    @property
     @abstractmethod
     def training_metadata(self) -> dict[str, Any]:
         """For provenance.json: engine, ranks, step, epoch, tokens seen, base, as far as they are known."""
@@ -152,10 +153,11 @@ class FileCheckpoint(Checkpoint):
         """float32, where fp32 master weights are next to rounded frozen parameters."""
         if not self.entry.endswith(ENGINE_ENTRIES):
             return None
-        tensors = self.open(self.entry)
+        tensors = self._read_engine[0]
         dtypes = {tensors[name].dtype for name in names or tensors if name in tensors}
         return "float32" if "F32" in dtypes and dtypes <= {"F32", "BF16", "F16"} and len(dtypes) > 1 else None
 
+    @property
     def training_metadata(self) -> dict[str, Any]:
         """From the engine's files, trainer_state.json, and training.json or an earlier provenance.json."""
         metadata = read_training(self.document).to_json()

@@ -201,10 +201,11 @@ class MergedLoRA(AdaptedModel):
     def scale(self, name: str, rank: int) -> float:
         return self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    @property
     def training_metadata(self) -> dict[str, Any]:
         adapter = {key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha")}
         adapter |= {"of": self.prefix.rstrip(".")} if self.prefix else {}
-        return self.adapter.training_metadata() | {"base": origin_of_base(self.base), "adapter": adapter}
+        return self.adapter.training_metadata | {"base": origin_of_base(self.base), "adapter": adapter}
 
 
 class Unwrapped(AdaptedModel):
@@ -250,12 +251,13 @@ class Unwrapped(AdaptedModel):
         what = f"LoRA of rank {rank}, but {known}, so its scale is unknown: {MERGE_WITH_PEFT}"
         raise self.error(f"{name}: {what}")
 
+    @property
     def training_metadata(self) -> dict[str, Any]:
         matrices = {name.partition(".")[0]: change["lora_A"] for name, change in sorted(self.changes.items())
                     if "lora_A" in change}  # fmt: skip
         ranks = {component: self.adapter[matrix].shape[0] for component, matrix in matrices.items()}
         merged = {component: {"r": rank, "lora_alpha": 2 * rank} for component, rank in ranks.items()}
-        return self.adapter.training_metadata() | {"merged": merged}
+        return self.adapter.training_metadata | {"merged": merged}
 
 
 def is_wrapped(names: Collection[str]) -> bool:

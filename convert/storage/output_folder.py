@@ -3,21 +3,21 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
-from .sources import PROVENANCE, LocalFolder, Source
+from .sources import PROVENANCE
 
 
 @contextmanager
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     A folder to fill, which is renamed to `out` when the block ends, and removed when it raises. A killed process
-    leaves it as `.NAME.part`; the next attempt empties it.
+    leaves `.NAME.part` and `.NAME.lock`; the next attempt removes them.
 
     Raises:
         CheckpointError: `out` exists and may not be overwritten, or another process is writing it.
@@ -26,28 +26,25 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     out = out.parent.resolve() / out.name
     part = out.with_name(f".{out.name}.part")
     new_parents = [parent for parent in part.parents if not parent.exists()]
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
-        part.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: choose another name or folder") from error
-    lock = FileLock(part / ".lock")
-    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise CheckpointError(f"{out}: another process is writing it") from None
+    except OSError as error:
+        raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: choose another name or folder") from error
     try:
-        for left in part.iterdir():
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            elif left.name != ".lock":
-                left.unlink()
+        check_free(out, overwrite)  # again: another process may have written it before the lock was free
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
         yield part
         for path in [*part.iterdir(), part]:
             sync(path)
         _rename(part, out)
-        (out / ".lock").unlink()  # only now, or a second process could take a new lock on the old path
+        Path(lock.lock_file).unlink()
     except BaseException as error:
-        _remove(part, new_parents)
+        _remove(part, Path(lock.lock_file), new_parents)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = f"{os.strerror(error.errno)}: free some space; nothing was left there"
             raise CheckpointError(f"{out}: {what}") from error
@@ -64,17 +61,6 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out} exists: give --overwrite, or another name")
     if out.exists() and any(out.iterdir()) and not (out / PROVENANCE).exists():
         raise CheckpointError(f"{out} holds no {PROVENANCE}, so no conversion wrote it: remove it yourself")
-
-
-def check_separate(out: Path, sources: Iterable[Source]) -> None:
-    """Raise CheckpointError if `out` is a source, contains one, or is inside one."""
-    for source in sources:
-        if isinstance(source, LocalFolder):
-            folder, given, target = source.folder.resolve(), source.requested.resolve(), out.resolve()
-            if folder == target or target in folder.parents:
-                raise CheckpointError(f"{out} contains the source {source.requested}: choose another output folder")
-            if given in (target, *target.parents):
-                raise CheckpointError(f"{out} is inside the source {source.requested}: choose another output folder")
 
 
 def check_space(folder: Path, nbytes: int) -> None:
@@ -97,8 +83,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(part: Path, new_parents: list[Path]) -> None:
+def _remove(part: Path, lock: Path, new_parents: list[Path]) -> None:
     shutil.rmtree(part, ignore_errors=True)
+    lock.unlink(missing_ok=True)
     for parent in new_parents:
         with suppress(OSError):  # no longer empty
             parent.rmdir()

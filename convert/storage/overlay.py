@@ -127,17 +127,18 @@ class Overlay(CompositeCheckpoint):
     def default_dtype(self, names: Collection[str] = ()) -> str | None:
         return self.trained.default_dtype(names)
 
+    @property
     def training_metadata(self) -> dict[str, Any]:
         rounded = sorted(name for name, exact in self.exact.items() if not exact)
         base = origin_of_base(self.base) | {"exact": sum(self.exact.values())}
-        return self.trained.training_metadata() | {"base": base | ({"rounded": rounded} if rounded else {})}
+        return self.trained.training_metadata | {"base": base | ({"rounded": rounded} if rounded else {})}
 
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Name, revision, licence and training_metadata, for the provenance.json of what is made of it."""
     source = checkpoint.source
     name = {"name": public_name(source), "revision": source.revision}
-    return name | licence_of(source) | checkpoint.training_metadata()
+    return name | licence_of(source) | checkpoint.training_metadata
 
 
 def origin_of_base(base: Checkpoint) -> dict[str, Any]:
@@ -206,5 +207,6 @@ class Average(CompositeCheckpoint):
                 raise CheckpointError(f"{part.source.name}: {name} is {tensor.dtype}: there is no mean of such numbers")
         return MeanTensor(first.file, "F32", first.shape, tensors=tuple(tensors))
 
+    @property
     def training_metadata(self) -> dict[str, Any]:
         return {"mean_of": [origin_of(part) for part in self.parts.values()]}

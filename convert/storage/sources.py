@@ -1,7 +1,7 @@
 """Sources of checkpoints: a file, a folder, or a repository on the Hub; and which of their files are the weights."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -156,6 +156,17 @@ def check_name(source: str) -> None:
     if not exists and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         name = source[:200] if source.strip() else "an empty name"
         raise CheckpointError(f"{name}: no such file or folder, and no name on the Hub (OWNER/NAME)")
+
+
+def check_separate(out: Path, sources: Iterable[Source]) -> None:
+    """Raise CheckpointError if `out` is a source, contains one, or is inside one."""
+    for source in sources:
+        if isinstance(source, LocalFolder):
+            folder, given, target = source.folder.resolve(), source.requested.resolve(), out.resolve()
+            if folder == target or target in folder.parents:
+                raise CheckpointError(f"{out} contains the source {source.requested}: choose another output folder")
+            if given in (target, *target.parents):
+                raise CheckpointError(f"{out} is inside the source {source.requested}: choose another output folder")
 
 
 def public_name(source: Source) -> str:

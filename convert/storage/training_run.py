@@ -63,7 +63,7 @@ def _base_of_adapter(checkpoint: Checkpoint) -> str:
 
 def training_notes(checkpoint: Checkpoint) -> list[str]:
     """Lines about the training and the base, for the log."""
-    metadata = checkpoint.training_metadata()
+    metadata = checkpoint.training_metadata
     merged = metadata if isinstance(checkpoint, CompositeCheckpoint) else {}  # else recorded by an earlier conversion
     if "mean_of" in merged:
         steps = ", ".join(str(part.get("step", part["name"])) for part in merged["mean_of"])
