@@ -12,12 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..convert.export.card import card_problems
+from ..convert.export.model_types import auto_class_of
 from ..convert.inspect import inspect_checkpoint
 from ..convert.storage.errors import CheckpointError, Problem, VerificationError
 from ..convert.storage.files import copy_file, link_files, read_json
 from ..convert.storage.output_folder import check_space
 from ..convert.storage.sources import PROVENANCE
-from ..convert.verify.outputs import TOLERANCE, auto_class_of, relative_difference, run_in_clean_process
+from ..convert.verify.outputs import TOLERANCE, relative_difference, run_in_clean_process
 from .files import file_problems, published_files
 
 
@@ -113,10 +114,11 @@ def _load_problems(folder: Path, config: dict, scratch: Path, log: Callable[[str
     """Run a copy of what would be published by its own code, and by this package's classes where it has those."""
     _link_or_copy(folder, scratch)
     here, ours = f"transformers {version('transformers')}", config.get("model_type") in ("sailvit", "sailvl")
+    auto_class = auto_class_of(folder)
     try:
-        outputs = run_in_clean_process(scratch, generate=True, compare_with_package=ours)
+        outputs = run_in_clean_process(scratch, auto_class, generate=True, compare_with_package=ours)
     except VerificationError as error:
-        yield Problem("load", here, f"{auto_class_of(config)}: {error}: fix that, or convert again")
+        yield Problem("load", here, f"{auto_class}: {error}: fix that, or convert again")
         return
     name = "this package" if ours else here
     reference = {key.removeprefix("package."): outputs.pop(key) for key in [*outputs] if key.startswith("package.")}

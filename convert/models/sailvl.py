@@ -394,7 +394,7 @@ def verify_sailvl(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: It does not load, or the processor makes another number of placeholders than the model takes.
     """
-    counts = {key: int(value) for key, value in run_in_clean_process(folder).items()}
+    counts = {key: int(value) for key, value in run_in_clean_process(folder, "AutoModelForImageTextToText").items()}
     expected = counts["tiles"] * counts["image_seq_length"]
     if counts["placeholders"] != expected or not expected:
         raise VerificationError(
