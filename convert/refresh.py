@@ -145,32 +145,26 @@ def _check_unedited(old: _Folder, code: Mapping[str, bytes]) -> None:
 
 def _new_settings(old: _Folder) -> tuple[dict[str, bytes], list[str]]:
     """Return name -> new content of the settings next to the code, and notes about those that are not changed."""
-    new, notes, auto_map = {}, [], _new_auto_map(old.config)
-    if auto_map != old.config["auto_map"]:
-        new[CONFIG] = _json({**old.config, "auto_map": auto_map})
-    if old.config["model_type"] == "sailvit":
+    from .. import configuration_sailvit, configuration_sailvl
+
+    is_sailvl = old.config["model_type"] == "sailvl"
+    classes = (configuration_sailvl if is_sailvl else configuration_sailvit).AUTO_MAP
+    config = {**old.config, "auto_map": {**old.config["auto_map"], **classes}}
+    new, notes = {} if config == old.config else {CONFIG: _json(config)}, []
+    if not is_sailvl:
         return new, notes
     if is_old_template(old.files.get(TEMPLATE, b"").decode("utf-8", "replace")):
         from ..chat_sailvl import CHAT_TEMPLATE
 
         new[TEMPLATE] = CHAT_TEMPLATE.encode()
     tokenizer = read_json(old.path / TOKENIZER) if TOKENIZER in old.files else None
-    if tokenizer is not None:
-        settings = generation_settings(tokenizer, old.config.get("image_token", "<IMG_CONTEXT>"))
-        if settings != tokenizer and TOKENIZER in old.unedited:
-            new[TOKENIZER] = _json(settings)
-        elif settings != tokenizer:
-            notes.append(f"{TOKENIZER} differs from {PROVENANCE}, so it is not changed: set padding_side to left")
+    image_token = old.config.get("image_token", "<IMG_CONTEXT>")
+    settings = None if tokenizer is None else generation_settings(tokenizer, image_token)
+    if settings != tokenizer and TOKENIZER in old.unedited:
+        new[TOKENIZER] = _json(settings)
+    elif settings != tokenizer:
+        notes.append(f"{TOKENIZER} differs from {PROVENANCE}, so it is not changed: set padding_side to left")
     return new, notes
-
-
-def _new_auto_map(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return auto_map with this package's classes; other entries stay."""
-    if config["model_type"] == "sailvl":
-        from ..configuration_sailvl import AUTO_MAP
-    else:
-        from ..configuration_sailvit import AUTO_MAP
-    return {**config["auto_map"], **AUTO_MAP}
 
 
 def _new_record(old: _Folder, new: Mapping[str, bytes], before: int, after: int) -> bytes:
@@ -188,9 +182,8 @@ def _verify(old: _Folder, new: Mapping[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trial = Path(scratch) / "trial"
         trial.mkdir()
-        for path in old.path.iterdir():
-            if path.name not in new:
-                (trial / path.name).symlink_to(path.resolve())
+        for path in [path for path in old.path.iterdir() if path.name not in new]:
+            (trial / path.name).symlink_to(path.resolve())
         for name, content in new.items():
             (trial / name).write_bytes(content)
         if old.config["model_type"] == "sailvl":
