@@ -3,7 +3,8 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +12,15 @@ from typing import TYPE_CHECKING, Any
 from .conversion import convert_checkpoint
 from .detect import AIMV2, INTERNLM2, INTERNVIT, SAILVL, detect
 from .export.card import write_conversion_card
-from .export.code_files import copy_code
 from .export.image_settings import has_normalization
 from .export.provenance import save_record
-from .export.sailvl_files import (
-    PROCESSOR_FILES,
-    new_processor,
-    sailvl_image_settings,
-    write_config,
-    write_processor,
-)
+from .export.sailvl_files import PROCESSOR_FILES, new_processor, sailvl_image_settings, write_sailvl_files
 from .export.tokenizer_files import (
     END_OF_TURN,
     TOKENIZER_FILES,
     VOCABULARIES,
-    copy_tokenizer,
     generation_settings,
+    load_tokenizer,
     mark_tokenizer,
     padding_notes,
 )
@@ -53,7 +47,6 @@ SPECIAL_TOKENS = (
     "<img>", "</img>", IMAGE_TOKEN, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
     "<|im_start|>", END_OF_TURN,
 )  # fmt: skip
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 
 
 @dataclass
@@ -82,9 +75,6 @@ class Component:
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
-
-    def provenance(self) -> dict[str, Any]:
-        return source_provenance(self.checkpoint.source, self.files)
 
     def licence(self) -> str:
         """Return a sentence for the card."""
@@ -143,7 +133,7 @@ def compose_model(
         with new_folder(out, overwrite) as folder:
             _write_files(folder, model, processor, Path(scratch, "tokenizer"), encoder, text)
             composed.verification = verify_sailvl(folder) if verify else None
-            _write_provenance(folder, options, encoder, text, composed.verification)
+            _write_provenance(folder, {"vision": encoder, "language": text}, options, composed.verification)
     return composed
 
 
@@ -158,13 +148,20 @@ def _location(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name, "revision": source.revision or "main", "trust_remote_code": False}
 
 
+@contextmanager
+def _loading_errors(message: str) -> Iterator[None]:
+    """Turn an exception of transformers into a CheckpointError in one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{message}: {first_line(error)}") from error
+
+
 def _load(auto_class: Any, checkpoint: Checkpoint, what: str, **options: Any) -> "PreTrainedModel":
     """Load a model strictly; raises CheckpointError if that fails."""
     name = checkpoint.source.name
-    try:
+    with _loading_errors(f"{name}: {what} does not load"):
         model, report = auto_class.from_pretrained(**_location(checkpoint), output_loading_info=True, **options)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{name}: {what} does not load: {first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report.get(kind) or [])):
             raise CheckpointError(f"{name}: {what}: {kind.replace('_', ' ')}: {', '.join(wrong[:3])}")
@@ -216,10 +213,8 @@ def _load_vision(vision: str | Path, dtype: str, scratch: Path) -> Component:
         auto_class = SAILViTModel if fields["model_type"] == "sailvit" else AutoModel
         return Component(checkpoint, files, fields, _load(auto_class, written, "the vision encoder", dtype=dtype))
     name = checkpoint.source.name
-    try:
+    with _loading_errors(f"{name}: not a known vision encoder"):
         config = AutoConfig.from_pretrained(**_location(checkpoint))
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{name}: not a known vision encoder: {first_line(error)}") from error
     config = getattr(config, "vision_config", config)
     if not all(hasattr(config, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")):
         raise CheckpointError(f"{name}: expected a vision encoder, or a model with one, got {config.model_type!r}")
@@ -228,18 +223,15 @@ def _load_vision(vision: str | Path, dtype: str, scratch: Path) -> Component:
 
 
 def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) -> "PreTrainedTokenizerBase":
-    """Write the language model's tokenizer to a folder, with the special tokens that it lacks."""
+    """Write the language model's tokenizer to a new folder, with the special tokens that it lacks."""
     from transformers import AutoTokenizer
 
     folder.mkdir()
-    copy_tokenizer(checkpoint, folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if not (folder / "tokenizer.json").exists():
+    tokenizer = load_tokenizer(checkpoint, folder)
+    if not (folder / "tokenizer.json").exists():
+        with _loading_errors(f"{checkpoint.source.name}: the tokenizer does not load"):
             tokenizer.save_pretrained(folder)
             read_json(folder / "tokenizer.json")
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{checkpoint.source.name}: the tokenizer does not load: {first_line(error)}") from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     added = {token: index for index, token in enumerate(missing, max(vocabulary.values()) + 1)}
@@ -270,9 +262,7 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
         write_json(folder / "added_tokens.json", {**read_json(folder / "added_tokens.json"), **added})
 
 
-def _resize_embeddings(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", seed: int, notes: list[str]
-) -> None:
+def _resize_embeddings(model: "PreTrainedModel", tokenizer: Any, seed: int, notes: list[str]) -> None:
     """Add rows to the embeddings if the tokenizer has more tokens than there are."""
     import torch
 
@@ -285,18 +275,14 @@ def _resize_embeddings(
     notes.append(f"embeddings: {needed - rows} new rows, {needed} now")
 
 
-def _assemble(
-    vision: Component, language: Component, tokenizer: "PreTrainedTokenizerBase", seed: int
-) -> "PreTrainedModel":
+def _assemble(vision: Component, language: Component, tokenizer: Any, seed: int) -> "PreTrainedModel":
     from ..configuration_sailvl import SAILVLConfig
 
     source, image_token_id = vision.checkpoint.source.name, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    try:
+    with _loading_errors(source):
         config = SAILVLConfig(
             vision_config=vision.model.config, text_config=language.model.config, image_token_id=image_token_id
         )
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {first_line(error)}") from error
     model = build_meta_model(config, source)
     model.mlp1 = _new_connector(model.mlp1, config.initializer_range, seed).to(language.model.dtype)
     model.vision_model, model.language_model = vision.model, language.model
@@ -319,7 +305,7 @@ def _new_connector(empty: "nn.Module", deviation: float, seed: int) -> "nn.Modul
 
 
 def _build_processor(
-    vision: Checkpoint, config: Any, tokenizer: "PreTrainedTokenizerBase", max_tiles: int | None, notes: list[str]
+    vision: Checkpoint, config: Any, tokenizer: Any, max_tiles: int | None, notes: list[str]
 ) -> "SAILVLProcessor":
     if not has_normalization(vision):
         notes.append("the vision encoder has no image_mean and image_std: ImageNet's are assumed")
@@ -328,47 +314,36 @@ def _build_processor(
 
 
 def _write_files(
-    folder: Path,
-    model: "PreTrainedModel",
-    processor: "SAILVLProcessor",
-    tokenizer: Path,
-    vision: Component,
-    language: Component,
+    folder: Path, model: Any, processor: "SAILVLProcessor", tokenizer: Path, vision: Component, language: Component
 ) -> None:
     """Write everything but provenance.json; tokenizer: the folder of its files."""
     dtype, text = TORCH_DTYPES[language.dtype], processor.tokenizer
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    copy_code(folder)
-    fields = {**language.fields, "vocab_size": model.config.text_config.vocab_size}
-    write_config(folder, model.config, fields, vision.fields, dtype)
     shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns(*PROCESSOR_FILES), dirs_exist_ok=True)
-    write_processor(processor, folder)
+    fields = {**language.fields, "vocab_size": model.config.text_config.vocab_size}
+    write_sailvl_files(folder, model.config, fields, vision.fields, dtype, processor)
     end = text.convert_tokens_to_ids(END_OF_TURN)
     pad = end if text.pad_token_id is None else text.pad_token_id
     write_json(folder / "generation_config.json", {"eos_token_id": end, "pad_token_id": pad})
     sources = [component.checkpoint.source for component in (vision, language)]
     description = (
         f"{describe_sailvl(model.config, dtype)}\n\n"
-        f"The vision encoder comes from {public_name(sources[0])}, the language model from {public_name(sources[1])}. The "
-        "connector is randomly initialised: train it before you use the model.\n\n"
+        f"The vision encoder comes from {public_name(sources[0])}, the language model from {public_name(sources[1])}. "
+        "The connector is randomly initialised: train it before you use the model.\n\n"
         f"Each component keeps its own licence: {vision.licence()}; {language.licence()}."
     )
     write_conversion_card(folder, sources, description, CARD_TAGS)
 
 
 def _write_provenance(
-    folder: Path,
-    options: Mapping[str, Any],
-    vision: Component,
-    language: Component,
-    verification: Mapping[str, Any] | None,
+    folder: Path, components: Mapping[str, Component], options: Mapping[str, Any], verification: Any
 ) -> None:
-    sources = {"vision": vision.provenance(), "language": language.provenance()}
+    sources = {part: source_provenance(each.checkpoint.source, each.files) for part, each in components.items()}
     name = " and ".join(source["name"] for source in sources.values())
     content = {
         "source": {"name": name, "layout": "composed", **sources},
         "options": options,
-        "dtype": language.dtype,
+        "dtype": components["language"].dtype,
         "verification": verification,
     }
     weights = {path.name: {"sha256": hash_file(path)} for path in sorted(folder.glob("*.safetensors"))}

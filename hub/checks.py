@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.export.card import card_problems
+from ..convert.export.model_types import auto_class_of
 from ..convert.inspect import inspect_checkpoint
 from ..convert.storage.errors import CheckpointError, Problem, VerificationError
 from ..convert.storage.files import read_json
 from ..convert.storage.sources import PROVENANCE
-from ..convert.verify.outputs import TOLERANCE, auto_class_of, link_or_copy, relative_difference, run_in_clean_process
+from ..convert.verify.outputs import TOLERANCE, link_or_copy, relative_difference, run_in_clean_process
 from .files import file_problems, published_files
 
 
@@ -81,13 +82,14 @@ def _verification_problems(folder: Path) -> Iterator[Problem]:
 def _load_problems(folder: Path, config: dict[str, Any], log: Callable[[str], None]) -> Iterator[Problem]:
     """Run what would be published by its own code, and by this package's classes where it has those."""
     here, ours = f"transformers {version('transformers')}", config.get("model_type") in ("sailvit", "sailvl")
+    auto_class = auto_class_of(folder)
     with tempfile.TemporaryDirectory() as scratch:
         for name, path in published_files(folder).items():
             link_or_copy(path, Path(scratch) / name)
         try:
-            outputs = run_in_clean_process(Path(scratch), generate=True, compare_with_package=ours)
+            outputs = run_in_clean_process(Path(scratch), auto_class, generate=True, compare_with_package=ours)
         except VerificationError as error:
-            yield Problem("load", here, f"{auto_class_of(config)}: {error}: fix that, or convert again")
+            yield Problem("load", here, f"{auto_class}: {error}: fix that, or convert again")
             return
     name = "this package" if ours else here
     reference = {key.removeprefix("package."): outputs.pop(key) for key in [*outputs] if key.startswith("package.")}

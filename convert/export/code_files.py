@@ -23,7 +23,7 @@ CODE_OF_ALL = (
     "chat_sailvl.py",
 )  # fmt: skip
 
-MARK = "configuration_sailvit.py"  # holds CODE_VERSION; every folder with code of this package has it
+VERSION_FILE = "configuration_sailvit.py"  # holds CODE_VERSION; every folder with code of this package has it
 VERSION = re.compile(r"^CODE_VERSION = (\d+)$", re.MULTILINE)
 CONFIGS = ("configuration_sailvit.SAILViTConfig", "configuration_sailvl.SAILVLConfig")  # in our auto_map
 
@@ -68,9 +68,9 @@ def find_code(source: Source, config: Mapping[str, Any]) -> Code | None:
     Args:
         config: Its config.json.
     """
-    if not is_ours(config) or MARK not in source.files:
+    if not is_ours(config) or VERSION_FILE not in source.files:
         return None
-    version, package = read_version(source.path(MARK).read_text("utf-8", "replace")), package_version()
+    version, package = read_version(source.path(VERSION_FILE).read_text("utf-8", "replace")), package_version()
     model_type, other = config["model_type"], []
     if isinstance(source, LocalFolder) and version == package:
         present = [file for file in code_files(model_type) if file in source.files]
@@ -97,7 +97,7 @@ def read_version(text: str) -> int:
 
 
 def package_version() -> int:
-    return read_version((PACKAGE / MARK).read_text("utf-8"))
+    return read_version((PACKAGE / VERSION_FILE).read_text("utf-8"))
 
 
 def is_old_template(text: str) -> bool:

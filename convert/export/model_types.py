@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..storage.files import read_json
-from ..verify.outputs import auto_class_of
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,24 @@ MODEL_TYPES = (
 )
 
 
+def auto_class_of(folder: Path) -> str:
+    """Return the Auto class of transformers that loads a folder with a config.json; "timm" if timm does."""
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if "architecture" in config:
+        return "timm"
+    if config.get("model_type") == "sailvl":
+        return "AutoModelForImageTextToText"
+    for task in ("ForImageClassification", "ForCausalLM"):
+        if architecture.endswith(task):
+            return f"AutoModel{task}"
+    return "AutoModel"
+
+
 def model_type_of(folder: Path) -> ModelType:
     """Return the type of the model in a folder with a config.json."""
-    auto_class = auto_class_of(read_json(folder / "config.json"))
+    auto_class = auto_class_of(folder)
     model_type = next(each for each in MODEL_TYPES if each.auto_class == auto_class)
     if model_type.code is LANGUAGE_CODE and not (folder / "tokenizer_config.json").exists():
         return replace(model_type, code=NO_TOKENIZER_CODE)

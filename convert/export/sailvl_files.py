@@ -11,10 +11,10 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
 from ..storage.files import first_line, read_json, write_json
 from ..storage.tensors import torch_name
-from .code_files import PACKAGE, is_old_template
+from .code_files import PACKAGE, copy_code, is_old_template
 from .image_settings import read_image_settings
 from .runtimes import ENCODER_FIELDS
-from .tokenizer_files import copy_tokenizer
+from .tokenizer_files import load_tokenizer
 
 
 if TYPE_CHECKING:
@@ -58,11 +58,16 @@ def tower_config(config: "PretrainedConfig", fields: Mapping[str, Any]) -> dict[
     return {**portable(fields), "model_type": config.model_type}
 
 
-def write_config(
-    folder: Path, config: "SAILVLConfig", text: Mapping[str, Any], vision: Mapping[str, Any], dtype: str
+def write_sailvl_files(
+    folder: Path,
+    config: "SAILVLConfig",
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    dtype: str,
+    processor: "SAILVLProcessor",
 ) -> None:
     """
-    Write config.json.
+    Write config.json, the code, and PROCESSOR_FILES; not the tokenizer.
 
     Args:
         text, vision: The configs of the components as the source has them.
@@ -77,6 +82,13 @@ def write_config(
         "vision_config": tower_config(config.vision_config, vision),
     }
     write_json(folder / "config.json", content)
+    with tempfile.TemporaryDirectory() as scratch:
+        processor.save_pretrained(scratch)
+        for file in PROCESSOR_FILES:
+            shutil.copyfile(Path(scratch) / file, folder / file)
+    # Again, without the class, which config.json names.
+    processor.image_processor.to_json_file(folder / "preprocessor_config.json")
+    copy_code(folder)
 
 
 def sailvl_image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
@@ -97,26 +109,18 @@ def sailvl_image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dic
     return {**settings, "size": {"height": rows * height, "width": columns * width}}
 
 
-def build_processor(checkpoint: Checkpoint, config: "SAILVLConfig", **settings: Any) -> "SAILVLProcessor":
+def build_processor(checkpoint: Checkpoint, config: "SAILVLConfig") -> "SAILVLProcessor":
     """
     Args:
         checkpoint: With a tokenizer that has the tokens of an image.
-        settings: Options of the image processor that override the source's.
 
     Raises:
-        CheckpointError: The tokenizer does not load, or an option is out of its range.
+        CheckpointError: The tokenizer does not load, or an option of the image processor is out of its range.
     """
-    from transformers import AutoTokenizer
-
-    name = checkpoint.source.name
-    with tempfile.TemporaryDirectory() as scratch:  # without the source's config.json, and so without its code
-        copy_tokenizer(checkpoint, Path(scratch))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(scratch)
-        except Exception as error:
-            raise CheckpointError(f"{name}: the tokenizer does not load: {first_line(error)}") from error
-    options = {**sailvl_image_settings(checkpoint, config), **settings}
-    return new_processor(tokenizer, config, options, _own_template(checkpoint), name)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(checkpoint, Path(scratch))
+    options, template = sailvl_image_settings(checkpoint, config), _own_template(checkpoint)
+    return new_processor(tokenizer, config, options, template, checkpoint.source.name)
 
 
 def new_processor(
@@ -140,13 +144,3 @@ def _own_template(checkpoint: Checkpoint) -> str | None:
         return None
     template = checkpoint.source.path("chat_template.jinja").read_text(encoding="utf-8")
     return None if is_old_template(template) else template
-
-
-def write_processor(processor: "SAILVLProcessor", folder: Path) -> None:
-    """Write PROCESSOR_FILES, but not the tokenizer's."""
-    with tempfile.TemporaryDirectory() as scratch:
-        processor.save_pretrained(scratch)
-        for file in PROCESSOR_FILES:
-            shutil.copyfile(Path(scratch) / file, folder / file)
-    # Again, without the class, which config.json names.
-    processor.image_processor.to_json_file(folder / "preprocessor_config.json")

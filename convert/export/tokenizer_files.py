@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
-from ..storage.files import read_json, write_json
+from ..storage.files import first_line, read_json, write_json
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ...configuration_sailvl import SAILVLConfig
 
 TOKENIZER_FILES = (
@@ -36,15 +38,29 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     config = checkpoint.document("tokenizer_config.json")
     if "auto_map" in config:
         if "tokenizer.json" not in files:
-            raise CheckpointError(
-                f"{checkpoint.source.name}: the tokenizer is custom code (auto_map in tokenizer_config.json): add a "
-                "tokenizer.json"
-            )
+            what = "the tokenizer is custom code (auto_map in tokenizer_config.json): add a tokenizer.json"
+            raise CheckpointError(f"{checkpoint.source.name}: {what}")
         kept = {key: value for key, value in config.items() if key != "auto_map"}
         write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
     if VOCABULARIES & {*files}:
         mark_tokenizer(folder)
     return files
+
+
+def load_tokenizer(checkpoint: Checkpoint, folder: Path) -> "PreTrainedTokenizerBase":
+    """
+    Copy the source's tokenizer to a folder and load it there: without the source's config.json, so without its code.
+
+    Raises:
+        CheckpointError: It does not load.
+    """
+    from transformers import AutoTokenizer
+
+    copy_tokenizer(checkpoint, folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint.source.name}: the tokenizer does not load: {first_line(error)}") from error
 
 
 def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
@@ -102,9 +118,8 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
             f"{source.name}: no tokenizer ({files}): give the folder, with the tokenizer's files in it"
         )
     try:
-        added = {
-            entry["content"]: entry["id"] for entry in checkpoint.document("tokenizer.json").get("added_tokens", [])
-        }
+        entries = checkpoint.document("tokenizer.json").get("added_tokens", [])
+        added = {entry["content"]: entry["id"] for entry in entries}
         decoder = checkpoint.document("tokenizer_config.json").get("added_tokens_decoder", {})
         added |= {entry["content"]: int(index) for index, entry in decoder.items()}
         return {**checkpoint.document("added_tokens.json"), **added}
@@ -122,15 +137,11 @@ def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:
     name, tokens, rows = checkpoint.source.name, token_ids(checkpoint), config.text_config.vocab_size
     for token in config.special_tokens:
         if token not in tokens:
-            raise CheckpointError(
-                f"{name}: the tokenizer has no {token}: use the one that was published with the model; "
-                "`sailvit compose` extends one for a new model"
-            )
+            fix = "use the one that was published with the model; `sailvit compose` extends one for a new model"
+            raise CheckpointError(f"{name}: the tokenizer has no {token}: {fix}")
         if tokens[token] >= rows:
-            raise CheckpointError(
-                f"{name}: {token} has the id {tokens[token]}, the language model {rows} rows: this is another model's "
-                "tokenizer"
-            )
+            what = f"{token} has the id {tokens[token]}, the language model {rows} rows"
+            raise CheckpointError(f"{name}: {what}: this is another model's tokenizer")
     return tokens[config.image_token]
 
 

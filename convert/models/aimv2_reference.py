@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..export.model_types import auto_class_of
 from ..export.runtimes import RUNTIMES, timm_config, transformers_config
 from ..storage.tensors import StoredTensor, load_float32, torch_name
 from ..verify.outputs import compare_outputs, run_in_clean_process
@@ -40,7 +41,7 @@ def verify_folder(folder: Path, plan: MappedPlan, fields: Mapping[str, Any], new
     """
     import torch
 
-    outputs = run_in_clean_process(folder)
+    outputs = run_in_clean_process(folder, auto_class_of(folder))
     with torch.inference_mode():
         name, model = _reference(plan, fields, new_grid)
         return compare_outputs(outputs["tokens"], model(outputs["pixel_values"]), name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..export.card import write_conversion_card
+from ..export.model_types import auto_class_of
 from ..plan import Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
@@ -109,7 +110,7 @@ class InternVLPlan(MappedPlan):
         Raises:
             VerificationError: It does not load.
         """
-        run_in_clean_process(folder)
+        run_in_clean_process(folder, auto_class_of(folder))
         return {"reference": "strict load in a clean process", "loaded": self.config["architectures"][0]}
 
     def provenance(self) -> dict[str, Any]:

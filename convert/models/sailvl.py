@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from ..export.card import write_conversion_card
-from ..export.code_files import copy_code
 from ..export.image_settings import has_normalization
-from ..export.sailvl_files import build_processor, write_config, write_processor
+from ..export.sailvl_files import build_processor, write_sailvl_files
 from ..export.tokenizer_files import (
     copy_tokenizer,
     find_image_token,
@@ -223,12 +222,11 @@ class SAILVLPlan(ConversionPlan):
 
     def write_folder(self, folder: Path) -> None:
         fields = self.checkpoint.document("config.json")
-        write_config(folder, self.config, text_fields(fields), vision_fields(fields), self.dtype)
         copy_tokenizer(self.checkpoint, folder)
         mark_tokenizer(folder, self.config.image_token)
         write_generation_config(self.checkpoint, folder)
-        write_processor(self.processor, folder)
-        copy_code(folder)
+        components = text_fields(fields), vision_fields(fields)
+        write_sailvl_files(folder, self.config, *components, self.dtype, self.processor)
         description = describe_sailvl(self.config, self.dtype)
         write_conversion_card(folder, [self.checkpoint.source], description, CARD_TAGS)
 
@@ -394,7 +392,7 @@ def verify_sailvl(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: It does not load, or the processor makes another number of placeholders than the model takes.
     """
-    counts = {key: int(value) for key, value in run_in_clean_process(folder).items()}
+    counts = {key: int(value) for key, value in run_in_clean_process(folder, "AutoModelForImageTextToText").items()}
     expected = counts["tiles"] * counts["image_seq_length"]
     if counts["placeholders"] != expected or not expected:
         raise VerificationError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..export.card import write_conversion_card
 from ..export.image_settings import clip_settings
+from ..export.model_types import auto_class_of
 from ..export.sailvl_files import tower_config
 from ..export.tokenizer_files import VOCABULARIES, copy_tokenizer, padding_notes, write_generation_config
 from ..plan import ConversionPlan, Options, output_dtype
@@ -179,7 +180,7 @@ class ComponentPlan(ConversionPlan):
             return _verify_vision(folder, self)
         if self.part == "connector":
             return None
-        parameters = int(run_in_clean_process(folder)["parameters"])
+        parameters = int(run_in_clean_process(folder, auto_class_of(folder))["parameters"])
         return {"loaded": self.config["architectures"][0], "parameters": parameters}
 
     def provenance(self) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def _verify_vision(folder: Path, plan: ComponentPlan) -> dict[str, Any]:
     import torch
     from transformers import AutoModel, __version__
 
-    outputs = run_in_clean_process(folder)
+    outputs = run_in_clean_process(folder, auto_class_of(folder))
     config, _ = build_meta_component(plan.checkpoint.source.name, "vision", plan.config)
     model = AutoModel.from_config(config).float().eval()
     model.load_state_dict(

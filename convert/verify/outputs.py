@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.errors import VerificationError
-from ..storage.files import read_json
 
 
 if TYPE_CHECKING:
@@ -22,27 +21,14 @@ TOLERANCE = 1e-4  # relative, in float32; other arithmetic for the same weights 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 
 
-def auto_class_of(config: Mapping[str, Any]) -> str:
-    """Return the Auto class of transformers that loads a folder with this config.json; "timm" if timm does."""
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    if "architecture" in config:
-        return "timm"
-    if config.get("model_type") == "sailvl":
-        return "AutoModelForImageTextToText"
-    for task in ("ForImageClassification", "ForCausalLM"):
-        if architecture.endswith(task):
-            return f"AutoModel{task}"
-    return "AutoModel"
-
-
 def run_in_clean_process(
-    folder: Path, *, generate: bool = False, compare_with_package: bool = False
+    folder: Path, auto_class: str, *, generate: bool = False, compare_with_package: bool = False
 ) -> "dict[str, torch.Tensor]":
     """
     Load a folder in a clean process, offline, without a token and with empty caches, and run one image through it.
 
     Args:
+        auto_class: The class of transformers that loads it, or "timm".
         generate: Whether a language model is run too, not only loaded. It computes in float32 if it is small, so that
             the comparison is exact and fast on every CPU, else in the dtype of its weights, since it may not fit.
         compare_with_package: Whether this package's classes are run as well.
@@ -60,7 +46,7 @@ def run_in_clean_process(
         out, link = Path(scratch) / "outputs.safetensors", Path(scratch) / "folder"
         # Under a name without a dot: from another transformers < 4.57 cannot import code.
         link_or_copy(folder, link)
-        arguments = [link, IMAGE, out, auto_class_of(read_json(folder / "config.json"))]
+        arguments = [link, IMAGE, out, auto_class]
         arguments += [flag for flag, is_set in flags.items() if is_set]
         # As text, since a script's own folder becomes importable.
         command = [sys.executable, "-c", LOADER_SCRIPT.read_text(encoding="utf-8"), *map(str, arguments)]
