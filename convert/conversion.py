@@ -12,10 +12,10 @@ from typing import Any
 from .detect import plan_conversion
 from .export.provenance import write_provenance
 from .plan import ConversionPlan, Options
+from .storage.checkpoint import Checkpoint
 from .storage.files import hash_file
 from .storage.output_folder import check_free, new_folder
 from .storage.sources import check_separate, find_source
-from .storage.tensors import torch_name
 from .storage.training_run import open_checkpoint
 
 
@@ -67,12 +67,9 @@ def convert_checkpoint(
     base, inserted = (None if path is None else str(path) for path in (base, insert_vision))
     options = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
     options.check()
-    checkpoint = open_checkpoint(
-        str(source), revision, base=base, average=[*map(str, average)], trust_pickle=trust_pickle
-    )
-    check_free(Path(out), overwrite)
-    local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
-    check_separate(Path(out), [*checkpoint.sources, *local])
+    others = [*map(str, average)]
+    checkpoint = open_checkpoint(str(source), revision, base=base, average=others, trust_pickle=trust_pickle)
+    _check_output(Path(out), overwrite, checkpoint, inserted)
     plan = plan_conversion(checkpoint, options)
     for note in plan.notes:
         log(note)
@@ -83,9 +80,16 @@ def convert_checkpoint(
             log(note)
         plan.write_folder(folder)
         plan.verification = plan.verify(folder) if verify else None
-        recorded = {"options": options.provenance(), "dtype": torch_name(plan.dtype), **plan.provenance()}
-        write_provenance(folder, checkpoint, hashes(), digests, {**recorded, "verification": plan.verification})
+        record = {"options": options.provenance(), **plan.record()}
+        write_provenance(folder, checkpoint, hashes(), digests, record)
     return plan
+
+
+def _check_output(out: Path, overwrite: bool, checkpoint: Checkpoint, inserted: str | None) -> None:
+    """Raise CheckpointError if the folder exists and is not to be overwritten, or holds a source."""
+    check_free(out, overwrite)
+    local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
+    check_separate(out, [*checkpoint.sources, *local])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from .storage.errors import CheckpointError
 from .storage.files import count_bytes
 from .storage.output_folder import check_space
 from .storage.safetensors_io import split_in_shards, write_weights
-from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor
+from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, torch_name
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,6 +111,10 @@ class ConversionPlan(ABC):
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Return the entries of provenance.json of this kind of conversion, those about the source under "source"."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the entries of provenance.json of every conversion and of this kind of it."""
+        return {"dtype": torch_name(self.dtype), **self.provenance(), "verification": self.verification}
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         """Load the folder and compare it with the source; None if nothing loads it alone."""
