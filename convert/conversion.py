@@ -80,7 +80,7 @@ def convert_checkpoint(
             log(note)
         plan.write_folder(folder)
         plan.verification = plan.verify(folder) if verify else None
-        record = {"options": options.provenance(), **plan.record()}
+        record = {"options": options.provenance(), **plan.record}
         write_provenance(folder, checkpoint, hashes(), digests, record)
     return plan
 

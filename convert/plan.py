@@ -112,6 +112,7 @@ class ConversionPlan(ABC):
     def provenance(self) -> dict[str, Any]:
         """Return the entries of provenance.json of this kind of conversion, those about the source under "source"."""
 
+    @property
     def record(self) -> dict[str, Any]:
         """Return the entries of provenance.json of every conversion and of this kind of it."""
         return {"dtype": torch_name(self.dtype), **self.provenance(), "verification": self.verification}

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ..convert import convert_checkpoint, inspect_checkpoint
-from ..convert.inspect import table
+from ..convert.conversion import convert_checkpoint
+from ..convert.inspect import inspect_checkpoint, table
 from ..convert.storage.sources import check_name
 from ..convert.synthetic import published_shape, write_synthetic
 from ..convert.verify.outputs import describe
