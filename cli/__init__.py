@@ -1,7 +1,7 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The command `sailvit VERB`: parses arguments, calls the package and prints.
+The command `sailvit VERB`: parse arguments, call the package, print.
 
 It is installed next to the package, under the name `sailvit_cli`: importing `sailvit` imports torch, which
 `sailvit --help` does not need. For the same reason the verbs import the package inside their functions.

@@ -1,6 +1,6 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Adding a verb, and the arguments that several verbs share."""
+"""The help of a verb, and the arguments that several verbs share."""
 
 import argparse
 import ast
@@ -49,7 +49,7 @@ def add_source(group: Group) -> None:
     group.add_argument("source", metavar="SRC", help="a file, a folder or a name on the Hub")
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     group.add_argument("--from-layout", choices=LAYOUTS, help="default: detected from the tensor names")
-    group.add_argument("--prefix", metavar="P", help="prefix of the tensor names, where several towers match")
+    group.add_argument("--prefix", metavar="P", help="prefix of the tensor names, where several encoders match")
 
 
 def add_trust_pickle(group: Group) -> None:

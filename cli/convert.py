@@ -52,7 +52,7 @@ def _add_convert_input(group: Group) -> None:
         "--base", metavar="BASE", help="the model that training started from: has the parameters a stage left frozen"
     )
     group.add_argument("--average", nargs="+", default=(), metavar="SRC", help="average SRC and these checkpoints")
-    group.add_argument("--insert-vision", metavar="TOWER", help="replace the SAIL-VL's vision tower with this one")
+    group.add_argument("--insert-vision", metavar="ENCODER", help="replace the SAIL-VL's vision encoder with this one")
 
 
 def _add_convert_output(group: Group) -> None:
@@ -92,10 +92,10 @@ def _add_convert_output(group: Group) -> None:
 
 
 def _add_compose(verbs: Verbs) -> None:
-    summary = "combine a vision tower and a language model"
-    compose = add_verb(verbs, "compose", run_compose, "OUT --vision TOWER --language LLM [options]", summary)
+    summary = "combine a vision encoder and a language model"
+    compose = add_verb(verbs, "compose", run_compose, "OUT --vision ENCODER --language LLM [options]", summary)
     group = compose.add_argument_group("input")
-    group.add_argument("--vision", required=True, metavar="TOWER", help="a file, a folder or a name on the Hub")
+    group.add_argument("--vision", required=True, metavar="ENCODER", help="a file, a folder or a name on the Hub")
     group.add_argument("--language", required=True, metavar="LLM", help="a folder or a name on the Hub")
     group = compose.add_argument_group("output")
     group.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
@@ -156,7 +156,7 @@ def _refresh_code(options: argparse.Namespace) -> int:
 
 def run_compose(options: argparse.Namespace) -> int:
     """
-    Build a multimodal model from a vision tower, a randomly initialised connector and a language model.
+    Build a multimodal model from a vision encoder, a randomly initialised connector and a language model.
 
     examples:
       sailvit compose new-vl --vision sailvit-large --language Qwen/Qwen2.5-1.5B-Instruct

@@ -1,6 +1,6 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that run a vision tower on images: `encode` and `demo`."""
+"""The verbs that run a vision encoder on images: `encode` and `demo`."""
 
 import argparse
 import re

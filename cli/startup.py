@@ -1,6 +1,6 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a verb does before its work."""
+"""Setup shared by verbs: signals, and imports without torch."""
 
 import importlib.util
 import signal

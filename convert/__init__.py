@@ -1,8 +1,9 @@
 """
-Converts, composes and inspects checkpoints in any layout.
+Convert, compose and inspect checkpoints in any layout.
 
 Tensors are read lazily and converted without building a model; importing this package imports neither torch nor
-transformers. Only compose_model and the verification of a written folder build models.
+transformers. Models are built, on the meta device where that is enough, only to check names, shapes and outputs,
+and by compose_model.
 """
 
 from .compose import compose_model

@@ -1,4 +1,4 @@
-"""Builds a multimodal model of a vision encoder, a new connector and a language model, as `sailvit compose` does."""
+"""Build a multimodal model from a vision encoder, a new connector and a language model, as `sailvit compose` does."""
 
 import json
 import shutil

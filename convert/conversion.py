@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a folder, as `sailvit convert` does: open, detect, plan, write, verify."""
+"""Convert a checkpoint to a folder, as `sailvit convert` does: open, detect, plan, write, verify."""
 
 import threading
 from collections import Counter

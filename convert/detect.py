@@ -1,4 +1,4 @@
-"""Answers "what is this checkpoint?": a registry of architectures, by tensor names and config.json."""
+"""Identify a checkpoint by its tensor names and config.json: a registry of architectures."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace

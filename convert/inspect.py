@@ -1,4 +1,4 @@
-"""Inspects a checkpoint: format, contents, integrity. Reads headers only; with `deep`, the data too."""
+"""Inspect a checkpoint: format, contents, integrity, from headers only; with `deep`, from the data too."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

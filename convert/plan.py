@@ -1,4 +1,4 @@
-"""ConversionPlan: the interface that every conversion implements; Options: what a conversion is asked for."""
+"""ConversionPlan: the interface that every conversion implements; Options: the options of a conversion."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Replaces the code in a folder that an earlier version of this package wrote; the weights are not touched."""
+"""Replace the code in a folder that an earlier version of this package wrote; the weights are not touched."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Writes checkpoints with random weights and the published names and shapes, for demos, tests and benchmarks."""
+"""Write checkpoints with random weights and the published names and shapes, for demos, tests and benchmarks."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The demo: converts a checkpoint in Apple's layout, inspects it, loads it with remote code, encodes a photograph."""
+"""The demo: convert a checkpoint in Apple's layout, inspect it, load it with remote code, encode a photograph."""
 
 import os
 import subprocess

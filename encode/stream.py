@@ -1,4 +1,4 @@
-"""Encodes a stream of images in micro-batches of tiles."""
+"""Encode a stream of images in micro-batches of tiles."""
 
 import signal
 import warnings

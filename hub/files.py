@@ -1,4 +1,4 @@
-"""Which files of a folder are published, and what must not be in them."""
+"""The files of a folder that are published, and their forbidden contents."""
 
 import getpass
 import json

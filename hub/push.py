@@ -1,9 +1,9 @@
 """
-Uploads a folder to a repository on the Hub, in one commit.
+Upload a folder to a repository on the Hub, in one commit.
 
 Only files that differ from the repository's are uploaded. So calling again finishes a push that was interrupted: large
-files that arrived are not sent twice, and a commit whose answer was lost is found by its content. A commit names its
-parent; if there is another one by then, the Hub refuses it. Afterwards every hash is compared.
+files that arrived are not sent twice, and a commit whose response was lost is recognised by its content. A commit names
+its parent; if the branch has moved, the Hub refuses it. Afterwards every hash is compared.
 """
 
 import hashlib

@@ -393,7 +393,7 @@ BAD = {
     "mixed": (tensors(lambda all: all.update({QKV: all[QKV].half()})), [], r"qkv\.weight: expected F32 .*, got F16"),
     "whole numbers": (tensors(lambda all: all.update({QKV: all[QKV].to(torch.int8)})), ["--dtype", "float32"], "I8"),
     "doubles": (tensors(lambda all: {name: t.double() for name, t in all.items()}), [], "F64: choose with --dtype"),
-    "another": (tensors(lambda all: {"model.embed_tokens.weight": torch.ones(2, 2)}), [], "no AIMv2 tower"),
+    "another": (tensors(lambda all: {"model.embed_tokens.weight": torch.ones(2, 2)}), [], "no AIMv2 encoder"),
     "config width": (with_config(hidden_size=128), [], r"hidden_size: expected 64 as in the tensors, got 128"),
     "config depth": (with_config(num_hidden_layers=24), [], r"num_hidden_layers: expected 3 as in the tensors, got 24"),
     "config size": (with_config(image_size=448), [], r"image_size: expected 56 as in the tensors, got 448"),
@@ -402,7 +402,7 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), [], r"num_attention_heads: expected .* got None"),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), [], r"config\.json: not JSON"),
     "size no multiple": (lambda folder: None, ["--image-size", "450"], "--image-size: expected a multiple.* got 450"),
-    "not that layout": (lambda folder: None, ["--from-layout", "timm"], "no AIMv2 tower.*timm's aimv2"),
+    "not that layout": (lambda folder: None, ["--from-layout", "timm"], "no AIMv2 encoder.*timm's aimv2"),
     "two towers": (
         tensors(lambda all: {f"{side}.{name}": t.clone() for side in "ab" for name, t in all.items()}), [], "--prefix"
     ),
@@ -501,7 +501,7 @@ def test_a_smaller_tower_is_not_passed_over(tmp_path, apple):
     small = {name: t for name, t in small.items() if not name.startswith(("trunk.blocks.1.", "trunk.blocks.2."))}
     both = {f"student.{name}": t for name, t in small.items()} | {f"teacher.{name}": t for name, t in large.items()}
     torch.save(both, tmp_path / "both.pt")
-    with pytest.raises(CheckpointError, match="more than one AIMv2 tower"):
+    with pytest.raises(CheckpointError, match="more than one AIMv2 encoder"):
         convert(tmp_path / "both.pt", tmp_path / "out")
 
 
@@ -511,7 +511,7 @@ def test_an_index_that_keeps_a_tensor_back_is_refused(tmp_path):
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if "blocks.2." not in name}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with_config(num_hidden_layers=2)(source)
-    with pytest.raises(CheckpointError, match=r"blocks\.2\..*does not say so"):
+    with pytest.raises(CheckpointError, match=r"blocks\.2\..*but not in "):
         convert(source, tmp_path / "out")
 
 

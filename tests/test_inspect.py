@@ -235,7 +235,7 @@ def test_a_single_file_is_looked_at_alone(tmp_path, converted, capsys):
     (tmp_path / "single" / "other.bin").write_bytes(b"")
     assert inspect_checkpoint(tmp_path / "single" / "model.safetensors").ok
     code, said = run(capsys, converted / "model-00002-of-00006.safetensors")
-    assert code == 2 and "without it the dimensions of the AIMv2 tower are unknown" in said
+    assert code == 2 and "without it the dimensions of the AIMv2 encoder are unknown" in said
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path, capsys):

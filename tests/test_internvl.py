@@ -515,8 +515,8 @@ BAD_VIT = {
     "config eps": (with_config(layer_norm_eps="small"), {}, r"layer_norm_eps: expected .* got 'small'"),
     "config activation": (with_config(hidden_act="swiglu"), {}, r"hidden_act: expected one of .*, got 'swiglu'"),
     "no config": (lambda folder: (folder / "config.json").unlink(), {}, r"num_attention_heads: expected .* got None"),
-    "another size": (lambda folder: None, {"image_size": 224}, "--image-size: only for AIMv2 towers"),
-    "another layout": (lambda folder: None, {"to_layout": "timm"}, "--to-layout: only for AIMv2 towers"),
+    "another size": (lambda folder: None, {"image_size": 224}, "--image-size: only for AIMv2 encoders"),
+    "another layout": (lambda folder: None, {"to_layout": "timm"}, "--to-layout: only for AIMv2 encoders"),
     "another prefix": (lambda folder: None, {"prefix": "vision_model"}, "no InternViT under the prefix 'vision"),
     "two": (
         with_tensors(lambda all: {f"{side}.{name}": one.clone() for side in "ab" for name, one in all.items()}), {},

@@ -255,10 +255,10 @@ def test_a_classifier_gives_its_tower():
 def test_two_towers_are_ambiguous_until_one_is_chosen():
     tensors = random_tensors("sailvit", TINY_SHAPE)
     both = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in tensors.items()}
-    with pytest.raises(CheckpointError, match=r"more than one AIMv2 tower.*student\..*teacher\..*--prefix"):
+    with pytest.raises(CheckpointError, match=r"more than one AIMv2 encoder.*student\..*teacher\..*--prefix"):
         match_aimv2(both)
     assert match_aimv2(both, prefix="teacher.").prefix == "teacher."
-    with pytest.raises(CheckpointError, match=r"no AIMv2 tower under the prefix 'nobody\.'"):
+    with pytest.raises(CheckpointError, match=r"no AIMv2 encoder under the prefix 'nobody\.'"):
         match_aimv2(both, prefix="nobody.")
 
 
@@ -317,7 +317,7 @@ def other_architectures():
 
 def test_other_architectures_are_refused():
     for model in other_architectures():
-        with pytest.raises(CheckpointError, match=r"no AIMv2 tower|has no mapping"):
+        with pytest.raises(CheckpointError, match=r"no AIMv2 encoder|has no mapping"):
             convert_tensors(model.state_dict(), "sailvit")
 
 

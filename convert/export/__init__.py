@@ -1,0 +1,1 @@
+"""Files written next to the weights."""

@@ -1,7 +1,7 @@
 """
-The model card, README.md. A conversion writes a first one, for a folder on this machine; publishing replaces it by one
-that names the repository, pins a revision and shows what provenance.json, config.json and evaluation.json record. Both
-keep what a person wrote below MARK, and entries of the YAML that are not made here.
+The model card, README.md. A conversion writes a first one, for a folder on this machine; publishing writes another,
+which names the repository, pins a revision and shows what provenance.json, config.json and evaluation.json record. Both
+keep what a person wrote below MARK, and YAML entries of other origin.
 """
 
 import json

@@ -1,5 +1,5 @@
 """
-The Python files of a folder, their version, and what earlier versions lack. A folder on the Hub runs the code that is
+The Python files of a folder, their version, and fixes since earlier versions. A folder on the Hub runs the code that is
 in it, whatever its users have installed, until `sailvit convert --refresh-code` replaces it.
 """
 

@@ -1,4 +1,4 @@
-"""The source's image settings, and preprocessor_config.json for other image processors."""
+"""The source's image settings, and preprocessor_config.json for CLIP image processors."""
 
 from collections.abc import Mapping
 from typing import Any

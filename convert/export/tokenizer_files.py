@@ -1,4 +1,4 @@
-"""The tokenizer's files, so that every supported transformers reads them without code of their own."""
+"""The tokenizer's files, so that every supported transformers reads them without remote code."""
 
 import shutil
 from collections.abc import Mapping

@@ -1,0 +1,1 @@
+"""Model families: names, configuration and conversion."""

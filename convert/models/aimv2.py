@@ -1,4 +1,4 @@
-"""Conversion of an AIMv2 tower between layouts, resolutions and dtypes."""
+"""Conversion of an AIMv2 encoder between layouts, resolutions and dtypes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .name_tables import NamingScheme, TensorSource
 @dataclass(kw_only=True)
 class AIMv2Plan(MappedPlan):
     """
-    The conversion of a tower.
+    The conversion of an encoder.
 
     Attributes:
         fields: SAILViTConfig's, of the folder.
@@ -134,7 +134,7 @@ def _computed_positions(plan: AIMv2Plan) -> dict[str, Any] | None:
 def _notes(plan: AIMv2Plan) -> list[str]:
     notes, fields = match_notes(plan.match, "head"), plan.fields
     if plan.dimensions.grid_size is None:
-        notes.append("no learned position embeddings: a `native` tower, with sine-cosine ones")
+        notes.append("no learned position embeddings: a `native` encoder, with sine-cosine ones")
     if (fields["image_size"] // fields["patch_size"]) % fields.get("pixel_shuffle_factor", 2):
         notes.append(f"{fields['image_size']} pixels give a grid that the pixel shuffle factor does not divide")
     if plan.layout.name in RUNTIMES:

@@ -1,4 +1,4 @@
-"""The configuration of an AIMv2 tower, from its tensors and from config.json, and where they contradict each other."""
+"""The configuration of an AIMv2 encoder, from its tensors and config.json, and where they contradict each other."""
 
 import re
 from collections import Counter
@@ -32,7 +32,7 @@ TIMM_HARMLESS = {
 
 def infer_dimensions(matched: MatchedTensors) -> tuple[AIMv2Dimensions, list[Problem]]:
     """
-    Return the dimensions of a tower, and its missing, unexpected, empty and wrongly shaped tensors.
+    Return the dimensions of an encoder, and its missing, unexpected, empty and wrongly shaped tensors.
 
     Raises:
         CheckpointError: The dimensions are unknown, as the patch convolution is missing, empty or no convolution.
@@ -81,11 +81,11 @@ def _grid_size(matched: MatchedTensors, width: int) -> int | None:
 
 def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return the fields of the vision tower in a config.json, under the names of SAILViTConfig: released SAILViT's and
+    Return the fields of the vision encoder in a config.json, under the names of SAILViTConfig: released SAILViT's and
     SAIL-VL's, Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty if it describes no tower.
 
     Raises:
-        CheckpointError: It is timm's, with arguments that change the tower in ways that are not supported.
+        CheckpointError: It is timm's, with arguments that change the encoder in ways that are not supported.
     """
     if "architecture" in config:
         return _read_timm_config(config)
@@ -118,7 +118,9 @@ def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"config.json: model_args: expected a JSON object, got {arguments!r}")
     unknown = arguments.keys() - TIMM_HARMLESS
     if unknown:
-        raise CheckpointError(f"config.json: model_args: {', '.join(sorted(unknown))} not supported in an AIMv2 tower")
+        raise CheckpointError(
+            f"config.json: model_args: {', '.join(sorted(unknown))} not supported in an AIMv2 encoder"
+        )
     width = arguments.get("embed_dim", widths[match[1]])
     return {
         "hidden_act": arguments.get("act_layer", "silu"),
@@ -133,7 +135,7 @@ def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def tower_fields(dimensions: AIMv2Dimensions, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """
-    Return the fields of SAILViTConfig for a tower, and where its configuration contradicts its tensors.
+    Return the fields of SAILViTConfig for an encoder, and where its configuration contradicts its tensors.
 
     Args:
         config: As read_aimv2_config returns it; it decides what the tensors do not show.
@@ -221,7 +223,7 @@ class Tower:
 
 def find_aimv2(checkpoint: Checkpoint, layout: str | None = None, prefix: str | None = None) -> Tower:
     """
-    Return the tower of a checkpoint; only the files that hold its tensors are opened.
+    Return the encoder of a checkpoint; only the files that hold its tensors are opened.
 
     Args:
         layout: Its layout, if it is known.
@@ -250,7 +252,7 @@ def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _recorded_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     """
-    Return the fields of the tower in the provenance.json of a conversion.
+    Return the fields of the encoder in the provenance.json of a conversion.
 
     Raises:
         CheckpointError: They are no JSON object.

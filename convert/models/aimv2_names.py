@@ -1,5 +1,5 @@
 """
-Naming schemes ("layouts") of AIMv2 vision towers, and the shapes of their tensors.
+Naming schemes ("layouts") of AIMv2 vision encoders, and the shapes of their tensors.
 
 The canonical names are the released ones, SAILViT's and Apple's AIMv2's.
 """
@@ -66,7 +66,7 @@ OVIS2_PREFIX = "model.vision_tower.transformer."
 FLAT = (POSITIONS,)
 SCHEMES = (
     NamingScheme("sailvit", "released SAILViT, Apple's AIMv2", RELEASED, "", HEAD),
-    NamingScheme("lit", "image tower of Apple's AIMv2 lit", RELEASED, "image_encoder.", HEAD),
+    NamingScheme("lit", "image encoder of Apple's AIMv2 lit", RELEASED, "image_encoder.", HEAD),
     NamingScheme("ovis2", "Ovis2, original", RELEASED, "visual_tokenizer.backbone.", HEAD),
     NamingScheme("transformers", "transformers' aimv2_vision_model", TRANSFORMERS, "", HEAD, FLAT),
     NamingScheme("ovis2-transformers", "Ovis2 in transformers", OVIS2_TRANSFORMERS, OVIS2_PREFIX, HEAD, FLAT, False),
@@ -87,7 +87,7 @@ def get_layout(name: str | None) -> NamingScheme:
 
 @dataclass(frozen=True)
 class AIMv2Dimensions(Dimensions):
-    """The dimensions of a tower, under the names of SAILViTConfig; grid_size is the side of the square of learned
+    """The dimensions of an encoder, under the names of SAILViTConfig; grid_size is the side of the square of learned
     position embeddings, None if there are none (sine-cosine)."""
 
     hidden_size: int
@@ -124,16 +124,16 @@ class AIMv2Dimensions(Dimensions):
 
 
 LARGEST = AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True)
-AIMV2 = ModelFamily("AIMv2 tower", "vision", LAYOUTS, (PATCHES,), LARGEST)
+AIMV2 = ModelFamily("AIMv2 encoder", "vision", LAYOUTS, (PATCHES,), LARGEST)
 
 
 def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> Match:
-    """Find the tower among the names of a checkpoint: match_names, which also raises CheckpointError for the layout."""
+    """Find the encoder among names of a checkpoint: match_names, which also raises CheckpointError for the layout."""
     return match_names(names, AIMV2, None if layout is None else get_layout(layout).name, prefix)
 
 
 def is_aimv2(names: Iterable[str]) -> bool:
-    """Return whether a checkpoint contains a tower, or several, in any layout and under any prefix."""
+    """Return whether a checkpoint contains an encoder, or several, in any layout and under any prefix."""
     try:
         match_aimv2(names)
     except CheckpointError as error:

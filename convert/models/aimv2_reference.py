@@ -1,4 +1,4 @@
-"""Verification of a converted AIMv2 tower: outputs of the folder and of the source weights on a test image."""
+"""Verification of a converted AIMv2 encoder: outputs of the folder and of the source weights on a test image."""
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version

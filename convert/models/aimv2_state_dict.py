@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) -> "torch.Tensor":
     """
     Return position embeddings for another grid, (1, grid_size ** 2, width) in float32: learned ones resampled (bicubic,
-    antialiased), or the 2-D sine-cosine ones of `native` towers if there are none.
+    antialiased), or the 2-D sine-cosine ones of `native` encoders if there are none.
     """
     from ...modeling_sailvit import resample_position_embeddings, sincos_position_embeddings
 
@@ -29,7 +29,7 @@ def compute_positions(learned: StoredTensor | None, width: int, grid_size: int) 
 
 def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "dict[str, torch.Tensor]":
     """
-    Convert the state dict of a tower from any layout to another. Tensors that only change their names are not copied;
+    Convert the state dict of an encoder from any layout to another. Tensors that only change names are not copied;
     values are not validated, and keep their dtypes.
 
     Args:

@@ -1,5 +1,5 @@
 """
-InternViT and InternLM2, published with remote code, as models that transformers has: what both conversions share.
+InternViT and InternLM2, published with remote code, converted to transformers' classes: what both share.
 
 No value changes; query, key and value of InternLM2 are stored by key-value head (name_tables.qkv_group_slices).
 """
@@ -39,7 +39,7 @@ def read_source(
     source, title = checkpoint.source.name, family.title
     for option in ("to_layout", "from_layout", "image_size", "insert_vision"):
         if getattr(options, option) is not None:
-            what = f"only for AIMv2 towers, got an {title}: leave it out"
+            what = f"only for AIMv2 encoders, got an {title}: leave it out"
             raise CheckpointError(f"{source}: --{option.replace('_', '-')}: {what}")
     if options.part not in (None, family.component):
         raise CheckpointError(f"{source}: --part: expected {family.component} for an {title}, got {options.part}")

@@ -1,4 +1,4 @@
-"""Conversions that are intervals of elements: the tensors of a name table, written under other names."""
+"""Conversions that copy intervals of elements under new names, as two name tables prescribe."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """
-SAIL-VL as a whole: names its tensors, and plans its conversion to a folder that loads. Weight files that need no change
-are reflinked, copied or, on request, hard-linked; the others are rewritten.
+A complete SAIL-VL: the names of its tensors, and its conversion. Weight files that need no change are reflinked, copied
+or, on request, hard-linked; the others are rewritten.
 """
 
 import re
@@ -377,7 +377,7 @@ CARD_TAGS = ("sailvl", "custom_code", "conversational")
 def describe_sailvl(config: "SAILVLConfig", dtype: str) -> str:
     vision, text = config.vision_config, config.text_config
     return (
-        f"A multimodal language model, {torch_name(dtype)}: a vision tower ({vision.model_type}, width "
+        f"A multimodal language model, {torch_name(dtype)}: a vision encoder ({vision.model_type}, width "
         f"{vision.hidden_size}, {vision.num_hidden_layers} blocks), a connector and a language model "
         f"({text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers). A tile becomes "
         f"{config.image_seq_length} visual tokens."

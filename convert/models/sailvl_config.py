@@ -1,4 +1,4 @@
-"""Configuration of a SAIL-VL: reads config.json, builds the models it describes, and checks tensors against them."""
+"""Configuration of a SAIL-VL: read config.json, build the models that it describes, check tensors against them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The components of a SAIL-VL: checks one, or plans its conversion to a folder of its own."""
+"""The components of a SAIL-VL: check one, or convert it to a folder of its own."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping

@@ -1,0 +1,1 @@
+"""Files as named tensors; independent of models."""

@@ -25,7 +25,7 @@ class Checkpoint(ABC):
     """
     Attributes:
         source: Its files.
-        entry: The file that stands for its weights: the only one, the index of the shards, or one of ENGINE_ENTRIES.
+        entry: The entry file of its weights: the only one, the index of the shards, or one of ENGINE_ENTRIES.
         trust_pickle: Whether pickles may name unknown classes.
         engine: What a training framework stored about the training.
         opened: Weight files that were opened -> their tensors.
@@ -139,14 +139,14 @@ class FileCheckpoint(Checkpoint):
         file = self.weight_map[name]
         tensors = self.open(file)
         if name not in tensors:
-            raise CheckpointError(f"{self.entry} says that {name} is in {file}, which does not hold it")
+            raise CheckpointError(f"{self.entry} lists {name} in {file}, which does not contain it")
         return tensors[name]
 
     def name_problems(self, file: str) -> list[Problem]:
         named = {name for name, its_file in self.weight_map.items() if its_file == file}
         stored = self.opened[file].keys()
-        lost = f"{self.entry} says it is in {file}, which does not hold it"
-        extra = f"in {file}, but {self.entry} does not say so"
+        lost = f"{self.entry} lists it in {file}, which does not contain it"
+        extra = f"in {file}, but not in {self.entry}"
         return [Problem("shard", name, lost if name in named else extra) for name in sorted(named ^ stored)]
 
     def default_dtype(self, names: Collection[str] = ()) -> str | None:

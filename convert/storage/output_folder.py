@@ -60,7 +60,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists: give --overwrite, or another name")
     if out.exists() and any(out.iterdir()) and not (out / PROVENANCE).exists():
-        raise CheckpointError(f"{out} holds no {PROVENANCE}, so no conversion wrote it: remove it yourself")
+        raise CheckpointError(f"{out} contains no {PROVENANCE}, so no conversion wrote it: remove it yourself")
 
 
 def check_space(folder: Path, nbytes: int) -> None:

@@ -122,7 +122,7 @@ class HubRepository:
 
 def find_source(source: str, revision: str | None = None, headers_only: bool = False) -> tuple[Source, str]:
     """
-    The files of a path or repository, and the entry: the file that stands for its weights.
+    The files of a path or repository, and the entry file of its weights.
 
     Args:
         source: A file, a folder, or the name of a repository.

@@ -1,4 +1,4 @@
-"""Opens whatever a user names as a checkpoint: weights, an adapter, a training checkpoint, several to average."""
+"""Open any kind of checkpoint: weights, an adapter, a training checkpoint, several to average."""
 
 from collections.abc import Sequence
 from pathlib import Path

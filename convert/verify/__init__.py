@@ -1,0 +1,1 @@
+"""Verification that a written folder loads and computes what its source does."""

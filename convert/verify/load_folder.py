@@ -1,9 +1,9 @@
 """
-Loads a model folder in a clean process, where the package that wrote it is not imported, runs one image through it and
-saves what comes out. outputs.py runs it.
+Load a model folder in a clean process, where the package that wrote it is not imported, run one image through it and
+save its outputs. outputs.py runs this script.
 
 What is saved, by the kind of model:
-    vision: pixel_values (1, C, H, W) and tokens (1, N, D), of a classifier logits (1, classes) under that name; float32
+    vision: pixel_values (1, C, H, W) and tokens (1, N, D), a classifier's logits (1, classes) as tokens; float32
     multimodal: tiles, placeholders and image_seq_length, which are counts
     language: parameters, a count
     with --generate also pixel_values, input_ids (1, T) and logits (1, vocabulary) of the last position

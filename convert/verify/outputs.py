@@ -1,4 +1,4 @@
-"""Runs load_folder.py in a clean process, and compares what a folder gives there with a reference."""
+"""Run load_folder.py in a clean process, and compare what a folder gives there with a reference."""
 
 import os
 import shutil
