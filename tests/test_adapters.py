@@ -309,7 +309,7 @@ def test_lora_inside_keeps_the_precision_of_what_it_is_in(tmp_path, tied):
 
 
 @pytest.mark.parametrize("stated", [0, 8, None])
-def test_lora_inside_of_which_nothing_says_the_scale_is_refused(tmp_path, tied, capsys, stated):
+def test_wrapped_lora_of_unknown_scale_is_refused(tmp_path, tied, capsys, stated):
     wrapped, _ = save_wrapped(tied, tmp_path / "wrapped")
     config = json.loads((wrapped / "config.json").read_text())
     (wrapped / "config.json").write_text(json.dumps({**config, "use_llm_lora": stated}))
@@ -329,7 +329,7 @@ def test_two_adapters_in_one_checkpoint_are_refused(tmp_path, tied):
         convert(wrapped, tmp_path / "out")
 
 
-def test_inspect_says_that_there_is_lora_inside(tmp_path, tied):
+def test_inspect_reports_wrapped_lora(tmp_path, tied):
     wrapped, _ = save_wrapped(tied, tmp_path / "wrapped")
     (problem,) = [problem for problem in inspect_checkpoint(wrapped).problems if problem.kind != "code"]
     assert "LoRA in it" in problem.message and "sailvit convert" in problem.message

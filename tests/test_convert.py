@@ -147,16 +147,16 @@ def test_a_cast_rounds_as_torch_does(tmp_path, before, after):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == after
 
 
-def test_the_folder_loads_offline_and_silently_by_strangers(tmp_path, apple):
-    from test_hub_folder import CARD, run_stranger
+def test_the_folder_loads_offline_and_silently_with_remote_code(tmp_path, apple):
+    from test_hub_folder import CARD, run_isolated
 
     convert(apple, tmp_path / "out", max_shard_size="100KB")
-    run_stranger(CARD, tmp_path / "out", PHOTOGRAPH, tmp_path / "tokens.pt", home=tmp_path)
+    run_isolated(CARD, tmp_path / "out", PHOTOGRAPH, tmp_path / "tokens.pt", home=tmp_path)
     assert torch.load(tmp_path / "tokens.pt")[0].shape == (1, 16, 64)
 
 
 def test_an_exported_folder_needs_no_code_of_ours(tmp_path, apple):
-    from test_hub_folder import run_stranger
+    from test_hub_folder import run_isolated
 
     convert(apple, tmp_path / "out", to_layout="transformers")
     script = """
@@ -168,11 +168,11 @@ pixels = processor(Image.open(sys.argv[2]), return_tensors="pt")
 print(type(model).__name__, tuple(model(**pixels).last_hidden_state.shape))
 assert "sailvit" not in sys.modules
 """
-    assert run_stranger(script, tmp_path / "out", PHOTOGRAPH, home=tmp_path) == "Aimv2VisionModel (1, 16, 64)\n"
+    assert run_isolated(script, tmp_path / "out", PHOTOGRAPH, home=tmp_path) == "Aimv2VisionModel (1, 16, 64)\n"
     assert not list((tmp_path / "out").glob("*.py"))
 
 
-def test_pictures_are_normalised_as_the_source_says(tmp_path, apple):
+def test_image_normalisation_is_taken_from_the_source(tmp_path, apple):
     pytest.importorskip("timm")
     import timm
 
@@ -217,7 +217,7 @@ def test_provenance_tells_where_every_byte_came_from(tmp_path, apple):
     assert json.loads((tmp_path / "again" / "provenance.json").read_text())["source"]["source"]["name"] == "apple"
 
 
-def test_a_large_file_of_which_little_is_taken_is_not_hashed_but_told(tmp_path):
+def test_a_large_file_that_is_mostly_unread_is_recorded_without_a_hash(tmp_path):
     source = make_checkpoint(tmp_path / "ovis", "ovis2")
     tensors = load_file(source / "model.safetensors")
     taken = sum(tensor.nbytes for tensor in tensors.values())
@@ -443,7 +443,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("change", NONSENSE)
-def test_a_configuration_that_says_nonsense_is_refused(tmp_path, apple, capsys, change):
+def test_invalid_configuration_values_are_refused(tmp_path, apple, capsys, change):
     """At no width that is published are heads, or anything else, guessed."""
     with_config(**change)(apple)
     run(apple, tmp_path / "out", "--no-verify", code=2)
@@ -487,7 +487,7 @@ def test_arguments_of_timm_that_nothing_here_knows_are_refused(tmp_path):
         convert(tmp_path / "timm", tmp_path / "out")
 
 
-def test_biases_that_no_tower_has_are_told(tmp_path):
+def test_unexpected_biases_are_reported(tmp_path):
     from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
     fields = transformers_config({**TINY, "use_bias": False, "pos_embed_type": "absolute"}) | {"qkv_bias": True}
@@ -573,7 +573,7 @@ def test_pictures_that_cannot_be_normalised_so_are_refused(tmp_path, apple, said
         convert(apple, tmp_path / "out")
 
 
-def test_a_grid_that_the_pixel_shuffle_does_not_divide_is_told(tmp_path, apple):
+def test_a_grid_that_the_pixel_shuffle_does_not_divide_is_reported(tmp_path, apple):
     assert any("pixel shuffle" in note for note in convert(apple, tmp_path / "out", image_size=42).notes)
 
 
@@ -660,7 +660,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path, capsys, source):
     assert error.startswith(f"sailvit convert: {source or 'an empty name'}: no such f") and error.count("\n") == 1
 
 
-def test_a_folder_without_weights_or_with_too_many_is_told(tmp_path, capsys):
+def test_a_folder_without_weights_or_with_several_is_refused(tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
     run(folder, tmp_path / "out", code=2)
@@ -681,7 +681,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, apple):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]
 
 
-def test_a_disk_without_room_is_told_before(tmp_path, apple, monkeypatch, capsys):
+def test_a_full_disk_is_reported_before_writing(tmp_path, apple, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     run(apple, tmp_path / "out", code=2)

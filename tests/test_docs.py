@@ -210,7 +210,7 @@ def test_every_page_is_one_click_from_the_readme():
     assert [page.name for page in DOCS if f"](docs/{page.name})" not in text] == []
 
 
-def test_readme_is_short_and_its_picture_small():
+def test_readme_is_short_and_its_image_small():
     assert len(README.read_text().splitlines()) <= MOST_LINES
     pictures = re.findall(r"!\[[^\]]+\]\((.*?)\)", README.read_text())
     assert pictures and all((ROOT / picture).stat().st_size <= LARGEST_PICTURE for picture in pictures)

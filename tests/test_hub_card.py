@@ -85,7 +85,7 @@ def test_every_component_keeps_its_own_licence(tmp_path):
     assert card.data.to_dict()["base_model_relation"] == "merge"
 
 
-def test_a_component_without_a_licence_leaves_the_whole_without(tmp_path):
+def test_a_component_without_a_licence_leaves_the_model_without(tmp_path):
     unknown = {"name": "tower", "revision": None}
     card = card_of(make_folder(tmp_path, source={"name": "both", "vision": unknown, "language": QWEN}))
     assert card.data.license is None and f"- vision (tower): {NO_LICENCE}" in card.text

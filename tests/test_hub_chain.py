@@ -80,26 +80,26 @@ def test_from_two_components_to_a_published_model_that_loads_elsewhere(tmp_path)
             said = run(*sailvit, "push", folder, name, "--tag", "v1", folder=tmp_path, HF_TOKEN=TOKEN, **address)
             assert "all checks before publishing passed" in said and said.rstrip().endswith("revision v1")
         commits = [hub.repositories[name].tags["v1"] for name in names]
-        (tmp_path / "stranger").mkdir()
+        (tmp_path / "elsewhere").mkdir()
         both = [text for pair in zip(names, commits, strict=True) for text in pair]
         run(
             sys.executable,
             "-c",
             LOAD,
             PHOTOGRAPH,
-            tmp_path / "stranger",
+            tmp_path / "elsewhere",
             *both,
-            folder=tmp_path / "stranger",
+            folder=tmp_path / "elsewhere",
             **address,
         )
     for name in names:
         folder = tmp_path / name.partition("/")[2]
         assert all(
-            (tmp_path / "stranger" / name / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir()
+            (tmp_path / "elsewhere" / name / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir()
         )
     card = (tmp_path / "tower" / "README.md").read_text()
     assert "base_model_relation: finetune" not in card and "## Training" in card and "step: 1" in card
-    pixels, tokens, _ = torch.load(tmp_path / "stranger" / "seen.pt")
+    pixels, tokens, _ = torch.load(tmp_path / "elsewhere" / "seen.pt")
     from sailvit import SAILViTModel
 
     with torch.inference_mode():

@@ -23,7 +23,7 @@ from sailvit import (
 )
 
 
-def run_stranger(script: str, *arguments: object, home: Path) -> str:
+def run_isolated(script: str, *arguments: object, home: Path) -> str:
     """Runs a script where the package is not imported, warnings are errors, and the caches are new."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     strict = ["-W", "error", "-W", "ignore::ResourceWarning"]  # torch 2.6 leaves a temporary folder to the interpreter
@@ -67,7 +67,7 @@ with torch.no_grad():
 
 
 def test_card_usage_with_remote_code_is_silent_and_gives_the_packages_tokens(folder, tmp_path):
-    run_stranger(CARD, folder, PHOTOGRAPH, tmp_path / "tokens.pt", home=tmp_path)
+    run_isolated(CARD, folder, PHOTOGRAPH, tmp_path / "tokens.pt", home=tmp_path)
     plain, features = torch.load(tmp_path / "tokens.pt")
     model = SAILViTModel.from_pretrained(folder).eval()
     processor = SAILViTImageProcessor.from_pretrained(folder)
@@ -85,7 +85,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 path = sys.argv[1]
 print(*(type(auto.from_pretrained(path)).__name__ for auto in (AutoConfig, AutoImageProcessor, AutoModel)))
 """
-    assert run_stranger(script, folder, home=tmp_path) == "SAILViTConfig SAILViTImageProcessor SAILViTModel\n"
+    assert run_isolated(script, folder, home=tmp_path) == "SAILViTConfig SAILViTImageProcessor SAILViTModel\n"
 
 
 def test_the_repositorys_own_files_are_a_hub_folder(tmp_path):
@@ -111,7 +111,7 @@ processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True, siz
 batch = processor(torch.zeros(300, 600, 3, dtype=torch.uint8), return_tensors="pt")
 print(config.model_type, model.dtype, tuple(model.get_image_features(batch["pixel_values"]).shape))
 """
-    assert run_stranger(script, hub, home=tmp_path).split("\n")[0] == "sailvit torch.bfloat16 (3, 4, 256)"
+    assert run_isolated(script, hub, home=tmp_path).split("\n")[0] == "sailvit torch.bfloat16 (3, 4, 256)"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def commits(hub) -> int:
     return len(hub.repositories[REPO].commits) - 1 if REPO in hub.repositories else 0
 
 
-def test_a_folder_is_published_whole_in_one_commit(hub, folder):
+def test_a_folder_is_published_in_one_commit(hub, folder):
     done = push(hub, folder, revision_note="from stage 3")
     assert published(hub) == content(folder) and commits(hub) == 1
     repository = hub.repositories[REPO]

@@ -43,7 +43,7 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_published_checkpoints_are_whole(tmp_path, layout, capsys):
+def test_published_checkpoints_are_valid(tmp_path, layout, capsys):
     folder = make_checkpoint(tmp_path / "source", layout)
     code, said = run(capsys, folder)
     assert code == 0 and said.endswith("valid, by its headers\n") and LAYOUTS[layout].title in said
@@ -55,7 +55,7 @@ def test_published_checkpoints_are_whole(tmp_path, layout, capsys):
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge", "1b", "3b"])
-def test_sizes_are_told(tmp_path, size):
+def test_sizes_are_reported(tmp_path, size):
     shape = published_shape(size)
     folder = tmp_path / "sparse"
     folder.mkdir()
@@ -79,7 +79,7 @@ def test_a_program_gets_json(converted, capsys):
     assert code == 2 and {problem["kind"] for problem in json.loads(said)["problems"]} == {"code", "missing"}
 
 
-def test_heads_and_other_parts_are_told(tmp_path, capsys):
+def test_heads_and_other_components_are_reported(tmp_path, capsys):
     randomize(SAILViTForImageClassification(SAILViTConfig(**TINY))).save_pretrained(tmp_path / "classifier")
     SAILViTImageProcessor(size=56).save_pretrained(tmp_path / "classifier")
     report = inspect_checkpoint(tmp_path / "classifier")
@@ -141,7 +141,7 @@ DAMAGE = {
 }
 
 
-def test_everything_is_told_though_one_file_cannot_be_read(converted, capsys):
+def test_all_problems_are_reported_if_one_file_is_unreadable(converted, capsys):
     change_tensors(converted, **{FC2: None})
     (converted / "config.json").write_text("{")
     code, said = run(capsys, converted, "--json")
@@ -171,7 +171,7 @@ def test_heads_of_a_configuration_are_held_against_the_provenance(converted):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_written_is_whole(tmp_path, layout):
+def test_written_folders_are_valid(tmp_path, layout):
     native = make_checkpoint(tmp_path / "native", shape=replace(TINY_SHAPE, grid_size=None))
     for name, source in [("a", make_checkpoint(tmp_path / "apple")), ("n", native)]:
         convert_checkpoint(source, tmp_path / name, to_layout=layout, verify=False)
@@ -179,7 +179,7 @@ def test_what_is_written_is_whole(tmp_path, layout):
         assert report.ok and report.layout == layout, report.problems
 
 
-def test_a_model_saved_without_its_processor_is_whole(tmp_path):
+def test_a_model_saved_without_its_processor_is_valid(tmp_path):
     randomize(SAILViTForImageClassification(SAILViTConfig(**TINY))).save_pretrained(tmp_path)
     assert inspect_checkpoint(tmp_path).ok
 
@@ -238,7 +238,7 @@ def test_a_single_file_is_looked_at_alone(tmp_path, converted, capsys):
     assert code == 2 and "without it the dimensions of the AIMv2 encoder are unknown" in said
 
 
-def test_what_is_no_checkpoint_is_told(tmp_path, capsys):
+def test_a_file_that_is_no_checkpoint_is_reported(tmp_path, capsys):
     (tmp_path / "a.safetensors").write_bytes(b"hello")
     code, said = run(capsys, tmp_path / "a.safetensors")
     assert code == 2 and "a.safetensors: the file is cut short" in said

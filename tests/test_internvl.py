@@ -147,7 +147,7 @@ def assert_same_numbers(before: dict[str, torch.Tensor], after: dict[str, torch.
     assert torch.equal(*values)
 
 
-def test_pictures_of_an_internvit_are_prepared_as_its_release_says(tmp_path, vit):
+def test_internvit_images_are_prepared_as_in_its_release(tmp_path, vit):
     clip = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27]}
     assert any("assumed" in note for note in convert(vit, tmp_path / "assumed").notes)
     (vit / "preprocessor_config.json").write_text(
@@ -363,9 +363,9 @@ def test_names_are_found_and_others_are_not():
     assert is_internlm2(lm) and not is_internvit(lm)
     assert is_internlm2(f"module.language_model.{name}" for name in lm)
     assert is_internvit(f"vision_model._orig_mod.{name}" for name in vit)
-    strangers = ["trunk.blocks.0.attn.qkv.weight", "vision_encoder.layers.0.attn.qkv.weight", "blocks.0.ls1.gamma"]
-    strangers += ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.attention.wqkv_a.weight"]
-    assert not is_internvit(strangers) and not is_internlm2(strangers)
+    other_names = ["trunk.blocks.0.attn.qkv.weight", "vision_encoder.layers.0.attn.qkv.weight", "blocks.0.ls1.gamma"]
+    other_names += ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.attention.wqkv_a.weight"]
+    assert not is_internvit(other_names) and not is_internlm2(other_names)
 
 
 def test_importing_it_imports_neither_torch_nor_transformers(tmp_path):

@@ -73,7 +73,7 @@ def test_transformers_names_are_those_of_its_model(grid_size, bias):
     assert ours == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def test_ovis2_names_are_those_of_transformers_whole_model():
+def test_ovis2_names_are_those_of_transformers_full_model():
     from transformers import Ovis2Config, Ovis2ForConditionalGeneration
 
     vision = {**transformers_config({**TINY, "use_bias": False, "pos_embed_type": "absolute"}), "vocab_size": 40}
@@ -276,7 +276,7 @@ def test_a_name_that_maps_nowhere_is_an_error(name):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
-def test_an_adapter_is_told_to_be_merged():
+def test_an_adapter_has_to_be_merged_first():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(SAILViTModel(SAILViTConfig(**TINY)), LoraConfig(target_modules=["qkv"]))

@@ -97,7 +97,7 @@ def refresh(folder: Path, **options):
 # It is told
 
 
-def test_code_that_is_known_to_break_is_told_and_not_published(old_vl, made, capsys, monkeypatch):
+def test_code_that_is_known_to_break_is_reported_and_not_published(old_vl, made, capsys, monkeypatch):
     monkeypatch.setattr("sailvit.hub.checks._load_problems", lambda *arguments: [])
     assert sailvit_cli.main(["inspect", str(old_vl)]) == 2
     said = capsys.readouterr().out
@@ -114,14 +114,14 @@ def test_code_that_is_known_to_break_is_told_and_not_published(old_vl, made, cap
     assert json.loads(capsys.readouterr().out)["code"]["version"] == package_version()
 
 
-def test_old_code_that_does_what_it_should_is_told_and_no_problem(made, tmp_path, capsys):
+def test_old_code_that_works_is_reported_but_no_problem(made, tmp_path, capsys):
     shutil.copytree(made / "tower", tmp_path / "tower")
     age(tmp_path / "tower", "tower")
     assert sailvit_cli.main(["inspect", str(tmp_path / "tower"), "--deep"]) == 0
     assert f"version 1, the installed package's is {package_version()}" in capsys.readouterr().out
 
 
-def test_edited_code_of_this_version_is_told(made, tmp_path):
+def test_edited_code_of_this_version_is_reported(made, tmp_path):
     shutil.copytree(made / "vl", tmp_path / "vl")
     (tmp_path / "vl" / "processing_sailvl.py").write_text("# mine\n")
     report = inspect_checkpoint(tmp_path / "vl")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_pixels
 from PIL import Image, ImageDraw, ImageFont
-from test_hub_folder import run_stranger
+from test_hub_folder import run_isolated
 from torchvision import transforms
 from toy_sailvl import (
     SYSTEM,
@@ -375,7 +375,7 @@ def test_vlmevalkit_calls_work_with_remote_code(release, tmp_path):
     SAILVLProcessor(SAILViTImageProcessor(size=56), tokenizer, image_seq_length=4).save_pretrained(folder)
     images = [tiles_of(3), tiles_of(1)]
     torch.save(images, tmp_path / "tiles.pt")
-    answers, written, history = json.loads(run_stranger(HARNESS, folder, tmp_path / "tiles.pt", home=tmp_path))
+    answers, written, history = json.loads(run_isolated(HARNESS, folder, tmp_path / "tiles.pt", home=tmp_path))
 
     one, two = f"<img>{TILE * 3}</img>", f"<img>{TILE}</img>"
     turn, reply, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"

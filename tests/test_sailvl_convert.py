@@ -148,8 +148,8 @@ CASES = [("qwen2", False), pytest.param("qwen3", True, marks=SLOW), pytest.param
 
 
 @pytest.mark.parametrize(("language", "tied"), CASES)
-def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied):
-    from test_hub_folder import run_stranger
+def test_a_converted_release_loads_with_remote_code(tmp_path, language, tied):
+    from test_hub_folder import run_isolated
 
     source = write_release(tmp_path / "source", language, tied)
     done = convert(source, tmp_path / "out", verify=True)
@@ -158,7 +158,7 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     for file in source.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert (tmp_path / "out" / INDEX).read_bytes() == (source / INDEX).read_bytes()
-    run_stranger(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
+    run_isolated(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
     ids, pixels, logits = torch.load(tmp_path / "logits.pt")
     config = released_config(language, tied)
     assert (
@@ -167,7 +167,7 @@ def test_a_release_becomes_a_folder_that_strangers_load(tmp_path, language, tied
     assert inspect_checkpoint(tmp_path / "out", deep=True).ok
 
 
-def test_what_stands_beside_the_weights_is_the_releases(toys):
+def test_files_next_to_the_weights_are_the_releases(toys):
     out, source = toys / "all", toys / "release"
     pictures, config = read(out / "preprocessor_config.json"), read(out / "config.json")
     assert (pictures["max_tiles"], pictures["min_tiles"], pictures["use_thumbnail"]) == (12, 1, True)
@@ -282,7 +282,7 @@ def test_what_is_saved_into_the_folder_leaves_its_source_as_it_is(release, tmp_p
     assert weights_of(source) == before
 
 
-def test_hard_links_are_made_on_request_and_told(toys, tmp_path, capsys):
+def test_hard_links_are_made_on_request_and_reported(toys, tmp_path, capsys):
     command = ["convert", str(toys / "release"), str(tmp_path / "out"), "--link", "--no-verify"]
     assert sailvit_cli.main(command) == 0
     if "reflinked" not in (said := capsys.readouterr().out):
@@ -414,7 +414,7 @@ def test_a_folder_of_ours_is_converted_again(toys, tmp_path):
     assert read(tmp_path / "out" / "config.json") == read(toys / "all" / "config.json")
 
 
-def test_what_the_source_says_of_generation_and_pictures_is_kept(release, tmp_path):
+def test_generation_and_image_settings_of_the_source_are_kept(release, tmp_path):
     (release / "generation_config.json").write_text('{"eos_token_id": [306, 304], "temperature": 0.5}')
     said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "size": 56, "crop_size": 56}
     (release / "preprocessor_config.json").write_text(json.dumps(said))
@@ -568,7 +568,7 @@ def test_another_tower_gives_its_own_features(toys, tmp_path, layout):
     assert logits_of(tmp_path / "out").isfinite().all() and done.vision.match.scheme.name == layout
 
 
-def test_an_inserted_tower_gets_the_models_dtype_and_that_is_told(tmp_path):
+def test_an_inserted_encoder_gets_the_models_dtype_and_this_is_reported(tmp_path):
     source = write_release(tmp_path / "source", dtype=torch.bfloat16)
     done = convert(source, tmp_path / "out", insert_vision=make_checkpoint(tmp_path / "tower"))
     assert "inserted: float32 became bfloat16, as the rest of the model is" in done.notes
@@ -662,7 +662,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_not_whole_is_refused_with_what_would_do(release, tmp_path, damage):
+def test_an_incomplete_release_is_refused_with_the_fix(release, tmp_path, damage):
     inflict, message = DAMAGE[damage]
     inflict(release)
     with pytest.raises(CheckpointError, match=message):
@@ -744,13 +744,13 @@ def test_a_tower_and_a_language_model_become_one_that_answers(toys, tmp_path, la
 
 
 @pytest.mark.slow
-def test_a_composed_folder_is_loaded_by_strangers(toys, tmp_path):
-    from test_hub_folder import run_stranger
+def test_a_composed_folder_loads_with_remote_code(toys, tmp_path):
+    from test_hub_folder import run_isolated
 
     source = write_language(tmp_path / "language", "llama")
     figures = compose(toys / "vision", source, tmp_path / "out", verify=True, max_tiles=12).verification
     assert figures["placeholders"] == figures["tiles"] * 4 == 52
-    run_stranger(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
+    run_isolated(HUB_LOADER_SCRIPT, tmp_path / "out", PHOTOGRAPH, tmp_path / "logits.pt", home=tmp_path)
 
 
 def test_a_seed_gives_the_same_bits_and_another_only_another_connector(toys, tmp_path):
@@ -849,7 +849,7 @@ def test_compose_replaces_nothing_unasked(toys, tmp_path, capsys):
 # The doctor
 
 
-def test_the_parts_are_told(toys, capsys):
+def test_components_are_reported(toys, capsys):
     assert sailvit_cli.main(["inspect", str(toys / "all"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["layout"] == "sailvit" and report["fields"]["hidden_size"] == TINY["hidden_size"]
@@ -869,7 +869,7 @@ def test_the_parts_are_told(toys, capsys):
 
 
 @pytest.mark.parametrize("part", ["language", "connector"])
-def test_a_part_that_was_taken_out_is_whole(toys, tmp_path, part):
+def test_an_extracted_component_is_valid(toys, tmp_path, part):
     convert(toys / "release", tmp_path / "out", part=part)
     report = inspect_checkpoint(tmp_path / "out", deep=True)
     assert report.ok and report.parts.keys() == {part}

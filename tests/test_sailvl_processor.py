@@ -15,7 +15,7 @@ from conftest import PHOTOGRAPH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_hub_folder import run_stranger
+from test_hub_folder import run_isolated
 from toy_sailvl import (
     SYSTEM,
     TILE,
@@ -494,7 +494,7 @@ def test_a_processor_without_a_model_loads_from_its_folder(processor, tmp_path):
             assert loaded.to_dict() == processor.to_dict() and loaded.image_processor.to_dict() == expected
         for folder in (full, images_only):
             assert AutoImageProcessor.from_pretrained(folder, **options).to_dict() == expected
-    loaded = json.loads(run_stranger(LOAD_IMAGE_PROCESSORS, full, images_only, home=tmp_path))
+    loaded = json.loads(run_isolated(LOAD_IMAGE_PROCESSORS, full, images_only, home=tmp_path))
     assert loaded == ["SAILVLProcessor", 4, *[json.loads(json.dumps(expected))] * 3]
 
 
@@ -534,7 +534,7 @@ def photograph_question(processor: SAILVLProcessor) -> tuple[str, torch.Tensor]:
 
 
 def test_card_usage_with_remote_code_is_silent_and_equals_the_reference_model(saved, reference, tmp_path):
-    ids, tokens, answer = json.loads(run_stranger(CARD, saved, PHOTOGRAPH, home=tmp_path))
+    ids, tokens, answer = json.loads(run_isolated(CARD, saved, PHOTOGRAPH, home=tmp_path))
     processor = SAILVLProcessor.from_pretrained(saved)
     prompt, tiles = photograph_question(processor)
     expected = processor.tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -242,7 +242,7 @@ def test_masters_of_other_weights_are_refused(tmp_path, deepspeed):
     assert_same(opened(root.parent), tensors)
 
 
-def test_what_a_file_says_of_its_training_is_told_if_it_is_plain(tmp_path, deepspeed):
+def test_plain_training_metadata_of_a_file_is_reported(tmp_path, deepspeed):
     for version in ({1, 2}, "x" * 99, "a\nb", "/home/me"):
         root = write_zero2(tmp_path / str(hash(str(version))), [{"a": torch.ones(4)}], {}, 1, ds_version=version)
         assert "engine_version" not in opened(root).training_metadata
@@ -834,7 +834,7 @@ def test_nan_in_an_adapter_is_the_adapters(tmp_path):
         read(open_checkpoint(str(adapter), base=str(base))["model.up.weight"])
 
 
-def test_an_adapter_alone_is_told_to_be_one(tmp_path):
+def test_an_adapter_alone_is_recognised(tmp_path):
     _, adapter, _ = save_adapter(tmp_path)
     (problem,) = inspect_checkpoint(adapter).problems
     assert "an adapter of peft, no model" in problem.message
