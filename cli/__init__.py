@@ -24,7 +24,7 @@ example:
   sailvit convert apple/aimv2-large-patch14-448 sailvit-large"""
 EPILOG = """\
 `sailvit VERB --help` shows the examples and options of a verb.
-Exit codes: 0 success, 2 wrong usage or bad input, 130 interrupted, 1 internal failure."""
+Exit codes: 0 success, 2 wrong usage or bad input, 130 interrupted, 1 failed verification or internal failure."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +36,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb and return its exit code: 0, 1, 2, 130 as in EPILOG, or 141 if the reader of the output closed it."""
-    options = build_parser().parse_args(arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    options = parse(arguments)
     # transformers imports torchao where it is installed; torch warns at length about the enums that it registers.
     os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
     try:
@@ -59,6 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sailvit {options.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse arguments; an unknown one is an error of its verb, whose help lists the known ones."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.prog = f"{parser.prog} {options.verb}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:

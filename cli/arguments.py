@@ -93,7 +93,9 @@ def named_value(text: str) -> tuple[str, Any]:
 
 def count(text: str) -> int:
     """Parse an integer of at least 0."""
-    return 0 if text == "0" else positive_integer(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
 
 
 def positive_integer(text: str) -> int:

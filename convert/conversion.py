@@ -87,9 +87,9 @@ def convert_checkpoint(
 
 def _check_output(out: Path, overwrite: bool, checkpoint: Checkpoint, inserted: str | None) -> None:
     """Raise CheckpointError if the folder exists and is not to be overwritten, or holds a source."""
-    check_free(out, overwrite)
     local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
     check_separate(out, [*checkpoint.sources, *local])
+    check_free(out, overwrite)
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def table(report: Report) -> str:
     }
     lines = [f"{key:<12} {value}" for key, value in rows.items() if value]
     lines += [f"{problem.kind:<12} {problem}" for problem in report.problems]
-    verdict = "valid" if report.ok else f"INVALID: {len(report.problems)} problems"
+    verdict = "valid" if report.ok else f"INVALID: {len(report.problems)} problem{'s' * (len(report.problems) > 1)}"
     return "\n".join([*lines, f"{verdict}{', data read' if report.deep else ', by its headers'}"])
 
 

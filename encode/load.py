@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..configuration_sailvit import SAILViTConfig
-from ..convert.storage.sources import check_name
+from ..convert.storage.sources import check_name, find_source
 from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
@@ -23,11 +23,14 @@ def load_config(path: str) -> SAILViTConfig:
         ValueError: There is no such folder, or its model_type is another; the message names it.
     """
     check_name(path)
+    if not Path(path).exists():
+        find_source(path)  # one request; transformers would retry for half a minute if the Hub is unreachable
     if Path(path).is_file():
         raise ValueError(f"{path}: expected a SAILViT folder, got a file: convert it with `sailvit convert`")
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "sailvit":
-        raise ValueError(f"{path}: expected model_type 'sailvit', got {config.model_type!r}")
+        fix = "convert it with `sailvit convert` (--part vision for a SAIL-VL)"
+        raise ValueError(f"{path}: expected model_type 'sailvit', got {config.model_type!r}: {fix}")
     return config
 
 

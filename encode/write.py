@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .stream import EncodedImage
@@ -54,9 +55,16 @@ def write_tokens(image: EncodedImage, path: Path) -> None:
                 np.save(file, tokens.numpy())
         else:
             tensors = {"tokens": image.tokens.contiguous(), "tile_grid": torch.tensor(image.grid)}
-            save_file(tensors, part, metadata={"format": "pt", "image": image.source})
+            _save_safetensors(tensors, part, {"format": "pt", "image": image.source})
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # of the library, for a full disk too
+        raise OSError(f"{path}: {error}") from error

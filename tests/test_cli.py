@@ -176,3 +176,15 @@ def test_commands_that_run_a_model_print_no_warning(folder, tmp_path):
     for arguments in (["convert", "apple", "tower"], ["encode", "photo.jpg", "--model", "tower", "--workers", "1"]):
         done = run(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_stdout_is_no_error(tmp_path):
+    make_checkpoint(tmp_path / "apple")
+    command = f"{shlex.join(SAILVIT)} inspect apple >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_option_names_its_verb(tmp_path):
+    done = subprocess.run([*SAILVIT, "convert", "a", "b", "--overwite"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.endswith("--overwite; see `sailvit convert --help`\n")

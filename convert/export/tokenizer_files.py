@@ -124,7 +124,7 @@ def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
         added |= {entry["content"]: int(index) for index, entry in decoder.items()}
         return {**checkpoint.document("added_tokens.json"), **added}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source.name}: the tokenizer's added tokens cannot be read: {error!r}") from error
+        raise CheckpointError(f"{source.name}: the tokenizer's added tokens cannot be read: {error}") from error
 
 
 def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:

@@ -31,7 +31,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         part.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise CheckpointError(f"{out}: another process is writing it") from None
+        what = "another process is writing it" if Path(lock.lock_file).exists() else "cannot be created: choose another"
+        raise CheckpointError(f"{out}: {what}") from None
     except OSError as error:
         raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: choose another name or folder") from error
     try:
