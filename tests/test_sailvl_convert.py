@@ -383,6 +383,7 @@ def test_other_containers_are_written_anew(release, tmp_path, source):
         save_file(before, release / "model.safetensors", {"written by": "somebody"})
     convert(release, tmp_path / "out")
     assert equal(tensors_of(tmp_path / "out"), before)
+    assert "placed" not in read(tmp_path / "out" / "provenance.json")
     load(tmp_path / "out")
 
 

@@ -337,9 +337,10 @@ def _loads_as_stored(checkpoint: Checkpoint, dtype: str) -> bool:
 
 
 def _has_pt_metadata(path: Path) -> bool:
-    """Whether a safetensors file has no metadata, or the format that transformers accepts."""
+    """Whether a safetensors file has no metadata, or that of the format "pt": transformers 4 loads no other."""
     with safe_open(path, "np") as file:
-        return (file.metadata() or {}).get("format", "pt") == "pt"
+        metadata = file.metadata()
+    return metadata is None or metadata.get("format") == "pt"
 
 
 def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
