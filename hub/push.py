@@ -199,7 +199,7 @@ def check_target(target: Target) -> None:
     Check options and access, before any work.
 
     Raises:
-        PushError: Options exclude each other, nobody is logged in, the token only reads, or the repository is public
+        PushError: Options exclude each other, not logged in, the token only reads, or the repository is public
             and should be private.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", target.repo):
@@ -335,7 +335,7 @@ def _explain(error: BaseException, target: Target) -> str:
     response = getattr(error, "response", None)
     status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return "nobody is logged in: `hf auth login`, or set HF_TOKEN"
+        return "not logged in: `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the Hub is not asked, because HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, errors.RevisionNotFoundError):

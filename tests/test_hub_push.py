@@ -372,7 +372,7 @@ def test_a_token_is_never_printed(hub, folder, status, caplog, capfd):
 def test_a_missing_login_is_reported(hub, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(PushError, match="nobody is logged in: `hf auth login`"):
+    with pytest.raises(PushError, match="not logged in: `hf auth login`"):
         push(hub, folder, token=None)
 
 
