@@ -59,7 +59,7 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path) -> "PreTrainedTokenizer
     copy_tokenizer(checkpoint, folder)
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise CheckpointError(f"{checkpoint.source.name}: the tokenizer does not load: {first_line(error)}") from error
 
 
