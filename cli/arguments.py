@@ -56,7 +56,7 @@ def add_trust_pickle(group: Group) -> None:
     group.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="skip objects of unknown classes in torch.save files; files from before torch 1.6 may then run code",
+        help="skip objects of unknown classes in torch.save files",
     )
 
 

@@ -94,7 +94,7 @@ def inspect_checkpoint(
         revision: Branch, tag or commit on the Hub.
         from_layout: Layout of the AIMv2; detected by default.
         prefix: Prefix of the AIMv2's names, where several could be meant.
-        trust_pickle: Whether torch.save files may execute code.
+        trust_pickle: Skip objects of unknown classes in torch.save files; otherwise they are refused.
         deep: Whether to read (and download) the data too: NaN, infinities, hashes against provenance.json.
         on_progress: With `deep`, called with the bytes read so far and the total.
 

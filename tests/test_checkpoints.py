@@ -63,13 +63,19 @@ def test_safetensors_reads_equal_the_library(tmp_path):
     assert_reads(tmp_path / "a.safetensors", read_safetensors, tensors)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
-def test_pickle_reads_equal_torch_load(tmp_path, zipped):
+def test_pickle_reads_equal_torch_load(tmp_path):
     tensors = assorted_tensors()
     base = torch.randn(4, 6)
     tensors |= {"transposed": base.t(), "part": base[1:3, ::2], "shared": base, "parameter": torch.nn.Parameter(base)}
-    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(tensors, tmp_path / "a.pt")
     assert_reads(tmp_path / "a.pt", read_pickle, tensors)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_file_of_torch_before_1_6_is_refused_by_name(tmp_path, trust):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"a\.pt: .*torch before 1\.6: load and save it with torch>=1\.6"):
+        read_pickle(tmp_path / "a.pt", trust)
 
 
 def test_a_training_checkpoint_is_flattened(tmp_path):

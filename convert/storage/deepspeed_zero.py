@@ -5,14 +5,15 @@ Opening reads the pickles that describe the tensors; the moments of the optimize
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
 from .errors import CheckpointError
-from .sharded_tensors import ConcatenatedTensor, FlatSlice
 from .sources import Source
-from .tensors import FLOAT_BITS, StoredTensor, cast, read_bytes
+from .tensors import FLOAT_BITS, ComputedTensor, StoredTensor, cast, read_bytes
 from .torch_pickle import OpaqueObject, read_saved
 
 
@@ -174,10 +175,10 @@ def _tensors_without_masters(name: str, models: Mapping[int, dict[str, Any]], st
         if stage != 3:
             tensors[key] = parts[0]
             continue
-        slices = [FlatSlice(part, 0, count) for part, count in zip(parts, _shares(shape, len(parts)), strict=True)]
-        if any(each.count > math.prod(each.tensor.shape) for each in slices):
+        shares = _shares(shape, len(parts))
+        if any(count > math.prod(part.shape) for part, count in zip(parts, shares, strict=True)):
             raise CheckpointError(f"{name}: the parts of {key} have fewer elements than {shape}: copy it again")
-        tensors[key] = ConcatenatedTensor(parts[0].file, parts[0].dtype, tuple(shape), slices=tuple(slices))
+        tensors[key] = _concatenate([_flat_slice(part, 0, n) for part, n in zip(parts, shares, strict=True)], shape)
     return tensors
 
 
@@ -190,7 +191,7 @@ def _shares(shape: Sequence[int], ranks: int) -> list[int]:
 
 def _zero3_masters(
     files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, ConcatenatedTensor]:
+) -> dict[str, ComputedTensor]:
     """Every rank has its share of every parameter, padded to equal length, one after another in flat groups."""
     ranks = [state["groups"] for state in optimizers]
     shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
@@ -199,7 +200,7 @@ def _zero3_masters(
         shares = _shares(shape, len(ranks))
         pairs = zip(ranks, shares, strict=True)
         slices = [each for groups, share in pairs for each in _flat_slices(groups, position, share, files.name)]
-        tensors[name] = _master(slices, shape, ranks[0][0])
+        tensors[name] = _concatenate(slices, shape, ranks[0][0])
         position += shares[0]
     for rank, groups in zip(files.files, ranks, strict=True):
         if (count := _count(groups)) != position:
@@ -210,9 +211,9 @@ def _zero3_masters(
 
 def _zero2_masters(
     files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, ConcatenatedTensor]:
+) -> dict[str, ComputedTensor]:
     """The parameters of a group, each perhaps padded, one after another, are cut into one part a rank."""
-    tensors: dict[str, ConcatenatedTensor] = {}
+    tensors: dict[str, ComputedTensor] = {}
     if len(model["param_shapes"]) != len(optimizers[0]["groups"]):
         raise CheckpointError(f"{files.name}: files of the model and of the optimizer are not of one run")
     paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
@@ -221,7 +222,7 @@ def _zero2_masters(
         parts, position = [state["groups"][index] for state in optimizers], 0
         for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
             slices = _flat_slices(parts, position, math.prod(shape), files.name)
-            tensors[name] = _master(slices, tuple(shape), parts[0])
+            tensors[name] = _concatenate(slices, shape, parts[0])
             position += math.prod(shape) + padding
         if not -2 * len(optimizers) <= _count(parts) - position <= spare:
             what = f"group {index} has {_count(parts)} master weights, expected {position} for its parameters"
@@ -233,35 +234,55 @@ def _count(parts: Sequence[StoredTensor]) -> int:
     return sum(math.prod(part.shape) for part in parts)
 
 
-def _master(slices: Sequence[FlatSlice], shape: tuple[int, ...], first: StoredTensor) -> ConcatenatedTensor:
-    first = slices[0].tensor if slices else first
-    return ConcatenatedTensor(first.file, first.dtype, shape, slices=tuple(slices))
+def _concatenate(
+    parts: Sequence[StoredTensor], shape: Sequence[int], first: StoredTensor | None = None
+) -> ComputedTensor:
+    """Flat tensors, one after another, in the shape of a parameter; `first` has its dtype if there is none."""
+
+    def read(start: int, stop: int) -> Iterator[np.ndarray]:
+        for part in parts:
+            count = math.prod(part.shape)
+            if max(start, 0) < min(stop, count):
+                yield from part.chunks(max(start, 0), min(stop, count))
+            start, stop = start - count, stop - count
+
+    first = parts[0] if parts else first
+    return ComputedTensor(first.file, first.dtype, tuple(shape), read=read, parents=tuple(parts))
 
 
-def _compare_with_rounded(name: str, masters: Mapping[str, ConcatenatedTensor], module: Mapping[str, Any]) -> None:
+def _flat_slice(tensor: StoredTensor, first: int, count: int) -> ComputedTensor:
+    """Elements `first` to `first + count` of a tensor."""
+
+    def read(start: int, stop: int) -> Iterator[np.ndarray]:
+        return tensor.chunks(first + start, first + stop)
+
+    return ComputedTensor(tensor.file, tensor.dtype, (count,), read=read, parents=(tensor,))
+
+
+def _compare_with_rounded(name: str, masters: Mapping[str, ComputedTensor], module: Mapping[str, Any]) -> None:
     """Refuse master weights whose samples differ from the model's rounded weights; under ZeRO-3 it has none."""
     equal = total = 0
     for key, master in masters.items():
         stored, position = module.get(key), 0
         if not isinstance(stored, StoredTensor) or stored.shape != master.shape or stored.dtype not in FLOAT_BITS:
             continue
-        for part in master.slices:
-            stop, bits = position + min(part.count, SAMPLE), FLOAT_BITS[stored.dtype][0]
+        for (count,) in (part.shape for part in master.parents):
+            stop, bits = position + min(count, SAMPLE), FLOAT_BITS[stored.dtype][0]
             rounded = cast(read_bytes(master, position, stop), master.dtype, stored.dtype).view(bits)
             equal += int((rounded == read_bytes(stored, position, stop).view(bits)).sum())
-            total, position = total + len(rounded), position + part.count
+            total, position = total + len(rounded), position + count
     if equal < 0.9 * total:
         what = f"{total - equal} of {total} sampled master weights are not the model's weights before rounding"
         raise CheckpointError(f"{name}: {what}: files of several runs, or of exchanged ranks? Copy them again")
 
 
-def _flat_slices(parts: Sequence[StoredTensor], start: int, count: int, name: str) -> list[FlatSlice]:
+def _flat_slices(parts: Sequence[StoredTensor], start: int, count: int, name: str) -> list[ComputedTensor]:
     """Elements `start` to `start + count` of flat tensors, one after another; refuses tensors that have fewer."""
     slices, stop = [], start + count
     for part in parts:
         size = math.prod(part.shape)
         if max(start, 0) < min(stop, size):
-            slices.append(FlatSlice(part, max(start, 0), min(stop, size) - max(start, 0)))
+            slices.append(_flat_slice(part, max(start, 0), min(stop, size) - max(start, 0)))
         start, stop = start - size, stop - size
     if stop > 0:
         raise CheckpointError(f"{name}: its files have fewer master weights than parameters: copy them again")

@@ -2,10 +2,11 @@
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,16 +63,27 @@ class StoredTensor:
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Bytes (uint8) of the elements from `start` to `stop`, at most CHUNK at a time."""
         item = ITEM_SIZES[self.dtype]
-        with self.file.open("rb", buffering=0) as file:
+        with self.file.open("rb") as file:
             file.seek(self.offset + start * item)
             for first, last in spans(start * item, self.nbytes if stop is None else stop * item, CHUNK):
-                yield _read_exactly(file, last - first, self.file)
+                chunk = np.empty(last - first, np.uint8)
+                if file.readinto(chunk) < len(chunk):
+                    raise CheckpointError(f"{self.file}: the file was truncated while it was read")
+                yield chunk
 
-    def cut(self, data: np.ndarray, start: int, stop: int | None) -> Iterator[np.ndarray]:
-        """The same, of all its bytes."""
-        item = ITEM_SIZES[self.dtype]
-        limits = spans(start * item, self.nbytes if stop is None else stop * item, CHUNK)
-        return (data[first:last] for first, last in limits)
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedTensor(StoredTensor):
+    """A tensor that is assembled or computed when it is read; `read` yields bytes as StoredTensor.chunks does."""
+
+    read: Callable[[int, int], Iterator[np.ndarray]] = field(repr=False, compare=False)
+    parents: tuple[StoredTensor, ...] = field(default=(), repr=False, compare=False)
+
+    def leaves(self) -> Iterable[StoredTensor]:
+        return chain.from_iterable(parent.leaves() for parent in self.parents) if self.parents else (self,)
+
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        return self.read(start, prod(self.shape) if stop is None else stop)
 
 
 @dataclass(frozen=True)
@@ -91,17 +103,6 @@ class NewTensor:
 def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     """Cut a range into (first, last + 1), each at most `step` long."""
     return ((first, min(first + step, stop)) for first in range(start, stop, step))
-
-
-def _read_exactly(file: BinaryIO, count: int, path: Path) -> np.ndarray:
-    chunk = np.empty(count, np.uint8)
-    rest = memoryview(chunk)
-    while rest:
-        read = file.readinto(rest)
-        if not read:
-            raise CheckpointError(f"{path}: the file was truncated while it was read")
-        rest = rest[read:]
-    return chunk
 
 
 def read_bytes(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:

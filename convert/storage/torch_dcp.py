@@ -1,8 +1,13 @@
-"""Folders of torch.distributed.checkpoint, which FSDP saves: `.metadata` and the shards of every rank."""
+"""
+Folders of torch.distributed.checkpoint, which FSDP saves: `.metadata` and the files of every rank. A tensor is cut into
+n-dimensional shards, each saved by torch.save as some bytes of a file.
+"""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +15,9 @@ import numpy as np
 
 from .errors import CheckpointError
 from .files import is_outside
-from .sharded_tensors import Shard, ShardedTensor
 from .sources import DCP_METADATA, Source
-from .tensors import ITEM_SIZES, StoredTensor
-from .torch_pickle import OpaqueObject, read_opaque
+from .tensors import CHUNK, ITEM_SIZES, ComputedTensor, StoredTensor, read_bytes, spans
+from .torch_pickle import OpaqueObject, read_opaque, read_saved
 
 
 CORRUPT = "the file is truncated or corrupt, copy it again"
@@ -29,6 +33,17 @@ DCP_CLASSES = {
     "torch.distributed.checkpoint.filesystem._StoragePrefix",
     "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of a tensor, in `nbytes` bytes of a file next to .metadata, from `start` on."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
 
 
 def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
@@ -52,9 +67,11 @@ def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, Stored
         (index.state["fqn"], tuple(index.state.get("offset") or ())): _position(path, info)
         for index, info in storage.items()
     }
-    names = _model_entries(path, entries, state.get("planner_data") or {})
-    tensors = {n: _sharded_tensor(path, entry, entries[entry].state, positions, trust) for n, entry in names.items()}
-    files = {shard.file for tensor in tensors.values() for shard in tensor.shards}
+    tensors, files = {}, set()
+    for name, entry in _model_entries(path, entries, state.get("planner_data") or {}).items():
+        shards = _shards(path, entry, entries[entry].state, positions)
+        tensors[name] = _sharded_tensor(path, entry, entries[entry].state, shards, trust)
+        files |= {shard.file for shard in shards}
     for file in sorted(files):
         source.path(folder + file)  # downloads it, or names it if it is missing
     ranks = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}
@@ -100,13 +117,11 @@ def _model_entries(path: Path, entries: Mapping[str, Any], planned: Mapping[str,
     return next(iter(found.values()))
 
 
-def _sharded_tensor(
-    path: Path, name: str, described: Mapping[str, Any], positions: Mapping[Any, tuple[str, int, int]], trust: bool
-) -> ShardedTensor:
-    properties, shape, shards = described["properties"].state, tuple(described["size"]), []
-    dtype = properties[""][0] if "" in properties else properties.get("dtype")
-    if dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{path}: {name}: the dtype {dtype!r} is not known")
+def _shards(
+    path: Path, name: str, described: Mapping[str, Any], positions: Mapping[Any, tuple[str, int, int]]
+) -> list[Shard]:
+    """The shards of a tensor that have elements; together they are the whole tensor."""
+    shape, shards = tuple(described["size"]), []
     for chunk in described["chunks"]:
         offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
         if math.prod(sizes) and (name, offsets) not in positions:
@@ -115,7 +130,7 @@ def _sharded_tensor(
             shards.append(Shard(offsets, sizes, *positions[name, offsets]))
     if not _fill(shards, shape):
         raise CheckpointError(f"{path}: {name}: its shards do not make {list(shape)}: save it again")
-    return ShardedTensor(path, dtype, shape, shards=tuple(shards), trust=trust)
+    return shards
 
 
 def _fill(shards: Sequence[Shard], shape: tuple[int, ...]) -> bool:
@@ -129,3 +144,43 @@ def _fill(shards: Sequence[Shard], shape: tuple[int, ...]) -> bool:
         return False
     overlaps = (((begin < ends) & (begins < end)).all(axis=1).sum() for begin, end in zip(begins, ends, strict=True))
     return all(count == 1 for count in overlaps)  # each overlaps itself
+
+
+def _sharded_tensor(
+    path: Path, name: str, described: Mapping[str, Any], shards: Sequence[Shard], trust: bool
+) -> ComputedTensor:
+    properties, shape = described["properties"].state, tuple(described["size"])
+    dtype = properties[""][0] if "" in properties else properties.get("dtype")
+    if dtype not in ITEM_SIZES:
+        raise CheckpointError(f"{path}: {name}: the dtype {dtype!r} is not known")
+    locate = cache(partial(_locate, path.parent, dtype, trust))
+    return ComputedTensor(path, dtype, shape, read=partial(_read_shards, dtype, shape or (1,), shards, locate))
+
+
+def _locate(folder: Path, dtype: str, trust: bool, shard: Shard) -> StoredTensor:
+    path = folder / shard.file
+    stored = read_saved(path, trust=trust, start=shard.start, length=shard.nbytes)
+    found = (stored.dtype, stored.shape) if isinstance(stored, StoredTensor) else type(stored).__name__
+    if found != (dtype, shard.sizes):
+        what = f"at byte {shard.start}: expected {(dtype, shard.sizes)} as in .metadata, got {found}"
+        raise CheckpointError(f"{path}: {what}: the file is of another run, copy it again")
+    return stored
+
+
+def _read_shards(
+    dtype: str, shape: tuple[int, ...], shards: Sequence[Shard], locate: Callable[[Shard], StoredTensor],
+    start: int, stop: int,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """As many rows at a time as fit into CHUNK, at least one."""
+    item, row = ITEM_SIZES[dtype], max(math.prod(shape[1:]), 1)
+    for top, bottom in spans(start // row, -(-stop // row), max(CHUNK // (row * item), 1)):
+        rows = np.empty((bottom - top, *shape[1:]), f"V{item}")
+        for shard in shards:
+            (begin, *columns), (height, *widths) = shard.offsets or (0,), shard.sizes or (1,)
+            first, last, width = max(top, begin), min(bottom, begin + height), math.prod(widths)
+            if first < last:
+                data = read_bytes(locate(shard), (first - begin) * width, (last - begin) * width).view(rows.dtype)
+                block = (slice(at, at + size) for at, size in zip(columns, widths, strict=True))
+                rows[(slice(first - top, last - top), *block)] = data.reshape(-1, *widths)
+        data = rows.reshape(-1).view(np.uint8)
+        yield data[max(start - top * row, 0) * item : (min(stop, bottom * row) - top * row) * item]
