@@ -1,10 +1,11 @@
 """Sources of checkpoints: a file, a folder, or a repository on the Hub; and which of their files are the weights."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError
 from .files import first_line
@@ -39,8 +40,17 @@ ROOT_MARKERS = ("latest", "trainer_state.json", "config.json", ADAPTER)
 
 HEADER_BLOCK = 1 << 17  # bytes of one range request, where only headers are read
 
+# Errors of huggingface_hub, the more special ones first.
+HUB_ERRORS = {
+    "GatedRepoError": "access is granted on request: ask for it on the model's page, then `hf auth login`",
+    "RepositoryNotFoundError": "no such folder here, and no such model on the Hub (private ones need `hf auth login`)",
+    "RevisionNotFoundError": "no revision {revision!r} on the Hub",
+    "OfflineModeIsEnabled": "no such folder here, and the Hub cannot be reached (offline)",
+    "LocalEntryNotFoundError": "no such folder here, and the Hub cannot be reached (offline)",
+}
 
-class Source(Protocol):
+
+class Source(ABC):
     """
     Attributes:
         name: For messages: a path or the name of a repository.
@@ -50,27 +60,28 @@ class Source(Protocol):
     """
 
     name: str
-    revision: str | None
+    revision: str | None = None
     files: list[str]
-    headers_only: bool
+    headers_only = False
 
+    @abstractmethod
     def path(self, file: str) -> Path:
         """The local file, after downloading it if necessary; with headers_only only the name of a safetensors file."""
 
     def open_remote(self, file: str) -> BinaryIO | None:
         """A safetensors file that is not downloaded, if headers_only."""
+        return None
+
+    def folders_of(self, suffix: str) -> set[str]:
+        """Folders with files of that suffix; "" is the top."""
+        return {file.rpartition("/")[0] for file in self.files if file.endswith(suffix)}
 
 
-class LocalFolder:
+class LocalFolder(Source):
     """A local folder, or some of its files; `requested` is what the user named: it, or a file or folder in it."""
 
-    headers_only = False
-
     def __init__(self, folder: Path, only: tuple[str, ...] | None = None, requested: Path | None = None):
-        self.folder = folder
-        self.requested = requested or folder
-        self.name = str(folder)
-        self.revision: str | None = None
+        self.folder, self.requested, self.name = folder, requested or folder, str(folder)
         paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
         names = sorted(path.relative_to(folder).as_posix() for path in paths)
         self.files = [name for name in names if only is None or name in only]
@@ -81,11 +92,8 @@ class LocalFolder:
             raise CheckpointError(f"{path}: the file is missing: copy or download it again")
         return path
 
-    def open_remote(self, file: str) -> None:
-        return None
 
-
-class HubRepository:
+class HubRepository(Source):
     """A model repository at one commit; with `headers_only`, safetensors files are read by range requests."""
 
     def __init__(self, name: str, revision: str | None, headers_only: bool = False):
@@ -116,8 +124,8 @@ class HubRepository:
         if not self.headers_only:
             return None
         with _hub_errors(self.name, self.revision):
-            remote = HfFileSystem()
-            return remote.open(f"{self.name}/{file}", "rb", revision=self.revision, block_size=HEADER_BLOCK)
+            name = f"{self.name}/{file}"
+            return HfFileSystem().open(name, "rb", revision=self.revision, block_size=HEADER_BLOCK)
 
 
 def find_source(source: str, revision: str | None = None, headers_only: bool = False) -> tuple[Source, str]:
@@ -137,14 +145,16 @@ def find_source(source: str, revision: str | None = None, headers_only: bool = F
     if path.exists() and revision is not None:
         raise CheckpointError(f"{source}: --revision is for names on the Hub, this is a local path")
     if path.is_file():
-        return LocalFolder(path.parent, _files_of_entry(path.name), path), path.name
-    if not path.is_dir():
-        repository = _open_repository(source, revision, headers_only)
-        return repository, _choose_weights(repository)
-    folder = LocalFolder(path)
-    if entry := _entry_from_parent(folder):
-        return LocalFolder(path.resolve().parent, requested=path), entry
-    return folder, _choose_weights(folder)
+        # the files that belong to it; WEIGHTS are a whole model, even next to an adapter
+        files = (path.name, *SIDECAR_FILES, *(() if path.name in WEIGHTS else (ADAPTER,)))
+        is_index = path.name.endswith(".index.json")
+        return LocalFolder(path.parent, None if is_index else files, path), path.name
+    folder = LocalFolder(path) if path.is_dir() else _open_repository(source, revision, headers_only)
+    entry, parent = _choose_weights(folder), path.resolve().parent
+    is_shard_folder = path.is_dir() and entry in ENGINE_ENTRIES and not {*ROOT_MARKERS} & {*folder.files}
+    if is_shard_folder and any((parent / file).is_file() for file in ROOT_MARKERS):
+        return LocalFolder(parent, requested=path), f"{path.resolve().name}/{entry}"
+    return folder, entry
 
 
 def check_name(source: str) -> None:
@@ -210,14 +220,14 @@ def find_engine(source: Source) -> str | None:
     Raises:
         CheckpointError: There are several, or DeepSpeed's `latest` names none of them.
     """
-    zero = {file.rpartition("/")[0] for file in source.files if file.endswith("_model_states.pt")}
+    zero = source.folders_of("_model_states.pt")
     tag = source.path("latest").read_text("utf-8", "replace").strip() if "latest" in source.files else None
     if tag is not None and (zero or tag.startswith(("global_step", "/", "."))):
         if tag not in zero:
             what = f"its file `latest` names {tag!r}, which is no folder of DeepSpeed in it: copy that, or correct it"
             raise CheckpointError(f"{source.name}: {what}")
         return f"{tag}/{ZERO_PATTERN}"
-    dcp = {file.rpartition("/")[0] for file in source.files if file.endswith(".distcp")}
+    dcp = source.folders_of(".distcp")
     if {*WEIGHTS} & {*source.files}:
         zero = {folder for folder in zero if re.fullmatch(r"global_step\d+", folder)}
         dcp = {folder for folder in dcp if folder.startswith("pytorch_model_fsdp")}
@@ -227,22 +237,6 @@ def find_engine(source: Source) -> str | None:
         several = ", ".join(sorted(entry.rpartition("/")[0] or "." for entry in entries))
         raise CheckpointError(f"{source.name}: several folders of training engines ({several}): name one")
     return entries[0] if entries else None
-
-
-def _files_of_entry(name: str) -> tuple[str, ...] | None:
-    """The files that belong to one named file, None for all. WEIGHTS are a whole model, even next to an adapter."""
-    if name.endswith(".index.json"):
-        return None
-    return (name, *SIDECAR_FILES, *(() if name in WEIGHTS else (ADAPTER,)))
-
-
-def _entry_from_parent(folder: LocalFolder) -> str | None:
-    """The entry in the parent folder, if the user named the folder of shards inside a checkpoint."""
-    entry, path = find_engine(folder), folder.folder.resolve()
-    has_parent = any((path.parent / file).is_file() for file in ROOT_MARKERS)
-    if entry not in ENGINE_ENTRIES or {*ROOT_MARKERS} & {*folder.files} or not has_parent:
-        return None
-    return f"{path.name}/{entry}"
 
 
 def _choose_weights(source: Source) -> str:
@@ -264,19 +258,14 @@ def _choose_weights(source: Source) -> str:
 
 def _open_repository(name: str, revision: str | None, headers_only: bool) -> Source:
     """A repository on the Hub; offline, its files in the cache."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    try:
+    if not constants.HF_HUB_OFFLINE:
         return HubRepository(name, revision, headers_only)
-    except CheckpointError as error:
-        if not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            raise
-        try:
-            folder = LocalFolder(Path(snapshot_download(name, revision=revision, local_files_only=True)))
-        except errors.LocalEntryNotFoundError:
-            raise error from None
-        folder.name, folder.revision = name, folder.folder.name
-        return folder
+    with _hub_errors(name, revision):
+        folder = LocalFolder(Path(snapshot_download(name, revision=revision, local_files_only=True)))
+    folder.name, folder.revision = name, folder.folder.name
+    return folder
 
 
 @contextmanager
@@ -287,17 +276,12 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
-        response = getattr(error, "response", None)
-        if isinstance(error, errors.GatedRepoError):
-            what = "access is granted on request: ask for it on the model's page, then `hf auth login`"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            what = "no such folder here, and no such model on the Hub (a private one needs `hf auth login`)"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            what = f"no revision {revision!r} on the Hub"
-        elif isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-            what = "no such folder here, and the Hub cannot be reached (offline)"
-        elif getattr(response, "status_code", None) in (401, 403):
+        what = f"no such folder here, and the Hub does not answer: {first_line(error)}"
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             what = "the Hub denies access to this token, or to no token: `hf auth login`"
-        else:
-            what = f"no such folder here, and the Hub does not answer: {first_line(error)}"
-        raise CheckpointError(f"{name}: {what}") from error
+        known = (
+            hint.format(revision=revision)
+            for kind, hint in HUB_ERRORS.items()
+            if isinstance(error, getattr(errors, kind))
+        )
+        raise CheckpointError(f"{name}: {next(known, what)}") from error

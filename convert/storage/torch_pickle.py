@@ -180,7 +180,7 @@ class FileSlice(io.BufferedReader):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.length}[whence]
         if position < 0:
-            raise OSError("negative seek position")
+            raise io.UnsupportedOperation("negative seek position")  # to zipfile an OSError, else a ValueError
         return super().seek(self.start + position) - self.start
 
     def read(self, count: int | None = -1) -> bytes:
