@@ -27,6 +27,7 @@ class Checkpoint(ABC):
         source: Its files.
         entry: The entry file of its weights: the only one, the index of the shards, or one of ENGINE_ENTRIES.
         trust_pickle: Whether pickles may name unknown classes.
+        weight_map: Tensor name -> weight file.
         engine: What a training framework stored about the training.
         opened: Weight files that were opened -> their tensors.
         documents: JSON files that were read -> their content.
@@ -35,14 +36,10 @@ class Checkpoint(ABC):
     source: Source
     entry: str
     trust_pickle: bool
+    weight_map: Mapping[str, str]
     engine: Mapping[str, Any] = {}
     opened: Mapping[str, dict[str, StoredTensor]]
     documents: Mapping[str, dict[str, Any]]
-
-    @property
-    @abstractmethod
-    def weight_map(self) -> Mapping[str, str]:
-        """Tensor name -> weight file."""
 
     @abstractmethod
     def __getitem__(self, name: str) -> StoredTensor: ...

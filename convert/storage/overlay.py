@@ -1,10 +1,8 @@
 """Composite checkpoints: a training checkpoint over its base model; the average of several checkpoints of a run."""
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from .checkpoint import TRAINER_STATE, Checkpoint
 from .errors import CheckpointError
 from .names import strip_wrapper_prefixes
 from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, licence_of, public_name
-from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, StoredTensor, cast, read_bytes, rounds_to, spans
+from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, ComputedTensor, StoredTensor, cast, read_bytes, rounds_to, spans
 from .tied_embeddings import find_ends, is_tied
 
 
@@ -24,29 +22,25 @@ NOT_SHARED = (PROVENANCE, TRAINER_STATE, ADAPTER, "README.md", "latest", DCP_MET
 MODEL_PREFIXES = ("", "model.", "base_model.model.")  # that tools add to all names of a model
 
 
-class CompositeSource:
+class CompositeSource(Source):
     """
     The files of several sources: those of the first under their own names, those of all others with a prefix. Top-level
     files of the others, except weights, also replace those that the first lacks.
     """
 
     def __init__(self, sources: Mapping[str, Source]):
-        first, *others = sources.values()
-        self.first, self.name, self.revision, self.headers_only = first, first.name, first.revision, False
+        self.sources, self.name, self.revision = sources, sources[""].name, sources[""].revision
+        files = [(prefix, file) for prefix, source in sources.items() for file in source.files]
+        not_shared = (*WEIGHT_SUFFIXES, ".index.json", *NOT_SHARED)
         self.locations = {
-            file: (source, file) for source in others for file in source.files
-            if "/" not in file and not file.endswith((*WEIGHT_SUFFIXES, ".index.json")) and file not in NOT_SHARED
-        }  # fmt: skip
-        for prefix, source in sources.items():
-            self.locations |= {prefix + file: (source, file) for file in source.files}
+            file: (prefix, file) for prefix, file in files if not ("/" in file or file.endswith(not_shared))
+        }
+        self.locations |= {prefix + file: (prefix, file) for prefix, file in files}
         self.files = sorted(self.locations)
 
     def path(self, file: str) -> Path:
-        source, name = self.locations.get(file, (self.first, file))
-        return source.path(name)
-
-    def open_remote(self, file: str) -> None:
-        return None
+        prefix, name = self.locations.get(file, ("", file))
+        return self.sources[prefix].path(name)
 
 
 class CompositeCheckpoint(Checkpoint):
@@ -76,9 +70,8 @@ class CompositeCheckpoint(Checkpoint):
         """Of provenance.json only its source: its hashes are of other tensors. An adapter is merged."""
         if file == ADAPTER:
             return {}
-        source, name = self.source.locations.get(file, (None, file))
-        owner = next((part for part in self.parts.values() if part.source is source), self.parts[""])
-        content = owner.document(name)
+        prefix, name = self.source.locations.get(file, ("", file))
+        content = self.parts[prefix].document(name)
         return {key: content[key] for key in ("source",) if key in content} if file == PROVENANCE else content
 
 
@@ -150,34 +143,17 @@ def _match_names(trained: Checkpoint, base: Checkpoint) -> dict[str, str]:
     """Name in the trained checkpoint's naming -> name in the base; wrappers and one of MODEL_PREFIXES may differ."""
     own = {strip_wrapper_prefixes(name): name for name in trained.weight_map}
     others = {strip_wrapper_prefixes(name): name for name in base.weight_map}
-    matches = []
-    for prefix in MODEL_PREFIXES:
-        short = {name.removeprefix(prefix) for name in own if name.startswith(prefix)}
-        for other in MODEL_PREFIXES:
-            shared = len(short & {name.removeprefix(other) for name in others if name.startswith(other)})
-            matches.append((shared, prefix, other))
-    shared, prefix, other = max(matches, key=lambda match: match[0])
-    if not shared:
+
+    def count_shared(prefixes: tuple[str, str]) -> int:
+        one, two = ({name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+                    for prefix, names in zip(prefixes, (own, others), strict=True))  # fmt: skip
+        return len(one & two)
+
+    prefix, other = max(product(MODEL_PREFIXES, repeat=2), key=count_shared)
+    if not count_shared((prefix, other)):
         raise CheckpointError(f"{base.source.name}: it has no name of {trained.source.name}: it cannot be its base")
     names = {prefix + short.removeprefix(other): name for short, name in others.items() if short.startswith(other)}
     return {own.get(short, short): name for short, name in names.items()}
-
-
-@dataclass(frozen=True)
-class MeanTensor(StoredTensor):
-    """The mean of tensors of one shape: summed in float64, rounded once to float32."""
-
-    tensors: tuple[StoredTensor, ...] = field(default=(), repr=False, compare=False)
-
-    def leaves(self) -> Iterable[StoredTensor]:
-        return chain.from_iterable(tensor.leaves() for tensor in self.tensors)
-
-    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        for first, last in spans(start, math.prod(self.shape) if stop is None else stop, CHUNK // 8):
-            total = np.zeros(last - first, np.float64)
-            for tensor in self.tensors:
-                total += cast(read_bytes(tensor, first, last), tensor.dtype, "F64").view(np.float64)
-            yield (total / len(self.tensors)).astype(np.float32).view(np.uint8)
 
 
 class Average(CompositeCheckpoint):
@@ -205,8 +181,17 @@ class Average(CompositeCheckpoint):
                 raise CheckpointError(f"{part.source.name}: {what}: --average is for checkpoints of one run")
             if tensor.dtype not in FLOAT_BITS:
                 raise CheckpointError(f"{part.source.name}: {name} is {tensor.dtype}: there is no mean of such numbers")
-        return MeanTensor(first.file, "F32", first.shape, tensors=tuple(tensors))
+        return ComputedTensor(first.file, "F32", first.shape, read=partial(_mean, tensors), parents=tuple(tensors))
 
     @property
     def training_metadata(self) -> dict[str, Any]:
         return {"mean_of": [origin_of(part) for part in self.parts.values()]}
+
+
+def _mean(tensors: Sequence[StoredTensor], start: int, stop: int) -> Iterator[np.ndarray]:
+    """The mean of tensors of one shape: summed in float64, rounded once to float32."""
+    for first, last in spans(start, stop, CHUNK // 8):
+        total = np.zeros(last - first, np.float64)
+        for tensor in tensors:
+            total += cast(read_bytes(tensor, first, last), tensor.dtype, "F64").view(np.float64)
+        yield (total / len(tensors)).astype(np.float32).view(np.uint8)
