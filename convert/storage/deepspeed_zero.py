@@ -5,8 +5,9 @@ Opening reads the pickles that describe the tensors; the moments of the optimize
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ DEEPSPEED_CLASSES = {
 SAMPLE = 64  # master weights of every slice that are compared with the model's rounded weights
 
 PATTERNS = {
-    "model": re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt"),
-    "optim": re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"),
+    "model": r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt",
+    "optim": r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt",
 }
 
 OTHER_RUN = "it is of another run or step, copy it again"
@@ -80,8 +81,8 @@ class RankFiles:
         self.source, self.folder, self.kind = source, folder, kind
         self.name = f"{source.name}/{folder}".rstrip("/")
         files: dict[int, str] = {}
-        for file in source.files:
-            match = PATTERNS[kind].fullmatch(file.removeprefix(folder)) if file.startswith(folder) else None
+        matches = {file: re.fullmatch(re.escape(folder) + PATTERNS[kind], file) for file in source.files}
+        for file, match in matches.items():
             if match and int(match[2]):
                 what = "tensor parallelism, whose parts of parameters are not supported: merge them with the trainer"
                 raise CheckpointError(f"{source.name}/{file}: {what}")
@@ -114,7 +115,7 @@ class RankFiles:
 
 
 def _check_models(files: RankFiles, models: Mapping[int, dict[str, Any]], has_optimizer: bool) -> int:
-    """The ZeRO stage: 0 without ZeRO, 3 if parameters are partitioned, else 2, which may be 1."""
+    """The ZeRO stage: 0 without ZeRO, 3 if parameters are partitioned, else 2 (also for 1)."""
     rank, first = next(iter(models.items()))
     if not isinstance(first.get("module"), dict):
         raise CheckpointError(f"{files.name}: no model in it: pipelines save it by layers, which is not supported")
@@ -140,20 +141,17 @@ def _load_optimizers(files: RankFiles, stage: int, trust: bool) -> list[dict[str
     states = []
     for rank, content in files.load(trust).items():
         state = content.get("optimizer_state_dict")
-        if not isinstance(state, dict) or not _are_flat(state.get(key)):
+        groups = state.get(key) if isinstance(state, dict) else None
+        if not isinstance(groups, list) or not all(isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups):
             raise CheckpointError(f"{files.file_name(rank)}: it has no {key}: copy it again")
         counts = state.get("partition_count")
         files.check_ranks(max(counts) if isinstance(counts, list) else counts)
         if isinstance(counts, list) and len(set(counts)) > 1:
             raise CheckpointError(f"{files.name}: MoE expert parallelism is not supported")
-        states.append({**state, "groups": state[key]})
+        states.append({**state, "groups": groups})
     if len({(len(state["groups"]), _stage_of(state)) for state in states}) > 1:
         raise CheckpointError(f"{files.name}: its *_optim_states.pt are not of one run: copy them again")
     return states
-
-
-def _are_flat(groups: Any) -> bool:
-    return isinstance(groups, list) and all(isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups)
 
 
 def _stage_of(optimizer: Mapping[str, Any]) -> Any:
@@ -166,8 +164,7 @@ def _tensors_without_masters(name: str, models: Mapping[int, dict[str, Any]], st
     """Buffers, and frozen parameters in the precision of the engine."""
     first = models[min(models)]
     names = set(first.get("buffer_names") or ()) if stage == 3 else first["module"].keys()
-    tensors = {key: first["module"][key] for key in first["module"] if key in names}
-    tensors = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
+    tensors = {key: each for key, each in first["module"].items() if key in names and isinstance(each, StoredTensor)}
     for key, shape in (first.get("frozen_param_shapes") or {}).items():
         parts = [(model.get("frozen_param_fragments") or {}).get(key) for model in models.values()]
         if not all(isinstance(part, StoredTensor) for part in parts):
@@ -176,9 +173,10 @@ def _tensors_without_masters(name: str, models: Mapping[int, dict[str, Any]], st
             tensors[key] = parts[0]
             continue
         shares = _shares(shape, len(parts))
-        if any(count > math.prod(part.shape) for part, count in zip(parts, shares, strict=True)):
+        slices = [*chain.from_iterable(_slice([part], 0, n) for part, n in zip(parts, shares, strict=True))]
+        if _count(slices) < math.prod(shape):
             raise CheckpointError(f"{name}: the parts of {key} have fewer elements than {shape}: copy it again")
-        tensors[key] = _concatenate([_flat_slice(part, 0, n) for part, n in zip(parts, shares, strict=True)], shape)
+        tensors[key] = _concatenate(slices, shape, parts[0])
     return tensors
 
 
@@ -194,13 +192,12 @@ def _zero3_masters(
 ) -> dict[str, ComputedTensor]:
     """Every rank has its share of every parameter, padded to equal length, one after another in flat groups."""
     ranks = [state["groups"] for state in optimizers]
-    shapes = {name: tuple(shape) for group in model["param_shapes"] for name, shape in group.items()}
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     tensors, position = {}, 0
     for name, shape in shapes.items():
         shares = _shares(shape, len(ranks))
-        pairs = zip(ranks, shares, strict=True)
-        slices = [each for groups, share in pairs for each in _flat_slices(groups, position, share, files.name)]
-        tensors[name] = _concatenate(slices, shape, ranks[0][0])
+        slices = [_slice(groups, position, share) for groups, share in zip(ranks, shares, strict=True)]
+        tensors[name] = _concatenate([*chain.from_iterable(slices)], shape, ranks[0][0])
         position += shares[0]
     for rank, groups in zip(files.files, ranks, strict=True):
         if (count := _count(groups)) != position:
@@ -219,12 +216,12 @@ def _zero2_masters(
     paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
     spare = max(2 * len(optimizers), sum(sum(state.get("group_paddings") or (0,)) for state in optimizers))
     for index, shapes in enumerate(model["param_shapes"]):
-        parts, position = [state["groups"][index] for state in optimizers], 0
+        parts, position, stop = [state["groups"][index] for state in optimizers], 0, 0
         for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
-            slices = _flat_slices(parts, position, math.prod(shape), files.name)
-            tensors[name] = _concatenate(slices, shape, parts[0])
-            position += math.prod(shape) + padding
-        if not -2 * len(optimizers) <= _count(parts) - position <= spare:
+            stop = position + math.prod(shape)
+            tensors[name] = _concatenate(_slice(parts, position, stop - position), shape, parts[0])
+            position = stop + padding
+        if not max(stop, position - 2 * len(optimizers)) <= _count(parts) <= position + spare:
             what = f"group {index} has {_count(parts)} master weights, expected {position} for its parameters"
             raise CheckpointError(f"{files.name}: {what}: files of several runs? Copy them again")
     return tensors
@@ -234,29 +231,31 @@ def _count(parts: Sequence[StoredTensor]) -> int:
     return sum(math.prod(part.shape) for part in parts)
 
 
-def _concatenate(
-    parts: Sequence[StoredTensor], shape: Sequence[int], first: StoredTensor | None = None
-) -> ComputedTensor:
-    """Flat tensors, one after another, in the shape of a parameter; `first` has its dtype if there is none."""
+def _slice(parts: Iterable[StoredTensor], start: int, count: int) -> list[ComputedTensor]:
+    """Elements `start` to `start + count`, as far as there are any, of flat tensors, one after another."""
+    slices = []
+    for part in parts:
+        size = math.prod(part.shape)
+        first, last = max(start, 0), min(start + count, size)
+        if first < last:
+            read = partial(_read_slice, part, first)
+            slices.append(ComputedTensor(part.file, part.dtype, (last - first,), read=read, parents=(part,)))
+        start -= size
+    return slices
+
+
+def _read_slice(tensor: StoredTensor, first: int, start: int, stop: int) -> Iterator[np.ndarray]:
+    return tensor.chunks(first + start, first + stop)
+
+
+def _concatenate(parts: Sequence[StoredTensor], shape: Sequence[int], group: StoredTensor) -> ComputedTensor:
+    """Flat tensors, one after another, in the shape of a parameter; with the dtype of `group` if there is none."""
 
     def read(start: int, stop: int) -> Iterator[np.ndarray]:
-        for part in parts:
-            count = math.prod(part.shape)
-            if max(start, 0) < min(stop, count):
-                yield from part.chunks(max(start, 0), min(stop, count))
-            start, stop = start - count, stop - count
+        return chain.from_iterable(part.chunks() for part in _slice(parts, start, stop - start))
 
-    first = parts[0] if parts else first
+    first = parts[0] if parts else group
     return ComputedTensor(first.file, first.dtype, tuple(shape), read=read, parents=tuple(parts))
-
-
-def _flat_slice(tensor: StoredTensor, first: int, count: int) -> ComputedTensor:
-    """Elements `first` to `first + count` of a tensor."""
-
-    def read(start: int, stop: int) -> Iterator[np.ndarray]:
-        return tensor.chunks(first + start, first + stop)
-
-    return ComputedTensor(tensor.file, tensor.dtype, (count,), read=read, parents=(tensor,))
 
 
 def _compare_with_rounded(name: str, masters: Mapping[str, ComputedTensor], module: Mapping[str, Any]) -> None:
@@ -274,16 +273,3 @@ def _compare_with_rounded(name: str, masters: Mapping[str, ComputedTensor], modu
     if equal < 0.9 * total:
         what = f"{total - equal} of {total} sampled master weights are not the model's weights before rounding"
         raise CheckpointError(f"{name}: {what}: files of several runs, or of exchanged ranks? Copy them again")
-
-
-def _flat_slices(parts: Sequence[StoredTensor], start: int, count: int, name: str) -> list[ComputedTensor]:
-    """Elements `start` to `start + count` of flat tensors, one after another; refuses tensors that have fewer."""
-    slices, stop = [], start + count
-    for part in parts:
-        size = math.prod(part.shape)
-        if max(start, 0) < min(stop, size):
-            slices.append(_flat_slice(part, max(start, 0), min(stop, size) - max(start, 0)))
-        start, stop = start - size, stop - size
-    if stop > 0:
-        raise CheckpointError(f"{name}: its files have fewer master weights than parameters: copy them again")
-    return slices
