@@ -15,7 +15,7 @@ from ..storage.errors import CheckpointError, Problem
 from ..storage.files import read_json
 from ..storage.output_folder import final_name
 from ..storage.sources import PROVENANCE, Source, licence_of, public_name
-from ..storage.training_record import TrainingRecord, read_training
+from ..storage.training_record import read_training
 from .model_types import ModelType, model_type_of
 
 
@@ -161,7 +161,7 @@ def _text_below(body: str) -> str:
     return body
 
 
-def components(provenance: Mapping[str, Any], training: TrainingRecord, own: Mapping[str, Any]) -> list[Component]:
+def components(provenance: Mapping[str, Any], training: Mapping[str, Any], own: Mapping[str, Any]) -> list[Component]:
     """
     Return what a folder was made from.
 
@@ -177,7 +177,7 @@ def components(provenance: Mapping[str, Any], training: TrainingRecord, own: Map
     found = [_component("weights", source, own)]
     if isinstance(inserted := provenance.get("inserted"), Mapping):
         found.append(_component("vision", inserted))
-    return found + ([_component("base", training.base)] if training.base else [])
+    return found + ([_component("base", training["base"])] if "base" in training else [])
 
 
 def _component(role: str, record: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Component:
@@ -237,7 +237,7 @@ class _Model:
         self.results = read_results(folder)
 
 
-def _read_records(folder: Path) -> tuple[dict[str, Any], TrainingRecord]:
+def _read_records(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return provenance.json, empty if there is none, and the record of a training."""
 
     def document(file: str) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _metadata(model: _Model) -> dict[str, Any]:
     made |= common_licence(model.parts)
     made |= _base_models(list(dict.fromkeys(part.base for part in model.parts if part.base)))
     # The Hub knows finetune, merge, adapter and quantized; the same weights under other names are none of these.
-    relation = "finetune" if model.training.to_json() else "merge" if len(model.parts) > 1 else None
+    relation = "finetune" if model.training else "merge" if len(model.parts) > 1 else None
     if "base_model" in made and relation:
         made["base_model_relation"] = relation
     is_ours = model.config.get("model_type") in ("sailvit", "sailvl")
@@ -310,9 +310,9 @@ def _origin(provenance: Mapping[str, Any], parts: list[Component]) -> Iterator[s
     yield from ("", f"`{PROVENANCE}` records how it was made, with the hashes of all files.{verified}")
 
 
-def _training(training: TrainingRecord) -> Iterator[str]:
+def _training(training: Mapping[str, Any]) -> Iterator[str]:
     """A line for each entry of the record; tables of stages and of averaged checkpoints."""
-    entries = training.to_json()
+    entries = dict(training)
     if not entries:
         return
     tables = {name: entries.pop(name) for name in ("stages", "mean_of") if name in entries}

@@ -157,7 +157,7 @@ class FileCheckpoint(Checkpoint):
     @property
     def training_metadata(self) -> dict[str, Any]:
         """From the engine's files, trainer_state.json, and training.json or an earlier provenance.json."""
-        metadata = read_training(self.document).to_json()
+        metadata = read_training(self.document)
         metadata |= {key: value for key, value in self.engine.items() if key != MASTERS and _is_plain(value)}
         if state := self.document(TRAINER_STATE):
             metadata.setdefault("engine", "transformers Trainer")

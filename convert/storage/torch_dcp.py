@@ -6,10 +6,9 @@ n-dimensional shards, each saved by torch.save as some bytes of a file.
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +34,7 @@ DCP_CLASSES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A block of a tensor, in `nbytes` bytes of a file next to .metadata, from `start` on."""
 
     offsets: tuple[int, ...]
@@ -67,11 +65,9 @@ def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, Stored
         (index.state["fqn"], tuple(index.state.get("offset") or ())): _position(path, info)
         for index, info in storage.items()
     }
-    tensors, files = {}, set()
-    for name, entry in _model_entries(path, entries, state.get("planner_data") or {}).items():
-        shards = _shards(path, entry, entries[entry].state, positions)
-        tensors[name] = _sharded_tensor(path, entry, entries[entry].state, shards, trust)
-        files |= {shard.file for shard in shards}
+    names = _model_entries(path, entries, state.get("planner_data") or {})
+    tensors = {n: _sharded_tensor(path, entry, entries[entry].state, positions, trust) for n, entry in names.items()}
+    files = {file for (entry, _), (file, _, _) in positions.items() if entry in names.values()}
     for file in sorted(files):
         source.path(folder + file)  # downloads it, or names it if it is missing
     ranks = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}
@@ -117,11 +113,13 @@ def _model_entries(path: Path, entries: Mapping[str, Any], planned: Mapping[str,
     return next(iter(found.values()))
 
 
-def _shards(
-    path: Path, name: str, described: Mapping[str, Any], positions: Mapping[Any, tuple[str, int, int]]
-) -> list[Shard]:
-    """The shards of a tensor that have elements; together they are the whole tensor."""
-    shape, shards = tuple(described["size"]), []
+def _sharded_tensor(
+    path: Path, name: str, described: Mapping[str, Any], positions: Mapping[Any, tuple[str, int, int]], trust: bool
+) -> ComputedTensor:
+    properties, shape, shards = described["properties"].state, tuple(described["size"]), []
+    dtype = properties[""][0] if "" in properties else properties.get("dtype")
+    if dtype not in ITEM_SIZES:
+        raise CheckpointError(f"{path}: {name}: the dtype {dtype!r} is not known")
     for chunk in described["chunks"]:
         offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
         if math.prod(sizes) and (name, offsets) not in positions:
@@ -130,7 +128,8 @@ def _shards(
             shards.append(Shard(offsets, sizes, *positions[name, offsets]))
     if not _fill(shards, shape):
         raise CheckpointError(f"{path}: {name}: its shards do not make {list(shape)}: save it again")
-    return shards
+    read = partial(_read_shards, dtype, shape or (1,), shards, cache(partial(_locate, path.parent, dtype, trust)))
+    return ComputedTensor(path, dtype, shape, read=read)
 
 
 def _fill(shards: Sequence[Shard], shape: tuple[int, ...]) -> bool:
@@ -144,17 +143,6 @@ def _fill(shards: Sequence[Shard], shape: tuple[int, ...]) -> bool:
         return False
     overlaps = (((begin < ends) & (begins < end)).all(axis=1).sum() for begin, end in zip(begins, ends, strict=True))
     return all(count == 1 for count in overlaps)  # each overlaps itself
-
-
-def _sharded_tensor(
-    path: Path, name: str, described: Mapping[str, Any], shards: Sequence[Shard], trust: bool
-) -> ComputedTensor:
-    properties, shape = described["properties"].state, tuple(described["size"])
-    dtype = properties[""][0] if "" in properties else properties.get("dtype")
-    if dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{path}: {name}: the dtype {dtype!r} is not known")
-    locate = cache(partial(_locate, path.parent, dtype, trust))
-    return ComputedTensor(path, dtype, shape, read=partial(_read_shards, dtype, shape or (1,), shards, locate))
 
 
 def _locate(folder: Path, dtype: str, trust: bool, shard: Shard) -> StoredTensor:

@@ -4,7 +4,6 @@ convert copies it to provenance.json, and the model card shows it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import CheckpointError
@@ -12,78 +11,31 @@ from .sources import PROVENANCE
 
 
 TRAINING = "training.json"
-SCALAR = (str, int, float, bool, type(None))
-NUMBER = (int, float)
+
+# Types of JSON -> their names in messages.
+NUMBER, SCALAR = (int, float), (str, int, float, bool, type(None))
+TYPES = {str: "a string", NUMBER: "a number", Mapping: "an object", list: "a list", SCALAR: "a number or a string"}
+
+# The entries of a record, in order; others are kept as they are.
+ENTRIES = {
+    "engine": str,  # what saved the weights, such as "DeepSpeed ZeRO-3"
+    "ranks": NUMBER,
+    "step": NUMBER,
+    "epoch": NUMBER,
+    "tokens_seen": NUMBER,
+    "trained_from": str,  # name of the model that the run loaded, as its config.json has it
+    "base": Mapping,  # the checkpoint that completes this one: "name", "revision", licence, and what was taken from it
+    "adapter": Mapping,  # "peft_type", "r", "lora_alpha" of the adapter that was merged
+    "merged": Mapping,  # component -> "r", "lora_alpha" of LoRA that was saved within the weights
+    "mean_of": list,  # of each checkpoint of an average, its "name" and record
+    "stages": list,  # of each stage in order, name -> number, string, or list of these
+}
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
+def read_training(document: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
     """
-    Attributes:
-        engine: What saved the weights, such as "DeepSpeed ZeRO-3".
-        trained_from: Name of the model that the run loaded, as its config.json has it.
-        base: The checkpoint that completes this one: "name", "revision", licence, and what was taken from it.
-        adapter: "peft_type", "r", "lora_alpha" of the adapter that was merged.
-        merged: Component -> "r", "lora_alpha" of LoRA that was saved within the weights.
-        mean_of: Of each checkpoint of an average, its "name" and record.
-        stages: Of each stage in order, name -> number, string, or list of these.
-        other: Entries that this version does not know.
-    """
-
-    engine: str | None = None
-    ranks: float | None = None
-    step: float | None = None
-    epoch: float | None = None
-    tokens_seen: float | None = None
-    trained_from: str | None = None
-    base: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    merged: Mapping[str, Any] = field(default_factory=dict)
-    mean_of: list[Mapping[str, Any]] = field(default_factory=list)
-    stages: list[Mapping[str, Any]] = field(default_factory=list)
-    other: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, value: Any, file: str) -> "TrainingRecord":
-        """
-        Args:
-            value: What `file` has under "training": an object, or the list of stages alone; None if it has nothing.
-
-        Raises:
-            CheckpointError: An entry is of another type; the message names it.
-        """
-        entries = {"stages": value} if isinstance(value, list) else {} if value is None else value
-        _check(entries, Mapping, f"{file}: training", "an object or a list of stages")
-        entries = {name: entry for name, entry in entries.items() if entry is not None}
-        for names, kind, expected in (
-            (("engine", "trained_from"), str, "a string"),
-            (("ranks", "step", "epoch", "tokens_seen"), NUMBER, "a number"),
-            (("base", "adapter", "merged"), Mapping, "an object"),
-            (("stages", "mean_of"), list, "a list"),
-        ):
-            for name in entries.keys() & names:
-                _check(entries[name], kind, f"{file}: training.{name}", expected)
-        for name in entries.keys() & {"stages", "mean_of"}:
-            for index, row in enumerate(entries[name]):
-                _check(row, Mapping, f"{file}: training.{name}[{index}]", "an object")
-        for index, stage in enumerate(entries.get("stages", [])):
-            for name, entry in stage.items():
-                for scalar in entry if isinstance(entry, list) else [entry]:
-                    _check(scalar, SCALAR, f"{file}: training.stages[{index}].{name}", "a number or a string")
-        known = {entry.name for entry in fields(cls)} - {"other"}
-        other = {name: entry for name, entry in entries.items() if name not in known}
-        return cls(**{name: entry for name, entry in entries.items() if name in known}, other=other)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what from_json reads, without what is not known."""
-        entries = asdict(self)
-        entries |= entries.pop("other")
-        return {name: entry for name, entry in entries.items() if entry not in (None, {}, [])}
-
-
-def read_training(document: Callable[[str], Mapping[str, Any]]) -> TrainingRecord:
-    """
-    Return what a folder records of its training, of a run that ended there before what a conversion copied.
+    Return what a folder records of its training, of a run that ended there before what a conversion copied: ENTRIES
+    and others, without empty ones. The file has them under "training", which may also be the list of stages alone.
 
     Args:
         document: File name -> its JSON content, empty if there is no such file.
@@ -92,9 +44,21 @@ def read_training(document: Callable[[str], Mapping[str, Any]]) -> TrainingRecor
         CheckpointError: An entry is of another type; the message names it.
     """
     file = TRAINING if "training" in document(TRAINING) else PROVENANCE
-    return TrainingRecord.from_json(document(file).get("training"), file)
+    value = document(file).get("training")
+    record = {"stages": value} if isinstance(value, list) else {} if value is None else value
+    _check(record, Mapping, f"{file}: training", "an object or a list of stages")
+    record = {name: record[name] for name in dict.fromkeys([*ENTRIES, *record]) if record.get(name) is not None}
+    for name in record.keys() & ENTRIES.keys():
+        _check(record[name], ENTRIES[name], f"{file}: training.{name}")
+        for index, row in enumerate(record[name] if ENTRIES[name] is list else ()):
+            _check(row, Mapping, f"{file}: training.{name}[{index}]")
+    for index, stage in enumerate(record.get("stages", ())):
+        for name, entry in stage.items():
+            for scalar in entry if isinstance(entry, list) else [entry]:
+                _check(scalar, SCALAR, f"{file}: training.stages[{index}].{name}")
+    return {name: entry for name, entry in record.items() if entry not in ({}, [])}
 
 
-def _check(value: Any, kind: Any, location: str, expected: str) -> None:
+def _check(value: Any, kind: Any, location: str, expected: str | None = None) -> None:
     if not isinstance(value, kind) or (kind is NUMBER and isinstance(value, bool)):
-        raise CheckpointError(f"{location}: expected {expected}, got {value!r:.60}: correct it")
+        raise CheckpointError(f"{location}: expected {expected or TYPES[kind]}, got {value!r:.60}: correct it")
