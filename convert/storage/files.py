@@ -73,13 +73,9 @@ def hash_file(path: Path, stop: threading.Event | None = None) -> str:
 def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = lambda count: None) -> None:
     """Copy a file; `on_progress` is called with the number of bytes written since the last call."""
     buffer = memoryview(bytearray(COPY_CHUNK))
-    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as written:
+    with source.open("rb", buffering=0) as read, target.open("wb") as written:
         while count := read.readinto(buffer):
-            chunk = buffer[:count]
-            while chunk:
-                count = written.write(chunk)
-                on_progress(count)
-                chunk = chunk[count:]
+            on_progress(written.write(buffer[:count]))
 
 
 def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str]:

@@ -11,8 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from .errors import CheckpointError
 from .files import first_line, write_json
 from .output_folder import sync
@@ -46,11 +44,21 @@ def read_safetensors(path: Path, remote: BinaryIO | None = None) -> dict[str, St
                 f"{path}: its header claims {length} bytes, {LONGEST_HEADER} is the most there can be"
             )
         header = _parse_header(file.read(length), path)
-    metadata = header.pop("__metadata__", {})
+    metadata, tensors, end = header.pop("__metadata__", {}), {}, 8 + length
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ in the header: expected strings, got {str(metadata)[:80]}")
-    tensors = {name: _read_entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_layout(path, tensors, 8 + length, size)
+    for name, entry in header.items():
+        if problem := _entry_problem(entry):
+            raise CheckpointError(f"{path}: tensor {name!r}: {problem}")
+        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), end + entry["data_offsets"][0])
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            kind = "overlaps the one before it" if tensor.offset < end else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {name!r} {kind}: the header is corrupt: {DOWNLOAD}")
+        end += tensor.nbytes
+    if end != size:
+        kind = "cut short" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path}: {kind}: expected {end} bytes, got {size}: {DOWNLOAD}")
     return tensors
 
 
@@ -64,8 +72,7 @@ def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the header is not a JSON object")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        for name in header:
-            name.encode()
+        "".join(header).encode()  # raises for half a character
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -73,35 +80,19 @@ def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
     return header
 
 
-def _read_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    """A tensor from its entry in the header; `data` is the offset of the first tensor."""
+def _entry_problem(entry: Any) -> str | None:
+    """What is wrong with a tensor's entry in the header."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: tensor {name!r}: expected dtype, shape and data_offsets in the header")
+        return "expected dtype, shape and data_offsets in the header"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{path}: tensor {name!r}: the dtype {dtype!r} is not known")
+        return f"the dtype {dtype!r} is not known"
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise CheckpointError(f"{path}: tensor {name!r}: {numbers!r} is not a list of whole numbers")
+            return f"{numbers!r} is not a list of whole numbers"
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * ITEM_SIZES[dtype]:
-        raise CheckpointError(f"{path}: tensor {name!r}: data_offsets {offsets} do not hold {dtype} {shape}")
-    return StoredTensor(path, dtype, tuple(shape), data + offsets[0])
-
-
-def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], data: int, size: int) -> None:
-    """
-    Raises:
-        CheckpointError: The tensors do not fill the file one after another.
-    """
-    end = data
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.offset != end:
-            kind = "overlaps the one before it" if tensor.offset < end else "leaves a hole before it"
-            raise CheckpointError(f"{path}: tensor {name!r} {kind}: the header is corrupt: {DOWNLOAD}")
-        end += tensor.nbytes
-    if end != size:
-        kind = "cut short" if size < end else "longer than its header says"
-        raise CheckpointError(f"{path}: {kind}: expected {end} bytes, got {size}: {DOWNLOAD}")
+        return f"data_offsets {offsets} do not hold {dtype} {shape}"
+    return None
 
 
 def write_weights(
@@ -127,15 +118,17 @@ def write_weights(
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         synced = []
         for file, names in shards.items():
-            digests |= _write_shard(folder / file, [by_name[name] for name in names], hashing, on_progress)
+            tensors = sorted((by_name[name] for name in names), key=lambda each: -ITEM_SIZES[each.dtype])  # aligns each
+            with (folder / file).open("wb") as written:
+                written.write(safetensors_header(tensors))
+                digests |= {each.name: _write_tensor(written, each, hashing, on_progress) for each in tensors}
             synced.append(syncing.submit(sync, folder / file))
         for done in synced:
             done.result()
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        total = sum(tensor.nbytes for tensor in by_name.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        metadata = {"total_size": sum(tensor.nbytes for tensor in by_name.values())}
+        write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
     return digests
 
 
@@ -162,23 +155,13 @@ def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str)
         raise CheckpointError(f"--max-shard-size {max_shard_size}: expected a size such as 200MB or 5GB") from error
 
 
-def _write_shard(
-    path: Path, tensors: list[NewTensor], hashing: ThreadPoolExecutor, on_progress: Callable[[int], None]
-) -> dict[str, str]:
-    tensors = sorted(tensors, key=lambda tensor: -ITEM_SIZES[tensor.dtype])  # keeps each aligned
-    with path.open("wb", buffering=0) as file:
-        _write_all(file, safetensors_header(tensors))
-        return {tensor.name: _write_tensor(file, tensor, hashing, on_progress) for tensor in tensors}
-
-
 def safetensors_header(tensors: Iterable[NewTensor]) -> bytes:
     """The length field and header of a safetensors file, padded to align the data to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
+    stop = 0
     for tensor in tensors:
-        stop = start + tensor.nbytes
+        start, stop = stop, stop + tensor.nbytes
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, stop]}
-        start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -194,7 +177,7 @@ def _write_tensor(
         pending.append(hashing.submit(digest.update, chunk))
         if len(pending) > 4:
             pending.popleft().result()
-        _write_all(file, chunk)
+        file.write(chunk)
         written += len(chunk)
         on_progress(len(chunk))
     for hashed in pending:
@@ -202,9 +185,3 @@ def _write_tensor(
     if written != tensor.nbytes:
         raise AssertionError(f"{tensor.name}: expected {tensor.nbytes} bytes, got {written}")
     return digest.hexdigest()
-
-
-def _write_all(file: BinaryIO, data: bytes | np.ndarray) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
