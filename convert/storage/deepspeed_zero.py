@@ -20,14 +20,6 @@ from .torch_pickle import OpaqueObject, read_saved
 
 MASTERS = "masters"  # key of Checkpoint.engine: names of the trained parameters
 
-# Classes in DeepSpeed's files.
-DEEPSPEED_CLASSES = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
-
 SAMPLE = 64  # master weights of every slice that are compared with the model's rounded weights
 
 PATTERNS = {
@@ -78,8 +70,7 @@ class RankFiles:
     """The model's or the optimizer's files (`kind`, a key of PATTERNS) in a folder, by rank."""
 
     def __init__(self, source: Source, folder: str, kind: str):
-        self.source, self.folder, self.kind = source, folder, kind
-        self.name = f"{source.name}/{folder}".rstrip("/")
+        self.source, self.name = source, f"{source.name}/{folder}".rstrip("/")
         files: dict[int, str] = {}
         matches = {file: re.fullmatch(re.escape(folder) + PATTERNS[kind], file) for file in source.files}
         for file, match in matches.items():
@@ -96,7 +87,7 @@ class RankFiles:
     def load(self, trust: bool) -> dict[int, dict[str, Any]]:
         loaded = {}
         for rank, file in self.files.items():
-            loaded[rank] = read_saved(self.source.path(file), DEEPSPEED_CLASSES, trust)
+            loaded[rank] = read_saved(self.source.path(file), trust)
             if not isinstance(loaded[rank], dict):
                 raise CheckpointError(f"{self.file_name(rank)}: no file of DeepSpeed")
         return loaded
@@ -105,8 +96,7 @@ class RankFiles:
         """Refuse files that are not those of ranks 0 to count - 1."""
         expected = set(range(count)) if type(count) is int and 0 < count < 1 << 20 else set(self.files)
         if missing := sorted(expected - self.files.keys()):
-            pattern = next(iter(self.files.values()), f"{self.folder}zero_pp_rank_0_mp_rank_00_{self.kind}_states.pt")
-            file = re.sub(r"pp_rank_\d+", f"pp_rank_{missing[0]}", pattern)
+            file = re.sub(r"pp_rank_\d+", f"pp_rank_{missing[0]}", next(iter(self.files.values())))
             what = f"missing, as {len(missing)} of {count} ranks are: copy it from the machine that wrote it"
             raise CheckpointError(f"{self.source.name}/{file}: {what}")
         if foreign := sorted(self.files.keys() - expected):

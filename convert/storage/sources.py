@@ -72,10 +72,6 @@ class Source(ABC):
         """A safetensors file that is not downloaded, if headers_only."""
         return None
 
-    def folders_of(self, suffix: str) -> set[str]:
-        """Folders with files of that suffix; "" is the top."""
-        return {file.rpartition("/")[0] for file in self.files if file.endswith(suffix)}
-
 
 class LocalFolder(Source):
     """A local folder, or some of its files; `requested` is what the user named: it, or a file or folder in it."""
@@ -220,14 +216,16 @@ def find_engine(source: Source) -> str | None:
     Raises:
         CheckpointError: There are several, or DeepSpeed's `latest` names none of them.
     """
-    zero = source.folders_of("_model_states.pt")
+    zero, dcp = (
+        {file.rpartition("/")[0] for file in source.files if file.endswith(suffix)}
+        for suffix in ("_model_states.pt", ".distcp")
+    )
     tag = source.path("latest").read_text("utf-8", "replace").strip() if "latest" in source.files else None
     if tag is not None and (zero or tag.startswith(("global_step", "/", "."))):
         if tag not in zero:
             what = f"its file `latest` names {tag!r}, which is no folder of DeepSpeed in it: copy that, or correct it"
             raise CheckpointError(f"{source.name}: {what}")
         return f"{tag}/{ZERO_PATTERN}"
-    dcp = source.folders_of(".distcp")
     if {*WEIGHTS} & {*source.files}:
         zero = {folder for folder in zero if re.fullmatch(r"global_step\d+", folder)}
         dcp = {folder for folder in dcp if folder.startswith("pytorch_model_fsdp")}

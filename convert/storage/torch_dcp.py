@@ -21,18 +21,6 @@ from .torch_pickle import OpaqueObject, read_opaque, read_saved
 
 CORRUPT = "the file is truncated or corrupt, copy it again"
 
-# Classes in .metadata.
-DCP_CLASSES = {
-    *(
-        f"torch.distributed.checkpoint.metadata.{name}"
-        for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
-                     "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")
-    ),
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.distributed.checkpoint.filesystem._StoragePrefix",
-    "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
-}  # fmt: skip
-
 
 class Shard(NamedTuple):
     """A block of a tensor, in `nbytes` bytes of a file next to .metadata, from `start` on."""
@@ -56,7 +44,7 @@ def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, Stored
         CheckpointError: A file is missing, corrupt or outside the folder, or names what could run code.
     """
     path = source.path(folder + DCP_METADATA)
-    metadata = read_opaque(path, DCP_CLASSES, trust)
+    metadata = read_opaque(path, trust)
     state = metadata.state if isinstance(metadata, OpaqueObject) else {}
     entries, storage = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(storage, dict):
@@ -147,7 +135,7 @@ def _fill(shards: Sequence[Shard], shape: tuple[int, ...]) -> bool:
 
 def _locate(folder: Path, dtype: str, trust: bool, shard: Shard) -> StoredTensor:
     path = folder / shard.file
-    stored = read_saved(path, trust=trust, start=shard.start, length=shard.nbytes)
+    stored = read_saved(path, trust, shard.start, shard.nbytes)
     found = (stored.dtype, stored.shape) if isinstance(stored, StoredTensor) else type(stored).__name__
     if found != (dtype, shard.sizes):
         what = f"at byte {shard.start}: expected {(dtype, shard.sizes)} as in .metadata, got {found}"

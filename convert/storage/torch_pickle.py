@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from math import prod
@@ -30,10 +30,18 @@ STORAGES = {
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
 }  # fmt: skip
 
-# Harmless globals whose values are not needed; torch.load(weights_only=True) allows them too.
+# Globals whose values are not needed: those that torch.load(weights_only=True) allows too, and classes of .metadata
+# (torch.distributed.checkpoint) and of DeepSpeed's files.
 IGNORED_GLOBALS = {
     "builtins.bytearray", "builtins.complex", "collections.Counter", "torch.Tensor", "torch.device",
     "torch.nn.parameter.Parameter", "torch.serialization._get_layout",
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+        "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *(f"torch.distributed.checkpoint.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")),
+    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
+    *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")),
+    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
 }  # fmt: skip
 
 # The beginning of a file of torch before 1.6: its magic number, pickled.
@@ -59,15 +67,12 @@ def read_pickle(path: Path, trust: bool = False) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_saved(
-    path: Path, allowed: Collection[str] = (), trust: bool = False, start: int = 0, length: int | None = None
-) -> Any:
+def read_saved(path: Path, trust: bool = False, start: int = 0, length: int | None = None) -> Any:
     """
     The object in a file of torch.save, with a StoredTensor for every tensor and an OpaqueObject for others.
 
     Args:
-        allowed: Full names of classes that become OpaqueObjects.
-        trust: Whether every class does.
+        trust: Whether unknown classes become OpaqueObjects too.
         start, length: Its position in the file and its bytes, if the file has several.
 
     Raises:
@@ -84,13 +89,13 @@ def read_saved(
                 raise CheckpointError(f"{path}: its numbers are big-endian: save it on another machine")
             content = io.BytesIO(archive.read(members["data.pkl"]))
             locate = cache(lambda key: _locate(archive, file, members[f"data/{key}"]))
-            return _Unpickler(content, path, allowed, trust, locate).load()
+            return _Unpickler(content, path, trust, locate).load()
 
 
-def read_opaque(path: Path, allowed: Collection[str], trust: bool = False) -> Any:
+def read_opaque(path: Path, trust: bool = False) -> Any:
     """The object in a plain pickle, with an OpaqueObject for every object; arguments and errors as of read_saved."""
     with unpickling_errors(path), path.open("rb") as file:
-        return _Unpickler(file, path, allowed, trust).load()
+        return _Unpickler(file, path, trust).load()
 
 
 @contextmanager
@@ -198,23 +203,17 @@ def _locate(archive: zipfile.ZipFile, file: FileSlice, member: zipfile.ZipInfo) 
 
 
 class _Unpickler(pickle.Unpickler):
-    """
-    Args:
-        locate: Maps the key of a storage to its position in the file and its bytes; without it there are none.
-    """
+    """`locate` maps the key of a storage to its position in the file and its bytes; without it there are none."""
 
-    def __init__(
-        self, file: Any, path: Path, allowed: Collection[str], trust: bool,
-        locate: Callable[[str], tuple[int, int]] = {}.__getitem__,
-    ):  # fmt: skip
+    def __init__(self, file: Any, path: Path, trust: bool, locate: Callable[[str], tuple[int, int]] = {}.__getitem__):
         super().__init__(file)
-        self.path, self.allowed, self.trust, self.locate = path, allowed, trust, locate
+        self.path, self.trust, self.locate = path, trust, locate
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if full in KNOWN_GLOBALS:
             return KNOWN_GLOBALS[full]
-        if full in IGNORED_GLOBALS or full in self.allowed or self.trust:
+        if full in IGNORED_GLOBALS or self.trust:
             return _opaque_class(full)
         what = f"opening it could run code ({full}): give --trust-pickle if you trust its author"
         raise CheckpointError(f"{self.path}: {what}")
@@ -262,19 +261,15 @@ def _read_strided(
     return (data[first:last] for first, last in spans(start * item, stop * item, CHUNK))
 
 
-def _rebuild_tensor_v2(
-    storage: Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None
-) -> StoredTensor:
-    return _rebuild_tensor_v3(storage, offset, shape, strides, grad, hooks, storage.dtype, metadata)
-
-
 # Globals that torch writes, and what they resolve to here.
 KNOWN_GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
     "_codecs.encode": _Function(lambda text, encoding: text.encode("latin1")),
     "torch.Size": _Function(tuple),
-    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor_v2),
+    "torch._utils._rebuild_tensor_v2": _Function(
+        lambda storage, *others: _rebuild_tensor_v3(storage, *others[:5], storage.dtype, *others[5:])
+    ),
     "torch._utils._rebuild_tensor_v3": _Function(_rebuild_tensor_v3),
     "torch._utils._rebuild_parameter": _Function(lambda data, *others: data),
     "torch._utils._rebuild_parameter_with_state": _Function(lambda data, *others: data),
