@@ -85,10 +85,9 @@ class Checkpoint(ABC):
         for file in self.files:
             try:
                 self.open(file)
+                problems += self.name_problems(file)
             except CheckpointError as error:
                 problems.append(Problem("file", file, str(error).split(": ", 1)[-1]))
-                continue
-            problems += self.name_problems(file)
         return problems
 
 
@@ -106,21 +105,23 @@ class FileCheckpoint(Checkpoint):
             return read_index(self.source.path(self.entry))
         return dict.fromkeys(self.open(self.entry), self.entry)
 
-    @cached_property
+    @property
     def engine(self) -> dict[str, Any]:
-        return self._read_engine[1] if self.entry.endswith(ENGINE_ENTRIES) else {}
+        return self._engine_files[1]
 
     @cached_property
-    def _read_engine(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    def _engine_files(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        """Tensors and metadata in the shards of a training framework; nothing for other entries."""
         with unpickling_errors(f"{self.source.name}/{self.entry}"):
-            if self.entry.endswith(ZERO_PATTERN):
-                return read_zero(self.source, self.entry.removesuffix(ZERO_PATTERN), self.trust_pickle)
-            return read_dcp(self.source, self.entry.removesuffix(DCP_METADATA), self.trust_pickle)
+            for suffix, read in ((ZERO_PATTERN, read_zero), (DCP_METADATA, read_dcp)):
+                if self.entry.endswith(suffix):
+                    return read(self.source, self.entry.removesuffix(suffix), self.trust_pickle)
+        return {}, {}
 
     def open(self, file: str) -> dict[str, StoredTensor]:
         if file not in self.opened:
             if file.endswith(ENGINE_ENTRIES):
-                self.opened[file] = self._read_engine[0]
+                self.opened[file] = self._engine_files[0]
             elif file.endswith(".safetensors"):
                 self.opened[file] = read_safetensors(self.source.path(file), self.source.open_remote(file))
             else:
@@ -148,9 +149,7 @@ class FileCheckpoint(Checkpoint):
 
     def default_dtype(self, names: Collection[str] = ()) -> str | None:
         """float32, where fp32 master weights are next to rounded frozen parameters."""
-        if not self.entry.endswith(ENGINE_ENTRIES):
-            return None
-        tensors = self._read_engine[0]
+        tensors = self._engine_files[0]
         dtypes = {tensors[name].dtype for name in names or tensors if name in tensors}
         return "float32" if "F32" in dtypes and dtypes <= {"F32", "BF16", "F16"} and len(dtypes) > 1 else None
 

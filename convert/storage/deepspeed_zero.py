@@ -100,8 +100,8 @@ class RankFiles:
             what = f"missing, as {len(missing)} of {count} ranks are: copy it from the machine that wrote it"
             raise CheckpointError(f"{self.source.name}/{file}: {what}")
         if foreign := sorted(self.files.keys() - expected):
-            what = f"left over from another run, this one had {count} ranks: remove it"
-            raise CheckpointError(f"{self.file_name(foreign[0])}: {what}")
+            name = self.file_name(foreign[0])
+            raise CheckpointError(f"{name}: left over from another run, this one had {count} ranks: remove it")
 
 
 def _check_models(files: RankFiles, models: Mapping[int, dict[str, Any]], has_optimizer: bool) -> int:

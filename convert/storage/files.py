@@ -40,12 +40,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """
-    Map tensor names to file names, as the index of a sharded checkpoint does.
-
-    Raises:
-        CheckpointError: It is no index, or names a file outside its folder.
-    """
+    """Tensor name -> file, from an index of shards; raises a CheckpointError if it names files outside its folder."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{path}: no index of shards: expected weight_map to map tensor names to file names")

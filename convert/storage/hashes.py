@@ -13,12 +13,7 @@ from .tensors import StoredTensor, is_finite
 
 
 def recorded_hashes(provenance: Mapping[str, Any], section: str) -> dict[str, str]:
-    """
-    Map the names in a section of provenance.json ("tensors" or "files") to their sha256.
-
-    Raises:
-        CheckpointError: The section has another form.
-    """
+    """Map names in the "tensors" or "files" of provenance.json to their sha256; other forms raise a CheckpointError."""
     try:
         return {name: entry["sha256"] for name, entry in provenance.get(section, {}).items()}
     except (AttributeError, KeyError, TypeError) as error:
@@ -27,13 +22,8 @@ def recorded_hashes(provenance: Mapping[str, Any], section: str) -> dict[str, st
 
 def check_values(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> None:
     """
-    Check tensors against the source's provenance.json and their files' checksums, where there are any.
-
-    Args:
-        stored: By their names in the checkpoint.
-
-    Raises:
-        CheckpointError: A tensor was changed.
+    Raise a CheckpointError if a tensor, by its name in the checkpoint, is not what the source's provenance.json or the
+    checksum of its file recorded, where there are any.
     """
     hashes = recorded_hashes(checkpoint.document(PROVENANCE), "tensors")
     if hashes or any(_has_checksum(tensor) for tensor in stored.values()):
@@ -55,10 +45,9 @@ def value_problems(
     """
     problems = []
     for file in {tensor.file for tensor in tensors.values() if _has_checksum(tensor)}:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if member := archive.testzip():
-                    problems.append(Problem("values", file.name, f"{member} in it is corrupt: {DOWNLOAD}"))
+        with zipfile.ZipFile(file) as archive:
+            if member := archive.testzip():
+                problems.append(Problem("values", file.name, f"{member} in it is corrupt: {DOWNLOAD}"))
     for name, tensor in tensors.items():
         digest, finite = hashlib.sha256(), True
         for chunk in tensor.chunks():

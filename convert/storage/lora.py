@@ -56,23 +56,21 @@ class AdaptedModel(CompositeCheckpoint):
     def __getitem__(self, name: str) -> StoredTensor:
         change, tensor = self.changes.get(name, {}), self.original(name)
         matrices = {role: self.adapter[change[role]] for role in ("lora_A", "lora_B", "whole") if role in change}
-        if replacement := matrices.pop("whole", None):
-            if replacement.shape != tensor.shape:
-                what = f"expected {list(tensor.shape)} as in the base, got {list(replacement.shape)}"
-                raise self.error(f"{name}: {what}: {self.hint}")
-            return replacement
-        if not matrices:
-            return tensor
+        shape, replacement = list(tensor.shape), matrices.pop("whole", None)
+        if replacement and replacement.shape != tensor.shape:
+            found = list(replacement.shape)
+            raise self.error(f"{name}: expected {shape} as in the base, got {found}: {self.hint}")
+        if replacement or not matrices:
+            return replacement or tensor
         if len(matrices) == 1:
-            what = f"the adapter has only one of its two matrices, {change[min(matrices)]}"
-            raise self.error(f"{name}: {what}: {self.hint}")
+            only = change[min(matrices)]
+            raise self.error(f"{name}: the adapter has only one of its two matrices, {only}: {self.hint}")
         a, b = matrices.values()
-        if not (len(a.shape) == len(b.shape) == len(tensor.shape) == 2):
-            raise self.error(f"{name}: LoRA on {list(tensor.shape)}, which is no linear layer: {MERGE_WITH_PEFT}")
+        if not (len(a.shape) == len(b.shape) == len(shape) == 2):
+            raise self.error(f"{name}: LoRA on {shape}, which is no linear layer: {MERGE_WITH_PEFT}")
         rank = a.shape[0]
         if not rank or b.shape[1] != rank or (b.shape[0], a.shape[1]) != tensor.shape:
-            what = f"{list(tensor.shape)} is not what {list(b.shape)} by {list(a.shape)} makes"
-            raise self.error(f"{name}: {what}: {self.hint}")
+            raise self.error(f"{name}: {shape} is not what {list(b.shape)} by {list(a.shape)} makes: {self.hint}")
         return _merge(tensor, a, b, self.scale(change["lora_A"], rank))
 
     def default_dtype(self, names: Collection[str] = ()) -> str:
@@ -102,8 +100,7 @@ class AdaptedModel(CompositeCheckpoint):
         changes: dict[str, dict[str, str]] = {}
         for name, (target, role) in targets.items():
             if (other := changes.setdefault(target, {}).setdefault(role, name)) != name:
-                what = f"change the same tensor: keep one adapter, or {MERGE_WITH_PEFT}"
-                raise self.error(f"{name} and {other} {what}")
+                raise self.error(f"{name} and {other} change the same tensor: keep one adapter, or {MERGE_WITH_PEFT}")
         return changes
 
     @abstractmethod
@@ -138,8 +135,7 @@ class MergedLoRA(AdaptedModel):
         for name, (target, role) in targets.items():
             base_name = self._base_name(target, self.prefix)
             if base_name in tied:
-                what = f"embeddings or head, which {base.source.name} ties: {MERGE_WITH_PEFT}"
-                raise self.error(f"{name} changes {what}")
+                raise self.error(f"{name} changes embeddings or head, which {base.source.name} ties: {MERGE_WITH_PEFT}")
             if base_name is None:
                 raise self.error(f"{name} belongs to {target}, which {base.source.name} does not have: is it the base?")
             targets[name] = base_name, role
@@ -206,8 +202,7 @@ class Unwrapped(AdaptedModel):
         if configured == rank:
             return 2.0
         known = f"{field} in config.json is {configured!r}" if field else "no component of InternVL"
-        what = f"LoRA of rank {rank}, but {known}, so its scale is unknown: {MERGE_WITH_PEFT}"
-        raise self.error(f"{name}: {what}")
+        raise self.error(f"{name}: LoRA of rank {rank}, but {known}, so its scale is unknown: {MERGE_WITH_PEFT}")
 
     @property
     def training_metadata(self) -> dict[str, Any]:

@@ -45,7 +45,11 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _rename(part, out)
         Path(lock.lock_file).unlink()
     except BaseException as error:
-        _remove(part, Path(lock.lock_file), new_parents)
+        shutil.rmtree(part, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        for parent in new_parents:
+            with suppress(OSError):  # no longer empty
+                parent.rmdir()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = f"{os.strerror(error.errno)}: free some space; nothing was left there"
             raise CheckpointError(f"{out}: {what}") from error
@@ -84,18 +88,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(part: Path, lock: Path, new_parents: list[Path]) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    lock.unlink(missing_ok=True)
-    for parent in new_parents:
-        with suppress(OSError):  # no longer empty
-            parent.rmdir()
-
-
 def _rename(part: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     try:
         part.rename(out)

@@ -133,12 +133,7 @@ def write_weights(
 
 
 def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str) -> dict[str, list[str]]:
-    """
-    Map file names to tensor names, as huggingface_hub splits them.
-
-    Raises:
-        CheckpointError: max_shard_size is no size.
-    """
+    """Map file names to tensor names, as huggingface_hub splits them; raises a CheckpointError if that is no size."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:

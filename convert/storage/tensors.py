@@ -182,9 +182,8 @@ def is_same(one: StoredTensor, other: StoredTensor) -> bool:
 
 def rounds_to(original: StoredTensor, rounded: StoredTensor) -> bool:
     """Whether a tensor, cast to the dtype of another one of its shape, is bitwise equal to it."""
-    return all(
-        np.array_equal(
-            cast(read_bytes(original, first, last), original.dtype, rounded.dtype), read_bytes(rounded, first, last)
-        )
-        for first, last in spans(0, prod(rounded.shape), CHUNK // 8)
-    )
+    for first, last in spans(0, prod(rounded.shape), CHUNK // 8):
+        expected = cast(read_bytes(original, first, last), original.dtype, rounded.dtype)
+        if not np.array_equal(expected, read_bytes(rounded, first, last)):
+            return False
+    return True

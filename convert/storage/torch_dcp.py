@@ -72,20 +72,15 @@ def _position(path: Path, info: Any) -> tuple[str, int, int]:
     if is_outside(file):
         raise CheckpointError(f"{path}: the file {file!r} is outside its folder")
     if state.get("transform_descriptors"):
-        what = f"its files are transformed ({state['transform_descriptors']}): save it without transforms"
-        raise CheckpointError(f"{path}: {what}")
+        transforms = state["transform_descriptors"]
+        raise CheckpointError(f"{path}: its files are transformed ({transforms}): save it without transforms")
     return file, start, nbytes
 
 
 def _model_entries(path: Path, entries: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, str]:
     """
-    Map names of the model's tensors to names in the checkpoint, which may hold several nested state dicts.
-
-    Args:
-        planned: Name in the checkpoint -> its keys in the nested state dicts.
-
-    Raises:
-        CheckpointError: None or several of the state dicts could be the model.
+    Map names of the model's tensors to names in the checkpoint, which may hold several nested state dicts; `planned`
+    has the keys of a name in these. Raises a CheckpointError if none or several of them could be the model.
     """
     states: dict[tuple[Any, ...], dict[str, str]] = {}
     for entry, described in entries.items():
