@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import sailvit_cli
 from sailvit import SAILVLForConditionalGeneration
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
-from sailvit.convert.storage.tied_embeddings import find_ends, is_tied
+from sailvit.convert.storage.names import find_ends, is_tied
 
 
 IMAGE = 309  # <IMG_CONTEXT> in the toy tokenizer

@@ -38,12 +38,11 @@ from ..storage.files import (
     link_files,
     write_json,
 )
-from ..storage.names import without_wrapper_prefixes
+from ..storage.names import text_fields, without_wrapper_prefixes
 from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
 from ..storage.sources import WEIGHTS, Source, find_source, licence_of, public_name
 from ..storage.tensors import NewTensor, StoredTensor, cast_stream, torch_name
-from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
 from .sailvl_config import (

@@ -9,8 +9,8 @@ from ..export.sailvl_files import portable
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import first_line
+from ..storage.names import text_fields
 from ..storage.tensors import is_same
-from ..storage.tied_embeddings import text_fields
 
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import Problem, raise_if_any
 from ..storage.files import write_json
-from ..storage.names import strip_wrapper_prefixes
+from ..storage.names import strip_wrapper_prefixes, text_fields
 from ..storage.tensors import NewTensor, StoredTensor, load_float32, torch_name
-from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import compare_outputs, run_in_clean_process
 from .sailvl import CONNECTOR, PREFIXES, is_sailvl, match_names, renamed_tensors
 from .sailvl_config import (

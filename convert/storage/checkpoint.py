@@ -22,24 +22,15 @@ TRAINER_STATE = "trainer_state.json"
 
 
 class Checkpoint(ABC):
-    """
-    Attributes:
-        source: Its files.
-        entry: The entry file of its weights: the only one, the index of the shards, or one of ENGINE_ENTRIES.
-        trust_pickle: Whether pickles may name unknown classes.
-        weight_map: Tensor name -> weight file.
-        engine: What a training framework stored about the training.
-        opened: Weight files that were opened -> their tensors.
-        documents: JSON files that were read -> their content.
-    """
+    """Named tensors in weight files, and JSON files next to them."""
 
-    source: Source
-    entry: str
-    trust_pickle: bool
-    weight_map: Mapping[str, str]
-    engine: Mapping[str, Any] = {}
-    opened: Mapping[str, dict[str, StoredTensor]]
-    documents: Mapping[str, dict[str, Any]]
+    source: Source  # its files
+    entry: str  # the only weight file, the index of the shards, or one of ENGINE_ENTRIES
+    trust_pickle: bool  # whether pickles may name unknown classes
+    weight_map: Mapping[str, str]  # tensor name -> weight file
+    engine: Mapping[str, Any] = {}  # what a training framework stored about the training
+    opened: Mapping[str, dict[str, StoredTensor]]  # weight files that were opened -> their tensors
+    documents: Mapping[str, dict[str, Any]]  # JSON files that were read -> their content
 
     @abstractmethod
     def __getitem__(self, name: str) -> StoredTensor: ...

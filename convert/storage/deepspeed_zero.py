@@ -32,14 +32,9 @@ OTHER_RUN = "it is of another run or step, copy it again"
 
 def read_zero(source: Source, folder: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     """
-    The tensors in a folder of DeepSpeed, fp32 master weights where there are any, and metadata of the training.
-
-    Args:
-        folder: Its name in the source, with a slash at the end, or "".
-        trust: Whether its pickles may name unknown classes.
-
-    Raises:
-        CheckpointError: A file is missing, corrupt, of another run, or names what could run code.
+    The tensors in `folder` ("" or a name with a slash at the end) of a source, fp32 master weights where there are any,
+    and metadata of the training. With `trust`, its pickles may name unknown classes. Raises a CheckpointError if a file
+    is missing, corrupt, of another run, or names what could run code.
     """
     model_files, optimizer_files = (RankFiles(source, folder, kind) for kind in PATTERNS)
     if not model_files.files:

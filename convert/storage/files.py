@@ -75,14 +75,11 @@ def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = l
 
 def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str]:
     """
-    Create files without copying data, where the file system can.
+    Create files without copying data, where the file system can; return REFLINKED or LINKED for each that was created.
 
     Args:
         files: New file -> existing file; symbolic links are followed.
         hard: Allow hard links, except to files in the Hub's cache, which other programs share.
-
-    Returns:
-        REFLINKED or LINKED for every file that was created.
     """
     made = {}
     for target, source in files.items():

@@ -36,12 +36,8 @@ def value_problems(
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[Problem]:
     """
-    Read every tensor, and the checksums of torch.save's archives.
-
-    Args:
-        tensors: By their names in the checkpoint.
-        hashes: Name -> expected sha256 in hexadecimal, as far as it is known.
-        on_progress: Called with the number of bytes read since the last call.
+    Read every tensor (by its name in the checkpoint), and the checksums of torch.save's archives; compare with `hashes`
+    (sha256 in hexadecimal). `on_progress` is called with the number of bytes read since the last call.
     """
     problems = []
     for file in {tensor.file for tensor in tensors.values() if _has_checksum(tensor)}:

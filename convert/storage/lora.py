@@ -11,11 +11,10 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .deepspeed_zero import MASTERS
 from .errors import CheckpointError
-from .names import strip_wrapper_prefixes
+from .names import find_ends, is_tied, strip_wrapper_prefixes
 from .overlay import CompositeCheckpoint, origin_of_base
 from .sources import ADAPTER
 from .tensors import CHUNK, ComputedTensor, StoredTensor, cast, load_float32, read_bytes, spans, to_bytes, torch_name
-from .tied_embeddings import find_ends, is_tied
 
 
 if TYPE_CHECKING:
@@ -40,17 +39,11 @@ RANK_FIELDS = {"language_model": "use_llm_lora", "vision_model": "use_backbone_l
 
 
 class AdaptedModel(CompositeCheckpoint):
-    """
-    A model with LoRA merged into it.
+    """A model with LoRA merged into it."""
 
-    Attributes:
-        adapter: The checkpoint with the matrices.
-        hint: How to fix an adapter that does not fit.
-        changes: Tensor -> role ("lora_A", "lora_B", "base_layer", "whole" for a replacement) -> name in `adapter`.
-    """
-
-    adapter: Checkpoint
-    hint: str
+    adapter: Checkpoint  # with the matrices
+    hint: str  # how to fix an adapter that does not fit
+    # Tensor -> role ("lora_A", "lora_B", "base_layer", "whole" for a replacement) -> name in `adapter`.
     changes: dict[str, dict[str, str]]
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -113,12 +106,7 @@ class AdaptedModel(CompositeCheckpoint):
 
 
 class MergedLoRA(AdaptedModel):
-    """
-    A base model with an adapter of peft merged into it: LoRA on linear layers, and `modules_to_save`.
-
-    Attributes:
-        prefix: What precedes the adapter's names in the base: the component, if peft wrapped only one.
-    """
+    """A base model with an adapter of peft merged into it: LoRA on linear layers, and `modules_to_save`."""
 
     def __init__(self, adapter: Checkpoint, base: Checkpoint):
         super().__init__({"": adapter, "base/": base})
@@ -148,6 +136,7 @@ class MergedLoRA(AdaptedModel):
         }
 
     def _find_prefix(self, targets: Collection[str]) -> str:
+        """What precedes the adapter's names in the base: the component, if peft wrapped only one."""
         missing = next((target for target in targets if self._base_name(target, "") is None), None)
         if missing is None:
             return ""

@@ -17,10 +17,8 @@ from .sources import PROVENANCE
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     A folder to fill, which is renamed to `out` when the block ends, and removed when it raises. A killed process
-    leaves `.NAME.part` and `.NAME.lock`; the next attempt removes them.
-
-    Raises:
-        CheckpointError: `out` exists and may not be overwritten, or another process is writing it.
+    leaves `.NAME.part` and `.NAME.lock`; the next attempt removes them. Raises a CheckpointError if `out` exists and
+    may not be overwritten, or another process is writing it.
     """
     check_free(out, overwrite)
     out = out.parent.resolve() / out.name
@@ -90,8 +88,8 @@ def sync(path: Path) -> None:
 
 def _rename(part: Path, out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     try:
         part.rename(out)

@@ -10,10 +10,9 @@ import numpy as np
 
 from .checkpoint import TRAINER_STATE, Checkpoint
 from .errors import CheckpointError
-from .names import strip_wrapper_prefixes
+from .names import find_ends, is_tied, strip_wrapper_prefixes
 from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, licence_of, public_name
 from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, ComputedTensor, StoredTensor, cast, read_bytes, rounds_to, spans
-from .tied_embeddings import find_ends, is_tied
 
 
 # Files of one checkpoint only: a base's do not replace missing ones.

@@ -24,14 +24,8 @@ DOWNLOAD = "copy or download it again"
 
 def read_safetensors(path: Path, remote: BinaryIO | None = None) -> dict[str, StoredTensor]:
     """
-    The tensors of a safetensors file; only its header is read.
-
-    Args:
-        path: The file, or its name in error messages and in the tensors if it is remote.
-        remote: The file, if it is remote.
-
-    Raises:
-        CheckpointError: The header violates the format, or the file has another length than the header says.
+    The tensors of a safetensors file, or of an open remote one, of which `path` is the name; only its header is read.
+    Raises a CheckpointError if that violates the format, or states another length than the file has.
     """
     with remote or path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
@@ -99,18 +93,9 @@ def write_weights(
     folder: Path, tensors: Iterable[NewTensor], max_shard_size: int | str, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
     """
-    Write model.safetensors, or shards and their index if it would be larger than `max_shard_size`.
-
-    Args:
-        tensors: In the order of the files.
-        max_shard_size: In bytes, or as "5GB".
-        on_progress: Called with the number of bytes written since the last call.
-
-    Returns:
-        Tensor name -> sha256 of its bytes, in hexadecimal.
-
-    Raises:
-        CheckpointError: The disk is full, or max_shard_size is no size.
+    Write tensors, in order, to model.safetensors, or to shards and their index if it would be larger than
+    `max_shard_size` (in bytes, or as "5GB"). `on_progress` is called with the number of bytes written since the last
+    call. Returns tensor name -> sha256 in hexadecimal; raises a CheckpointError if max_shard_size is no size.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     shards = split_in_shards(by_name, max_shard_size)

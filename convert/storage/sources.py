@@ -51,18 +51,12 @@ HUB_ERRORS = {
 
 
 class Source(ABC):
-    """
-    Attributes:
-        name: For messages: a path or the name of a repository.
-        revision: The commit of a repository.
-        files: Names of all files, with slashes.
-        headers_only: Whether safetensors files have headers but no data.
-    """
+    """Files of a checkpoint."""
 
-    name: str
-    revision: str | None = None
-    files: list[str]
-    headers_only = False
+    name: str  # for messages: a path or the name of a repository
+    revision: str | None = None  # the commit of a repository
+    files: list[str]  # names of all files, with slashes
+    headers_only = False  # whether safetensors files have headers but no data
 
     @abstractmethod
     def path(self, file: str) -> Path:
@@ -126,15 +120,9 @@ class HubRepository(Source):
 
 def find_source(source: str, revision: str | None = None, headers_only: bool = False) -> tuple[Source, str]:
     """
-    The files of a path or repository, and the entry file of its weights.
-
-    Args:
-        source: A file, a folder, or the name of a repository.
-        revision: Branch, tag or commit of a repository.
-        headers_only: Read only the headers of a repository's safetensors files.
-
-    Raises:
-        CheckpointError: It does not exist, has no weights, or several among which the user has to choose.
+    The files of a file, a folder, or a repository (at a branch, tag or commit, its `revision`), and the entry file of
+    the weights. With `headers_only`, only the headers of a repository's safetensors files are read. Raises a
+    CheckpointError if it does not exist, has no weights, or several among which the user has to choose.
     """
     path = Path(source)
     check_name(source)
@@ -169,10 +157,10 @@ def check_separate(out: Path, sources: Iterable[Source]) -> None:
     for source in sources:
         if isinstance(source, LocalFolder):
             folder, given, target = source.folder.resolve(), source.requested.resolve(), out.resolve()
-            if folder == target or target in folder.parents:
-                raise CheckpointError(f"{out} contains the source {source.requested}: choose another output folder")
-            if given in (target, *target.parents):
-                raise CheckpointError(f"{out} is inside the source {source.requested}: choose another output folder")
+            contains = target in (folder, *folder.parents)
+            if contains or given in (target, *target.parents):
+                verb = "contains" if contains else "is inside"
+                raise CheckpointError(f"{out} {verb} the source {source.requested}: choose another output folder")
 
 
 def public_name(source: Source) -> str:
@@ -211,10 +199,8 @@ def find_engine(source: Source) -> str | None:
     """
     The entry of shards that a training framework saved: FOLDER/*_states.pt (DeepSpeed) or FOLDER/.metadata
     (torch.distributed.checkpoint), without FOLDER/ at the top. Next to weights in one file, which may be rounded, they
-    are preferred if they have the names that trainers use.
-
-    Raises:
-        CheckpointError: There are several, or DeepSpeed's `latest` names none of them.
+    are preferred if they have the names that trainers use. Raises a CheckpointError if there are several, or if
+    DeepSpeed's `latest` names none of them.
     """
     zero, dcp = (
         {file.rpartition("/")[0] for file in source.files if file.endswith(suffix)}

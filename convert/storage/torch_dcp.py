@@ -34,14 +34,9 @@ class Shard(NamedTuple):
 
 def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     """
-    The tensors of the model in a folder of torch.distributed.checkpoint, and metadata of the training.
-
-    Args:
-        folder: Its name in the source, with a slash at the end, or "".
-        trust: Whether its pickles may name unknown classes.
-
-    Raises:
-        CheckpointError: A file is missing, corrupt or outside the folder, or names what could run code.
+    The tensors of the model in `folder` ("" or a name with a slash at the end) of a source, and metadata of the
+    training. With `trust`, its pickles may name unknown classes. Raises a CheckpointError if a file is missing, corrupt
+    or outside the folder, or names what could run code.
     """
     path = source.path(folder + DCP_METADATA)
     metadata = read_opaque(path, trust)

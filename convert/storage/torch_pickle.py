@@ -51,15 +51,7 @@ NO_TORCH_FILE = "not a file of torch.save, or a broken one: copy or download it 
 
 
 def read_pickle(path: Path, trust: bool = False) -> dict[str, StoredTensor]:
-    """
-    The tensors of a file of torch.save, nested dictionaries flattened to dotted names.
-
-    Args:
-        trust: Skip objects of unknown classes.
-
-    Raises:
-        CheckpointError: It names what could run code and is not trusted, or cannot be read.
-    """
+    """The tensors of a file of torch.save, by the dotted names of nested dictionaries; others as of read_saved."""
     tensors: dict[str, StoredTensor] = {}
     _flatten(read_saved(path, trust=trust), "", path, tensors)
     if not tensors:
@@ -72,11 +64,8 @@ def read_saved(path: Path, trust: bool = False, start: int = 0, length: int | No
     The object in a file of torch.save, with a StoredTensor for every tensor and an OpaqueObject for others.
 
     Args:
-        trust: Whether unknown classes become OpaqueObjects too.
+        trust: Whether objects of unknown classes become OpaqueObjects too, instead of a CheckpointError.
         start, length: Its position in the file and its bytes, if the file has several.
-
-    Raises:
-        CheckpointError: It names something that is not allowed, or cannot be read.
     """
     with unpickling_errors(path), FileSlice(path, start, length) as file:
         if file.read(len(BEFORE_1_6)) == BEFORE_1_6:
@@ -93,7 +82,7 @@ def read_saved(path: Path, trust: bool = False, start: int = 0, length: int | No
 
 
 def read_opaque(path: Path, trust: bool = False) -> Any:
-    """The object in a plain pickle, with an OpaqueObject for every object; arguments and errors as of read_saved."""
+    """The object in a plain pickle, with an OpaqueObject for every object; see read_saved."""
     with unpickling_errors(path), path.open("rb") as file:
         return _Unpickler(file, path, trust).load()
 
@@ -126,13 +115,7 @@ class Storage(StoredTensor):
 
 
 class OpaqueObject:
-    """
-    An inert stand-in for an object of another package.
-
-    Attributes:
-        arguments: The arguments of its constructor.
-        state: Its attributes.
-    """
+    """An inert stand-in for an object of another package: `arguments` of its constructor, attributes in `state`."""
 
     __slots__ = ("arguments", "state")
 

@@ -34,14 +34,9 @@ ENTRIES = {
 
 def read_training(document: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
     """
-    Return what a folder records of its training, of a run that ended there before what a conversion copied: ENTRIES
-    and others, without empty ones. The file has them under "training", which may also be the list of stages alone.
-
-    Args:
-        document: File name -> its JSON content, empty if there is no such file.
-
-    Raises:
-        CheckpointError: An entry is of another type; the message names it.
+    Return what a folder records under "training", ENTRIES and others that are not empty, or a list of stages alone: of
+    a run that ended there before what a conversion copied. `document` maps the name of a file to its JSON content,
+    empty if there is none. Raises a CheckpointError that names an entry of another type.
     """
     file = TRAINING if "training" in document(TRAINING) else PROVENANCE
     value = document(file).get("training")

@@ -19,13 +19,13 @@ def open_checkpoint(
     trust_pickle: bool = False,
 ) -> Checkpoint:
     """
-    A checkpoint of any kind. Adapters are merged into their base; tensors that a training left out, or rounded without
-    changing them, come from the base.
+    A checkpoint of any kind, in a file, a folder or a repository on the Hub, as `base` and those in `average` are.
+    Adapters are merged into their base; tensors that a training left out, or rounded without changing them, come from
+    the base.
 
     Args:
-        source: A file, a folder or a name on the Hub.
-        revision: Branch, tag or commit of a name on the Hub.
-        base: What the training began with: a file, a folder or a name on the Hub.
+        revision: Branch, tag or commit of a `source` on the Hub.
+        base: What the training began with.
         average: More checkpoints of the same run, to average with `source`.
         trust_pickle: Whether pickles may name unknown classes.
 
