@@ -249,7 +249,9 @@ def _drop_tied_head(checkpoint: Checkpoint, matched: MatchedTensors) -> list[Pro
     tensors, names = matched.tensors, matched.match.names
     if "output.weight" not in tensors or "model.tok_embeddings.weight" not in tensors:
         return []
-    if not checkpoint.headers_only and not is_same(tensors["output.weight"], tensors["model.tok_embeddings.weight"]):
+    if not checkpoint.source.headers_only and not is_same(
+        tensors["output.weight"], tensors["model.tok_embeddings.weight"]
+    ):
         expected = "the values of model.tok_embeddings.weight, to which config.json ties it"
         what = f"expected {expected}, got others: fix tie_word_embeddings"
         return [Problem("config", names["output.weight"], what)]

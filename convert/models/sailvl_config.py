@@ -120,7 +120,7 @@ def model_problems(
     expected = {name: shape for name, shape in state.items() if name in names or name not in tied}
     problems = [problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)]
     problems += shape_problems(checkpoint, names, expected, prefix)
-    for name, other in () if checkpoint.headers_only else tied.items():
+    for name, other in () if checkpoint.source.headers_only else tied.items():
         if name in names and other in names and not is_same(checkpoint[names[name]], checkpoint[names[other]]):
             what = f"differs from {other}, to which config.json ties it: correct tie_word_embeddings"
             problems.append(Problem("values", names[name], what))

@@ -61,11 +61,6 @@ class Checkpoint(ABC):
         return [self.source]
 
     @property
-    def headers_only(self) -> bool:
-        """Whether names, dtypes and shapes can be read, but no values."""
-        return self.source.headers_only
-
-    @property
     def files(self) -> list[str]:
         """The weight files that there should be."""
         return sorted(set(self.weight_map.values()))

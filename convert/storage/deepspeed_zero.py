@@ -76,15 +76,14 @@ class RankFiles:
                 raise CheckpointError(f"{self.name}: {file} and {other} are of one rank: remove one")
         self.files = dict(sorted(files.items()))
 
-    def file_name(self, rank: int) -> str:
-        return f"{self.source.name}/{self.files[rank]}"
+    def error(self, rank: int, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.source.name}/{self.files[rank]}: {what}")
 
     def load(self, trust: bool) -> dict[int, dict[str, Any]]:
-        loaded = {}
-        for rank, file in self.files.items():
-            loaded[rank] = read_saved(self.source.path(file), trust)
-            if not isinstance(loaded[rank], dict):
-                raise CheckpointError(f"{self.file_name(rank)}: no file of DeepSpeed")
+        loaded = {rank: read_saved(self.source.path(file), trust) for rank, file in self.files.items()}
+        for rank, content in loaded.items():
+            if not isinstance(content, dict):
+                raise self.error(rank, "no file of DeepSpeed")
         return loaded
 
     def check_ranks(self, count: Any) -> None:
@@ -95,8 +94,7 @@ class RankFiles:
             what = f"missing, as {len(missing)} of {count} ranks are: copy it from the machine that wrote it"
             raise CheckpointError(f"{self.source.name}/{file}: {what}")
         if foreign := sorted(self.files.keys() - expected):
-            name = self.file_name(foreign[0])
-            raise CheckpointError(f"{name}: left over from another run, this one had {count} ranks: remove it")
+            raise self.error(foreign[0], f"left over from another run, this one had {count} ranks: remove it")
 
 
 def _check_models(files: RankFiles, models: Mapping[int, dict[str, Any]], has_optimizer: bool) -> int:
@@ -111,7 +109,7 @@ def _check_models(files: RankFiles, models: Mapping[int, dict[str, Any]], has_op
     for other, model in models.items():
         for key in ("global_steps", "dp_world_size", "param_shapes", "frozen_param_shapes"):
             if model.get(key) != first.get(key):
-                raise CheckpointError(f"{files.file_name(other)}: its {key} are not those of rank {rank}: {OTHER_RUN}")
+                raise files.error(other, f"its {key} are not those of rank {rank}: {OTHER_RUN}")
     if is_partitioned:
         files.check_ranks(first.get("dp_world_size"))
     return 3 if is_partitioned else 2 if has_shapes else 0
@@ -128,7 +126,7 @@ def _load_optimizers(files: RankFiles, stage: int, trust: bool) -> list[dict[str
         state = content.get("optimizer_state_dict")
         groups = state.get(key) if isinstance(state, dict) else None
         if not isinstance(groups, list) or not all(isinstance(g, StoredTensor) and len(g.shape) == 1 for g in groups):
-            raise CheckpointError(f"{files.file_name(rank)}: it has no {key}: copy it again")
+            raise files.error(rank, f"it has no {key}: copy it again")
         counts = state.get("partition_count")
         files.check_ranks(max(counts) if isinstance(counts, list) else counts)
         if isinstance(counts, list) and len(set(counts)) > 1:
@@ -186,8 +184,7 @@ def _zero3_masters(
         position += shares[0]
     for rank, groups in zip(files.files, ranks, strict=True):
         if (count := _count(groups)) != position:
-            what = f"has {count} master weights, expected {position} for these parameters: {OTHER_RUN}"
-            raise CheckpointError(f"{files.file_name(rank)}: {what}")
+            raise files.error(rank, f"has {count} master weights, its parameters {position}: {OTHER_RUN}")
     return tensors
 
 

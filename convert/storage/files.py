@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,11 +107,7 @@ def count_bytes(total: int, on_progress: Callable[[int, int], None]) -> Callable
 
 def is_cached(path: Path) -> bool:
     """Whether a file, or the target of a link, is in a cache of the Hub."""
-    parts = path.resolve().parts
-    return any(
-        part.startswith(("models--", "datasets--", "spaces--")) and inside in ("blobs", "snapshots")
-        for part, inside in pairwise(parts)
-    )
+    return bool(re.search(r"/(models|datasets|spaces)--[^/]*/(blobs|snapshots)(/|$)", path.resolve().as_posix()))
 
 
 def is_hard_link(path: Path) -> bool:

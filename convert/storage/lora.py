@@ -4,7 +4,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from .overlay import CompositeCheckpoint, origin_of_base
 from .sources import ADAPTER
 from .tensors import CHUNK, ComputedTensor, StoredTensor, cast, load_float32, read_bytes, spans, to_bytes, torch_name
 
-
-if TYPE_CHECKING:
-    import torch
 
 MERGE_WITH_PEFT = "merge it with peft (model.merge_and_unload())"
 
@@ -215,7 +212,7 @@ def unwrap(checkpoint: Checkpoint) -> Checkpoint:
 def _merge(base: StoredTensor, a: StoredTensor, b: StoredTensor, scale: float) -> ComputedTensor:
     """The weight of a linear layer with its LoRA merged, base + scale * lora_B @ lora_A, in float32."""
 
-    def load(stored: StoredTensor) -> "torch.Tensor":
+    def load(stored: StoredTensor) -> Any:
         values = load_float32(stored)
         if not values.isfinite().all():
             raise CheckpointError(f"{stored.file}: the adapter holds NaN or infinity: it is broken")
