@@ -12,10 +12,9 @@ from .export.code_files import Code, find_code
 from .export.image_settings import read_image_settings
 from .models.aimv2_config import Tower, find_aimv2, size_name
 from .models.sailvl_parts import component_facts
-from .storage.checkpoint import Checkpoint, FileCheckpoint
+from .storage.checkpoint import Checkpoint, FileCheckpoint, recorded_hashes, value_problems
 from .storage.errors import CheckpointError, Problem
 from .storage.files import count_bytes, hash_file, is_hard_link
-from .storage.hashes import recorded_hashes, value_problems
 from .storage.sources import ENGINE_ENTRIES, PROVENANCE, LocalFolder, find_source, weight_files
 from .storage.tensors import StoredTensor, torch_name
 

@@ -22,9 +22,9 @@ from .export.model_types import auto_class_of
 from .export.provenance import versions
 from .export.tokenizer_files import generation_settings
 from .models.sailvl import verify_sailvl
+from .storage.checkpoint import recorded_hashes
 from .storage.errors import CheckpointError
 from .storage.files import read_json
-from .storage.hashes import recorded_hashes
 from .storage.output_folder import sync
 from .storage.sources import PROVENANCE
 from .verify.outputs import run_in_clean_process

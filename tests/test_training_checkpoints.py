@@ -27,8 +27,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from sailvit.convert import CheckpointError, convert_checkpoint, inspect_checkpoint
 from sailvit.convert.models.aimv2_names import LAYOUTS
 from sailvit.convert.models.name_tables import tensor_specs
-from sailvit.convert.storage.checkpoint import Checkpoint, FileCheckpoint
-from sailvit.convert.storage.hashes import check_values
+from sailvit.convert.storage.checkpoint import Checkpoint, FileCheckpoint, check_values
 from sailvit.convert.storage.overlay import Overlay
 from sailvit.convert.storage.sources import find_source
 from sailvit.convert.storage.tensors import StoredTensor, torch_name

@@ -10,9 +10,8 @@ import numpy as np
 from ..export.card import write_conversion_card
 from ..export.runtimes import RUNTIMES, SIZE_NAMES, check_expressible
 from ..plan import Options, output_dtype
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, check_values
 from ..storage.errors import CheckpointError, raise_if_any
-from ..storage.hashes import check_values
 from ..storage.tensors import StoredTensor, cast, to_bytes, torch_name
 from .aimv2_config import Tower, find_aimv2
 from .aimv2_names import POSITIONS, AIMv2Dimensions, get_layout, plan_layout

@@ -12,10 +12,9 @@ from typing import Any
 from ..export.card import write_conversion_card
 from ..export.model_types import auto_class_of
 from ..plan import Options, output_dtype
-from ..storage.checkpoint import Checkpoint
+from ..storage.checkpoint import Checkpoint, check_values
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.files import write_json
-from ..storage.hashes import check_values
 from ..storage.tensors import torch_name
 from ..verify.outputs import run_in_clean_process
 from .mapped_plan import MappedPlan

@@ -1,18 +1,20 @@
-"""Checkpoints: named tensors and the JSON files next to them, read on demand."""
+"""Checkpoints: named tensors and the JSON files next to them, read on demand; checks of their values."""
 
+import hashlib
 import math
 import re
+import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
 from .deepspeed_zero import MASTERS, read_zero
-from .errors import CheckpointError, Problem
+from .errors import CheckpointError, Problem, raise_if_any
 from .files import read_index, read_json
-from .safetensors_io import read_safetensors
-from .sources import ADAPTER, DCP_METADATA, ENGINE_ENTRIES, ZERO_PATTERN, Source, without_local_path
-from .tensors import StoredTensor
+from .safetensors_io import DOWNLOAD, read_safetensors
+from .sources import ADAPTER, DCP_METADATA, ENGINE_ENTRIES, PROVENANCE, ZERO_PATTERN, Source, without_local_path
+from .tensors import StoredTensor, is_finite
 from .torch_dcp import read_dcp
 from .torch_pickle import read_pickle, unpickling_errors
 from .training_record import read_training
@@ -28,7 +30,6 @@ class Checkpoint(ABC):
     entry: str  # the only weight file, the index of the shards, or one of ENGINE_ENTRIES
     trust_pickle: bool  # whether pickles may name unknown classes
     weight_map: Mapping[str, str]  # tensor name -> weight file
-    engine: Mapping[str, Any] = {}  # what a training framework stored about the training
     opened: Mapping[str, dict[str, StoredTensor]]  # weight files that were opened -> their tensors
     documents: Mapping[str, dict[str, Any]]  # JSON files that were read -> their content
 
@@ -91,12 +92,8 @@ class FileCheckpoint(Checkpoint):
             return read_index(self.source.path(self.entry))
         return dict.fromkeys(self.open(self.entry), self.entry)
 
-    @property
-    def engine(self) -> dict[str, Any]:
-        return self._engine_files[1]
-
     @cached_property
-    def _engine_files(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    def engine_files(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         """Tensors and metadata in the shards of a training framework; nothing for other entries."""
         with unpickling_errors(f"{self.source.name}/{self.entry}"):
             for suffix, read in ((ZERO_PATTERN, read_zero), (DCP_METADATA, read_dcp)):
@@ -107,7 +104,7 @@ class FileCheckpoint(Checkpoint):
     def open(self, file: str) -> dict[str, StoredTensor]:
         if file not in self.opened:
             if file.endswith(ENGINE_ENTRIES):
-                self.opened[file] = self._engine_files[0]
+                self.opened[file] = self.engine_files[0]
             elif file.endswith(".safetensors"):
                 self.opened[file] = read_safetensors(self.source.path(file), self.source.open_remote(file))
             else:
@@ -135,7 +132,7 @@ class FileCheckpoint(Checkpoint):
 
     def default_dtype(self, names: Collection[str] = ()) -> str | None:
         """float32, where fp32 master weights are next to rounded frozen parameters."""
-        tensors = self._engine_files[0]
+        tensors = self.engine_files[0]
         dtypes = {tensors[name].dtype for name in names or tensors if name in tensors}
         return "float32" if "F32" in dtypes and dtypes <= {"F32", "BF16", "F16"} and len(dtypes) > 1 else None
 
@@ -143,7 +140,7 @@ class FileCheckpoint(Checkpoint):
     def training_metadata(self) -> dict[str, Any]:
         """From the engine's files, trainer_state.json, and training.json or an earlier provenance.json."""
         metadata = read_training(self.document)
-        metadata |= {key: value for key, value in self.engine.items() if key != MASTERS and _is_plain(value)}
+        metadata |= {key: value for key, value in self.engine_files[1].items() if key != MASTERS and _is_plain(value)}
         if state := self.document(TRAINER_STATE):
             metadata.setdefault("engine", "transformers Trainer")
         for key, its_key in {"step": "global_step", "epoch": "epoch", "tokens_seen": "num_input_tokens_seen"}.items():
@@ -161,3 +158,55 @@ class FileCheckpoint(Checkpoint):
 def _is_plain(value: Any) -> bool:
     """Whether it is a number or a short text such as a version: files of engines may hold anything."""
     return type(value) in (int, float) or (isinstance(value, str) and bool(re.fullmatch(r"[\w.+ -]{1,40}", value)))
+
+
+def recorded_hashes(provenance: Mapping[str, Any], section: str) -> dict[str, str]:
+    """Map names in the "tensors" or "files" of provenance.json to their sha256; other forms raise a CheckpointError."""
+    try:
+        return {name: entry["sha256"] for name, entry in provenance.get(section, {}).items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{PROVENANCE}: its {section} are no map of hashes: remove the file") from error
+
+
+def check_values(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> None:
+    """
+    Raise a CheckpointError if a tensor, by its name in the checkpoint, is not what the source's provenance.json or the
+    checksum of its file recorded, where there are any.
+    """
+    hashes = recorded_hashes(checkpoint.document(PROVENANCE), "tensors")
+    if hashes or any(_has_checksum(tensor) for tensor in stored.values()):
+        raise_if_any(value_problems(stored, hashes), checkpoint.source.name)
+
+
+def value_problems(
+    tensors: Mapping[str, StoredTensor],
+    hashes: Mapping[str, str],
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> list[Problem]:
+    """
+    Read every tensor (by its name in the checkpoint), and the checksums of torch.save's archives; compare with `hashes`
+    (sha256 in hexadecimal). `on_progress` is called with the number of bytes read since the last call.
+    """
+    problems = []
+    for file in {tensor.file for tensor in tensors.values() if _has_checksum(tensor)}:
+        with zipfile.ZipFile(file) as archive:
+            if member := archive.testzip():
+                problems.append(Problem("values", file.name, f"{member} in it is corrupt: {DOWNLOAD}"))
+    for name, tensor in tensors.items():
+        digest, finite = hashlib.sha256(), True
+        for chunk in tensor.chunks():
+            finite = finite and is_finite(chunk, tensor.dtype)
+            if name in hashes:
+                digest.update(chunk)
+            on_progress(len(chunk))
+        if not finite:
+            problems.append(Problem("values", name, "holds NaN or infinity"))
+        if name in hashes and digest.hexdigest() != hashes[name]:
+            what = f"is not what {PROVENANCE} recorded: {DOWNLOAD}, or remove that file if it was changed"
+            problems.append(Problem("sha256", name, what))
+    return problems
+
+
+def _has_checksum(tensor: StoredTensor) -> bool:
+    """Whether its file may be an archive of torch.save; those of training frameworks are too large to read whole."""
+    return not tensor.file.name.endswith((".safetensors", DCP_METADATA, "_states.pt"))

@@ -18,7 +18,7 @@ from .tensors import FLOAT_BITS, ComputedTensor, StoredTensor, cast, read_bytes
 from .torch_pickle import OpaqueObject, read_saved
 
 
-MASTERS = "masters"  # key of Checkpoint.engine: names of the trained parameters
+MASTERS = "masters"  # key of the metadata: names of the trained parameters
 
 SAMPLE = 64  # master weights of every slice that are compared with the model's rounded weights
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, FileCheckpoint
 from .deepspeed_zero import MASTERS
 from .errors import CheckpointError
 from .names import find_ends, is_tied, strip_wrapper_prefixes
@@ -105,7 +105,7 @@ class AdaptedModel(CompositeCheckpoint):
 class MergedLoRA(AdaptedModel):
     """A base model with an adapter of peft merged into it: LoRA on linear layers, and `modules_to_save`."""
 
-    def __init__(self, adapter: Checkpoint, base: Checkpoint):
+    def __init__(self, adapter: FileCheckpoint, base: Checkpoint):
         super().__init__({"": adapter, "base/": base})
         self.adapter, self.base, self.config = adapter, base, adapter.document(ADAPTER)
         self.hint = f"is {base.source.name} the base?"
@@ -114,7 +114,7 @@ class MergedLoRA(AdaptedModel):
         ends = find_ends(base.weight_map)
         tied = {ends.embeddings, ends.head} if ends and is_tied(base.document("config.json")) else set()
         self._base_names = {strip_wrapper_prefixes(name): name for name in [*base.weight_map, *tied]}
-        trained = adapter.engine.get(MASTERS, adapter.weight_map)  # without frozen tensors of the base
+        trained = adapter.engine_files[1].get(MASTERS, adapter.weight_map)  # without frozen tensors of the base
         targets = self.parse(name for name in adapter.weight_map if name in trained)
         self.prefix = self._find_prefix([target for target, _ in targets.values()])
         for name, (target, role) in targets.items():

@@ -19,6 +19,7 @@ from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, ComputedTensor, StoredTensor
 NOT_SHARED = (PROVENANCE, TRAINER_STATE, ADAPTER, "README.md", "latest", DCP_METADATA)
 
 MODEL_PREFIXES = ("", "model.", "base_model.model.")  # that tools add to all names of a model
+ONE_RUN = "--average is for checkpoints of one run"
 
 
 class CompositeSource(Source):
@@ -30,10 +31,9 @@ class CompositeSource(Source):
     def __init__(self, sources: Mapping[str, Source]):
         self.sources, self.name, self.revision = sources, sources[""].name, sources[""].revision
         files = [(prefix, file) for prefix, source in sources.items() for file in source.files]
-        not_shared = (*WEIGHT_SUFFIXES, ".index.json", *NOT_SHARED)
-        self.locations = {
-            file: (prefix, file) for prefix, file in files if not ("/" in file or file.endswith(not_shared))
-        }
+        weights = (*WEIGHT_SUFFIXES, ".index.json")
+        shared = (each for each in files if "/" not in each[1] and each[1] not in NOT_SHARED)
+        self.locations = {file: (prefix, file) for prefix, file in shared if not file.endswith(weights)}
         self.locations |= {prefix + file: (prefix, file) for prefix, file in files}
         self.files = sorted(self.locations)
 
@@ -164,8 +164,7 @@ class Average(CompositeCheckpoint):
         for other in others:
             if different := sorted(first.weight_map.keys() ^ other.weight_map.keys()):
                 owner = first if different[0] in first.weight_map else other
-                what = f"{different[0]} is in {owner.source.name} only: --average is for checkpoints of one run"
-                raise CheckpointError(f"{other.source.name}: {what}")
+                raise CheckpointError(f"{other.source.name}: {different[0]} is in {owner.source.name} only: {ONE_RUN}")
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -177,7 +176,7 @@ class Average(CompositeCheckpoint):
         for part, tensor in zip(self.parts.values(), tensors, strict=True):
             if tensor.shape != first.shape:
                 what = f"{name} is {list(tensor.shape)}, {list(first.shape)} in {self.source.name}"
-                raise CheckpointError(f"{part.source.name}: {what}: --average is for checkpoints of one run")
+                raise CheckpointError(f"{part.source.name}: {what}: {ONE_RUN}")
             if tensor.dtype not in FLOAT_BITS:
                 raise CheckpointError(f"{part.source.name}: {name} is {tensor.dtype}: there is no mean of such numbers")
         return ComputedTensor(first.file, "F32", first.shape, read=partial(_mean, tensors), parents=tuple(tensors))

@@ -209,8 +209,9 @@ def find_engine(source: Source) -> str | None:
     tag = source.path("latest").read_text("utf-8", "replace").strip() if "latest" in source.files else None
     if tag is not None and (zero or tag.startswith(("global_step", "/", "."))):
         if tag not in zero:
-            what = f"its file `latest` names {tag!r}, which is no folder of DeepSpeed in it: copy that, or correct it"
-            raise CheckpointError(f"{source.name}: {what}")
+            raise CheckpointError(
+                f"{source.name}: `latest` names {tag!r}, no folder of DeepSpeed in it: copy or correct it"
+            )
         return f"{tag}/{ZERO_PATTERN}"
     if {*WEIGHTS} & {*source.files}:
         zero = {folder for folder in zero if re.fullmatch(r"global_step\d+", folder)}

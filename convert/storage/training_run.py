@@ -19,18 +19,11 @@ def open_checkpoint(
     trust_pickle: bool = False,
 ) -> Checkpoint:
     """
-    A checkpoint of any kind, in a file, a folder or a repository on the Hub, as `base` and those in `average` are.
-    Adapters are merged into their base; tensors that a training left out, or rounded without changing them, come from
-    the base.
-
-    Args:
-        revision: Branch, tag or commit of a `source` on the Hub.
-        base: What the training began with.
-        average: More checkpoints of the same run, to average with `source`.
-        trust_pickle: Whether pickles may name unknown classes.
-
-    Raises:
-        CheckpointError: One of them does not exist or is corrupt, or they do not belong together.
+    A checkpoint of any kind: a file, a folder or a repository on the Hub (at a branch, tag or commit, its `revision`),
+    as are `base`, which the training began with, and those in `average`, more checkpoints of the same run. Adapters are
+    merged into their base; tensors that a training left out, or rounded without changing them, come from the base.
+    With `trust_pickle`, pickles may name unknown classes. Raises a CheckpointError if one of them does not exist or is
+    corrupt, or they do not belong together.
     """
     checkpoint = _open_one(source, revision, base, trust_pickle)
     if not average:
