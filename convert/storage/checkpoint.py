@@ -169,10 +169,7 @@ def recorded_hashes(provenance: Mapping[str, Any], section: str) -> dict[str, st
 
 
 def check_values(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> None:
-    """
-    Raise a CheckpointError if a tensor, by its name in the checkpoint, is not what the source's provenance.json or the
-    checksum of its file recorded, where there are any.
-    """
+    """Raise a CheckpointError for a tensor that differs from the source's provenance.json or its file's checksum."""
     hashes = recorded_hashes(checkpoint.document(PROVENANCE), "tensors")
     if hashes or any(_has_checksum(tensor) for tensor in stored.values()):
         raise_if_any(value_problems(stored, hashes), checkpoint.source.name)

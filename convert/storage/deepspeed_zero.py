@@ -6,7 +6,6 @@ Opening reads the pickles that describe the tensors; the moments of the optimize
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -184,7 +183,7 @@ def _zero3_masters(
         position += shares[0]
     for rank, groups in zip(files.files, ranks, strict=True):
         if (count := _count(groups)) != position:
-            raise files.error(rank, f"has {count} master weights, its parameters {position}: {OTHER_RUN}")
+            raise files.error(rank, f"has {count} master weights, expected {position}: {OTHER_RUN}")
     return tensors
 
 
@@ -220,14 +219,12 @@ def _slice(parts: Iterable[StoredTensor], start: int, count: int) -> list[Comput
         size = math.prod(part.shape)
         first, last = max(start, 0), min(start + count, size)
         if first < last:
-            read = partial(_read_slice, part, first)
-            slices.append(ComputedTensor(part.file, part.dtype, (last - first,), read=read, parents=(part,)))
+            slices.append(ComputedTensor(
+                part.file, part.dtype, (last - first,), parents=(part,),
+                read=lambda begin, end, part=part, first=first: part.chunks(first + begin, first + end),
+            ))  # fmt: skip
         start -= size
     return slices
-
-
-def _read_slice(tensor: StoredTensor, first: int, start: int, stop: int) -> Iterator[np.ndarray]:
-    return tensor.chunks(first + start, first + stop)
 
 
 def _concatenate(parts: Sequence[StoredTensor], shape: Sequence[int], group: StoredTensor) -> ComputedTensor:

@@ -15,17 +15,14 @@ class VerificationError(RuntimeError):
 @dataclass(frozen=True)
 class Problem:
     """
-    Attributes:
-        kind: One of "missing", "unexpected", "empty", "shape", "dtype", "mixed", "values", "sha256" (tensors),
-            "file", "shard", "stray", "code" (files), "config", "layout"; before publishing also "load", "tokens",
-            "version", "secret", "path", "user", "card", "licence".
-        location: The tensor, file or field.
-        message: What is wrong with it, and the fix.
+    What is wrong with a checkpoint. Its kind is one of "missing", "unexpected", "empty", "shape", "dtype", "mixed",
+    "values", "sha256" (tensors), "file", "shard", "stray", "code" (files), "config", "layout"; before publishing also
+    "load", "tokens", "version", "secret", "path", "user", "card", "licence".
     """
 
     kind: str
-    location: str
-    message: str
+    location: str  # the tensor, file or field
+    message: str  # what is wrong with it, and the fix
 
     def __str__(self) -> str:
         return f"{self.location}: {self.message}"

@@ -75,11 +75,9 @@ def copy_file(source: Path, target: Path, on_progress: Callable[[int], None] = l
 
 def link_files(files: Mapping[Path, Path], hard: bool = False) -> dict[Path, str]:
     """
-    Create files without copying data, where the file system can; return REFLINKED or LINKED for each that was created.
-
-    Args:
-        files: New file -> existing file; symbolic links are followed.
-        hard: Allow hard links, except to files in the Hub's cache, which other programs share.
+    Create files (new -> existing; symbolic links are followed) without copying data, where the file system can. With
+    `hard` they may be hard links, except to files in the Hub's cache, which other programs share. Returns REFLINKED or
+    LINKED for each that was created.
     """
     made = {}
     for target, source in files.items():

@@ -49,8 +49,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             with suppress(OSError):  # no longer empty
                 parent.rmdir()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what = f"{os.strerror(error.errno)}: free some space; nothing was left there"
-            raise CheckpointError(f"{out}: {what}") from error
+            raise CheckpointError(f"{out}: {os.strerror(error.errno)}: free space; nothing was left there") from error
         raise
     finally:
         lock.release()

@@ -44,7 +44,7 @@ HEADER_BLOCK = 1 << 17  # bytes of one range request, where only headers are rea
 HUB_ERRORS = {
     "GatedRepoError": "access is granted on request: ask for it on the model's page, then `hf auth login`",
     "RepositoryNotFoundError": "no such folder here, and no such model on the Hub (private ones need `hf auth login`)",
-    "RevisionNotFoundError": "no revision {revision!r} on the Hub",
+    "RevisionNotFoundError": "no revision REVISION on the Hub",
     "OfflineModeIsEnabled": "no such folder here, and the Hub cannot be reached (offline)",
     "LocalEntryNotFoundError": "no such folder here, and the Hub cannot be reached (offline)",
 }
@@ -114,8 +114,7 @@ class HubRepository(Source):
         if not self.headers_only:
             return None
         with _hub_errors(self.name, self.revision):
-            name = f"{self.name}/{file}"
-            return HfFileSystem().open(name, "rb", revision=self.revision, block_size=HEADER_BLOCK)
+            return HfFileSystem().open(f"{self.name}/{file}", "rb", revision=self.revision, block_size=HEADER_BLOCK)
 
 
 def find_source(source: str, revision: str | None = None, headers_only: bool = False) -> tuple[Source, str]:
@@ -202,16 +201,12 @@ def find_engine(source: Source) -> str | None:
     are preferred if they have the names that trainers use. Raises a CheckpointError if there are several, or if
     DeepSpeed's `latest` names none of them.
     """
-    zero, dcp = (
-        {file.rpartition("/")[0] for file in source.files if file.endswith(suffix)}
-        for suffix in ("_model_states.pt", ".distcp")
-    )
+    suffixes = ("_model_states.pt", ".distcp")
+    zero, dcp = ({f.rpartition("/")[0] for f in source.files if f.endswith(suffix)} for suffix in suffixes)
     tag = source.path("latest").read_text("utf-8", "replace").strip() if "latest" in source.files else None
     if tag is not None and (zero or tag.startswith(("global_step", "/", "."))):
         if tag not in zero:
-            raise CheckpointError(
-                f"{source.name}: `latest` names {tag!r}, no folder of DeepSpeed in it: copy or correct it"
-            )
+            raise CheckpointError(f"{source.name}: `latest` names {tag!r}, no folder of DeepSpeed: copy or correct it")
         return f"{tag}/{ZERO_PATTERN}"
     if {*WEIGHTS} & {*source.files}:
         zero = {folder for folder in zero if re.fullmatch(r"global_step\d+", folder)}
@@ -264,9 +259,5 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         what = f"no such folder here, and the Hub does not answer: {first_line(error)}"
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             what = "the Hub denies access to this token, or to no token: `hf auth login`"
-        known = (
-            hint.format(revision=revision)
-            for kind, hint in HUB_ERRORS.items()
-            if isinstance(error, getattr(errors, kind))
-        )
-        raise CheckpointError(f"{name}: {next(known, what)}") from error
+        hints = (hint for kind, hint in HUB_ERRORS.items() if isinstance(error, getattr(errors, kind)))
+        raise CheckpointError(f"{name}: {next(hints, what).replace('REVISION', repr(revision))}") from error

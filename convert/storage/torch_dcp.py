@@ -66,8 +66,7 @@ def _position(path: Path, info: Any) -> tuple[str, int, int]:
         raise CheckpointError(f"{path}: it does not say where its tensors are: {CORRUPT}")
     if is_outside(file):
         raise CheckpointError(f"{path}: the file {file!r} is outside its folder")
-    if state.get("transform_descriptors"):
-        transforms = state["transform_descriptors"]
+    if transforms := state.get("transform_descriptors"):
         raise CheckpointError(f"{path}: its files are transformed ({transforms}): save it without transforms")
     return file, start, nbytes
 

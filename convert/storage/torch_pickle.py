@@ -1,6 +1,5 @@
 """
 Files of torch.save and other pickles, read by a restricted unpickler: nothing that a pickle names is imported or run.
-
 Known globals of torch become functions of this module, which compute positions in the file. Globals on an allow-list
 become inert OpaqueObjects. Any other global is an error; of a trusted file it becomes an OpaqueObject too.
 """
@@ -61,11 +60,8 @@ def read_pickle(path: Path, trust: bool = False) -> dict[str, StoredTensor]:
 
 def read_saved(path: Path, trust: bool = False, start: int = 0, length: int | None = None) -> Any:
     """
-    The object in a file of torch.save, with a StoredTensor for every tensor and an OpaqueObject for others.
-
-    Args:
-        trust: Whether objects of unknown classes become OpaqueObjects too, instead of a CheckpointError.
-        start, length: Its position in the file and its bytes, if the file has several.
+    The object in a file of torch.save, or in `length` bytes of a file from `start` on, with a StoredTensor for every
+    tensor and an OpaqueObject for others; with `trust` also for those of unknown classes, else a CheckpointError.
     """
     with unpickling_errors(path), FileSlice(path, start, length) as file:
         if file.read(len(BEFORE_1_6)) == BEFORE_1_6:
