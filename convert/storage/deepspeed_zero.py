@@ -169,11 +169,9 @@ def _shares(shape: Sequence[int], ranks: int) -> list[int]:
     return [max(min(share, count - rank * share), 0) for rank in range(ranks)]
 
 
-def _zero3_masters(
-    files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, ComputedTensor]:
+def _zero3_masters(files: RankFiles, model: dict[str, Any], states: list[dict[str, Any]]) -> dict[str, ComputedTensor]:
     """Every rank has its share of every parameter, padded to equal length, one after another in flat groups."""
-    ranks = [state["groups"] for state in optimizers]
+    ranks = [state["groups"] for state in states]
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     tensors, position = {}, 0
     for name, shape in shapes.items():
@@ -187,22 +185,20 @@ def _zero3_masters(
     return tensors
 
 
-def _zero2_masters(
-    files: RankFiles, model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, ComputedTensor]:
+def _zero2_masters(files: RankFiles, model: dict[str, Any], states: list[dict[str, Any]]) -> dict[str, ComputedTensor]:
     """The parameters of a group, each perhaps padded, one after another, are cut into one part a rank."""
     tensors: dict[str, ComputedTensor] = {}
-    if len(model["param_shapes"]) != len(optimizers[0]["groups"]):
+    if len(model["param_shapes"]) != len(states[0]["groups"]):
         raise CheckpointError(f"{files.name}: files of the model and of the optimizer are not of one run")
-    paddings = optimizers[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
-    spare = max(2 * len(optimizers), sum(sum(state.get("group_paddings") or (0,)) for state in optimizers))
+    paddings = states[0].get("param_alignment_paddings") or [None] * len(model["param_shapes"])
+    spare = max(2 * len(states), sum(sum(state.get("group_paddings") or (0,)) for state in states))
     for index, shapes in enumerate(model["param_shapes"]):
-        parts, position, stop = [state["groups"][index] for state in optimizers], 0, 0
+        parts, position, stop = [state["groups"][index] for state in states], 0, 0
         for (name, shape), padding in zip_longest(shapes.items(), paddings[index] or (), fillvalue=0):
             stop = position + math.prod(shape)
             tensors[name] = _concatenate(_slice(parts, position, stop - position), shape, parts[0])
             position = stop + padding
-        if not max(stop, position - 2 * len(optimizers)) <= _count(parts) <= position + spare:
+        if not max(stop, position - 2 * len(states)) <= _count(parts) <= position + spare:
             what = f"group {index} has {_count(parts)} master weights, expected {position} for its parameters"
             raise CheckpointError(f"{files.name}: {what}: files of several runs? Copy them again")
     return tensors

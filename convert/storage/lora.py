@@ -48,8 +48,7 @@ class AdaptedModel(CompositeCheckpoint):
         matrices = {role: self.adapter[change[role]] for role in ("lora_A", "lora_B", "whole") if role in change}
         shape, replacement = list(tensor.shape), matrices.pop("whole", None)
         if replacement and replacement.shape != tensor.shape:
-            found = list(replacement.shape)
-            raise self.error(f"{name}: expected {shape} as in the base, got {found}: {self.hint}")
+            raise self.error(f"{name}: expected {shape} as in the base, got {list(replacement.shape)}: {self.hint}")
         if replacement or not matrices:
             return replacement or tensor
         if len(matrices) == 1:
