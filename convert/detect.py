@@ -10,8 +10,16 @@ from .models.aimv2_config import find_aimv2
 from .models.aimv2_names import is_aimv2
 from .models.internlm2 import is_internlm2, plan_internlm2
 from .models.internvit import is_internvit, plan_internvit
-from .models.sailvl import PREFIXES, is_sailvl, plan_sailvl, sailvl_problems
-from .models.sailvl_parts import component_problems, is_connector, is_language_model, is_vision_encoder, plan_component
+from .models.sailvl import plan_sailvl
+from .models.sailvl_config import (
+    PREFIXES,
+    component_problems,
+    is_connector,
+    is_language_model,
+    is_sailvl,
+    is_vision_encoder,
+)
+from .models.sailvl_parts import plan_component
 from .plan import COMPONENTS, ConversionPlan, Options
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError, Problem
@@ -67,7 +75,9 @@ def _component(title: str, part: str, matches: Callable[[Collection[str], Mappin
 
 
 LORA = Architecture("LoRA", None, lambda names, config: "peft_type" in config or is_wrapped(names), _plan_lora)
-SAILVL = Architecture("SAIL-VL", "all", is_sailvl, plan_sailvl, sailvl_problems, ("insert_vision",))
+SAILVL = Architecture(
+    "SAIL-VL", "all", is_sailvl, plan_sailvl, partial(component_problems, part="all"), ("insert_vision",)
+)
 CONNECTOR = _component("connector", "connector", is_connector)
 INTERNLM2 = Architecture(
     "InternLM2", "language", lambda names, config: is_internlm2(names), plan_internlm2, options=("prefix",)

@@ -3,30 +3,29 @@ A complete SAIL-VL: the names of its tensors, and its conversion. Weight files t
 or, on request, hard-linked; the others are rewritten.
 """
 
-import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from ..export.card import write_conversion_card
 from ..export.image_settings import has_normalization
-from ..export.sailvl_files import build_processor, write_sailvl_files
+from ..export.sailvl_files import build_processor, own_template, write_sailvl_card, write_sailvl_files
 from ..export.tokenizer_files import (
     copy_tokenizer,
     find_image_token,
+    load_tokenizer,
     mark_tokenizer,
     padding_notes,
     write_generation_config,
 )
 from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint, FileCheckpoint
-from ..storage.errors import CheckpointError, Problem, VerificationError, raise_if_any
+from ..storage.errors import CheckpointError, VerificationError, raise_if_any
 from ..storage.files import (
     COPIED,
     LINKED,
@@ -38,21 +37,22 @@ from ..storage.files import (
     link_files,
     write_json,
 )
-from ..storage.names import without_wrapper_prefixes
 from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
-from ..storage.sources import WEIGHTS, Source, find_source, licence_of, public_name
-from ..storage.tensors import NewTensor, StoredTensor, cast_stream, torch_name
+from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
+from ..storage.tensors import NewTensor, StoredTensor, torch_name
 from ..storage.tied_embeddings import text_fields
 from ..verify.outputs import run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
 from .sailvl_config import (
-    MODEL_TYPES,
-    build_meta_model,
-    model_problems,
+    CONNECTOR,
+    VISION,
+    Names,
+    component_problems,
+    match_names,
     read_config,
+    renamed_tensors,
     vision_fields,
-    without_converted,
 )
 
 
@@ -60,71 +60,7 @@ if TYPE_CHECKING:
     from ...configuration_sailvl import SAILVLConfig
     from ...processing_sailvl import SAILVLProcessor
 
-VISION, CONNECTOR, LANGUAGE = "vision_model.", "mlp1.", "language_model."
-
-PREFIXES = {"vision": VISION, "connector": CONNECTOR, "language": LANGUAGE}
-
-COMPONENT_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|language_model)\.")
-
 TEMPLATE = "sailvl-chat"
-
-
-@dataclass(frozen=True)
-class Names:
-    """
-    The tensor names of a checkpoint, mapped to those of a SAIL-VL.
-
-    Attributes:
-        stored: Released name -> name in the checkpoint.
-        prefix: Prefix of all of them in the checkpoint.
-        wrappers: Name segments that wrappers such as torch.compile added.
-        others: Names without the prefix.
-    """
-
-    stored: dict[str, str]
-    prefix: str = ""
-    wrappers: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-
-    def under(self, prefix: str) -> dict[str, str]:
-        """Return those of one component, without its prefix -> name in the checkpoint."""
-        own = {name: stored_name for name, stored_name in self.stored.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): stored_name for name, stored_name in own.items()}
-
-    @property
-    def are_canonical(self) -> bool:
-        return not (self.prefix or self.wrappers or self.others)
-
-
-def match_names(names: Iterable[str]) -> Names:
-    """Raises CheckpointError if two names are the same without wrappers."""
-    cleaned, wrappers = without_wrapper_prefixes(names)
-    prefixes = Counter(match["prefix"] for short in cleaned if (match := COMPONENT_NAME.match(short)))
-    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
-    stored = {short.removeprefix(prefix): name for short, name in cleaned.items() if short.startswith(prefix)}
-    others = [name for short, name in cleaned.items() if not short.startswith(prefix)]
-    return Names(stored, prefix, wrappers, others)
-
-
-def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
-    """Whether there are names of a language model, and of a connector unless config.json has the model type."""
-    components = {name.split(".")[0] for name in match_names(names).stored}
-    return "language_model" in components and ("mlp1" in components or config.get("model_type") in MODEL_TYPES)
-
-
-def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
-    """
-    Return tensors that are written as they are stored, but for name and dtype.
-
-    Args:
-        names: Written name -> name in the checkpoint.
-    """
-
-    def tensor(name: str, stored_name: str) -> NewTensor:
-        stored = checkpoint[stored_name]
-        return NewTensor(name, dtype, stored.shape, lambda: cast_stream(stored, stored_name, dtype))
-
-    return [tensor(name, stored_name) for name, stored_name in names.items()]
 
 
 @dataclass(kw_only=True)
@@ -151,60 +87,52 @@ class SAILVLPlan(ConversionPlan):
     copied: int = 0
 
     def tensors(self) -> list[NewTensor]:
-        return [*renamed_tensors(self.checkpoint, self.names, self.dtype), *self._inserted_tensors()]
+        inserted = self.vision.tensors() if self.vision else []
+        renamed = renamed_tensors(self.checkpoint, self.names, self.dtype)
+        return renamed + [replace(tensor, name=VISION + tensor.name) for tensor in inserted]
 
     def source_tensors(self) -> Iterable[StoredTensor]:
         return map(self.checkpoint.__getitem__, self.checkpoint.weight_map)
-
-    def _inserted_tensors(self) -> list[NewTensor]:
-        tensors = self.vision.tensors() if self.vision else []
-        return [NewTensor(VISION + tensor.name, tensor.dtype, tensor.shape, tensor.chunks) for tensor in tensors]
 
     def write_weights(
         self, folder: Path, max_shard_size: int | str, on_progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         if not self.unchanged_files:
             return super().write_weights(folder, max_shard_size, on_progress)
-        shards, path = self._rewritten_shards(), self.checkpoint.source.path
-        files = {folder / name: path(file) for name, file in self._unchanged_names().items()}
+        source, weight_map, tensors = self.checkpoint.source, self._weight_map(), self.tensors()
+        rewritten = sorted({*weight_map.values()} - {*self.unchanged_files})
+        shards = {file: [tensor for tensor in tensors if weight_map[tensor.name] == file] for file in rewritten}
+        files = {folder / name: source.path(file) for name, file in self._unchanged_names().items()}
         made = link_files(files, self.link)
         self.placed = {target.name: made.get(target, COPIED) for target in files}
-        self.copied = sum(file.stat().st_size for target, file in files.items() if target not in made)
+        copies = {target: file for target, file in files.items() if target not in made}
+        self.copied = sum(file.stat().st_size for file in copies.values())
         total = self.copied + sum(tensor.nbytes for shard in shards.values() for tensor in shard)
         check_space(folder, total)
-        count = count_bytes(total, on_progress)
-        for target, file in files.items():
-            if target not in made:
-                copy_file(file, target, count)
-        digests = {file: _write_shard(folder / file, shard, count) for file, shard in shards.items()}
-        if self.checkpoint.entry.endswith(".index.json"):
-            self._write_index(folder / WEIGHTS[1], digests)
+        count, digests = count_bytes(total, on_progress), {}
+        for target, file in copies.items():
+            copy_file(file, target, count)
+        for file, shard in shards.items():
+            digests |= _write_shard(folder / file, shard, count)
+        if shards:
+            metadata = {"total_size": sum(tensor.nbytes for tensor in tensors)}
+            write_json(folder / WEIGHTS[1], {"metadata": metadata, "weight_map": weight_map})
+        elif self.checkpoint.entry.endswith(".index.json"):
+            shutil.copyfile(source.path(self.checkpoint.entry), folder / WEIGHTS[1])
         self.notes += self._placed_notes()
-        return {name: digest for file in digests for name, digest in digests[file].items()}
-
-    def _write_index(self, path: Path, written: Mapping[str, Iterable[str]]) -> None:
-        """Write the index of the shards; written: file -> tensors of the rewritten ones."""
-        if not written:
-            shutil.copyfile(self.checkpoint.source.path(self.checkpoint.entry), path)
-            return
-        weight_map = {name: self.checkpoint.weight_map[stored_name] for name, stored_name in self.names.items()}
-        weight_map |= {name: file for file, names in written.items() for name in names}
-        size = sum(tensor.nbytes for tensor in self.tensors())
-        write_json(path, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        return digests
 
     def _unchanged_names(self) -> dict[str, str]:
         """Return written name -> name in the source of the unchanged files."""
         is_sharded = self.checkpoint.entry.endswith(".index.json")
         return {file if is_sharded else WEIGHTS[0]: file for file in self.unchanged_files}
 
-    def _rewritten_shards(self) -> dict[str, list[NewTensor]]:
-        """Return file -> tensors, of files with tensors of the replaced vision encoder; the first gets the new ones."""
-        shards, weight_map = {}, self.checkpoint.weight_map
-        for file in [file for file in self.checkpoint.files if file not in self.unchanged_files]:
-            held = {name: stored for name, stored in self.names.items() if weight_map[stored] == file}
-            inserted = [] if shards else self._inserted_tensors()
-            shards[file] = [*renamed_tensors(self.checkpoint, held, self.dtype), *inserted]
-        return {file: shard for file, shard in shards.items() if shard}
+    def _weight_map(self) -> dict[str, str]:
+        """Return written name -> file; a new vision encoder goes to the first file that held the replaced one."""
+        files, unchanged = self.checkpoint.weight_map, {*self.unchanged_files}
+        first = next((file for file in self.checkpoint.files if file not in unchanged), "")
+        names = {tensor.name: self.names.get(tensor.name) for tensor in self.tensors()}
+        return {name: files[stored] if stored else first for name, stored in names.items()}
 
     def _placed_notes(self) -> list[str]:
         why = "this file system has no reflinks between the two (--link makes hard links)"
@@ -221,14 +149,13 @@ class SAILVLPlan(ConversionPlan):
         return [f"unchanged weight files: {count} {meaning[how]}" for how, count in counts]
 
     def write_folder(self, folder: Path) -> None:
-        fields = self.checkpoint.document("config.json")
+        source, fields = self.checkpoint.source, self.checkpoint.document("config.json")
         copy_tokenizer(self.checkpoint, folder)
         mark_tokenizer(folder, self.config.image_token)
         write_generation_config(self.checkpoint, folder)
         components = text_fields(fields), vision_fields(fields)
         write_sailvl_files(folder, self.config, *components, self.dtype, self.processor)
-        description = describe_sailvl(self.config, self.dtype)
-        write_conversion_card(folder, [self.checkpoint.source], description, CARD_TAGS)
+        write_sailvl_card(folder, [source], self.config, self.dtype)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         return verify_sailvl(folder)
@@ -239,15 +166,19 @@ class SAILVLPlan(ConversionPlan):
             record["placed"] = self.placed
         if self.vision:
             match, checkpoint = self.vision.match, self.vision.checkpoint
-            files = [file for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files]
-            record["inserted"] = {
-                **source_provenance(checkpoint.source, files), "layout": match.scheme.name, "prefix": match.prefix,
-            }  # fmt: skip
+            details = source_provenance(checkpoint, read_files(checkpoint))
+            record["inserted"] = {**details, "layout": match.scheme.name, "prefix": match.prefix}
         return record
 
 
-def source_provenance(source: Source, files: Iterable[str]) -> dict[str, Any]:
+def read_files(checkpoint: Checkpoint) -> list[str]:
+    """Return the files of the source that were read."""
+    return [file for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files]
+
+
+def source_provenance(checkpoint: Checkpoint, files: Iterable[str]) -> dict[str, Any]:
     """Return the entries of provenance.json about another source, with the hashes of the files that were read."""
+    source = checkpoint.source
     hashes = {file: {"sha256": hash_file(source.path(file))} for file in files}
     return {"name": public_name(source), "revision": source.revision, **licence_of(source), "files": hashes}
 
@@ -262,7 +193,7 @@ def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[in
 def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
     """Raises CheckpointError if the checkpoint is no complete SAIL-VL, or an option does not fit it."""
     source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
-    raise_if_any(sailvl_problems(checkpoint), source)
+    raise_if_any(component_problems(checkpoint, "all"), source)
     dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in names.stored.items()}, source)
     config, vision = read_config(checkpoint), None
     if options.insert_vision:
@@ -271,33 +202,18 @@ def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
     config.image_token_id = find_image_token(checkpoint, config)
     kept = {name: stored for name, stored in names.stored.items() if not (vision and name.startswith(VISION))}
     changed = {checkpoint.weight_map[names.stored[name]] for name in names.stored.keys() - kept.keys()}
-    if options.max_shard_size is not None or not names.are_canonical or not _loads_as_stored(checkpoint, dtype):
+    if options.max_shard_size is not None or names.are_renamed or not _loads_as_stored(checkpoint, dtype):
         changed = {*checkpoint.files}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(checkpoint, Path(scratch))
+    processor = build_processor(tokenizer, checkpoint, config, source, own_template(checkpoint))
+    unchanged = [file for file in checkpoint.files if file not in changed]
     plan = SAILVLPlan(
-        checkpoint=checkpoint,
-        dtype=dtype,
-        names=kept,
-        config=config,
-        processor=build_processor(checkpoint, config),
-        unchanged_files=[file for file in checkpoint.files if file not in changed],
-        vision=vision,
-        link=options.link,
-    )
+        checkpoint=checkpoint, dtype=dtype, names=kept, config=config, processor=processor, unchanged_files=unchanged,
+        vision=vision, link=options.link,
+    )  # fmt: skip
     plan.notes = _notes(plan, names)
     return plan
-
-
-def sailvl_problems(checkpoint: Checkpoint) -> list[Problem]:
-    """
-    Return the problems of the files; if there are none, those of the tensors: names and shapes that config.json does
-    not describe.
-    """
-    if problems := checkpoint.shard_problems():
-        return problems
-    names, config = match_names(checkpoint.weight_map), read_config(checkpoint)
-    model = build_meta_model(config, checkpoint.source.name)
-    problems = model_problems(checkpoint, names.stored, model, names.prefix)
-    return without_converted(problems, config.text_config.model_type, LANGUAGE)
 
 
 def _plan_insertion(
@@ -329,18 +245,17 @@ def _config_changes(vision: AIMv2Plan, checkpoint: Checkpoint) -> dict[str, Any]
 
 
 def _loads_as_stored(checkpoint: Checkpoint, dtype: str) -> bool:
-    """Whether transformers loads the weight files without changes, in this dtype."""
+    """Whether transformers loads the weight files as they are, in this dtype; version 4 refuses a format but "pt"."""
     if any(tensor.dtype != dtype for tensors in checkpoint.opened.values() for tensor in tensors.values()):
         return False
-    are_safetensors = all(file.endswith(".safetensors") and "/" not in file for file in checkpoint.files)
-    return are_safetensors and all(_has_pt_metadata(checkpoint.source.path(file)) for file in checkpoint.files)
-
-
-def _has_pt_metadata(path: Path) -> bool:
-    """Whether a safetensors file has no metadata, or that of the format "pt": transformers 4 loads no other."""
-    with safe_open(path, "np") as file:
-        metadata = file.metadata()
-    return metadata is None or metadata.get("format") == "pt"
+    for file in checkpoint.files:
+        if not file.endswith(".safetensors") or "/" in file:
+            return False
+        with safe_open(checkpoint.source.path(file), "np") as opened:
+            metadata = opened.metadata()
+        if metadata is not None and metadata.get("format") != "pt":
+            return False
+    return True
 
 
 def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
@@ -361,28 +276,12 @@ def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
         notes.append("the source has no image_mean and image_std: ImageNet's, which SAILViT uses, are assumed")
     if fields.get("template", TEMPLATE) != TEMPLATE:
         notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
-    for note in plan.vision.notes if plan.vision else ():
-        notes.append(f"inserted: {note}")
-    if (
-        rounded := sorted(map(torch_name, {tensor.dtype for tensor in plan.vision.source_tensors()} - {plan.dtype}))
-        if plan.vision
-        else []
-    ):
-        notes.append(f"inserted: {', '.join(rounded)} became {torch_name(plan.dtype)}, as the rest of the model is")
+    if plan.vision:
+        notes += [f"inserted: {note}" for note in plan.vision.notes]
+        dtypes = {tensor.dtype for tensor in plan.vision.source_tensors()} - {plan.dtype}
+        if rounded := ", ".join(sorted(map(torch_name, dtypes))):
+            notes.append(f"inserted: {rounded} became {torch_name(plan.dtype)}, as the rest of the model is")
     return notes
-
-
-CARD_TAGS = ("sailvl", "custom_code", "conversational")
-
-
-def describe_sailvl(config: "SAILVLConfig", dtype: str) -> str:
-    vision, text = config.vision_config, config.text_config
-    return (
-        f"A multimodal language model, {torch_name(dtype)}: a vision encoder ({vision.model_type}, width "
-        f"{vision.hidden_size}, {vision.num_hidden_layers} blocks), a connector and a language model "
-        f"({text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers). A tile becomes "
-        f"{config.image_seq_length} visual tokens."
-    )
 
 
 def verify_sailvl(folder: Path) -> dict[str, Any]:
