@@ -27,11 +27,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_te
 
 # Field of a release's config.json -> option of the image processor.
 TILING = {
-    "dynamic_image_size": "do_tile",
-    "min_dynamic_patch": "min_tiles",
-    "max_dynamic_patch": "max_tiles",
+    "dynamic_image_size": "do_tile", "min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles",
     "use_thumbnail": "use_thumbnail",
-}
+}  # fmt: skip
 
 
 def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +110,7 @@ def write_sailvl_card(
 
 
 def _image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
-    """
-    Return options of the image processor: its own where the source has them, else those of the release's config.json.
-
-    Raises:
-        CheckpointError: The source's settings are invalid, or not supported.
-    """
+    """Return options of the image processor: the source's own, else those of a release's config.json."""
     options, fields = read_json(PACKAGE / "preprocessor_config.json").keys(), checkpoint.document("config.json")
     settings = {key: value for key, value in read_image_settings(checkpoint).items() if key in options}
     if fields.get("pad2square"):
@@ -135,12 +128,12 @@ def build_processor(
     """
     Args:
         tokenizer: With the tokens of an image.
-        images: With the settings of the image processor; `options` replace them.
+        images: Its image settings are the processor's; `options` replace them.
         where: Names the model in an error.
         template: The chat template, if it is not SAIL-VL's.
 
     Raises:
-        CheckpointError: The settings are invalid, not supported, or out of range.
+        CheckpointError: The image settings are invalid, not supported, or out of range.
     """
     from ...image_processing_sailvit import SAILViTImageProcessor
     from ...processing_sailvl import SAILVLProcessor

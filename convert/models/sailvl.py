@@ -1,21 +1,24 @@
 """
-A complete SAIL-VL: the names of its tensors, and its conversion. Weight files that need no change are reflinked, copied
-or, on request, hard-linked; the others are rewritten.
+Conversion of a SAIL-VL, or of one of its components to a folder of its own. Weight files that need no change are
+reflinked, copied or, on request, hard-linked; the others are rewritten.
 """
 
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from ..export.image_settings import has_normalization
-from ..export.sailvl_files import build_processor, own_template, write_sailvl_card, write_sailvl_files
+from ..export.card import write_conversion_card
+from ..export.image_settings import clip_settings, has_normalization
+from ..export.model_types import auto_class_of
+from ..export.sailvl_files import build_processor, own_template, portable, write_sailvl_card, write_sailvl_files
 from ..export.tokenizer_files import (
+    VOCABULARIES,
     copy_tokenizer,
     find_image_token,
     load_tokenizer,
@@ -40,15 +43,18 @@ from ..storage.files import (
 from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
 from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
-from ..storage.tensors import NewTensor, StoredTensor, torch_name
+from ..storage.tensors import NewTensor, StoredTensor, load_float32, torch_name
 from ..storage.tied_embeddings import text_fields
-from ..verify.outputs import run_in_clean_process
+from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
 from .sailvl_config import (
     CONNECTOR,
     VISION,
+    Component,
     Names,
+    build_meta_component,
     component_problems,
+    find_component,
     match_names,
     read_config,
     renamed_tensors,
@@ -61,6 +67,8 @@ if TYPE_CHECKING:
     from ...processing_sailvl import SAILVLProcessor
 
 TEMPLATE = "sailvl-chat"
+
+CARDS = {"language": ("The language model", ()), "vision": ("The vision encoder", ("vision",))}  # title, tags
 
 
 @dataclass(kw_only=True)
@@ -197,8 +205,12 @@ def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
     dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in names.stored.items()}, source)
     config, vision = read_config(checkpoint), None
     if options.insert_vision:
-        vision = _plan_insertion(checkpoint, names, options, dtype, config)
-        config = read_config(checkpoint, **_config_changes(vision, checkpoint))
+        (taken,) = checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
+        vision = _plan_insertion(checkpoint, options, dtype, taken, config.pixel_shuffle_factor)
+        changes: dict[str, Any] = {"vision_config": {"model_type": "sailvit", **vision.fields}}
+        if "force_image_size" in checkpoint.document("config.json"):
+            changes["force_image_size"] = vision.fields["image_size"]
+        config = read_config(checkpoint, **changes)
     config.image_token_id = find_image_token(checkpoint, config)
     kept = {name: stored for name, stored in names.stored.items() if not (vision and name.startswith(VISION))}
     changed = {checkpoint.weight_map[names.stored[name]] for name in names.stored.keys() - kept.keys()}
@@ -216,32 +228,20 @@ def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
     return plan
 
 
-def _plan_insertion(
-    checkpoint: Checkpoint, names: Names, options: Options, dtype: str, config: "SAILVLConfig"
-) -> AIMv2Plan:
+def _plan_insertion(checkpoint: Checkpoint, options: Options, dtype: str, taken: int, factor: int) -> AIMv2Plan:
+    """Plan the conversion of the vision encoder to insert; taken: width of the connector's input."""
     origin, entry = find_source(str(options.insert_vision))
     plan = plan_aimv2(FileCheckpoint(origin, entry, checkpoint.trust_pickle), Options(dtype=torch_name(dtype)))
-    factor, (taken,) = config.pixel_shuffle_factor, checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
     width, grid = plan.fields["hidden_size"], plan.fields["image_size"] // plan.fields["patch_size"]
     if factor**2 * width != taken:
-        raise CheckpointError(
-            f"{origin.name}: the connector takes {taken} numbers: expected a width of {taken // factor**2} "
-            f"({factor} x {factor} tokens), got {width}: build a new model around it with `sailvit compose`"
-        )
+        expected = f"expected a width of {taken // factor**2} ({factor} x {factor} tokens), got {width}"
+        fix = "build a new model around it with `sailvit compose`"
+        raise CheckpointError(f"{origin.name}: the connector takes {taken} numbers: {expected}: {fix}")
     if grid % factor:
-        raise CheckpointError(
-            f"{origin.name}: the connector folds {factor} x {factor} tokens: expected a grid that {factor} divides, "
-            f"got {grid} x {grid} patches: convert it with another --image-size first"
-        )
+        expected = f"expected a grid that {factor} divides, got {grid} x {grid} patches"
+        fix = "convert it with another --image-size first"
+        raise CheckpointError(f"{origin.name}: the connector folds {factor} x {factor} tokens: {expected}: {fix}")
     return plan
-
-
-def _config_changes(vision: AIMv2Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the fields of config.json that another vision encoder changes."""
-    changes: dict[str, Any] = {"vision_config": {"model_type": "sailvit", **vision.fields}}
-    if "force_image_size" in checkpoint.document("config.json"):
-        changes["force_image_size"] = vision.fields["image_size"]
-    return changes
 
 
 def _loads_as_stored(checkpoint: Checkpoint, dtype: str) -> bool:
@@ -286,17 +286,96 @@ def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
 
 def verify_sailvl(folder: Path) -> dict[str, Any]:
     """
-    Load a folder in a clean process, and have its processor prepare an image and a question there; returns the counts
-    of tiles and placeholders.
+    Load a folder in a clean process, whose processor prepares an image; return the counts of tiles and placeholders.
 
     Raises:
         VerificationError: It does not load, or the processor makes another number of placeholders than the model takes.
     """
     counts = {key: int(value) for key, value in run_in_clean_process(folder, "AutoModelForImageTextToText").items()}
-    expected = counts["tiles"] * counts["image_seq_length"]
-    if counts["placeholders"] != expected or not expected:
-        raise VerificationError(
-            f"the folder's processor does not fit its model: expected {expected} placeholders for {counts['tiles']} "
-            f"tiles, got {counts['placeholders']}"
-        )
+    expected, got = counts["tiles"] * counts["image_seq_length"], counts["placeholders"]
+    if got != expected or not expected:
+        what = f"expected {expected} placeholders for {counts['tiles']} tiles, got {got}"
+        raise VerificationError(f"the folder's processor does not fit its model: {what}")
     return counts
+
+
+@dataclass(kw_only=True)
+class ComponentPlan(ConversionPlan):
+    """Writes one component of a SAIL-VL; config: its config.json, empty for a connector, which nothing loads alone."""
+
+    component: Component
+    config: dict[str, Any]
+
+    @property
+    def part(self) -> str:
+        return self.component.part
+
+    def tensors(self) -> list[NewTensor]:
+        prefix = CONNECTOR if self.part == "connector" else ""
+        names = {prefix + name: stored_name for name, stored_name in self.component.names.items()}
+        return renamed_tensors(self.checkpoint, names, self.dtype)
+
+    def source_tensors(self) -> Iterable[StoredTensor]:
+        return map(self.checkpoint.__getitem__, self.component.names.values())
+
+    def write_folder(self, folder: Path) -> None:
+        dtype, sources = torch_name(self.dtype), [self.checkpoint.source]
+        if self.part == "connector":
+            rows, columns = self.component.matrix_shape
+            what = (
+                f"The connector of a SAIL-VL, {dtype}: from {columns} numbers, those of a square of visual tokens, to "
+                f"the {rows} of its language model. It is part of a model: nothing loads it alone."
+            )
+            write_conversion_card(folder, sources, what, ["sailvl"])
+            return
+        write_json(folder / "config.json", {**self.config, "dtype": dtype})
+        if self.part == "vision":
+            settings = clip_settings(self.checkpoint, self.config["image_size"])
+            write_json(folder / "preprocessor_config.json", settings)
+        elif copy_tokenizer(self.checkpoint, folder):
+            write_generation_config(self.checkpoint, folder)
+        title, tags = CARDS[self.part]
+        write_conversion_card(folder, sources, f"{title} of a SAIL-VL: {self.config['model_type']}, {dtype}.", tags)
+
+    def verify(self, folder: Path) -> dict[str, Any] | None:
+        if self.part == "connector":
+            return None
+        outputs = run_in_clean_process(folder, auto_class_of(folder))
+        if self.part == "vision":
+            return self._compare_tokens(outputs)
+        return {"loaded": self.config["architectures"][0], "parameters": int(outputs["parameters"])}
+
+    def _compare_tokens(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare the folder's outputs on a test image with those of the source's weights."""
+        import torch
+        from transformers import AutoModel, __version__
+
+        config = build_meta_component(self.checkpoint.source.name, "vision", self.config).config
+        model, stored = AutoModel.from_config(config).float().eval(), self.checkpoint
+        model.load_state_dict(
+            {name: load_float32(stored[key], self.dtype) for name, key in self.component.names.items()}
+        )
+        with torch.inference_mode():
+            expected = model(outputs["pixel_values"]).last_hidden_state
+        return compare_outputs(outputs["tokens"], expected, f"{type(model).__name__} of transformers {__version__}")
+
+    def provenance(self) -> dict[str, Any]:
+        return {"source": {"layout": "sailvl", "prefix": self.component.prefix}, "part": self.part}
+
+
+def plan_component(checkpoint: Checkpoint, options: Options, part: str) -> ComponentPlan:
+    """Raises CheckpointError if the component is not complete, contradicts config.json, or transformers lacks it."""
+    source, found = checkpoint.source.name, find_component(checkpoint, part)
+    raise_if_any(component_problems(checkpoint, part), source)
+    config, title = {}, "the connector"
+    if part != "connector":
+        title = type(build_meta_component(source, part, found.config)).__name__
+        config = {**portable(found.config), "architectures": [title]}
+    dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in found.names.items()}, source)
+    plan = ComponentPlan(checkpoint=checkpoint, dtype=dtype, component=found, config=config)
+    plan.notes.append(f"{len(found.names)} of {len(checkpoint.weight_map)} names are under {found.prefix}: {title}")
+    if part == "language":
+        if not VOCABULARIES & {*checkpoint.source.files}:
+            plan.notes.append("there is no tokenizer next to the weights: none is written")
+        plan.notes += padding_notes(checkpoint)
+    return plan

@@ -27,7 +27,6 @@ PREFIXES = {"vision": VISION, "connector": CONNECTOR, "language": LANGUAGE, "all
 COMPONENT_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|language_model)\.")
 
 MODEL_TYPES = ("sailvl", "internvl_chat")
-AIMV2_TYPES = ("sailvit", "aimv2")  # what the model types of an AIMv2 start with
 VISION_FIELDS = {"hidden_size", "num_hidden_layers", "image_size", "patch_size"}
 
 
@@ -75,24 +74,20 @@ def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     return "language_model" in components and ("mlp1" in components or config.get("model_type") in MODEL_TYPES)
 
 
-def is_connector(names: Collection[str], config: Mapping[str, Any]) -> bool:
-    """Whether there is a SAIL-VL, or its connector alone."""
-    is_alone = bool(names) and all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names)
-    return is_alone or is_sailvl(names, config)
-
-
-def is_language_model(names: Collection[str], config: Mapping[str, Any]) -> bool:
-    """Whether there is a SAIL-VL, or a causal language model by config.json."""
-    classes = config.get("architectures")
-    return is_sailvl(names, config) or (isinstance(classes, list) and f"{classes}".endswith("ForCausalLM']"))
-
-
-def is_vision_encoder(names: Collection[str], config: Mapping[str, Any]) -> bool:
-    """Whether config.json, of a SAIL-VL or of a vision encoder alone, has the model type of one that is no AIMv2."""
-    is_part = is_sailvl(names, config)
-    fields = vision_fields(config) if is_part else config
-    is_other = not str(fields.get("model_type", "sailvit")).startswith(AIMV2_TYPES)
-    return is_other and (is_part or fields.keys() >= VISION_FIELDS)
+def is_component(names: Collection[str], config: Mapping[str, Any], part: str) -> bool:
+    """
+    Whether there is a SAIL-VL, or one component alone: a connector by its names, another by config.json. Of a vision
+    encoder that is an AIMv2, also in a SAIL-VL: false.
+    """
+    is_whole = is_sailvl(names, config)
+    if part == "connector":
+        return is_whole or (bool(names) and all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names))
+    if part == "language":
+        classes = config.get("architectures")
+        return is_whole or (isinstance(classes, list) and f"{classes}".endswith("ForCausalLM']"))
+    fields = vision_fields(config) if is_whole else config
+    is_aimv2 = str(fields.get("model_type", "sailvit")).startswith(("sailvit", "aimv2"))
+    return not is_aimv2 and (is_whole or fields.keys() >= VISION_FIELDS)
 
 
 def vision_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,16 +153,7 @@ def build_meta_model(config: "SAILVLConfig", source: str) -> "nn.Module":
 
 
 def build_meta_component(source: str, part: str, fields: Mapping[str, Any]) -> "nn.Module":
-    """
-    Return a vision encoder or language model on the meta device.
-
-    Args:
-        part: "vision" or "language".
-        fields: Its section of config.json.
-
-    Raises:
-        CheckpointError: transformers does not have it.
-    """
+    """Return a vision encoder or language model on the meta device; raises CheckpointError if transformers lacks it."""
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
     kept, auto_class = portable(fields), AutoModel if part == "vision" else AutoModelForCausalLM
