@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 from .conversion import convert_checkpoint
 from .detect import AIMV2, INTERNLM2, INTERNVIT, SAILVL, detect
 from .export.image_settings import has_normalization
-from .export.provenance import save_record
+from .export.provenance import read_files, save_record, source_provenance
 from .export.sailvl_files import build_processor, transformers_errors, write_sailvl_card, write_sailvl_files
 from .export.tokenizer_files import (
     END_OF_TURN,
     TOKENIZER_FILES,
     VOCABULARIES,
-    generation_settings,
     load_tokenizer,
     mark_tokenizer,
     padding_notes,
 )
-from .models.sailvl import read_files, source_provenance, verify_sailvl
+from .models.sailvl import verify_sailvl
 from .models.sailvl_config import build_meta_model
 from .plan import DTYPES, SHARD_SIZE, check_choice
 from .storage.checkpoint import Checkpoint, FileCheckpoint
@@ -35,8 +34,6 @@ from .storage.tensors import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..processing_sailvl import SAILVLProcessor
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # The special tokens of SAIL-VL's prompts, in the order in which its releases added them to Qwen2.5's tokenizer.
@@ -219,6 +216,7 @@ def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) ->
         with transformers_errors(f"{checkpoint.source.name}: the tokenizer does not load"):
             tokenizer.save_pretrained(folder)
             read_json(folder / "tokenizer.json")
+    mark_tokenizer(folder, IMAGE_TOKEN)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     added = {token: index for index, token in enumerate(missing, max(vocabulary.values()) + 1)}
@@ -226,7 +224,6 @@ def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) ->
         add_tokens(folder, added)
         notes.append(f"added to the tokenizer: {', '.join(f'{token} {index}' for token, index in added.items())}")
     notes += padding_notes(checkpoint)
-    mark_tokenizer(folder, IMAGE_TOKEN)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -237,14 +234,13 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     content["added_tokens"] += [{"id": index, "content": token, **flags} for token, index in added.items()]
     text = json.dumps(content, ensure_ascii=False, indent=2)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = generation_settings(read_json(path) if path.exists() else {})
+    config = read_json(folder / "tokenizer_config.json")
     decoder = {str(entry["id"]): {key: entry[key] for key in ("content", *flags)} for entry in content["added_tokens"]}
     named = config.get("additional_special_tokens") or []
     config |= {"added_tokens_decoder": decoder, "additional_special_tokens": [*named, *added]}
     config["pad_token"] = config.get("pad_token") or END_OF_TURN
     config["tokenizer_class"] = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
-    write_json(path, config)
+    write_json(folder / "tokenizer_config.json", config)
     if (folder / "added_tokens.json").exists():
         write_json(folder / "added_tokens.json", {**read_json(folder / "added_tokens.json"), **added})
 
@@ -254,12 +250,11 @@ def _resize_embeddings(model: "PreTrainedModel", tokenizer: Any, seed: int, note
     import torch
 
     rows, needed = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
-    if needed <= rows:
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.resize_token_embeddings(needed)
-    notes.append(f"embeddings: {needed - rows} new rows, {needed} now")
+    if needed > rows:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(needed)
+        notes.append(f"embeddings: {needed - rows} new rows, {needed} now")
 
 
 def _assemble(vision: Component, language: Component, tokenizer: Any, seed: int) -> "PreTrainedModel":
@@ -279,9 +274,7 @@ def _assemble(vision: Component, language: Component, tokenizer: Any, seed: int)
     return model.eval()
 
 
-def _write_files(
-    folder: Path, config: Any, processor: "SAILVLProcessor", vision: Component, language: Component
-) -> None:
+def _write_files(folder: Path, config: Any, processor: Any, vision: Component, language: Component) -> None:
     """Write everything but weights, tokenizer and provenance.json."""
     dtype, text = TORCH_DTYPES[language.dtype], processor.tokenizer
     fields = {**language.fields, "vocab_size": config.text_config.vocab_size}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ...configuration_sailvl import SAILVLConfig
     from ...processing_sailvl import SAILVLProcessor
 
+Fields = Mapping[str, Any]
+
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
 # Field of a release's config.json -> option of the image processor.
@@ -32,7 +34,7 @@ TILING = {
 }  # fmt: skip
 
 
-def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
+def portable(fields: Fields) -> dict[str, Any]:
     """
     Return a component's config without what belongs to the whole model, as every release of transformers reads it:
     what transformers >= 5 renamed is there under both names.
@@ -58,12 +60,7 @@ def transformers_errors(message: str, fix: str = "") -> Iterator[None]:
 
 
 def write_sailvl_files(
-    folder: Path,
-    config: "SAILVLConfig",
-    text: Mapping[str, Any],
-    vision: Mapping[str, Any],
-    dtype: str,
-    processor: "SAILVLProcessor",
+    folder: Path, config: "SAILVLConfig", text: Fields, vision: Fields, dtype: str, processor: "SAILVLProcessor"
 ) -> None:
     """
     Write config.json, the code and PROCESSOR_FILES; not the tokenizer.

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from ..export.card import write_conversion_card
 from ..export.image_settings import clip_settings, has_normalization
 from ..export.model_types import auto_class_of
+from ..export.provenance import read_files, source_provenance
 from ..export.sailvl_files import build_processor, own_template, portable, write_sailvl_card, write_sailvl_files
 from ..export.tokenizer_files import (
     VOCABULARIES,
@@ -29,37 +31,14 @@ from ..export.tokenizer_files import (
 from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint, FileCheckpoint
 from ..storage.errors import CheckpointError, VerificationError, raise_if_any
-from ..storage.files import (
-    COPIED,
-    LINKED,
-    REFLINKED,
-    copy_file,
-    count_bytes,
-    hash_file,
-    is_cached,
-    link_files,
-    write_json,
-)
+from ..storage.files import COPIED, LINKED, REFLINKED, copy_file, count_bytes, is_cached, link_files, write_json
 from ..storage.output_folder import check_space
 from ..storage.safetensors_io import write_weights
-from ..storage.sources import WEIGHTS, find_source, licence_of, public_name
-from ..storage.tensors import NewTensor, StoredTensor, load_float32, torch_name
-from ..storage.tied_embeddings import text_fields
+from ..storage.sources import WEIGHTS, find_source
+from ..storage.tensors import NewTensor, StoredTensor, cast_stream, load_float32, torch_name
 from ..verify.outputs import compare_outputs, run_in_clean_process
 from .aimv2 import AIMv2Plan, plan_aimv2
-from .sailvl_config import (
-    CONNECTOR,
-    VISION,
-    Component,
-    Names,
-    build_meta_component,
-    component_problems,
-    find_component,
-    match_names,
-    read_config,
-    renamed_tensors,
-    vision_fields,
-)
+from .sailvl_config import PREFIXES, Component, build_meta_component, component_problems, find_component, read_config
 
 
 if TYPE_CHECKING:
@@ -68,7 +47,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = "sailvl-chat"
 
-CARDS = {"language": ("The language model", ()), "vision": ("The vision encoder", ("vision",))}  # title, tags
+
+def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
+    """Return tensors as they are stored, but for name and dtype; names: written name -> name in the checkpoint."""
+    stored = {name: (checkpoint[stored_name], stored_name) for name, stored_name in names.items()}
+    return [NewTensor(name, dtype, one[0].shape, partial(cast_stream, *one, dtype)) for name, one in stored.items()]
 
 
 @dataclass(kw_only=True)
@@ -78,8 +61,6 @@ class SAILVLPlan(ConversionPlan):
 
     Attributes:
         names: Written name -> name in the checkpoint, without a replaced vision encoder.
-        config: As written.
-        processor: As written.
         vision: The vision encoder that replaces the source's.
         link: Whether unchanged files may be hard links.
         placed: Written name of an unchanged file -> REFLINKED, LINKED or COPIED.
@@ -97,7 +78,7 @@ class SAILVLPlan(ConversionPlan):
     def tensors(self) -> list[NewTensor]:
         inserted = self.vision.tensors() if self.vision else []
         renamed = renamed_tensors(self.checkpoint, self.names, self.dtype)
-        return renamed + [replace(tensor, name=VISION + tensor.name) for tensor in inserted]
+        return renamed + [replace(tensor, name=PREFIXES["vision"] + tensor.name) for tensor in inserted]
 
     def source_tensors(self) -> Iterable[StoredTensor]:
         return map(self.checkpoint.__getitem__, self.checkpoint.weight_map)
@@ -107,7 +88,7 @@ class SAILVLPlan(ConversionPlan):
     ) -> dict[str, str]:
         if not self.unchanged_files:
             return super().write_weights(folder, max_shard_size, on_progress)
-        source, weight_map, tensors = self.checkpoint.source, self._weight_map(), self.tensors()
+        source, tensors, weight_map = self.checkpoint.source, self.tensors(), self._weight_map()
         rewritten = sorted({*weight_map.values()} - {*self.unchanged_files})
         shards = {file: [tensor for tensor in tensors if weight_map[tensor.name] == file] for file in rewritten}
         files = {folder / name: source.path(file) for name, file in self._unchanged_names().items()}
@@ -157,13 +138,12 @@ class SAILVLPlan(ConversionPlan):
         return [f"unchanged weight files: {count} {meaning[how]}" for how, count in counts]
 
     def write_folder(self, folder: Path) -> None:
-        source, fields = self.checkpoint.source, self.checkpoint.document("config.json")
         copy_tokenizer(self.checkpoint, folder)
         mark_tokenizer(folder, self.config.image_token)
         write_generation_config(self.checkpoint, folder)
-        components = text_fields(fields), vision_fields(fields)
-        write_sailvl_files(folder, self.config, *components, self.dtype, self.processor)
-        write_sailvl_card(folder, [source], self.config, self.dtype)
+        text, vision = (find_component(self.checkpoint, part).config for part in ("language", "vision"))
+        write_sailvl_files(folder, self.config, text, vision, self.dtype, self.processor)
+        write_sailvl_card(folder, [self.checkpoint.source], self.config, self.dtype)
 
     def verify(self, folder: Path) -> dict[str, Any]:
         return verify_sailvl(folder)
@@ -179,18 +159,6 @@ class SAILVLPlan(ConversionPlan):
         return record
 
 
-def read_files(checkpoint: Checkpoint) -> list[str]:
-    """Return the files of the source that were read."""
-    return [file for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files]
-
-
-def source_provenance(checkpoint: Checkpoint, files: Iterable[str]) -> dict[str, Any]:
-    """Return the entries of provenance.json about another source, with the hashes of the files that were read."""
-    source = checkpoint.source
-    hashes = {file: {"sha256": hash_file(source.path(file))} for file in files}
-    return {"name": public_name(source), "revision": source.revision, **licence_of(source), "files": hashes}
-
-
 def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[int], None]) -> dict[str, str]:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         digests = write_weights(Path(scratch), tensors, 1 << 62, on_progress)
@@ -200,21 +168,23 @@ def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[in
 
 def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
     """Raises CheckpointError if the checkpoint is no complete SAIL-VL, or an option does not fit it."""
-    source, names = checkpoint.source.name, match_names(checkpoint.weight_map)
+    source, found = checkpoint.source.name, find_component(checkpoint, "all")
+    names = found.names
     raise_if_any(component_problems(checkpoint, "all"), source)
-    dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in names.stored.items()}, source)
+    dtype = output_dtype(options.dtype, {name: checkpoint[stored] for name, stored in names.items()}, source)
     config, vision = read_config(checkpoint), None
     if options.insert_vision:
-        (taken,) = checkpoint[names.stored[CONNECTOR + "0.weight"]].shape
+        (taken,) = checkpoint[names[PREFIXES["connector"] + "0.weight"]].shape
         vision = _plan_insertion(checkpoint, options, dtype, taken, config.pixel_shuffle_factor)
         changes: dict[str, Any] = {"vision_config": {"model_type": "sailvit", **vision.fields}}
         if "force_image_size" in checkpoint.document("config.json"):
             changes["force_image_size"] = vision.fields["image_size"]
         config = read_config(checkpoint, **changes)
     config.image_token_id = find_image_token(checkpoint, config)
-    kept = {name: stored for name, stored in names.stored.items() if not (vision and name.startswith(VISION))}
-    changed = {checkpoint.weight_map[names.stored[name]] for name in names.stored.keys() - kept.keys()}
-    if options.max_shard_size is not None or names.are_renamed or not _loads_as_stored(checkpoint, dtype):
+    kept = {name: stored for name, stored in names.items() if not (vision and name.startswith(PREFIXES["vision"]))}
+    changed = {checkpoint.weight_map[names[name]] for name in names.keys() - kept.keys()}
+    is_renamed = found.prefix or found.wrappers or found.others
+    if options.max_shard_size is not None or is_renamed or not _loads_as_stored(checkpoint, dtype):
         changed = {*checkpoint.files}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(checkpoint, Path(scratch))
@@ -224,7 +194,7 @@ def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
         checkpoint=checkpoint, dtype=dtype, names=kept, config=config, processor=processor, unchanged_files=unchanged,
         vision=vision, link=options.link,
     )  # fmt: skip
-    plan.notes = _notes(plan, names)
+    plan.notes = _notes(plan, found)
     return plan
 
 
@@ -258,17 +228,17 @@ def _loads_as_stored(checkpoint: Checkpoint, dtype: str) -> bool:
     return True
 
 
-def _notes(plan: SAILVLPlan, names: Names) -> list[str]:
+def _notes(plan: SAILVLPlan, found: Component) -> list[str]:
     config, fields = plan.config, plan.checkpoint.document("config.json")
     vision, text = config.vision_config, config.text_config
     notes = [
         f"a SAIL-VL: {vision.model_type} of width {vision.hidden_size}, {text.model_type} of width {text.hidden_size}, "
         f"{config.image_seq_length} visual tokens a tile"
     ]
-    if names.wrappers:
-        notes.append(f"removed from the names: {', '.join(names.wrappers)}")
-    if names.others:
-        notes.append(f"dropped, not part of the model: {len(names.others)} tensors ({names.others[0]}, ...)")
+    if found.wrappers:
+        notes.append(f"removed from the names: {', '.join(found.wrappers)}")
+    if found.others:
+        notes.append(f"dropped, not part of the model: {len(found.others)} tensors ({found.others[0]}, ...)")
     if plan.unchanged_files:
         notes.append(f"{len(plan.unchanged_files)} of {len(plan.checkpoint.files)} weight files are unchanged")
     notes += padding_notes(plan.checkpoint)
@@ -311,7 +281,7 @@ class ComponentPlan(ConversionPlan):
         return self.component.part
 
     def tensors(self) -> list[NewTensor]:
-        prefix = CONNECTOR if self.part == "connector" else ""
+        prefix = PREFIXES["connector"] if self.part == "connector" else ""
         names = {prefix + name: stored_name for name, stored_name in self.component.names.items()}
         return renamed_tensors(self.checkpoint, names, self.dtype)
 
@@ -334,8 +304,9 @@ class ComponentPlan(ConversionPlan):
             write_json(folder / "preprocessor_config.json", settings)
         elif copy_tokenizer(self.checkpoint, folder):
             write_generation_config(self.checkpoint, folder)
-        title, tags = CARDS[self.part]
-        write_conversion_card(folder, sources, f"{title} of a SAIL-VL: {self.config['model_type']}, {dtype}.", tags)
+        title, tags = ("vision encoder", ["vision"]) if self.part == "vision" else ("language model", [])
+        description = f"The {title} of a SAIL-VL: {self.config['model_type']}, {dtype}."
+        write_conversion_card(folder, sources, description, tags)
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         if self.part == "connector":

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from ..export.sailvl_files import portable, transformers_errors
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
-from ..storage.tensors import NewTensor, cast_stream, is_same, torch_name
+from ..storage.tensors import is_same, torch_name
 from ..storage.tied_embeddings import text_fields
 
 
@@ -30,55 +29,23 @@ MODEL_TYPES = ("sailvl", "internvl_chat")
 VISION_FIELDS = {"hidden_size", "num_hidden_layers", "image_size", "patch_size"}
 
 
-@dataclass(frozen=True)
-class Names:
-    """
-    The tensor names of a checkpoint, mapped to those of a SAIL-VL.
-
-    Attributes:
-        stored: Released name -> name in the checkpoint.
-        prefix: Prefix of all of them in the checkpoint.
-        wrappers: Name segments that wrappers such as torch.compile added.
-        others: Names without the prefix.
-    """
-
-    stored: dict[str, str]
-    prefix: str
-    wrappers: list[str]
-    others: list[str]
-
-    @property
-    def are_renamed(self) -> bool:
-        return bool(self.prefix or self.wrappers or self.others)
-
-
-def match_names(names: Iterable[str]) -> Names:
-    """Raises CheckpointError if two names are the same without wrappers."""
+def _match_names(names: Iterable[str]) -> tuple[dict[str, str], str, list[str], list[str]]:
+    """Return name in a SAIL-VL -> name in the checkpoint, their prefix there, wrapper segments, and the other names."""
     cleaned, wrappers = without_wrapper_prefixes(names)
     prefixes = Counter(match["prefix"] for short in cleaned if (match := COMPONENT_NAME.match(short)))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
     stored = {short.removeprefix(prefix): name for short, name in cleaned.items() if short.startswith(prefix)}
-    others = [name for short, name in cleaned.items() if not short.startswith(prefix)]
-    return Names(stored, prefix, wrappers, others)
-
-
-def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
-    """Return tensors as they are stored, but for name and dtype; names: written name -> name in the checkpoint."""
-    stored = {name: (checkpoint[stored_name], stored_name) for name, stored_name in names.items()}
-    return [NewTensor(name, dtype, one[0].shape, partial(cast_stream, *one, dtype)) for name, one in stored.items()]
+    return stored, prefix, wrappers, [name for short, name in cleaned.items() if not short.startswith(prefix)]
 
 
 def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     """Whether there are names of a language model, and of a connector unless config.json has the model type."""
-    components = {name.split(".")[0] for name in match_names(names).stored}
+    components = {name.split(".")[0] for name in _match_names(names)[0]}
     return "language_model" in components and ("mlp1" in components or config.get("model_type") in MODEL_TYPES)
 
 
 def is_component(names: Collection[str], config: Mapping[str, Any], part: str) -> bool:
-    """
-    Whether there is a SAIL-VL, or one component alone: a connector by its names, another by config.json. Of a vision
-    encoder that is an AIMv2, also in a SAIL-VL: false.
-    """
+    """Whether there is a SAIL-VL, or one component alone; of vision encoders only if it is no AIMv2."""
     is_whole = is_sailvl(names, config)
     if part == "connector":
         return is_whole or (bool(names) and all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names))
@@ -103,16 +70,20 @@ class Component:
 
     Attributes:
         part: One of PARTS.
+        config: Its section of config.json; all of it for a connector, all components, or in a folder of its own.
         names: Name without the prefix -> name in the checkpoint.
         prefix: Prefix in the checkpoint.
-        config: Its section of config.json; all of it for a connector, all components, or in a folder of its own.
+        wrappers: Name segments that wrappers such as torch.compile added.
+        others: Names that are not of a SAIL-VL.
     """
 
     checkpoint: Checkpoint
     part: str
+    config: Mapping[str, Any] = field(repr=False)
     names: dict[str, str]
     prefix: str
-    config: Mapping[str, Any] = field(repr=False)
+    wrappers: list[str]
+    others: list[str]
 
     @property
     def matrix_shape(self) -> tuple[int | None, int | None]:
@@ -122,14 +93,14 @@ class Component:
 
 
 def find_component(checkpoint: Checkpoint, part: str) -> Component:
-    """Return one component, or with "all" all of them."""
-    config, names = checkpoint.document("config.json"), match_names(checkpoint.weight_map)
+    """Return one component, or all of them; raises CheckpointError if two names are the same without wrappers."""
+    config, (stored, prefix, *rest) = checkpoint.document("config.json"), _match_names(checkpoint.weight_map)
     is_alone = part != "connector" and not is_sailvl(checkpoint.weight_map, config)
     inner = "" if is_alone else PREFIXES[part]
     if inner in (VISION, LANGUAGE):
         config = vision_fields(config) if inner == VISION else text_fields(config)
-    own = {name.removeprefix(inner): stored for name, stored in names.stored.items() if name.startswith(inner)}
-    return Component(checkpoint, part, own, names.prefix + inner, config)
+    names = {name.removeprefix(inner): stored[name] for name in stored if name.startswith(inner)}
+    return Component(checkpoint, part, config, names, prefix + inner, *rest)
 
 
 def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
