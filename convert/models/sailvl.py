@@ -102,7 +102,9 @@ class SAILVLPlan(ConversionPlan):
         for target, file in copies.items():
             copy_file(file, target, count)
         for file, shard in shards.items():
-            digests |= _write_shard(folder / file, shard, count)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                digests |= write_weights(Path(scratch), shard, 1 << 62, count)
+                Path(scratch, WEIGHTS[0]).rename(folder / file)
         if shards:
             metadata = {"total_size": sum(tensor.nbytes for tensor in tensors)}
             write_json(folder / WEIGHTS[1], {"metadata": metadata, "weight_map": weight_map})
@@ -157,13 +159,6 @@ class SAILVLPlan(ConversionPlan):
             details = source_provenance(checkpoint, read_files(checkpoint))
             record["inserted"] = {**details, "layout": match.scheme.name, "prefix": match.prefix}
         return record
-
-
-def _write_shard(path: Path, tensors: list[NewTensor], on_progress: Callable[[int], None]) -> dict[str, str]:
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        digests = write_weights(Path(scratch), tensors, 1 << 62, on_progress)
-        (Path(scratch) / WEIGHTS[0]).rename(path)
-    return digests
 
 
 def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:

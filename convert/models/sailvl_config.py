@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -116,11 +116,16 @@ def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
         return SAILVLConfig.from_dict({**fields, **changes, "model_type": SAILVLConfig.model_type})
 
 
-def build_meta_model(config: "SAILVLConfig", source: str) -> "nn.Module":
-    """Return the model on the meta device; raises CheckpointError if transformers does not have a component."""
+def build_meta_model(config: "PretrainedConfig", source: str, auto_class: Any = None) -> "nn.Module":
+    """Return a SAIL-VL, or a model by its Auto class, on the meta device; raises CheckpointError if that fails."""
+    import torch
+
     from ...modeling_sailvl import SAILVLForConditionalGeneration
 
-    return _build_on_meta(lambda: SAILVLForConditionalGeneration(config), source)
+    with transformers_errors(f"{source}: config.json"), torch.device("meta"):
+        model = auto_class.from_config(config) if auto_class else SAILVLForConditionalGeneration(config)
+    model.tie_weights()
+    return model
 
 
 def build_meta_component(source: str, part: str, fields: Mapping[str, Any]) -> "nn.Module":
@@ -134,16 +139,9 @@ def build_meta_component(source: str, part: str, fields: Mapping[str, Any]) -> "
     if (model_type := kept.pop("model_type", None)) not in CONFIG_MAPPING:
         what = f"expected a {part} model type that the installed transformers has, got {model_type!r}"
         raise CheckpointError(f"{source}: config.json: {what}: install a newer transformers, or correct model_type")
-    return _build_on_meta(lambda: auto_class.from_config(CONFIG_MAPPING[model_type](**kept)), source)
-
-
-def _build_on_meta(build: "Callable[[], nn.Module]", source: str) -> "nn.Module":
-    import torch
-
-    with transformers_errors(f"{source}: config.json"), torch.device("meta"):
-        model = build()
-    model.tie_weights()
-    return model
+    with transformers_errors(f"{source}: config.json"):
+        config = CONFIG_MAPPING[model_type](**kept)
+    return build_meta_model(config, source, auto_class)
 
 
 def component_problems(checkpoint: Checkpoint, part: str) -> list[Problem]:
