@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from ...configuration_sailvl import SAILVLConfig
     from ...processing_sailvl import SAILVLProcessor
 
-TEMPLATE = "sailvl-chat"
-
 
 def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
     """Return tensors as they are stored, but for name and dtype; names: written name -> name in the checkpoint."""
@@ -224,7 +222,7 @@ def _loads_as_stored(checkpoint: Checkpoint, dtype: str) -> bool:
 
 
 def _notes(plan: SAILVLPlan, found: Component) -> list[str]:
-    config, fields = plan.config, plan.checkpoint.document("config.json")
+    config, template = plan.config, plan.checkpoint.document("config.json").get("template", "sailvl-chat")
     vision, text = config.vision_config, config.text_config
     notes = [
         f"a SAIL-VL: {vision.model_type} of width {vision.hidden_size}, {text.model_type} of width {text.hidden_size}, "
@@ -239,8 +237,8 @@ def _notes(plan: SAILVLPlan, found: Component) -> list[str]:
     notes += padding_notes(plan.checkpoint)
     if not has_normalization(plan.checkpoint):
         notes.append("the source has no image_mean and image_std: ImageNet's, which SAILViT uses, are assumed")
-    if fields.get("template", TEMPLATE) != TEMPLATE:
-        notes.append(f"the source's prompt is {fields['template']!r}; chat_template.jinja is that of {TEMPLATE!r}")
+    if template != "sailvl-chat":
+        notes.append(f"the source's prompt is {template!r}; chat_template.jinja is that of 'sailvl-chat'")
     if plan.vision:
         notes += [f"inserted: {note}" for note in plan.vision.notes]
         dtypes = {tensor.dtype for tensor in plan.vision.source_tensors()} - {plan.dtype}
@@ -287,10 +285,8 @@ class ComponentPlan(ConversionPlan):
         dtype, sources = torch_name(self.dtype), [self.checkpoint.source]
         if self.part == "connector":
             rows, columns = self.component.matrix_shape
-            what = (
-                f"The connector of a SAIL-VL, {dtype}: from {columns} numbers, those of a square of visual tokens, to "
-                f"the {rows} of its language model. It is part of a model: nothing loads it alone."
-            )
+            widths = f"from {columns} numbers, those of a square of visual tokens, to the {rows} of its language model"
+            what = f"The connector of a SAIL-VL, {dtype}: {widths}. It is part of a model: nothing loads it alone."
             write_conversion_card(folder, sources, what, ["sailvl"])
             return
         write_json(folder / "config.json", {**self.config, "dtype": dtype})
@@ -316,11 +312,10 @@ class ComponentPlan(ConversionPlan):
         import torch
         from transformers import AutoModel, __version__
 
-        config = build_meta_component(self.checkpoint.source.name, "vision", self.config).config
-        model, stored = AutoModel.from_config(config).float().eval(), self.checkpoint
-        model.load_state_dict(
-            {name: load_float32(stored[key], self.dtype) for name, key in self.component.names.items()}
-        )
+        stored, names = self.checkpoint, self.component.names
+        model = AutoModel.from_config(build_meta_component(stored.source.name, "vision", self.config).config)
+        model = model.float().eval()
+        model.load_state_dict({name: load_float32(stored[key], self.dtype) for name, key in names.items()})
         with torch.inference_mode():
             expected = model(outputs["pixel_values"]).last_hidden_state
         return compare_outputs(outputs["tokens"], expected, f"{type(model).__name__} of transformers {__version__}")

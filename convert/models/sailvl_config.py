@@ -25,7 +25,6 @@ VISION, CONNECTOR, LANGUAGE = "vision_model.", "mlp1.", "language_model."
 PREFIXES = {"vision": VISION, "connector": CONNECTOR, "language": LANGUAGE, "all": ""}
 COMPONENT_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|language_model)\.")
 
-MODEL_TYPES = ("sailvl", "internvl_chat")
 VISION_FIELDS = {"hidden_size", "num_hidden_layers", "image_size", "patch_size"}
 
 
@@ -41,7 +40,9 @@ def _match_names(names: Iterable[str]) -> tuple[dict[str, str], str, list[str], 
 def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     """Whether there are names of a language model, and of a connector unless config.json has the model type."""
     components = {name.split(".")[0] for name in _match_names(names)[0]}
-    return "language_model" in components and ("mlp1" in components or config.get("model_type") in MODEL_TYPES)
+    return "language_model" in components and (
+        "mlp1" in components or config.get("model_type") in ("sailvl", "internvl_chat")
+    )
 
 
 def is_component(names: Collection[str], config: Mapping[str, Any], part: str) -> bool:
