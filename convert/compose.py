@@ -3,43 +3,37 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .conversion import convert_checkpoint
 from .detect import AIMV2, INTERNLM2, INTERNVIT, SAILVL, detect
-from .export.card import write_conversion_card
 from .export.image_settings import has_normalization
-from .export.provenance import save_record
-from .export.sailvl_files import PROCESSOR_FILES, new_processor, sailvl_image_settings, write_sailvl_files
+from .export.provenance import read_files, save_record, source_provenance
+from .export.sailvl_files import build_processor, transformers_errors, write_sailvl_card, write_sailvl_files
 from .export.tokenizer_files import (
     END_OF_TURN,
     TOKENIZER_FILES,
     VOCABULARIES,
-    generation_settings,
     load_tokenizer,
     mark_tokenizer,
     padding_notes,
 )
-from .models.sailvl import CARD_TAGS, describe_sailvl, source_provenance, verify_sailvl
+from .models.sailvl import verify_sailvl
 from .models.sailvl_config import build_meta_model
 from .plan import DTYPES, SHARD_SIZE, check_choice
 from .storage.checkpoint import Checkpoint, FileCheckpoint
 from .storage.errors import CheckpointError
-from .storage.files import first_line, hash_file, read_json, write_json
+from .storage.files import hash_file, read_json, write_json
 from .storage.output_folder import check_free, new_folder
-from .storage.sources import check_separate, find_source, licence_of, public_name
+from .storage.sources import Source, check_separate, find_source, licence_of, public_name
 from .storage.tensors import TORCH_DTYPES
 
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ..processing_sailvl import SAILVLProcessor
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # The special tokens of SAIL-VL's prompts, in the order in which its releases added them to Qwen2.5's tokenizer.
@@ -75,13 +69,6 @@ class Component:
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
-
-    def licence(self) -> str:
-        """Return a sentence for the card."""
-        card = licence_of(self.checkpoint.source)
-        named = card.get("license_name") or card.get("license")
-        what = f"is under {named}, as its card says" if named else "comes with a card that names no licence, or none"
-        return f"{public_name(self.checkpoint.source)} {what}"
 
 
 def compose_model(
@@ -127,13 +114,19 @@ def compose_model(
         tokenizer = _extend_tokenizer(text.checkpoint, Path(scratch, "tokenizer"), composed.notes)
         _resize_embeddings(text.model, tokenizer, seed, composed.notes)
         model = _assemble(encoder, text, tokenizer, seed)
-        processor = _build_processor(encoder.checkpoint, model.config, tokenizer, max_tiles, composed.notes)
+        if not has_normalization(encoder.checkpoint):
+            composed.notes.append("the vision encoder has no image_mean and image_std: ImageNet's are assumed")
+        tiles = {} if max_tiles is None else {"max_tiles": max_tiles}
+        processor = build_processor(tokenizer, encoder.checkpoint, model.config, "compose", **tiles)
         for note in composed.notes:
             log(note)
         with new_folder(out, overwrite) as folder:
-            _write_files(folder, model, processor, Path(scratch, "tokenizer"), encoder, text)
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            shutil.copytree(Path(scratch, "tokenizer"), folder, dirs_exist_ok=True)
+            _write_files(folder, model.config, processor, encoder, text)
             composed.verification = verify_sailvl(folder) if verify else None
-            _write_provenance(folder, {"vision": encoder, "language": text}, options, composed.verification)
+            record = {"options": options, "dtype": text.dtype, "verification": composed.verification}
+            _write_provenance(folder, {"vision": encoder, "language": text}, record)
     return composed
 
 
@@ -148,19 +141,10 @@ def _location(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name, "revision": source.revision or "main", "trust_remote_code": False}
 
 
-@contextmanager
-def _loading_errors(message: str) -> Iterator[None]:
-    """Turn an exception of transformers into a CheckpointError in one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{message}: {first_line(error)}") from error
-
-
 def _load(auto_class: Any, checkpoint: Checkpoint, what: str, **options: Any) -> "PreTrainedModel":
     """Load a model strictly; raises CheckpointError if that fails."""
     name = checkpoint.source.name
-    with _loading_errors(f"{name}: {what} does not load"):
+    with transformers_errors(f"{name}: {what} does not load"):
         model, report = auto_class.from_pretrained(**_location(checkpoint), output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report.get(kind) or [])):
@@ -206,14 +190,14 @@ def _load_vision(vision: str | Path, dtype: str, scratch: Path) -> Component:
 
     checkpoint = _open(vision)
     if detect(checkpoint) is SAILVL or detect(checkpoint, "vision") in (AIMV2, INTERNVIT):
-        read = convert_checkpoint(vision, scratch / "vision", part="vision", dtype=dtype, verify=False).checkpoint
-        files = [*read.opened, *(file for file in read.documents if file in read.source.files)]
+        plan = convert_checkpoint(vision, scratch / "vision", part="vision", dtype=dtype, verify=False)
         written = _open(scratch / "vision")
         fields = written.document("config.json")
         auto_class = SAILViTModel if fields["model_type"] == "sailvit" else AutoModel
-        return Component(checkpoint, files, fields, _load(auto_class, written, "the vision encoder", dtype=dtype))
+        model = _load(auto_class, written, "the vision encoder", dtype=dtype)
+        return Component(checkpoint, read_files(plan.checkpoint), fields, model)
     name = checkpoint.source.name
-    with _loading_errors(f"{name}: not a known vision encoder"):
+    with transformers_errors(f"{name}: not a known vision encoder"):
         config = AutoConfig.from_pretrained(**_location(checkpoint))
     config = getattr(config, "vision_config", config)
     if not all(hasattr(config, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")):
@@ -229,9 +213,10 @@ def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) ->
     folder.mkdir()
     tokenizer = load_tokenizer(checkpoint, folder)
     if not (folder / "tokenizer.json").exists():
-        with _loading_errors(f"{checkpoint.source.name}: the tokenizer does not load"):
+        with transformers_errors(f"{checkpoint.source.name}: the tokenizer does not load"):
             tokenizer.save_pretrained(folder)
             read_json(folder / "tokenizer.json")
+    mark_tokenizer(folder, IMAGE_TOKEN)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     added = {token: index for index, token in enumerate(missing, max(vocabulary.values()) + 1)}
@@ -239,7 +224,6 @@ def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) ->
         add_tokens(folder, added)
         notes.append(f"added to the tokenizer: {', '.join(f'{token} {index}' for token, index in added.items())}")
     notes += padding_notes(checkpoint)
-    mark_tokenizer(folder, IMAGE_TOKEN)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -250,14 +234,13 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     content["added_tokens"] += [{"id": index, "content": token, **flags} for token, index in added.items()]
     text = json.dumps(content, ensure_ascii=False, indent=2)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = generation_settings(read_json(path) if path.exists() else {})
+    config = read_json(folder / "tokenizer_config.json")
     decoder = {str(entry["id"]): {key: entry[key] for key in ("content", *flags)} for entry in content["added_tokens"]}
     named = config.get("additional_special_tokens") or []
     config |= {"added_tokens_decoder": decoder, "additional_special_tokens": [*named, *added]}
     config["pad_token"] = config.get("pad_token") or END_OF_TURN
     config["tokenizer_class"] = config.get("tokenizer_class") or "PreTrainedTokenizerFast"
-    write_json(path, config)
+    write_json(folder / "tokenizer_config.json", config)
     if (folder / "added_tokens.json").exists():
         write_json(folder / "added_tokens.json", {**read_json(folder / "added_tokens.json"), **added})
 
@@ -267,84 +250,57 @@ def _resize_embeddings(model: "PreTrainedModel", tokenizer: Any, seed: int, note
     import torch
 
     rows, needed = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
-    if needed <= rows:
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.resize_token_embeddings(needed)
-    notes.append(f"embeddings: {needed - rows} new rows, {needed} now")
+    if needed > rows:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(needed)
+        notes.append(f"embeddings: {needed - rows} new rows, {needed} now")
 
 
 def _assemble(vision: Component, language: Component, tokenizer: Any, seed: int) -> "PreTrainedModel":
+    """Return the two models around a connector with random weights."""
+    import torch
+
     from ..configuration_sailvl import SAILVLConfig
 
-    source, image_token_id = vision.checkpoint.source.name, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    with _loading_errors(source):
-        config = SAILVLConfig(
-            vision_config=vision.model.config, text_config=language.model.config, image_token_id=image_token_id
-        )
+    source, token = vision.checkpoint.source.name, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    with transformers_errors(source):
+        config = SAILVLConfig(vision.model.config, language.model.config, image_token_id=token)
     model = build_meta_model(config, source)
-    model.mlp1 = _new_connector(model.mlp1, config.initializer_range, seed).to(language.model.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.mlp1.to_empty(device="cpu").apply(model._init_weights).to(language.model.dtype)
     model.vision_model, model.language_model = vision.model, language.model
     return model.eval()
 
 
-def _new_connector(empty: "nn.Module", deviation: float, seed: int) -> "nn.Module":
-    """Return the connector with random weights; empty: on the meta device."""
-    import torch
-
-    generator, connector = torch.Generator().manual_seed(seed), empty.to_empty(device="cpu")
-    with torch.no_grad():
-        for layer in connector:
-            if isinstance(layer, torch.nn.Linear):
-                layer.weight.normal_(std=deviation, generator=generator)
-                layer.bias.zero_()
-            elif isinstance(layer, torch.nn.LayerNorm):
-                layer.reset_parameters()
-    return connector
-
-
-def _build_processor(
-    vision: Checkpoint, config: Any, tokenizer: Any, max_tiles: int | None, notes: list[str]
-) -> "SAILVLProcessor":
-    if not has_normalization(vision):
-        notes.append("the vision encoder has no image_mean and image_std: ImageNet's are assumed")
-    settings = sailvl_image_settings(vision, config) | ({} if max_tiles is None else {"max_tiles": max_tiles})
-    return new_processor(tokenizer, config, settings, None, "compose")
-
-
-def _write_files(
-    folder: Path, model: Any, processor: "SAILVLProcessor", tokenizer: Path, vision: Component, language: Component
-) -> None:
-    """Write everything but provenance.json; tokenizer: the folder of its files."""
+def _write_files(folder: Path, config: Any, processor: Any, vision: Component, language: Component) -> None:
+    """Write everything but weights, tokenizer and provenance.json."""
     dtype, text = TORCH_DTYPES[language.dtype], processor.tokenizer
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns(*PROCESSOR_FILES), dirs_exist_ok=True)
-    fields = {**language.fields, "vocab_size": model.config.text_config.vocab_size}
-    write_sailvl_files(folder, model.config, fields, vision.fields, dtype, processor)
+    fields = {**language.fields, "vocab_size": config.text_config.vocab_size}
+    write_sailvl_files(folder, config, fields, vision.fields, dtype, processor)
     end = text.convert_tokens_to_ids(END_OF_TURN)
     pad = end if text.pad_token_id is None else text.pad_token_id
     write_json(folder / "generation_config.json", {"eos_token_id": end, "pad_token_id": pad})
     sources = [component.checkpoint.source for component in (vision, language)]
-    description = (
-        f"{describe_sailvl(model.config, dtype)}\n\n"
-        f"The vision encoder comes from {public_name(sources[0])}, the language model from {public_name(sources[1])}. "
+    encoder, model = map(public_name, sources)
+    details = (
+        f"\n\nThe vision encoder comes from {encoder}, the language model from {model}. "
         "The connector is randomly initialised: train it before you use the model.\n\n"
-        f"Each component keeps its own licence: {vision.licence()}; {language.licence()}."
+        f"Each component keeps its own licence: {_licence(sources[0])}; {_licence(sources[1])}."
     )
-    write_conversion_card(folder, sources, description, CARD_TAGS)
+    write_sailvl_card(folder, sources, config, dtype, details)
 
 
-def _write_provenance(
-    folder: Path, components: Mapping[str, Component], options: Mapping[str, Any], verification: Any
-) -> None:
-    sources = {part: source_provenance(each.checkpoint.source, each.files) for part, each in components.items()}
+def _licence(source: Source) -> str:
+    card = licence_of(source)
+    named = card.get("license_name") or card.get("license")
+    what = f"is under {named}, as its card says" if named else "comes with a card that names no licence, or none"
+    return f"{public_name(source)} {what}"
+
+
+def _write_provenance(folder: Path, components: Mapping[str, Component], record: Mapping[str, Any]) -> None:
+    sources = {part: source_provenance(each.checkpoint, each.files) for part, each in components.items()}
     name = " and ".join(source["name"] for source in sources.values())
-    content = {
-        "source": {"name": name, "layout": "composed", **sources},
-        "options": options,
-        "dtype": components["language"].dtype,
-        "verification": verification,
-    }
     weights = {path.name: {"sha256": hash_file(path)} for path in sorted(folder.glob("*.safetensors"))}
-    save_record(folder, content, weights, {})
+    save_record(folder, {"source": {"name": name, "layout": "composed", **sources}, **record}, weights, {})

@@ -10,8 +10,8 @@ from .models.aimv2_config import find_aimv2
 from .models.aimv2_names import is_aimv2
 from .models.internlm2 import is_internlm2, plan_internlm2
 from .models.internvit import is_internvit, plan_internvit
-from .models.sailvl import PREFIXES, is_sailvl, plan_sailvl, sailvl_problems
-from .models.sailvl_parts import component_problems, is_connector, is_language_model, is_vision_encoder, plan_component
+from .models.sailvl import plan_component, plan_sailvl
+from .models.sailvl_config import PREFIXES, component_problems, is_component, is_sailvl
 from .plan import COMPONENTS, ConversionPlan, Options
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError, Problem
@@ -61,14 +61,16 @@ def _plan_lora(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
     raise CheckpointError(f"{checkpoint.entry}: {what}")
 
 
-def _component(title: str, part: str, matches: Callable[[Collection[str], Mapping[str, Any]], bool]) -> Architecture:
-    plan, problems = partial(plan_component, part=part), partial(component_problems, part=part)
-    return Architecture(title, part, matches, plan, problems)
+def _component(title: str, part: str) -> Architecture:
+    functions = (is_component, plan_component, component_problems)
+    return Architecture(title, part, *(partial(function, part=part) for function in functions))
 
 
 LORA = Architecture("LoRA", None, lambda names, config: "peft_type" in config or is_wrapped(names), _plan_lora)
-SAILVL = Architecture("SAIL-VL", "all", is_sailvl, plan_sailvl, sailvl_problems, ("insert_vision",))
-CONNECTOR = _component("connector", "connector", is_connector)
+SAILVL = Architecture(
+    "SAIL-VL", "all", is_sailvl, plan_sailvl, partial(component_problems, part="all"), ("insert_vision",)
+)
+CONNECTOR = _component("connector", "connector")
 INTERNLM2 = Architecture(
     "InternLM2", "language", lambda names, config: is_internlm2(names), plan_internlm2, options=("prefix",)
 )
@@ -79,8 +81,8 @@ AIMV2 = Architecture(
     "AIMv2", "vision", lambda names, config: is_aimv2(names), plan_aimv2,
     lambda checkpoint: find_aimv2(checkpoint).problems, ("to_layout", "from_layout", "prefix", "image_size"),
 )  # fmt: skip
-LANGUAGE = _component("language model", "language", is_language_model)
-VISION = _component("vision encoder that is no AIMv2", "vision", is_vision_encoder)
+LANGUAGE = _component("language model", "language")
+VISION = _component("vision encoder that is no AIMv2", "vision")
 
 # The first that matches is the answer.
 ARCHITECTURES = (LORA, SAILVL, CONNECTOR, INTERNLM2, INTERNVIT, AIMV2, LANGUAGE, VISION)

@@ -11,7 +11,7 @@ from .detect import AIMV2, detect_components
 from .export.code_files import Code, find_code
 from .export.image_settings import read_image_settings
 from .models.aimv2_config import Tower, find_aimv2, size_name
-from .models.sailvl_parts import component_facts
+from .models.sailvl_config import component_facts
 from .storage.checkpoint import Checkpoint, FileCheckpoint, recorded_hashes, value_problems
 from .storage.errors import CheckpointError, Problem
 from .storage.files import count_bytes, hash_file, is_hard_link

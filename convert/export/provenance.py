@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,18 @@ def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any
         "tensors": {name: {"sha256": digest} for name, digest in digests.items()},
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def source_provenance(checkpoint: Checkpoint, files: Iterable[str]) -> dict[str, Any]:
+    """Return the entries about one of several sources, with the hashes of the files that were read."""
+    source = checkpoint.source
+    hashes = {file: {"sha256": hash_file(source.path(file))} for file in files}
+    return {"name": public_name(source), "revision": source.revision, **licence_of(source), "files": hashes}
+
+
+def read_files(checkpoint: Checkpoint) -> list[str]:
+    """Return the files of the source that were read."""
+    return [file for file in (*checkpoint.opened, *checkpoint.documents) if file in checkpoint.source.files]
 
 
 def versions() -> dict[str, str]:

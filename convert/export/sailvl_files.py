@@ -1,40 +1,40 @@
-"""The files next to the weights of a SAIL-VL: config.json and the processor."""
+"""The files next to the weights of a SAIL-VL: config.json, the code, the processor and the model card."""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
 from ..storage.files import first_line, read_json, write_json
+from ..storage.sources import Source
 from ..storage.tensors import torch_name
+from .card import write_conversion_card
 from .code_files import PACKAGE, copy_code, is_old_template
 from .image_settings import read_image_settings
 from .runtimes import ENCODER_FIELDS
-from .tokenizer_files import load_tokenizer
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from ...configuration_sailvl import SAILVLConfig
     from ...processing_sailvl import SAILVLProcessor
+
+Fields = Mapping[str, Any]
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
 
 # Field of a release's config.json -> option of the image processor.
 TILING = {
-    "dynamic_image_size": "do_tile",
-    "min_dynamic_patch": "min_tiles",
-    "max_dynamic_patch": "max_tiles",
+    "dynamic_image_size": "do_tile", "min_dynamic_patch": "min_tiles", "max_dynamic_patch": "max_tiles",
     "use_thumbnail": "use_thumbnail",
-}
+}  # fmt: skip
 
 
-def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
+def portable(fields: Fields) -> dict[str, Any]:
     """
     Return a component's config without what belongs to the whole model, as every release of transformers reads it:
     what transformers >= 5 renamed is there under both names.
@@ -50,36 +50,37 @@ def portable(fields: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def tower_config(config: "PretrainedConfig", fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json of a SAILViT, or of an encoder of transformers, as a component."""
-    if config.model_type == "sailvit":
-        encoder = {key: getattr(config, key) for key in ENCODER_FIELDS}
-        return {"architectures": ["SAILViTModel"], "model_type": "sailvit", **encoder}
-    return {**portable(fields), "model_type": config.model_type}
+@contextmanager
+def transformers_errors(message: str, fix: str = "") -> Iterator[None]:
+    """Turn an exception of transformers into a CheckpointError in one line."""
+    try:
+        yield
+    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{message}: {first_line(error)}{fix}") from error
 
 
 def write_sailvl_files(
-    folder: Path,
-    config: "SAILVLConfig",
-    text: Mapping[str, Any],
-    vision: Mapping[str, Any],
-    dtype: str,
-    processor: "SAILVLProcessor",
+    folder: Path, config: "SAILVLConfig", text: Fields, vision: Fields, dtype: str, processor: "SAILVLProcessor"
 ) -> None:
     """
-    Write config.json, the code, and PROCESSOR_FILES; not the tokenizer.
+    Write config.json, the code and PROCESSOR_FILES; not the tokenizer.
 
     Args:
         text, vision: The configs of the components as the source has them.
         dtype: Of the weights, a key of tensors.ITEM_SIZES.
     """
     config.architectures = ["SAILVLForConditionalGeneration"]
+    encoder = config.vision_config
+    fields = {**portable(vision), "model_type": encoder.model_type}
+    if encoder.model_type == "sailvit":
+        own = {key: getattr(encoder, key) for key in ENCODER_FIELDS}
+        fields = {"architectures": ["SAILViTModel"], "model_type": "sailvit", **own}
     content = json.loads(config.to_json_string())
     content.pop("_name_or_path", None)
     content |= {
         "dtype": torch_name(dtype),
         "text_config": {**portable(text), "model_type": config.text_config.model_type},
-        "vision_config": tower_config(config.vision_config, vision),
+        "vision_config": fields,
     }
     write_json(folder / "config.json", content)
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,13 +92,22 @@ def write_sailvl_files(
     copy_code(folder)
 
 
-def sailvl_image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
-    """
-    Return options of the image processor: its own where the source has them, else those of the release's config.json.
+def write_sailvl_card(
+    folder: Path, sources: Sequence[Source], config: "SAILVLConfig", dtype: str, details: str = ""
+) -> None:
+    """Write README.md; details: more paragraphs."""
+    vision, text = config.vision_config, config.text_config
+    description = (
+        f"A multimodal language model, {torch_name(dtype)}: a vision encoder ({vision.model_type}, width "
+        f"{vision.hidden_size}, {vision.num_hidden_layers} blocks), a connector and a language model "
+        f"({text.model_type}, width {text.hidden_size}, {text.num_hidden_layers} layers). A tile becomes "
+        f"{config.image_seq_length} visual tokens.{details}"
+    )
+    write_conversion_card(folder, sources, description, ("sailvl", "custom_code", "conversational"))
 
-    Raises:
-        CheckpointError: The source's settings are invalid, or not supported.
-    """
+
+def _image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dict[str, Any]:
+    """Return options of the image processor: the source's own, else those of a release's config.json."""
     options, fields = read_json(PACKAGE / "preprocessor_config.json").keys(), checkpoint.document("config.json")
     settings = {key: value for key, value in read_image_settings(checkpoint).items() if key in options}
     if fields.get("pad2square"):
@@ -109,35 +119,30 @@ def sailvl_image_settings(checkpoint: Checkpoint, config: "SAILVLConfig") -> dic
     return {**settings, "size": {"height": rows * height, "width": columns * width}}
 
 
-def build_processor(checkpoint: Checkpoint, config: "SAILVLConfig") -> "SAILVLProcessor":
+def build_processor(
+    tokenizer: Any, images: Checkpoint, config: "SAILVLConfig", where: str, template: str | None = None, **options: Any
+) -> "SAILVLProcessor":
     """
     Args:
-        checkpoint: With a tokenizer that has the tokens of an image.
+        tokenizer: With the tokens of an image.
+        images: Its image settings are the processor's; `options` replace them.
+        where: Names the model in an error.
+        template: The chat template, if it is not SAIL-VL's.
 
     Raises:
-        CheckpointError: The tokenizer does not load, or an option of the image processor is out of its range.
+        CheckpointError: The image settings are invalid, not supported, or out of range.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = load_tokenizer(checkpoint, Path(scratch))
-    options, template = sailvl_image_settings(checkpoint, config), _own_template(checkpoint)
-    return new_processor(tokenizer, config, options, template, checkpoint.source.name)
-
-
-def new_processor(
-    tokenizer: Any, config: "SAILVLConfig", options: Mapping[str, Any], template: str | None, where: str
-) -> "SAILVLProcessor":
     from ...image_processing_sailvit import SAILViTImageProcessor
     from ...processing_sailvl import SAILVLProcessor
 
     tokens = dict(zip(("image_start_token", "image_token", "image_end_token"), config.special_tokens, strict=True))
     tokens |= {"image_seq_length": config.image_seq_length, "chat_template": template}
-    try:
-        return SAILVLProcessor(SAILViTImageProcessor(**options), tokenizer, **tokens)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {first_line(error)}") from error
+    settings = {**_image_settings(images, config), **options}
+    with transformers_errors(where):
+        return SAILVLProcessor(SAILViTImageProcessor(**settings), tokenizer, **tokens)
 
 
-def _own_template(checkpoint: Checkpoint) -> str | None:
+def own_template(checkpoint: Checkpoint) -> str | None:
     """Return the chat template of a folder with a SAILVLProcessor; a release has at most its tokenizer's, for text."""
     is_ours = checkpoint.document("processor_config.json").get("processor_class") == "SAILVLProcessor"
     if not is_ours or "chat_template.jinja" not in checkpoint.source.files:

@@ -1,16 +1,17 @@
-"""Configuration of a SAIL-VL: read config.json, build the models that it describes, check tensors against them."""
+"""What a SAIL-VL is in a checkpoint: names of its tensors, configuration and components, and checks of them."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..export.sailvl_files import portable
+from ..export.sailvl_files import portable, transformers_errors
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.files import first_line
-from ..storage.names import text_fields
-from ..storage.tensors import is_same
+from ..storage.names import strip_wrapper_prefixes, text_fields, without_wrapper_prefixes
+from ..storage.tensors import is_same, torch_name
 
 
 if TYPE_CHECKING:
@@ -19,7 +20,41 @@ if TYPE_CHECKING:
 
     from ...configuration_sailvl import SAILVLConfig
 
-MODEL_TYPES = ("sailvl", "internvl_chat")
+VISION, CONNECTOR, LANGUAGE = "vision_model.", "mlp1.", "language_model."
+PREFIXES = {"vision": VISION, "connector": CONNECTOR, "language": LANGUAGE, "all": ""}
+COMPONENT_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|language_model)\.")
+
+VISION_FIELDS = {"hidden_size", "num_hidden_layers", "image_size", "patch_size"}
+
+
+def _match_names(names: Iterable[str]) -> tuple[dict[str, str], str, list[str], list[str]]:
+    """Return name in a SAIL-VL -> name in the checkpoint, their prefix there, wrapper segments, and the other names."""
+    cleaned, wrappers = without_wrapper_prefixes(names)
+    prefixes = Counter(match["prefix"] for short in cleaned if (match := COMPONENT_NAME.match(short)))
+    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    stored = {short.removeprefix(prefix): name for short, name in cleaned.items() if short.startswith(prefix)}
+    return stored, prefix, wrappers, [name for short, name in cleaned.items() if not short.startswith(prefix)]
+
+
+def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Whether there are names of a language model, and of a connector unless config.json has the model type."""
+    components = {name.split(".")[0] for name in _match_names(names)[0]}
+    return "language_model" in components and (
+        "mlp1" in components or config.get("model_type") in ("sailvl", "internvl_chat")
+    )
+
+
+def is_component(names: Collection[str], config: Mapping[str, Any], part: str) -> bool:
+    """Whether there is a SAIL-VL, or one component alone; of vision encoders only if it is no AIMv2."""
+    is_whole = is_sailvl(names, config)
+    if part == "connector":
+        return is_whole or (bool(names) and all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names))
+    if part == "language":
+        classes = config.get("architectures")
+        return is_whole or (isinstance(classes, list) and f"{classes}".endswith("ForCausalLM']"))
+    fields = vision_fields(config) if is_whole else config
+    is_aimv2 = str(fields.get("model_type", "sailvit")).startswith(("sailvit", "aimv2"))
+    return not is_aimv2 and (is_whole or fields.keys() >= VISION_FIELDS)
 
 
 def vision_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,138 +63,179 @@ def vision_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return fields if isinstance(fields, Mapping) else {}
 
 
-def connector_shape(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Return the input and output width of the connector by config.json, None where it does not have it."""
-    ratio, width, out = config.get("downsample_ratio"), *map(_width, (vision_fields(config), text_fields(config)))
-    factor = round(1 / ratio) if isinstance(ratio, float) and ratio else config.get("pixel_shuffle_factor", 2)
-    return (factor**2 * width if width and type(factor) is int else None), out
+@dataclass(frozen=True)
+class Component:
+    """
+    A component of a SAIL-VL, in it or in a folder of its own, or all of them.
+
+    Attributes:
+        part: One of PARTS.
+        config: Its section of config.json; all of it for a connector, all components, or in a folder of its own.
+        names: Name without the prefix -> name in the checkpoint.
+        prefix: Prefix in the checkpoint.
+        wrappers: Name segments that wrappers such as torch.compile added.
+        others: Names that are not of a SAIL-VL.
+    """
+
+    checkpoint: Checkpoint
+    part: str
+    config: Mapping[str, Any] = field(repr=False)
+    names: dict[str, str]
+    prefix: str
+    wrappers: list[str]
+    others: list[str]
+
+    @property
+    def matrix_shape(self) -> tuple[int | None, int | None]:
+        """Output and input width of the first matrix of a connector, None where it is missing."""
+        name = self.names.get("1.weight")
+        return (*(self.checkpoint[name].shape if name else ()), None, None)[:2]
 
 
-def _width(fields: Mapping[str, Any]) -> int | None:
-    width = fields.get("hidden_size")
-    return width if type(width) is int else None
-
-
-@contextmanager
-def _config_errors(source: str, fix: str = "") -> Iterator[None]:
-    """Turn an exception of a configuration or model class into a CheckpointError in one line."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: config.json: {first_line(error)}{fix}") from error
+def find_component(checkpoint: Checkpoint, part: str) -> Component:
+    """Return one component, or all of them; raises CheckpointError if two names are the same without wrappers."""
+    config, (stored, prefix, *rest) = checkpoint.document("config.json"), _match_names(checkpoint.weight_map)
+    is_alone = part != "connector" and not is_sailvl(checkpoint.weight_map, config)
+    inner = "" if is_alone else PREFIXES[part]
+    if inner in (VISION, LANGUAGE):
+        config = vision_fields(config) if inner == VISION else text_fields(config)
+    names = {name.removeprefix(inner): stored[name] for name in stored if name.startswith(inner)}
+    return Component(checkpoint, part, config, names, prefix + inner, *rest)
 
 
 def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
     """Raises CheckpointError if config.json is missing, describes no language model, or is invalid."""
     from ...configuration_sailvl import SAILVLConfig
 
-    fields = checkpoint.document("config.json")
+    fields, where = checkpoint.document("config.json"), f"{checkpoint.source.name}: config.json"
     if not text_fields(fields):
         what = "has no section of a language model" if fields else "is missing"
         fix = "put the model's config.json next to the weights, or convert with --base"
-        raise CheckpointError(f"{checkpoint.source.name}: config.json {what}: {fix}")
-    with _config_errors(checkpoint.source.name, " (--part vision, connector or language converts one component)"):
+        raise CheckpointError(f"{where} {what}: {fix}")
+    with transformers_errors(where, " (--part vision, connector or language converts one component)"):
         return SAILVLConfig.from_dict({**fields, **changes, "model_type": SAILVLConfig.model_type})
 
 
-def build_meta_model(config: "SAILVLConfig", source: str) -> "nn.Module":
-    """Return the model on the meta device; raises CheckpointError if transformers does not have a component."""
+def build_meta_model(config: "PretrainedConfig", source: str, auto_class: Any = None) -> "nn.Module":
+    """Return a SAIL-VL, or a model by its Auto class, on the meta device; raises CheckpointError if that fails."""
     import torch
 
     from ...modeling_sailvl import SAILVLForConditionalGeneration
 
-    with _config_errors(source), torch.device("meta"):
-        model = SAILVLForConditionalGeneration(config)
+    with transformers_errors(f"{source}: config.json"), torch.device("meta"):
+        model = auto_class.from_config(config) if auto_class else SAILVLForConditionalGeneration(config)
     model.tie_weights()
     return model
 
 
-def build_meta_component(source: str, part: str, fields: Mapping[str, Any]) -> "tuple[PretrainedConfig, nn.Module]":
-    """
-    Return the configuration of a vision encoder or language model, and the model on the meta device.
-
-    Args:
-        part: "vision" or "language".
-        fields: Its section of config.json.
-
-    Raises:
-        CheckpointError: transformers does not have it.
-    """
-    import torch
+def build_meta_component(source: str, part: str, fields: Mapping[str, Any]) -> "nn.Module":
+    """Return a vision encoder or language model on the meta device; raises CheckpointError if transformers lacks it."""
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-    model_type, auto_class = fields.get("model_type"), AutoModel if part == "vision" else AutoModelForCausalLM
+    kept, auto_class = portable(fields), AutoModel if part == "vision" else AutoModelForCausalLM
     if not fields:
         fix = "put the model's config.json there, or convert with --base"
         raise CheckpointError(f"{source}: config.json has no section of the {part} model: {fix}")
-    if model_type not in CONFIG_MAPPING:
+    if (model_type := kept.pop("model_type", None)) not in CONFIG_MAPPING:
         what = f"expected a {part} model type that the installed transformers has, got {model_type!r}"
         raise CheckpointError(f"{source}: config.json: {what}: install a newer transformers, or correct model_type")
-    kept = {key: value for key, value in portable(fields).items() if key != "model_type"}
-    with _config_errors(source), torch.device("meta"):
+    with transformers_errors(f"{source}: config.json"):
         config = CONFIG_MAPPING[model_type](**kept)
-        model = auto_class.from_config(config)
-    model.tie_weights()
-    return config, model
+    return build_meta_model(config, source, auto_class)
 
 
-def model_problems(
-    checkpoint: Checkpoint, names: Mapping[str, str], model: "nn.Module", prefix: str = ""
-) -> list[Problem]:
+def component_problems(checkpoint: Checkpoint, part: str) -> list[Problem]:
     """
-    Compare names and shapes of a checkpoint's tensors with a model's, and the values of tensors that it ties.
+    Compare a component with the model that config.json describes; a connector with the widths of config.json, or of its
+    own first matrix. With "all", return the problems of the files, and only if there are none those of the tensors.
 
-    Args:
-        names: Name in the model -> name in the checkpoint.
-        prefix: Prefix in the checkpoint, for the names of missing tensors.
+    Raises:
+        CheckpointError: config.json is missing or invalid, or transformers does not have the model.
     """
-    first: dict[int, str] = {}  # id of a parameter -> its first name; another one is tied to that
+    if part == "all" and (problems := checkpoint.shard_problems()):
+        return problems
+    found, source = find_component(checkpoint, part), checkpoint.source.name
+    if part == "connector":
+        problems = [*_shape_problems(found, _connector_shapes(found))]
+    elif part == "all":
+        problems = _model_problems(found, build_meta_model(read_config(checkpoint), source))
+    else:
+        problems = _model_problems(found, build_meta_component(source, part, found.config))
+    return sorted(problems, key=lambda problem: problem.location)
+
+
+def _model_problems(found: Component, model: "nn.Module") -> list[Problem]:
+    """Compare names and shapes with a model's, and the values of tensors that it ties."""
+    checkpoint, names, first = found.checkpoint, found.names, {}  # id of a parameter -> its first name
     parameters = model.named_parameters(remove_duplicate=False)
     tied = {name: other for name, each in parameters if (other := first.setdefault(id(each), name)) != name}
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = {name: shape for name, shape in state.items() if name in names or name not in tied}
     problems = [problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)]
-    problems += shape_problems(checkpoint, names, expected, prefix)
+    problems += _shape_problems(found, {name: state[name] for name in state if name in names or name not in tied})
+    config, language = (model.config.text_config, LANGUAGE) if found.part == "all" else (model.config, "")
+    if _converts_on_load(config):
+        problems = [problem for problem in problems if language not in problem.location]
     for name, other in () if checkpoint.source.headers_only else tied.items():
         if name in names and other in names and not is_same(checkpoint[names[name]], checkpoint[names[other]]):
             what = f"differs from {other}, to which config.json ties it: correct tie_word_embeddings"
             problems.append(Problem("values", names[name], what))
-    return sorted(problems, key=lambda problem: problem.location)
+    return problems
 
 
-def shape_problems(
-    checkpoint: Checkpoint, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]], prefix: str
-) -> Iterator[Problem]:
-    """Compare names and shapes; arguments as in model_problems, expected: name -> shape."""
+def _converts_on_load(config: "PretrainedConfig") -> bool:
+    """Whether transformers (>= 5) fuses or splits a model's tensors on load, so that names and shapes may differ."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # transformers < 5
+        return False
+    return bool(get_checkpoint_conversion_mapping(config.model_type))
+
+
+def _connector_shapes(connector: Component) -> dict[str, tuple[int, ...]]:
+    config, (out, width) = connector.config, connector.matrix_shape
+    vision, text = (fields.get("hidden_size") for fields in (vision_fields(config), text_fields(config)))
+    ratio = config.get("downsample_ratio")
+    factor = round(1 / ratio) if isinstance(ratio, float) and ratio else config.get("pixel_shuffle_factor", 2)
+    if type(vision) is int and type(factor) is int:
+        width = factor**2 * vision or width
+    if type(text) is int:
+        out = text or out
+    out, width = out or 0, width or 0
+    return {"0.weight": (width,), "0.bias": (width,), "1.weight": (out, width), "1.bias": (out,),
+            "3.weight": (out, out), "3.bias": (out,)}  # fmt: skip
+
+
+def _shape_problems(found: Component, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Problem]:
+    """Compare names and shapes; expected: name -> shape."""
     for name, shape in expected.items():
-        if name not in names:
-            yield Problem("missing", prefix + name, f"missing; expected {list(shape)}")
-    for name, stored_name in names.items():
-        shape = checkpoint[stored_name].shape
-        if name not in expected and ("lora_" in name or ".base_layer." in name):
-            what = "belongs to an adapter: merge it first (peft's merge_and_unload)"
+        if name not in found.names:
+            yield Problem("missing", found.prefix + name, f"missing; expected {list(shape)}")
+    for name, stored_name in found.names.items():
+        shape = found.checkpoint[stored_name].shape
+        if name not in expected:
+            is_adapter = "lora_" in name or ".base_layer." in name
+            adapter = "belongs to an adapter: merge it first (peft's merge_and_unload)"
+            what = adapter if is_adapter else "what config.json describes has no such tensor"
             yield Problem("unexpected", stored_name, what)
-        elif name not in expected:
-            yield Problem("unexpected", stored_name, "what config.json describes has no such tensor")
         elif not prod(shape):
-            yield Problem(
-                "empty", stored_name, f"empty, {list(shape)}: saved under ZeRO-3 without gathering it? Save it gathered"
-            )
+            what = f"empty, {list(shape)}: saved under ZeRO-3 without gathering it? Save it gathered"
+            yield Problem("empty", stored_name, what)
         elif shape != expected[name]:
             yield Problem("shape", stored_name, f"expected {list(expected[name])} by config.json, got {list(shape)}")
 
 
-def without_converted(problems: list[Problem], model_type: str, prefix: str = "") -> list[Problem]:
-    """
-    Leave out what names and shapes cannot show: transformers (>= 5) fuses or splits some models' tensors on load.
-
-    Args:
-        model_type: Of the component whose names have the prefix.
-    """
-    try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:  # transformers < 5
-        return problems
-    if not get_checkpoint_conversion_mapping(model_type):
-        return problems
-    return [problem for problem in problems if prefix not in problem.location or problem.kind == "values"]
+def component_facts(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
+    """Return what a report says about a component."""
+    found = find_component(checkpoint, part)
+    tensors, config = [checkpoint[stored_name] for stored_name in found.names.values()], found.config
+    if part == "connector":
+        out, width = found.matrix_shape
+        facts: dict[str, Any] = {"in": width, "out": out}
+    else:
+        architectures = config.get("architectures") or [config.get("model_type")]
+        keys = ("hidden_size", "num_hidden_layers", "image_size" if part == "vision" else "vocab_size")
+        facts = {"architecture": architectures[0], **{key: config.get(key) for key in keys}}
+    if part == "language":
+        facts["tied"] = bool(config.get("tie_word_embeddings", False))
+    facts["parameters"] = sum(prod(tensor.shape) for tensor in tensors)
+    return {**facts, "dtypes": dict(Counter(torch_name(tensor.dtype) for tensor in tensors))}
