@@ -1,6 +1,5 @@
 """The files that each runtime of an AIMv2 encoder expects next to the weights."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
 from ..storage.files import read_json, write_json
 from ..storage.tensors import torch_name
-from .code_files import CODE, PACKAGE
+from .code_files import PACKAGE, copy_code
 from .image_settings import clip_settings, normalization, read_image_settings
 
 
@@ -65,8 +64,7 @@ def _write_sailvit(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, An
     processor |= {key: value for key, value in read_image_settings(checkpoint).items() if key in processor}
     size = {"height": fields["image_size"], "width": fields["image_size"]}
     write_json(folder / "preprocessor_config.json", {**processor, "size": size})
-    for file in CODE:
-        shutil.copyfile(PACKAGE / file, folder / file)
+    copy_code(folder, "sailvit")
 
 
 def _write_transformers(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
