@@ -11,15 +11,12 @@ from .storage.errors import CheckpointError
 from .storage.files import count_bytes
 from .storage.output_folder import check_space
 from .storage.safetensors_io import split_in_shards, write_weights
-from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, torch_name
+from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-
 COMPONENTS = ("vision", "connector", "language")
-
 PARTS = (*COMPONENTS, "all")
-
 SHARD_SIZE = "5GB"
 
 
@@ -51,13 +48,14 @@ class Options:
     insert_vision: str | None = None
     link: bool = False
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise CheckpointError if a value is out of range."""
         check_choice("part", self.part, PARTS)
         check_choice("dtype", self.dtype, DTYPES)
         if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
             raise CheckpointError(f"image size: expected a positive integer of pixels, got {self.image_size!r}")
-        split_in_shards({}, self.shard_size)
+        if self.max_shard_size is not None:
+            split_in_shards({}, self.max_shard_size)
 
     @property
     def shard_size(self) -> int | str:
@@ -79,22 +77,13 @@ def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None
 
 @dataclass(kw_only=True)
 class ConversionPlan(ABC):
-    """
-    A conversion that was checked to be possible.
+    """A conversion that was checked to be possible."""
 
-    Attributes:
-        checkpoint: The source.
-        dtype: Of the written tensors, a value of TORCH_DTYPES.
-        unchanged_files: Weight files of the source that are not rewritten.
-        notes: Messages about what was detected, dropped or assumed.
-        verification: The reference and the difference from it; None if the folder was not verified.
-    """
-
-    checkpoint: Checkpoint
-    dtype: str
-    unchanged_files: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    verification: dict[str, Any] | None = None
+    checkpoint: Checkpoint  # the source
+    dtype: str  # of the written tensors, a value of TORCH_DTYPES
+    unchanged_files: list[str] = field(default_factory=list)  # weight files of the source that are not rewritten
+    notes: list[str] = field(default_factory=list)  # messages about what was detected, dropped or assumed
+    verification: dict[str, Any] | None = None  # the reference and the difference from it; None if not verified
 
     @abstractmethod
     def tensors(self) -> list[NewTensor]:
@@ -111,11 +100,6 @@ class ConversionPlan(ABC):
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Return the entries of provenance.json of this kind of conversion, those about the source under "source"."""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Return the entries of provenance.json of every conversion and of this kind of it."""
-        return {"dtype": torch_name(self.dtype), **self.provenance(), "verification": self.verification}
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         """Load the folder and compare it with the source; None if nothing loads it alone."""
