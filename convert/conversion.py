@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .detect import plan_conversion
-from .export.provenance import write_provenance
-from .plan import ConversionPlan, Options
+from .export.provenance import save_record
+from .plan import SHARD_SIZE, ConversionPlan, Options
 from .storage.files import hash_file
 from .storage.output_folder import check_free, new_folder
-from .storage.sources import check_separate, find_source
+from .storage.sources import PROVENANCE, check_separate, find_source, licence_of, public_name
 from .storage.tensors import torch_name
 from .storage.training_run import open_checkpoint
 
@@ -76,14 +76,27 @@ def convert_checkpoint(
         log(note)
     logged = len(plan.notes)
     with new_folder(Path(out), overwrite) as folder, _hash_sources(plan) as hashes:
-        digests = plan.write_weights(folder, options.shard_size, on_progress)
+        digests = plan.write_weights(folder, SHARD_SIZE if max_shard_size is None else max_shard_size, on_progress)
         for note in plan.notes[logged:]:
             log(note)
         plan.write_folder(folder)
         plan.verification = plan.verify(folder) if verify else None
-        record = {"options": options.provenance(), "dtype": torch_name(plan.dtype), **plan.provenance()}
-        write_provenance(folder, checkpoint, hashes(), digests, {**record, "verification": plan.verification})
+        _write_provenance(folder, plan, options, hashes(), digests)
     return plan
+
+
+def _write_provenance(
+    folder: Path, plan: ConversionPlan, options: Options, files: dict[str, dict[str, Any]], digests: dict[str, str]
+) -> None:
+    checkpoint, details, training = plan.checkpoint, plan.provenance(), plan.checkpoint.training_metadata
+    source = {"name": public_name(checkpoint.source), "revision": checkpoint.source.revision}
+    source |= {**details.pop("source", {}), **licence_of(checkpoint.source), "files": files}
+    if before := checkpoint.document(PROVENANCE).get("source"):
+        source["source"] = before
+    content = {"source": source, **({"training": training} if training else {}), "options": options.provenance()}
+    kept = {name: {"sha256": files[original]["sha256"]} for name, original in details.pop("kept", {}).items()}
+    content |= {"dtype": torch_name(plan.dtype), **details, "verification": plan.verification}
+    save_record(folder, content, kept, digests)
 
 
 @contextmanager

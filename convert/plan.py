@@ -11,6 +11,7 @@ from .storage.errors import CheckpointError
 from .storage.files import count_bytes
 from .storage.output_folder import check_space
 from .storage.safetensors_io import split_in_shards, write_weights
+from .storage.sources import without_local_path
 from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor
 
 
@@ -22,30 +23,18 @@ SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True)
 class Options:
-    """
-    Options of a conversion; None means the default.
+    """Options of a conversion; None means the default."""
 
-    Attributes:
-        part: One of PARTS; by default all of a multimodal model, else the component that the source is.
-        to_layout: Layout of the written vision encoder, a key of LAYOUTS; "sailvit" by default.
-        from_layout: Layout of the source's vision encoder, a key of LAYOUTS; detected by default.
-        prefix: Prefix of the component's tensor names, where several could be meant.
-        image_size: Height and width in pixels; learned position embeddings are resampled to it.
-        dtype: One of DTYPES; by default the source's, float32 where it has fp32 master weights besides rounded ones.
-        max_shard_size: In bytes, or as "5GB" (the default for files that are rewritten); if given, all files are.
-        insert_vision: File, folder or name on the Hub of an AIMv2 that replaces the vision encoder of a SAIL-VL.
-        link: Whether unchanged weight files may be hard links where reflinks are not available; else they are copied.
-            Whatever writes into a hard link in place changes the source too.
-    """
-
-    part: str | None = None
-    to_layout: str | None = None
-    from_layout: str | None = None
-    prefix: str | None = None
-    image_size: int | None = None
-    dtype: str | None = None
-    max_shard_size: int | str | None = None
-    insert_vision: str | None = None
+    part: str | None = None  # one of PARTS; by default all of a multimodal model, else the component that the source is
+    to_layout: str | None = None  # of the written vision encoder, a key of LAYOUTS; "sailvit" by default
+    from_layout: str | None = None  # of the source's vision encoder, a key of LAYOUTS; detected by default
+    prefix: str | None = None  # of the component's tensor names, where several could be meant
+    image_size: int | None = None  # height and width in pixels; learned position embeddings are resampled to it
+    dtype: str | None = None  # one of DTYPES; by default the source's, float32 if it has fp32 masters and rounded ones
+    max_shard_size: int | str | None = None  # bytes, or as "5GB", the default for rewritten files; if given, all are
+    insert_vision: str | None = None  # AIMv2 that replaces a SAIL-VL's vision encoder: file, folder or name on the Hub
+    # Whether unchanged weight files may be hard links where reflinks are not available; else they are copied. Whatever
+    # writes into a hard link in place changes the source too.
     link: bool = False
 
     def __post_init__(self) -> None:
@@ -57,16 +46,9 @@ class Options:
         if self.max_shard_size is not None:
             split_in_shards({}, self.max_shard_size)
 
-    @property
-    def shard_size(self) -> int | str:
-        return SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
-
     def provenance(self) -> dict[str, Any]:
         """Return the options without local paths."""
-        options = asdict(self)
-        if self.insert_vision and Path(self.insert_vision).exists():
-            options["insert_vision"] = Path(self.insert_vision).resolve().name
-        return options
+        return {**asdict(self), "insert_vision": self.insert_vision and without_local_path(self.insert_vision)}
 
 
 def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
@@ -99,7 +81,10 @@ class ConversionPlan(ABC):
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
-        """Return the entries of provenance.json of this kind of conversion, those about the source under "source"."""
+        """
+        Return the entries of provenance.json of this kind of conversion: those about the source under "source"; under
+        "kept" name -> name in the source of weight files that were not rewritten.
+        """
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         """Load the folder and compare it with the source; None if nothing loads it alone."""

@@ -6,7 +6,7 @@ in it, whatever its users have installed, until `sailvit convert --refresh-code`
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ class Code:
 
     version: int
     package: int  # version of the installed package's files
-    lacks: list[str] = field(default_factory=list)  # what it is known not to do
-    other: list[str] = field(default_factory=list)  # files that differ from the package's, though of the same version
+    lacks: list[str]  # what it is known not to do
+    other: list[str]  # files that differ from the package's, though of the same version
 
 
 def copy_code(folder: Path, model_type: str = "sailvl") -> None:
@@ -58,8 +58,8 @@ def find_code(source: Source, config: Mapping[str, Any]) -> Code | None:
     """Return the code of a folder or repository with this config.json; None if it has none of this package."""
     if not is_ours(config) or VERSION_FILE not in source.files:
         return None
-    version, package, model_type = read_version(source.path(VERSION_FILE)), package_version(), config["model_type"]
-    other = []
+    version, package = read_version(source.path(VERSION_FILE).parent), package_version()
+    model_type, other = config["model_type"], []
     if isinstance(source, LocalFolder) and version == package:
         present = [file for file in CODE_FILES[model_type] if file in source.files]
         other = [file for file in present if hash_file(source.path(file)) != hash_file(PACKAGE / file)]
@@ -74,15 +74,16 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("sailvit", "sailvl") and named in CONFIGS
 
 
-def read_version(path: Path) -> int:
-    """Return CODE_VERSION from the file that should have it."""
+def read_version(folder: Path) -> int:
+    """Return CODE_VERSION of the code in a folder."""
+    path = folder / VERSION_FILE
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
     match = re.search(r"^CODE_VERSION = (\d+)$", text, re.MULTILINE)
     return int(match[1]) if match else 1
 
 
 def package_version() -> int:
-    return read_version(PACKAGE / VERSION_FILE)
+    return read_version(PACKAGE)
 
 
 def is_old_template(text: str) -> bool:
