@@ -31,8 +31,8 @@ class Architecture:
     part: str | None  # one of PARTS; None for LoRA, which has to be merged first
     matches: Callable[[Collection[str], Mapping[str, Any]], bool]  # tensor names, config.json -> whether it is there
     plan: Callable[[Checkpoint, Options], ConversionPlan]  # raises CheckpointError if that is not possible
-    check: Callable[[Checkpoint], list[Problem]] | None = None  # None if planning a conversion finds the problems
     options: tuple[str, ...] = ()  # those of SPECIFIC_OPTIONS that apply to it
+    check: Callable[[Checkpoint], list[Problem]] | None = None  # None if planning a conversion finds the problems
 
     def problems(self, checkpoint: Checkpoint) -> list[Problem]:
         """Return what is wrong with names, shapes and config; raises CheckpointError for what hides other problems."""
@@ -53,21 +53,17 @@ def _plan_lora(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
 
 def _component(title: str, part: str, matches: Callable[[Collection[str], Mapping[str, Any]], bool]) -> Architecture:
     plan, problems = partial(plan_component, part=part), partial(component_problems, part=part)
-    return Architecture(title, part, matches, plan, problems)
+    return Architecture(title, part, matches, plan, check=problems)
 
 
 LORA = Architecture("LoRA", None, lambda names, config: "peft_type" in config or is_wrapped(names), _plan_lora)
-SAILVL = Architecture("SAIL-VL", "all", is_sailvl, plan_sailvl, sailvl_problems, ("insert_vision",))
+SAILVL = Architecture("SAIL-VL", "all", is_sailvl, plan_sailvl, ("insert_vision",), sailvl_problems)
 CONNECTOR = _component("connector", "connector", is_connector)
-INTERNLM2 = Architecture(
-    "InternLM2", "language", lambda names, config: is_internlm2(names), plan_internlm2, options=("prefix",)
-)
-INTERNVIT = Architecture(
-    "InternViT", "vision", lambda names, config: is_internvit(names), plan_internvit, options=("prefix",)
-)
+INTERNLM2 = Architecture("InternLM2", "language", lambda names, _: is_internlm2(names), plan_internlm2, ("prefix",))
+INTERNVIT = Architecture("InternViT", "vision", lambda names, _: is_internvit(names), plan_internvit, ("prefix",))
 AIMV2 = Architecture(
-    "AIMv2", "vision", lambda names, config: is_aimv2(names), plan_aimv2,
-    lambda checkpoint: find_aimv2(checkpoint).problems, ("to_layout", "from_layout", "prefix", "image_size"),
+    "AIMv2", "vision", lambda names, _: is_aimv2(names), plan_aimv2,
+    ("to_layout", "from_layout", "prefix", "image_size"), lambda checkpoint: find_aimv2(checkpoint).problems,
 )  # fmt: skip
 LANGUAGE = _component("language model", "language", is_language_model)
 VISION = _component("vision encoder that is no AIMv2", "vision", is_vision_encoder)

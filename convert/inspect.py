@@ -18,7 +18,7 @@ from .storage.errors import CheckpointError, Problem
 from .storage.files import count_bytes, hash_file, is_hard_link
 from .storage.hashes import recorded_hashes, value_problems
 from .storage.sources import ENGINE_ENTRIES, PROVENANCE, LocalFolder, find_source, weight_files
-from .storage.tensors import StoredTensor, torch_name
+from .storage.tensors import torch_name
 
 
 SAILVL_NAMES = ("mlp1", "language_model")
@@ -89,7 +89,7 @@ def inspect_checkpoint(
         revision: Branch, tag or commit on the Hub.
         from_layout: Layout of the AIMv2; detected by default.
         prefix: Prefix of the AIMv2's names, where several could be meant.
-        trust_pickle: Whether torch.save files may execute code.
+        trust_pickle: Skip objects of unknown classes in torch.save files; otherwise they are refused.
         deep: Whether to read (and download) the data too: NaN, infinities, hashes against provenance.json.
         on_progress: With `deep`, called with the bytes read so far and the total.
 
@@ -148,13 +148,11 @@ def _check_code(report: Report, checkpoint: Checkpoint) -> None:
 
 def _check_provenance(report: Report, checkpoint: Checkpoint) -> None:
     """Tensors and files that provenance.json records, and that are missing."""
-    if not (record := checkpoint.document(PROVENANCE)):
-        return
-    report.provenance = {key: value for key, value in record.items() if key != "tensors"}
-    missing = recorded_hashes(record, "tensors").keys() - checkpoint.weight_map.keys()
-    missing |= recorded_hashes(record, "files").keys() - {*checkpoint.source.files}
-    for name in sorted(missing):
-        report.add("missing", name, f"missing, but {PROVENANCE} recorded it")
+    record = checkpoint.document(PROVENANCE)
+    report.provenance = {key: value for key, value in record.items() if key != "tensors"} if record else None
+    for section, present in {"tensors": checkpoint.weight_map, "files": checkpoint.source.files}.items():
+        for name in sorted(recorded_hashes(record, section).keys() - {*present}):
+            report.add("missing", name, f"missing, but {PROVENANCE} recorded it")
 
 
 def _check_architectures(report: Report, checkpoint: Checkpoint, from_layout: str | None, prefix: str | None) -> None:
@@ -193,9 +191,7 @@ def _check_values(report: Report, checkpoint: Checkpoint, on_progress: Callable[
     for file, recorded in recorded_hashes(record, "files").items():
         if file in checkpoint.source.files and hash_file(checkpoint.source.path(file)) != recorded:
             report.add("sha256", file, f"differs from {PROVENANCE}: if it was changed on purpose, remove that file")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in checkpoint.opened.values():
-        tensors |= shard
+    tensors = {name: tensor for shard in checkpoint.opened.values() for name, tensor in shard.items()}
     count = count_bytes(sum(tensor.nbytes for tensor in tensors.values()), on_progress)
     report.problems += value_problems(tensors, recorded_hashes(record, "tensors"), count)
 
@@ -223,16 +219,13 @@ def table(report: Report) -> str:
 
 
 def _aimv2_rows(report: Report) -> dict[str, str]:
-    dimensions = (
-        "width {hidden_size}, mlp {intermediate_size}, {num_hidden_layers} blocks, {num_attention_heads} heads, "
-        "patches of {patch_size}"
-    )
-    positions = "learned" if report.fields["pos_embed_type"] == "absolute" else "sine-cosine"
+    fields, positions = report.fields, {"absolute": "learned", "sincos": "sine-cosine"}
     return {
         "layout": f"{report.layout}: {report.reason}",
         "size": report.size or "none that is published",
-        "dimensions": dimensions.format(**report.fields),
-        "resolution": f"{report.fields['image_size']} pixels, positions {positions}",
+        "dimensions": "width {hidden_size}, mlp {intermediate_size}, {num_hidden_layers} blocks, "
+        "{num_attention_heads} heads, patches of {patch_size}".format(**fields),
+        "resolution": f"{fields['image_size']} pixels, positions {positions[fields['pos_embed_type']]}",
         "parameters": f"{report.parameters / 1e6:.1f}M, {_counts(report.dtypes)}",
         "head": f"{len(report.heads)} tensors, not part of the encoder" if report.heads else "none",
     }

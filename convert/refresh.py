@@ -7,17 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from .export.code_files import (
-    CODE_FILES,
-    PACKAGE,
-    VERSION_FILE,
-    is_old_template,
-    is_ours,
-    package_version,
-    read_version,
-)
+from .export.code_files import CODE_FILES, PACKAGE, is_old_template, is_ours, package_version, read_version
 from .export.model_types import auto_class_of
 from .export.provenance import versions
 from .export.tokenizer_files import generation_settings
@@ -43,20 +34,6 @@ class Refreshed:
     notes: list[str] = field(default_factory=list)  # what was not changed, and why
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """A folder before it is changed."""
-
-    path: Path
-    config: dict[str, Any]
-    record: dict[str, Any]  # provenance.json; empty if there is none
-    files: dict[str, bytes]  # the code and the settings next to it, as far as they exist
-    recorded: dict[str, str]  # file -> sha256, by provenance.json
-
-    def is_unedited(self, name: str) -> bool:
-        return name in self.files and sha256(self.files[name]).hexdigest() == self.recorded.get(name)
-
-
 def refresh_code(
     folder: str | Path,
     *,
@@ -79,8 +56,8 @@ def refresh_code(
         CheckpointError: The folder has no code of this package, a newer version of it, or edited code.
         VerificationError: The folder does not load with the new code; nothing was changed.
     """
-    old = _read_folder(Path(folder))
-    before, after = read_version(old.path / VERSION_FILE), package_version()
+    old = _Folder(Path(folder))
+    before, after = read_version(old.path), package_version()
     if before > after:
         fix = "install a newer package"
         raise CheckpointError(f"{folder}: expected code of version {after} at most, got version {before}: {fix}")
@@ -101,22 +78,28 @@ def refresh_code(
     return Refreshed(before, after, [*changed], notes)
 
 
-def _read_folder(folder: Path) -> _Folder:
-    """Raises CheckpointError if it is no folder of this package, or one whose files are links."""
-    if not (folder / CONFIG).is_file():
-        fix = "`hf download NAME --local-dir FOLDER` downloads one from the Hub"
-        raise CheckpointError(f"{folder}: expected a folder with a config.json: {fix}")
-    config = read_json(folder / CONFIG)
-    if not is_ours(config):
-        raise CheckpointError(f"{folder}: auto_map in config.json names no code of this package: nothing to update")
-    names = (*CODE_FILES[config["model_type"]], CONFIG)
-    if linked := [name for name in names if (folder / name).is_symlink()]:
-        what = f"{linked[0]} is a symbolic link, as in a cache of the Hub, which others use: copy the folder first"
-        raise CheckpointError(f"{folder}: {what}")
-    present = [name for name in (*names, TEMPLATE, TOKENIZER, PROVENANCE) if (folder / name).is_file()]
-    record = read_json(folder / PROVENANCE) if PROVENANCE in present else {}
-    files = {name: (folder / name).read_bytes() for name in present}
-    return _Folder(folder, config, record, files, recorded_hashes(record, "files"))
+class _Folder:
+    """A folder before it is changed."""
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError if it is no folder of this package, or one whose files are links."""
+        if not (path / CONFIG).is_file():
+            fix = "`hf download NAME --local-dir FOLDER` downloads one from the Hub"
+            raise CheckpointError(f"{path}: expected a folder with a config.json: {fix}")
+        self.path, self.config = path, read_json(path / CONFIG)
+        if not is_ours(self.config):
+            raise CheckpointError(f"{path}: auto_map in config.json names no code of this package: nothing to update")
+        names = (*CODE_FILES[self.config["model_type"]], CONFIG)
+        if linked := [name for name in names if (path / name).is_symlink()]:
+            what = f"{linked[0]} is a symbolic link, as in a cache of the Hub, which others use: copy the folder first"
+            raise CheckpointError(f"{path}: {what}")
+        present = [name for name in (*names, TEMPLATE, TOKENIZER, PROVENANCE) if (path / name).is_file()]
+        self.files = {name: (path / name).read_bytes() for name in present}
+        self.record = read_json(path / PROVENANCE) if PROVENANCE in self.files else {}
+        self.recorded = recorded_hashes(self.record, "files")  # file -> sha256
+
+    def is_unedited(self, name: str) -> bool:
+        return name in self.files and sha256(self.files[name]).hexdigest() == self.recorded.get(name)
 
 
 def _check_unedited(old: _Folder, code: Mapping[str, bytes]) -> None:
@@ -141,7 +124,8 @@ def _new_settings(old: _Folder) -> tuple[dict[str, bytes], list[str]]:
     if is_old_template(old.files.get(TEMPLATE, b"").decode("utf-8", "replace")):
         new[TEMPLATE] = chat_sailvl.CHAT_TEMPLATE.encode()
     tokenizer = read_json(old.path / TOKENIZER) if TOKENIZER in old.files else None
-    settings = tokenizer and generation_settings(tokenizer, config.get("image_token", "<IMG_CONTEXT>"))
+    image_token = config.get("image_token", "<IMG_CONTEXT>")
+    settings = None if tokenizer is None else generation_settings(tokenizer, image_token)
     if settings != tokenizer and old.is_unedited(TOKENIZER):
         new[TOKENIZER] = _json(settings)
     elif settings != tokenizer:
