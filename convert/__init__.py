@@ -13,11 +13,6 @@ from .storage.errors import CheckpointError
 
 
 __all__ = [
-    "LAYOUTS",
-    "CheckpointError",
-    "compose_model",
-    "convert_checkpoint",
-    "convert_tensors",
-    "inspect_checkpoint",
+    "LAYOUTS", "CheckpointError", "compose_model", "convert_checkpoint", "convert_tensors", "inspect_checkpoint",
     "refresh_code",
-]
+]  # fmt: skip

@@ -66,8 +66,8 @@ def convert_checkpoint(
     """
     base, inserted = (None if path is None else str(path) for path in (base, insert_vision))
     options = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
-    others = [*map(str, average)]
-    checkpoint = open_checkpoint(str(source), revision, base=base, average=others, trust_pickle=trust_pickle)
+    average = [*map(str, average)]
+    checkpoint = open_checkpoint(str(source), revision, base=base, average=average, trust_pickle=trust_pickle)
     local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
     check_separate(Path(out), [*checkpoint.sources, *local])
     check_free(Path(out), overwrite)
@@ -85,9 +85,7 @@ def convert_checkpoint(
     return plan
 
 
-def _write_provenance(
-    folder: Path, plan: ConversionPlan, options: Options, files: dict[str, dict[str, Any]], digests: dict[str, str]
-) -> None:
+def _write_provenance(folder: Path, plan: ConversionPlan, options: Options, files: dict, digests: dict) -> None:
     checkpoint, details, training = plan.checkpoint, plan.provenance(), plan.checkpoint.training_metadata
     source = {"name": public_name(checkpoint.source), "revision": checkpoint.source.revision}
     source |= {**details.pop("source", {}), **licence_of(checkpoint.source), "files": files}

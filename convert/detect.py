@@ -20,9 +20,6 @@ from .storage.sources import ADAPTER
 from .storage.training_run import training_notes
 
 
-SPECIFIC_OPTIONS = ("to_layout", "from_layout", "prefix", "image_size", "insert_vision")
-
-
 @dataclass(frozen=True)
 class Architecture:
     """What a checkpoint may be."""
@@ -31,7 +28,7 @@ class Architecture:
     part: str | None  # one of PARTS; None for LoRA, which has to be merged first
     matches: Callable[[Collection[str], Mapping[str, Any]], bool]  # tensor names, config.json -> whether it is there
     plan: Callable[[Checkpoint, Options], ConversionPlan]  # raises CheckpointError if that is not possible
-    options: tuple[str, ...] = ()  # those of SPECIFIC_OPTIONS that apply to it
+    options: tuple[str, ...] = ()  # fields of Options that apply to it, but not to all
     check: Callable[[Checkpoint], list[Problem]] | None = None  # None if planning a conversion finds the problems
 
     def problems(self, checkpoint: Checkpoint) -> list[Problem]:
@@ -117,7 +114,7 @@ def _check_options(checkpoint: Checkpoint, architecture: Architecture, options: 
         what = "expected a SAIL-VL (vision_model.*, mlp1.*, language_model.*)"
         fix = "`sailvit compose` makes one of a vision encoder and a language model"
         raise CheckpointError(f"{source}: {option}: {what}, got {whole.title if whole else 'other names'}; {fix}")
-    for option in SPECIFIC_OPTIONS:
+    for option in dict.fromkeys(option for each in ARCHITECTURES for option in each.options):
         if getattr(options, option) is not None and option not in architecture.options:
             takers = " or ".join(each.title for each in ARCHITECTURES if option in each.options)
             fix = "add --part vision" if architecture is SAILVL else "leave it out"
