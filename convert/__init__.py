@@ -1,9 +1,6 @@
 """
-Convert, compose and inspect checkpoints in any layout.
-
-Tensors are read lazily and converted without building a model; importing this package imports neither torch nor
-transformers. Models are built, on the meta device where that is enough, only to check names, shapes and outputs,
-and by compose_model.
+Convert, compose and inspect checkpoints in any layout. Tensors are converted without building a model; importing this
+package imports neither torch nor transformers.
 """
 
 from .compose import compose_model
@@ -16,11 +13,6 @@ from .storage.errors import CheckpointError
 
 
 __all__ = [
-    "LAYOUTS",
-    "CheckpointError",
-    "compose_model",
-    "convert_checkpoint",
-    "convert_tensors",
-    "inspect_checkpoint",
+    "LAYOUTS", "CheckpointError", "compose_model", "convert_checkpoint", "convert_tensors", "inspect_checkpoint",
     "refresh_code",
-]
+]  # fmt: skip

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .detect import plan_conversion
-from .export.provenance import write_provenance
-from .plan import ConversionPlan, Options
-from .storage.checkpoint import Checkpoint
+from .export.provenance import save_record
+from .plan import SHARD_SIZE, ConversionPlan, Options
 from .storage.files import hash_file
 from .storage.output_folder import check_free, new_folder
-from .storage.sources import check_separate, find_source
+from .storage.sources import PROVENANCE, check_separate, find_source, licence_of, public_name
+from .storage.tensors import torch_name
 from .storage.training_run import open_checkpoint
 
 
@@ -66,30 +66,35 @@ def convert_checkpoint(
     """
     base, inserted = (None if path is None else str(path) for path in (base, insert_vision))
     options = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
-    options.check()
-    others = [*map(str, average)]
-    checkpoint = open_checkpoint(str(source), revision, base=base, average=others, trust_pickle=trust_pickle)
-    _check_output(Path(out), overwrite, checkpoint, inserted)
+    average = [*map(str, average)]
+    checkpoint = open_checkpoint(str(source), revision, base=base, average=average, trust_pickle=trust_pickle)
+    local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
+    check_separate(Path(out), [*checkpoint.sources, *local])
+    check_free(Path(out), overwrite)
     plan = plan_conversion(checkpoint, options)
     for note in plan.notes:
         log(note)
     logged = len(plan.notes)
     with new_folder(Path(out), overwrite) as folder, _hash_sources(plan) as hashes:
-        digests = plan.write_weights(folder, options.shard_size, on_progress)
+        digests = plan.write_weights(folder, SHARD_SIZE if max_shard_size is None else max_shard_size, on_progress)
         for note in plan.notes[logged:]:
             log(note)
         plan.write_folder(folder)
         plan.verification = plan.verify(folder) if verify else None
-        record = {"options": options.provenance(), **plan.record}
-        write_provenance(folder, checkpoint, hashes(), digests, record)
+        _write_provenance(folder, plan, options, hashes(), digests)
     return plan
 
 
-def _check_output(out: Path, overwrite: bool, checkpoint: Checkpoint, inserted: str | None) -> None:
-    """Raise CheckpointError if the folder exists and is not to be overwritten, or holds a source."""
-    local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
-    check_separate(out, [*checkpoint.sources, *local])
-    check_free(out, overwrite)
+def _write_provenance(folder: Path, plan: ConversionPlan, options: Options, files: dict, digests: dict) -> None:
+    checkpoint, details, training = plan.checkpoint, plan.provenance(), plan.checkpoint.training_metadata
+    source = {"name": public_name(checkpoint.source), "revision": checkpoint.source.revision}
+    source |= {**details.pop("source", {}), **licence_of(checkpoint.source), "files": files}
+    if before := checkpoint.document(PROVENANCE).get("source"):
+        source["source"] = before
+    content = {"source": source, **({"training": training} if training else {}), "options": options.provenance()}
+    kept = {name: {"sha256": files[original]["sha256"]} for name, original in details.pop("kept", {}).items()}
+    content |= {"dtype": torch_name(plan.dtype), **details, "verification": plan.verification}
+    save_record(folder, content, kept, digests)
 
 
 @contextmanager
@@ -101,21 +106,16 @@ def _hash_sources(plan: ConversionPlan) -> Iterator[Callable[[], dict[str, dict[
     checkpoint, stop = plan.checkpoint, threading.Event()
     read = {*checkpoint.opened, *checkpoint.documents, checkpoint.entry, "README.md"} & {*checkpoint.source.files}
     paths = {file: checkpoint.source.path(file) for file in sorted(read)}
-    sizes = {file: path.stat().st_size for file, path in paths.items()}
+    files: dict[str, dict[str, Any]] = {file: {"bytes": path.stat().st_size} for file, path in paths.items()}
     taken: Counter[Path] = Counter()
     for leaf in chain.from_iterable(tensor.leaves() for tensor in plan.source_tensors()):
         taken[leaf.file] += leaf.nbytes
-    large = {file for file in checkpoint.opened.keys() & paths.keys() if sizes[file] > SMALL_FILE}
-    partly = {file: taken[paths[file]] for file in large if taken[paths[file]] < MOST_OF_FILE * sizes[file]}
+    for file in checkpoint.opened.keys() & paths.keys():
+        if files[file]["bytes"] > SMALL_FILE and taken[paths[file]] < MOST_OF_FILE * files[file]["bytes"]:
+            files[file]["taken"] = taken[paths[file]]
     with ThreadPoolExecutor(1) as pool:
-        hashes = {file: pool.submit(hash_file, paths[file], stop) for file in paths if file not in partly}
+        hashes = {file: pool.submit(hash_file, paths[file], stop) for file in paths if "taken" not in files[file]}
         try:
-            yield lambda: {
-                file: {
-                    "bytes": size,
-                    **({"sha256": hashes[file].result()} if file in hashes else {"taken": partly[file]}),
-                }
-                for file, size in sizes.items()
-            }
+            yield lambda: {**files, **{file: {**files[file], "sha256": hashes[file].result()} for file in hashes}}
         finally:
             stop.set()

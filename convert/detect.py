@@ -20,29 +20,16 @@ from .storage.sources import ADAPTER
 from .storage.training_run import training_notes
 
 
-SPECIFIC_OPTIONS = ("to_layout", "from_layout", "prefix", "image_size", "insert_vision")
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """
-    What a checkpoint may be.
+    """What a checkpoint may be."""
 
-    Attributes:
-        title: Its name in messages.
-        part: One of PARTS; None for LoRA, which has to be merged first.
-        matches: (tensor names, config.json) -> whether a checkpoint contains it.
-        plan: (checkpoint, options) -> its conversion; raises CheckpointError if that is not possible.
-        check: checkpoint -> its problems; None if planning a conversion finds them.
-        options: Those of SPECIFIC_OPTIONS that apply to it.
-    """
-
-    title: str
-    part: str | None
-    matches: Callable[[Collection[str], Mapping[str, Any]], bool]
-    plan: Callable[[Checkpoint, Options], ConversionPlan]
-    check: Callable[[Checkpoint], list[Problem]] | None = None
-    options: tuple[str, ...] = ()
+    title: str  # its name in messages
+    part: str | None  # one of PARTS; None for LoRA, which has to be merged first
+    matches: Callable[[Collection[str], Mapping[str, Any]], bool]  # tensor names, config.json -> whether it is there
+    plan: Callable[[Checkpoint, Options], ConversionPlan]  # raises CheckpointError if that is not possible
+    options: tuple[str, ...] = ()  # fields of Options that apply to it, but not to all
+    check: Callable[[Checkpoint], list[Problem]] | None = None  # None if planning a conversion finds the problems
 
     def problems(self, checkpoint: Checkpoint) -> list[Problem]:
         """Return what is wrong with names, shapes and config; raises CheckpointError for what hides other problems."""
@@ -62,24 +49,20 @@ def _plan_lora(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
 
 
 def _component(title: str, part: str) -> Architecture:
-    functions = (is_component, plan_component, component_problems)
-    return Architecture(title, part, *(partial(function, part=part) for function in functions))
+    matches, plan, check = (partial(f, part=part) for f in (is_component, plan_component, component_problems))
+    return Architecture(title, part, matches, plan, check=check)
 
 
 LORA = Architecture("LoRA", None, lambda names, config: "peft_type" in config or is_wrapped(names), _plan_lora)
 SAILVL = Architecture(
-    "SAIL-VL", "all", is_sailvl, plan_sailvl, partial(component_problems, part="all"), ("insert_vision",)
+    "SAIL-VL", "all", is_sailvl, plan_sailvl, ("insert_vision",), partial(component_problems, part="all")
 )
 CONNECTOR = _component("connector", "connector")
-INTERNLM2 = Architecture(
-    "InternLM2", "language", lambda names, config: is_internlm2(names), plan_internlm2, options=("prefix",)
-)
-INTERNVIT = Architecture(
-    "InternViT", "vision", lambda names, config: is_internvit(names), plan_internvit, options=("prefix",)
-)
+INTERNLM2 = Architecture("InternLM2", "language", lambda names, _: is_internlm2(names), plan_internlm2, ("prefix",))
+INTERNVIT = Architecture("InternViT", "vision", lambda names, _: is_internvit(names), plan_internvit, ("prefix",))
 AIMV2 = Architecture(
-    "AIMv2", "vision", lambda names, config: is_aimv2(names), plan_aimv2,
-    lambda checkpoint: find_aimv2(checkpoint).problems, ("to_layout", "from_layout", "prefix", "image_size"),
+    "AIMv2", "vision", lambda names, _: is_aimv2(names), plan_aimv2,
+    ("to_layout", "from_layout", "prefix", "image_size"), lambda checkpoint: find_aimv2(checkpoint).problems,
 )  # fmt: skip
 LANGUAGE = _component("language model", "language")
 VISION = _component("vision encoder that is no AIMv2", "vision")
@@ -89,16 +72,10 @@ ARCHITECTURES = (LORA, SAILVL, CONNECTOR, INTERNLM2, INTERNVIT, AIMV2, LANGUAGE,
 
 
 def detect(checkpoint: Checkpoint, part: str | None = None) -> Architecture | None:
-    """
-    Return what a checkpoint is, or what one part of it is; None if no architecture matches.
-
-    Args:
-        part: One of PARTS.
-    """
-    names = checkpoint.weight_map
+    """Return what a checkpoint is, or what `part` of it (one of PARTS) is; None if no architecture matches."""
     config = {**checkpoint.document(ADAPTER), **checkpoint.document("config.json")}
     candidates = (each for each in ARCHITECTURES if part in (None, each.part))
-    return next((each for each in candidates if each.matches(names, config)), None)
+    return next((each for each in candidates if each.matches(checkpoint.weight_map, config)), None)
 
 
 def detect_components(checkpoint: Checkpoint) -> list[Architecture]:
@@ -130,21 +107,18 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
 
 
 def _check_options(checkpoint: Checkpoint, architecture: Architecture, options: Options) -> None:
-    source, whole = checkpoint.source.name, detect(checkpoint)
-    if options.insert_vision is not None and options.part not in (None, "all"):
-        raise CheckpointError(f"{source}: --insert-vision writes a whole SAIL-VL: leave out --part {options.part}")
-    needs_sailvl = architecture in (CONNECTOR, LANGUAGE, VISION) or options.part not in (None, architecture.part)
-    if whole is not SAILVL and (needs_sailvl or options.insert_vision is not None):
-        option = "--insert-vision" if options.insert_vision is not None else f"--part {options.part}"
-        raise CheckpointError(
-            f"{source}: {option if options.part or options.insert_vision else 'convert'}: expected a SAIL-VL "
-            f"(vision_model.*, mlp1.*, language_model.*), got {whole.title if whole else 'other names'}; "
-            "`sailvit compose` makes one of a vision encoder and a language model"
-        )
-    for option in SPECIFIC_OPTIONS:
+    source, whole, part, inserts = checkpoint.source.name, detect(checkpoint), options.part, options.insert_vision
+    if inserts is not None and part not in (None, "all"):
+        raise CheckpointError(f"{source}: --insert-vision writes a whole SAIL-VL: leave out --part {part}")
+    needs_sailvl = architecture in (CONNECTOR, LANGUAGE, VISION) or part not in (None, architecture.part)
+    if whole is not SAILVL and (needs_sailvl or inserts is not None):
+        option = "--insert-vision" if inserts is not None else f"--part {part}" if part else "convert"
+        what = "expected a SAIL-VL (vision_model.*, mlp1.*, language_model.*)"
+        fix = "`sailvit compose` makes one of a vision encoder and a language model"
+        raise CheckpointError(f"{source}: {option}: {what}, got {whole.title if whole else 'other names'}; {fix}")
+    for option in dict.fromkeys(option for each in ARCHITECTURES for option in each.options):
         if getattr(options, option) is not None and option not in architecture.options:
             takers = " or ".join(each.title for each in ARCHITECTURES if option in each.options)
             fix = "add --part vision" if architecture is SAILVL else "leave it out"
-            raise CheckpointError(
-                f"{source}: --{option.replace('_', '-')}: expected {takers}, got {architecture.title}: {fix}"
-            )
+            name = option.replace("_", "-")
+            raise CheckpointError(f"{source}: --{name}: expected {takers}, got {architecture.title}: {fix}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 from .detect import AIMV2, detect_components
 from .export.code_files import Code, find_code
 from .export.image_settings import read_image_settings
-from .models.aimv2_config import Tower, find_aimv2, size_name
+from .models.aimv2_config import find_aimv2, size_name
 from .models.sailvl_config import component_facts
 from .storage.checkpoint import Checkpoint, FileCheckpoint, recorded_hashes, value_problems
 from .storage.errors import CheckpointError, Problem
 from .storage.files import count_bytes, hash_file, is_hard_link
 from .storage.sources import ENGINE_ENTRIES, PROVENANCE, LocalFolder, find_source, weight_files
-from .storage.tensors import StoredTensor, torch_name
+from .storage.tensors import torch_name
 
 
 SAILVL_NAMES = ("mlp1", "language_model")
@@ -25,40 +26,25 @@ LEFTOVERS = (".part", ".tmp", ".incomplete", ".lock")
 
 @dataclass
 class Report:
-    """
-    The result of inspect_checkpoint.
-
-    Attributes:
-        files: Weight file -> its count of tensors and bytes.
-        layout, prefix, reason: Of the AIMv2's names, and why they were detected.
-        size: Published size with the AIMv2's dimensions, if there is one.
-        fields: The AIMv2's fields of SAILViTConfig.
-        dtypes: Dtype -> count of the AIMv2's tensors.
-        heads, others: Names of its head; first segment of the names that are not the AIMv2's -> count.
-        wrappers: Name segments that wrappers such as torch.compile added.
-        parts: Component that is no AIMv2 -> facts about it.
-        provenance: provenance.json, without the tensors.
-        linked: Weight files that are hard links.
-        code: This package's code in the folder.
-    """
+    """The result of inspect_checkpoint. Of an AIMv2 also its layout, prefix, size, fields, dtypes and head."""
 
     source: str
     revision: str | None = None
-    files: dict[str, dict[str, int]] = field(default_factory=dict)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)  # weight file -> its count of tensors and bytes
     layout: str | None = None
     prefix: str | None = None
-    reason: str | None = None
-    size: str | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
+    reason: str | None = None  # why this layout was detected
+    size: str | None = None  # the published one with these dimensions, if there is one
+    fields: dict[str, Any] = field(default_factory=dict)  # of SAILViTConfig
     parameters: int | None = None
-    dtypes: dict[str, int] = field(default_factory=dict)
-    heads: list[str] = field(default_factory=list)
-    others: dict[str, int] = field(default_factory=dict)
-    wrappers: list[str] = field(default_factory=list)
-    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    provenance: dict[str, Any] | None = None
-    linked: list[str] = field(default_factory=list)
-    code: Code | None = None
+    dtypes: dict[str, int] = field(default_factory=dict)  # dtype -> count of tensors
+    heads: list[str] = field(default_factory=list)  # names of the tensors of its head
+    others: dict[str, int] = field(default_factory=dict)  # first segment of the names that are not its -> count
+    wrappers: list[str] = field(default_factory=list)  # name segments that wrappers such as torch.compile added
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # component that is no AIMv2 -> facts about it
+    provenance: dict[str, Any] | None = None  # provenance.json, without the tensors
+    linked: list[str] = field(default_factory=list)  # weight files that are hard links
+    code: Code | None = None  # this package's code in the folder
     deep: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -73,6 +59,15 @@ class Report:
 
     def add(self, kind: str, location: str, message: str) -> None:
         self.problems.append(Problem(kind, location, message))
+
+    @contextmanager
+    def collect_errors(self) -> Iterator[None]:
+        """Add a CheckpointError to the problems, so that the other checks still run."""
+        try:
+            yield
+        except CheckpointError as error:
+            location, separator, message = str(error).partition(": ")
+            self.add("layout", *((location, message) if separator else (self.source, location)))
 
 
 def inspect_checkpoint(
@@ -102,26 +97,16 @@ def inspect_checkpoint(
     """
     origin, entry = find_source(str(source), revision, headers_only=not deep)
     checkpoint, report = FileCheckpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
-    for check in (_check_weight_files, _check_extra_files, _check_code, _check_image_settings, _check_provenance):
-        with _collect_errors(report):
+    checks = [
+        *(_check_weight_files, _check_extra_files, _check_code, lambda _, checkpoint: read_image_settings(checkpoint)),
+        *(_check_provenance, partial(_check_architectures, from_layout=from_layout, prefix=prefix)),
+        *([partial(_check_values, on_progress=on_progress)] if deep else []),
+    ]
+    for check in checks:
+        with report.collect_errors():
             check(report, checkpoint)
-    with _collect_errors(report):
-        _check_architectures(report, checkpoint, from_layout, prefix)
-    if deep:
-        with _collect_errors(report):
-            _check_values(report, checkpoint, on_progress)
     report.problems = list(dict.fromkeys(report.problems))
     return report
-
-
-@contextmanager
-def _collect_errors(report: Report) -> Iterator[None]:
-    """Add a CheckpointError to the problems, so that the other checks still run."""
-    try:
-        yield
-    except CheckpointError as error:
-        location, separator, message = str(error).partition(": ")
-        report.add("layout", *((location, message) if separator else (report.source, location)))
 
 
 def _check_weight_files(report: Report, checkpoint: Checkpoint) -> None:
@@ -132,36 +117,6 @@ def _check_weight_files(report: Report, checkpoint: Checkpoint) -> None:
             report.files[file] = {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
         if isinstance(checkpoint.source, LocalFolder):
             report.linked = [file for file in report.files if is_hard_link(checkpoint.source.folder / file)]
-
-
-def _check_architectures(report: Report, checkpoint: Checkpoint, from_layout: str | None, prefix: str | None) -> None:
-    found = detect_components(checkpoint)
-    if (from_layout or prefix) and AIMV2 not in found:
-        found.append(AIMV2)
-    for architecture in found:
-        with _collect_errors(report):
-            if architecture is AIMV2:
-                _check_aimv2(report, checkpoint, find_aimv2(checkpoint, from_layout, prefix))
-                continue
-            if architecture.part:
-                report.parts[architecture.part] = component_facts(checkpoint, architecture.part)
-            report.problems += architecture.problems(checkpoint)
-
-
-def _check_aimv2(report: Report, checkpoint: Checkpoint, tower: Tower) -> None:
-    match = tower.match
-    report.layout, report.prefix, report.reason = match.scheme.name, match.prefix, match.reason
-    report.heads, report.others, report.wrappers = match.dropped, dict(match.others), match.wrappers
-    report.size, report.fields = size_name(tower.dimensions), tower.fields
-    report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
-    report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
-    is_mixed = checkpoint.entry.endswith(ENGINE_ENTRIES)  # fp32 master weights besides rounded frozen ones
-    report.problems += [problem for problem in tower.problems if not (is_mixed and problem.kind == "mixed")]
-    size, pixels = checkpoint.document("preprocessor_config.json").get("size"), tower.fields["image_size"]
-    is_sailvit = checkpoint.document("config.json").get("model_type") in ("sailvit", "sailvl")
-    if is_sailvit and size not in (None, pixels, {"height": pixels, "width": pixels}):
-        what = f"expected tiles of {pixels} pixels, as the position embeddings have, got {size}"
-        report.add("config", "preprocessor_config.json", what)
 
 
 def _check_extra_files(report: Report, checkpoint: Checkpoint) -> None:
@@ -175,7 +130,8 @@ def _check_extra_files(report: Report, checkpoint: Checkpoint) -> None:
 
 def _check_code(report: Report, checkpoint: Checkpoint) -> None:
     """Code that config.json names, a processor's only if there is a processor; and its version."""
-    files, auto_map = checkpoint.source.files, checkpoint.document("config.json").get("auto_map") or {}
+    config, files = checkpoint.document("config.json"), checkpoint.source.files
+    auto_map = config.get("auto_map") or {}
     if not isinstance(auto_map, Mapping):
         raise CheckpointError(f"config.json: auto_map: expected a map, got {auto_map!r}")
     for auto_class, target in auto_map.items():
@@ -183,26 +139,50 @@ def _check_code(report: Report, checkpoint: Checkpoint) -> None:
         unused = auto_class in ("AutoImageProcessor", "AutoProcessor") and "preprocessor_config.json" not in files
         if "--" not in file and file not in files and not unused:
             report.add("code", file, f"missing, but auto_map in config.json names {target}")
-    report.code = find_code(checkpoint.source, checkpoint.document("config.json"))
+    report.code = find_code(checkpoint.source, config)
     for lack in report.code.lacks if report.code else ():
         what = f"version {report.code.version} cannot {lack}: update it with `sailvit convert FOLDER --refresh-code`"
         report.add("code", "the folder's code", what)
 
 
-def _check_image_settings(report: Report, checkpoint: Checkpoint) -> None:
-    read_image_settings(checkpoint)
-
-
 def _check_provenance(report: Report, checkpoint: Checkpoint) -> None:
     """Tensors and files that provenance.json records, and that are missing."""
     record = checkpoint.document(PROVENANCE)
-    if not record:
-        return
-    report.provenance = {key: value for key, value in record.items() if key != "tensors"}
-    missing = recorded_hashes(record, "tensors").keys() - checkpoint.weight_map.keys()
-    missing |= recorded_hashes(record, "files").keys() - {*checkpoint.source.files}
-    for name in sorted(missing):
-        report.add("missing", name, f"missing, but {PROVENANCE} recorded it")
+    report.provenance = {key: value for key, value in record.items() if key != "tensors"} if record else None
+    for section, present in {"tensors": checkpoint.weight_map, "files": checkpoint.source.files}.items():
+        for name in sorted(recorded_hashes(record, section).keys() - {*present}):
+            report.add("missing", name, f"missing, but {PROVENANCE} recorded it")
+
+
+def _check_architectures(report: Report, checkpoint: Checkpoint, from_layout: str | None, prefix: str | None) -> None:
+    found = detect_components(checkpoint)
+    if (from_layout or prefix) and AIMV2 not in found:
+        found.append(AIMV2)
+    for architecture in found:
+        with report.collect_errors():
+            if architecture is AIMV2:
+                _check_aimv2(report, checkpoint, from_layout, prefix)
+                continue
+            if architecture.part:
+                report.parts[architecture.part] = component_facts(checkpoint, architecture.part)
+            report.problems += architecture.problems(checkpoint)
+
+
+def _check_aimv2(report: Report, checkpoint: Checkpoint, from_layout: str | None, prefix: str | None) -> None:
+    tower = find_aimv2(checkpoint, from_layout, prefix)
+    match, pixels = tower.match, tower.fields["image_size"]
+    report.layout, report.prefix, report.reason = match.scheme.name, match.prefix, match.reason
+    report.heads, report.others, report.wrappers = match.dropped, dict(match.others), match.wrappers
+    report.size, report.fields = size_name(tower.dimensions), tower.fields
+    report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
+    report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
+    is_mixed = checkpoint.entry.endswith(ENGINE_ENTRIES)  # fp32 master weights besides rounded frozen ones
+    report.problems += [problem for problem in tower.problems if not (is_mixed and problem.kind == "mixed")]
+    size = checkpoint.document("preprocessor_config.json").get("size")
+    is_sailvit = checkpoint.document("config.json").get("model_type") in ("sailvit", "sailvl")
+    if is_sailvit and size not in (None, pixels, {"height": pixels, "width": pixels}):
+        what = f"expected tiles of {pixels} pixels, as the position embeddings have, got {size}"
+        report.add("config", "preprocessor_config.json", what)
 
 
 def _check_values(report: Report, checkpoint: Checkpoint, on_progress: Callable[[int, int], None]) -> None:
@@ -210,9 +190,7 @@ def _check_values(report: Report, checkpoint: Checkpoint, on_progress: Callable[
     for file, recorded in recorded_hashes(record, "files").items():
         if file in checkpoint.source.files and hash_file(checkpoint.source.path(file)) != recorded:
             report.add("sha256", file, f"differs from {PROVENANCE}: if it was changed on purpose, remove that file")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in checkpoint.opened.values():
-        tensors |= shard
+    tensors = {name: tensor for shard in checkpoint.opened.values() for name, tensor in shard.items()}
     count = count_bytes(sum(tensor.nbytes for tensor in tensors.values()), on_progress)
     report.problems += value_problems(tensors, recorded_hashes(record, "tensors"), count)
 
@@ -225,14 +203,13 @@ def table(report: Report) -> str:
     rows |= _aimv2_rows(report) if report.layout else {}
     rows |= {part: _component_line(facts) for part, facts in report.parts.items()}
     others = {name: count for name, count in report.others.items() if name not in SAILVL_NAMES or not report.parts}
-    origin = (report.provenance or {}).get("source", {})
+    origin, linked = (report.provenance or {}).get("source", {}), ", ".join(report.linked)
     rows |= {
         "other names": _counts(others),
         "wrappers": ", ".join(report.wrappers),
         "provenance": report.provenance and f"converted from {origin.get('name')} ({origin.get('layout')})",
         "code": report.code and _code_line(report.code),
-        "hard links": report.linked
-        and f"{', '.join(report.linked)}: writing into them in place changes what they are linked to",
+        "hard links": linked and f"{linked}: writing into them in place changes what they are linked to",
     }
     lines = [f"{key:<12} {value}" for key, value in rows.items() if value]
     lines += [f"{problem.kind:<12} {problem}" for problem in report.problems]
@@ -241,36 +218,31 @@ def table(report: Report) -> str:
 
 
 def _aimv2_rows(report: Report) -> dict[str, str]:
-    fields = report.fields
-    positions = "learned" if fields["pos_embed_type"] == "absolute" else "sine-cosine"
+    fields, positions = report.fields, {"absolute": "learned", "sincos": "sine-cosine"}
     return {
         "layout": f"{report.layout}: {report.reason}",
         "size": report.size or "none that is published",
         "dimensions": "width {hidden_size}, mlp {intermediate_size}, {num_hidden_layers} blocks, "
         "{num_attention_heads} heads, patches of {patch_size}".format(**fields),
-        "resolution": f"{fields['image_size']} pixels, positions {positions}",
+        "resolution": f"{fields['image_size']} pixels, positions {positions[fields['pos_embed_type']]}",
         "parameters": f"{report.parameters / 1e6:.1f}M, {_counts(report.dtypes)}",
         "head": f"{len(report.heads)} tensors, not part of the encoder" if report.heads else "none",
     }
 
 
 def _component_line(facts: Mapping[str, Any]) -> str:
-    named = [
-        f"{key.removeprefix('num_hidden_').replace('_', ' ')} {value}"
-        for key, value in facts.items()
-        if key not in ("parameters", "dtypes")
-    ]
-    return ", ".join([*named, f"{facts['parameters'] / 1e6:.1f}M", _counts(facts["dtypes"])])
+    named = {key.removeprefix("num_hidden_").replace("_", " "): value for key, value in facts.items()}
+    parameters, dtypes = named.pop("parameters"), named.pop("dtypes")
+    shown = [f"{key} {value}" for key, value in named.items()]
+    return ", ".join([*shown, f"{parameters / 1e6:.1f}M", _counts(dtypes)])
 
 
 def _code_line(code: Code) -> str:
     if code.other:
         fix = "`sailvit convert FOLDER --refresh-code --overwrite` would replace it by the installed package's"
         return f"version {code.version}, but edited: {', '.join(code.other)}; {fix}"
-    installed = "as the installed package's"
-    if code.version != code.package:
-        installed = f"the installed package's is {code.package}"
-    return f"version {code.version}, {installed}"
+    is_same, package = code.version == code.package, "the installed package's"
+    return f"version {code.version}, {f'as {package}' if is_same else f'{package} is {code.package}'}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -11,64 +11,44 @@ from .storage.errors import CheckpointError
 from .storage.files import count_bytes
 from .storage.output_folder import check_space
 from .storage.safetensors_io import split_in_shards, write_weights
-from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor, torch_name
+from .storage.sources import without_local_path
+from .storage.tensors import TORCH_DTYPES, NewTensor, StoredTensor
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-
 COMPONENTS = ("vision", "connector", "language")
-
 PARTS = (*COMPONENTS, "all")
-
 SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
 class Options:
-    """
-    Options of a conversion; None means the default.
+    """Options of a conversion; None means the default."""
 
-    Attributes:
-        part: One of PARTS; by default all of a multimodal model, else the component that the source is.
-        to_layout: Layout of the written vision encoder, a key of LAYOUTS; "sailvit" by default.
-        from_layout: Layout of the source's vision encoder, a key of LAYOUTS; detected by default.
-        prefix: Prefix of the component's tensor names, where several could be meant.
-        image_size: Height and width in pixels; learned position embeddings are resampled to it.
-        dtype: One of DTYPES; by default the source's, float32 where it has fp32 master weights besides rounded ones.
-        max_shard_size: In bytes, or as "5GB" (the default for files that are rewritten); if given, all files are.
-        insert_vision: File, folder or name on the Hub of an AIMv2 that replaces the vision encoder of a SAIL-VL.
-        link: Whether unchanged weight files may be hard links where reflinks are not available; else they are copied.
-            Whatever writes into a hard link in place changes the source too.
-    """
-
-    part: str | None = None
-    to_layout: str | None = None
-    from_layout: str | None = None
-    prefix: str | None = None
-    image_size: int | None = None
-    dtype: str | None = None
-    max_shard_size: int | str | None = None
-    insert_vision: str | None = None
+    part: str | None = None  # one of PARTS; by default all of a multimodal model, else the component that the source is
+    to_layout: str | None = None  # of the written vision encoder, a key of LAYOUTS; "sailvit" by default
+    from_layout: str | None = None  # of the source's vision encoder, a key of LAYOUTS; detected by default
+    prefix: str | None = None  # of the component's tensor names, where several could be meant
+    image_size: int | None = None  # height and width in pixels; learned position embeddings are resampled to it
+    dtype: str | None = None  # one of DTYPES; by default the source's, float32 if it has fp32 masters and rounded ones
+    max_shard_size: int | str | None = None  # bytes, or as "5GB", the default for rewritten files; if given, all are
+    insert_vision: str | None = None  # AIMv2 that replaces a SAIL-VL's vision encoder: file, folder or name on the Hub
+    # Whether unchanged weight files may be hard links where reflinks are not available; else they are copied. Whatever
+    # writes into a hard link in place changes the source too.
     link: bool = False
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise CheckpointError if a value is out of range."""
         check_choice("part", self.part, PARTS)
         check_choice("dtype", self.dtype, DTYPES)
         if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
             raise CheckpointError(f"image size: expected a positive integer of pixels, got {self.image_size!r}")
-        split_in_shards({}, self.shard_size)
-
-    @property
-    def shard_size(self) -> int | str:
-        return SHARD_SIZE if self.max_shard_size is None else self.max_shard_size
+        if self.max_shard_size is not None:
+            split_in_shards({}, self.max_shard_size)
 
     def provenance(self) -> dict[str, Any]:
         """Return the options without local paths."""
-        options = asdict(self)
-        if self.insert_vision and Path(self.insert_vision).exists():
-            options["insert_vision"] = Path(self.insert_vision).resolve().name
-        return options
+        return {**asdict(self), "insert_vision": self.insert_vision and without_local_path(self.insert_vision)}
 
 
 def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
@@ -79,22 +59,13 @@ def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None
 
 @dataclass(kw_only=True)
 class ConversionPlan(ABC):
-    """
-    A conversion that was checked to be possible.
+    """A conversion that was checked to be possible."""
 
-    Attributes:
-        checkpoint: The source.
-        dtype: Of the written tensors, a value of TORCH_DTYPES.
-        unchanged_files: Weight files of the source that are not rewritten.
-        notes: Messages about what was detected, dropped or assumed.
-        verification: The reference and the difference from it; None if the folder was not verified.
-    """
-
-    checkpoint: Checkpoint
-    dtype: str
-    unchanged_files: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    verification: dict[str, Any] | None = None
+    checkpoint: Checkpoint  # the source
+    dtype: str  # of the written tensors, a value of TORCH_DTYPES
+    unchanged_files: list[str] = field(default_factory=list)  # weight files of the source that are not rewritten
+    notes: list[str] = field(default_factory=list)  # messages about what was detected, dropped or assumed
+    verification: dict[str, Any] | None = None  # the reference and the difference from it; None if not verified
 
     @abstractmethod
     def tensors(self) -> list[NewTensor]:
@@ -110,12 +81,10 @@ class ConversionPlan(ABC):
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
-        """Return the entries of provenance.json of this kind of conversion, those about the source under "source"."""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Return the entries of provenance.json of every conversion and of this kind of it."""
-        return {"dtype": torch_name(self.dtype), **self.provenance(), "verification": self.verification}
+        """
+        Return the entries of provenance.json of this kind of conversion: those about the source under "source"; under
+        "kept" name -> name in the source of weight files that were not rewritten.
+        """
 
     def verify(self, folder: Path) -> dict[str, Any] | None:
         """Load the folder and compare it with the source; None if nothing loads it alone."""

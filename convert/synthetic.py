@@ -18,18 +18,11 @@ from .storage.safetensors_io import write_weights
 from .storage.tensors import CHUNK, TORCH_DTYPES, NewTensor, cast
 
 
-def published_shape(size: str, image_size: int = 448, blocks: int | None = None) -> AIMv2Dimensions:
-    """
-    Return the dimensions of a published AIMv2.
-
-    Args:
-        size: "base", "large", "huge", "1b" or "3b".
-        image_size: Height and width in pixels; a multiple of 14.
-        blocks: Number of blocks; the published one by default.
-    """
+def published_shape(size: str, blocks: int | None = None) -> AIMv2Dimensions:
+    """Return the dimensions of an AIMv2 at 448 pixels: "base", "large", "huge", "1b" or "3b"; with fewer `blocks`."""
     width = {name: width for width, name in SIZE_NAMES.items()}[size]
     depth = blocks or (12 if size == "base" else 24)
-    return AIMv2Dimensions(width, MLP_WIDTHS[width], depth, num_channels=3, patch_size=14, grid_size=image_size // 14)
+    return AIMv2Dimensions(width, MLP_WIDTHS[width], depth, num_channels=3, patch_size=14, grid_size=32)
 
 
 def write_synthetic(
@@ -41,19 +34,14 @@ def write_synthetic(
     config: dict[str, Any] | None = None,
 ) -> Path:
     """
-    Write random weights to a new folder; returns the folder.
-
-    Args:
-        layout: A key of LAYOUTS.
-        dtype: "float32", "bfloat16" or "float16".
-        max_shard_size: In bytes, or as "5GB".
-        config: Its config.json; Apple's by default.
+    Write random weights in a layout (a key of LAYOUTS) and a dtype (one of DTYPES) to a new folder; return the folder.
+    Its config.json is Apple's by default.
     """
     folder.mkdir(parents=True)
     target, key = LAYOUTS[layout], TORCH_DTYPES[dtype]
     tensors = [
-        NewTensor(target.prefix + piece.name, key, piece.shape, lambda piece=piece: _random(piece, key))
-        for piece in tensor_specs(target, shape)
+        NewTensor(target.prefix + spec.name, key, spec.shape, lambda spec=spec: _random(spec, key))
+        for spec in tensor_specs(target, shape)
     ]
     write_weights(folder, tensors, max_shard_size, lambda written: None)
     write_json(folder / "config.json", apple_config(shape) if config is None else config)
@@ -63,27 +51,25 @@ def write_synthetic(
 def apple_config(shape: AIMv2Dimensions) -> dict[str, Any]:
     """Return config.json as Apple publishes it."""
     fields = asdict(shape)
-    image_size = (fields.pop("grid_size") or 16) * shape.patch_size
     return {
         "architectures": ["AIMv2Model"],
         "model_type": "aimv2",
+        "image_size": (fields.pop("grid_size") or 16) * shape.patch_size,
         **fields,
         "num_attention_heads": max(shape.hidden_size // HEAD_WIDTH, 1),
-        "image_size": image_size,
         "rms_norm_eps": 1e-5,
         "attention_dropout": 0.0,
         "projection_dropout": 0.0,
     }
 
 
-def _random(piece: TensorSpec, dtype: str) -> Iterator[np.ndarray]:
+def _random(spec: TensorSpec, dtype: str) -> Iterator[np.ndarray]:
     """Normal random numbers, the same in every layout: the seed is the released name; norms are around 1."""
-    generator = np.random.default_rng(crc32(piece.canonical.encode()))
-    scale, middle = (0.2, 1.0) if "norm" in piece.canonical else (min(0.02, prod(piece.shape) ** -0.25), 0.0)
-    skipped, left = piece.intervals[0][0], prod(piece.shape)
-    while skipped:
-        skipped -= len(generator.standard_normal(min(skipped, CHUNK // 4), np.float32))
-    while left:
-        numbers = generator.standard_normal(min(left, CHUNK // 4), np.float32) * np.float32(scale) + np.float32(middle)
-        left -= len(numbers)
+    generator, is_norm = np.random.default_rng(crc32(spec.canonical.encode())), "norm" in spec.canonical
+    scale, mean = (0.2, 1.0) if is_norm else (min(0.02, prod(spec.shape) ** -0.25), 0.0)
+    skipped, count, most = spec.intervals[0][0], prod(spec.shape), CHUNK // 4
+    for start in range(0, skipped, most):
+        generator.standard_normal(min(skipped - start, most), np.float32)
+    for start in range(0, count, most):
+        numbers = generator.standard_normal(min(count - start, most), np.float32) * np.float32(scale) + np.float32(mean)
         yield cast(numbers.view(np.uint8), "F32", dtype)

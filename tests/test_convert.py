@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, AutoModel
 import sailvit_cli
 from sailvit import SAILViTModel
 from sailvit.convert import LAYOUTS, CheckpointError, convert_checkpoint, convert_tensors, inspect_checkpoint
+from sailvit.convert.export.code_files import CODE_FILES
 from sailvit.convert.export.runtimes import transformers_config
 from sailvit.convert.models.aimv2_names import AIMv2Dimensions
 from sailvit.convert.storage.errors import VerificationError
@@ -325,9 +326,7 @@ def test_a_table_with_two_names_exchanged_is_caught(tmp_path, apple, monkeypatch
 
 @pytest.mark.slow
 def test_a_folder_that_does_not_load_is_caught(tmp_path, apple, monkeypatch):
-    from sailvit.convert.export import runtimes
-
-    monkeypatch.setattr(runtimes, "CODE", runtimes.CODE[:1])
+    monkeypatch.setitem(CODE_FILES, "sailvit", CODE_FILES["sailvit"][-1:])
     with pytest.raises(VerificationError, match="does not load in a clean process"):
         convert(apple, tmp_path / "out", verify=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["apple"]

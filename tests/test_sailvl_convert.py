@@ -38,6 +38,7 @@ from transformers import (
 import sailvit_cli
 from sailvit import SAILViTModel, SAILVLConfig, SAILVLForConditionalGeneration
 from sailvit.convert import CheckpointError, compose_model, convert_checkpoint, inspect_checkpoint
+from sailvit.convert.export.code_files import CODE_FILES
 
 
 IMAGE = 309  # <IMG_CONTEXT> in the toy tokenizer
@@ -711,9 +712,8 @@ def test_a_tower_has_no_other_parts(toys, tmp_path, options):
 
 @pytest.mark.slow
 def test_a_folder_that_does_not_load_is_taken_away(toys, tmp_path, monkeypatch, capsys):
-    from sailvit.convert.export import code_files
-
-    monkeypatch.setattr(code_files, "CODE_OF_ALL", code_files.CODE_OF_ALL[:-1])
+    without_chat = tuple(name for name in CODE_FILES["sailvl"] if name != "chat_sailvl.py")
+    monkeypatch.setitem(CODE_FILES, "sailvl", without_chat)
     assert sailvit_cli.main(["convert", str(toys / "release"), str(tmp_path / "out")]) == 1
     assert "does not load in a clean process" in capsys.readouterr().err and not any(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ in it, whatever its users have installed, until `sailvit convert --refresh-code`
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from ..storage.sources import LocalFolder, Source
 
 
 PACKAGE = Path(__file__).parents[2]
-
-CODE = ("configuration_sailvit.py", "modeling_sailvit.py", "image_processing_sailvit.py")
-CODE_OF_ALL = (
-    *CODE, "configuration_sailvl.py", "modeling_sailvl.py", "processing_sailvl.py", "video_sailvl.py",
-    "chat_sailvl.py",
-)  # fmt: skip
-
 VERSION_FILE = "configuration_sailvit.py"  # holds CODE_VERSION; every folder with code of this package has it
-VERSION = re.compile(r"^CODE_VERSION = (\d+)$", re.MULTILINE)
+
+# Model type -> its files, the version last: refresh_code replaces them in this order.
+CODE_FILES = {
+    "sailvit": ("modeling_sailvit.py", "image_processing_sailvit.py", VERSION_FILE),
+    "sailvl": (
+        "modeling_sailvit.py", "image_processing_sailvit.py", "configuration_sailvl.py", "modeling_sailvl.py",
+        "processing_sailvl.py", "video_sailvl.py", "chat_sailvl.py", VERSION_FILE,
+    ),
+}  # fmt: skip
 CONFIGS = ("configuration_sailvit.SAILViTConfig", "configuration_sailvl.SAILVLConfig")  # in our auto_map
 
 # Version that does it first, model type -> what no earlier version does. Without CODE_VERSION it is version 1.
@@ -40,40 +41,27 @@ OLD_TEMPLATES = {
 
 @dataclass(frozen=True)
 class Code:
-    """
-    The code of a folder.
-
-    Attributes:
-        version: Of its files.
-        package: Of the installed package's files.
-        lacks: What it is known not to do.
-        other: Files that differ from the installed package's, though of the same version.
-    """
+    """The code of a folder."""
 
     version: int
-    package: int
-    lacks: list[str] = field(default_factory=list)
-    other: list[str] = field(default_factory=list)
+    package: int  # version of the installed package's files
+    lacks: list[str]  # what it is known not to do
+    other: list[str]  # files that differ from the package's, though of the same version
 
 
-def copy_code(folder: Path) -> None:
-    for file in CODE_OF_ALL:
+def copy_code(folder: Path, model_type: str = "sailvl") -> None:
+    for file in CODE_FILES[model_type]:
         shutil.copyfile(PACKAGE / file, folder / file)
 
 
 def find_code(source: Source, config: Mapping[str, Any]) -> Code | None:
-    """
-    Return the code of a folder or a repository; None if it has none of this package.
-
-    Args:
-        config: Its config.json.
-    """
+    """Return the code of a folder or repository with this config.json; None if it has none of this package."""
     if not is_ours(config) or VERSION_FILE not in source.files:
         return None
-    version, package = read_version(source.path(VERSION_FILE).read_text("utf-8", "replace")), package_version()
+    version, package = read_version(source.path(VERSION_FILE).parent), package_version()
     model_type, other = config["model_type"], []
     if isinstance(source, LocalFolder) and version == package:
-        present = [file for file in code_files(model_type) if file in source.files]
+        present = [file for file in CODE_FILES[model_type] if file in source.files]
         other = [file for file in present if hash_file(source.path(file)) != hash_file(PACKAGE / file)]
     lacks = [fix[model_type] for since, fix in sorted(FIXES.items()) if version < since and model_type in fix]
     return Code(version, package, lacks, other)
@@ -86,18 +74,16 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in ("sailvit", "sailvl") and named in CONFIGS
 
 
-def code_files(model_type: str) -> tuple[str, ...]:
-    return CODE_OF_ALL if model_type == "sailvl" else CODE
-
-
-def read_version(text: str) -> int:
-    """Return CODE_VERSION from the text of the file that holds it."""
-    match = VERSION.search(text)
+def read_version(folder: Path) -> int:
+    """Return CODE_VERSION of the code in a folder."""
+    path = folder / VERSION_FILE
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    match = re.search(r"^CODE_VERSION = (\d+)$", text, re.MULTILINE)
     return int(match[1]) if match else 1
 
 
 def package_version() -> int:
-    return read_version((PACKAGE / VERSION_FILE).read_text("utf-8"))
+    return read_version(PACKAGE)
 
 
 def is_old_template(text: str) -> bool:

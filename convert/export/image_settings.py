@@ -43,12 +43,13 @@ def read_image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: A value is invalid.
     """
     stored, name = _stored_image_settings(checkpoint), checkpoint.source.name
-    for key in {"image_mean", "image_std"} if stored.keys() & {"image_mean", "image_std"} else ():
-        value, lowest = stored.get(key), -1e9 if key == "image_mean" else 1e-9
-        numbers = isinstance(value, list) and len(value) > 0 and all(type(number) in (int, float) for number in value)
-        if not numbers or not all(lowest < number < 1e9 for number in value):
-            positive = "" if key == "image_mean" else "positive "
-            raise CheckpointError(f"{name}: {key}: expected a list of {positive}numbers, got {value!r}: correct it")
+    has_any = bool(stored.keys() & {"image_mean", "image_std"})
+    for key, lowest, expected in (("image_mean", -1e9, "numbers"), ("image_std", 1e-9, "positive numbers")):
+        value = stored.get(key)
+        numbers = value if isinstance(value, list) else []
+        is_valid = numbers and all(type(number) in (int, float) and lowest < number < 1e9 for number in numbers)
+        if has_any and not is_valid:
+            raise CheckpointError(f"{name}: {key}: expected a list of {expected}, got {value!r}: correct it")
     factor = stored.get("rescale_factor", 1)
     if type(factor) not in (int, float) or not 0 < factor < 1e9:
         raise CheckpointError(f"{name}: rescale_factor: expected a positive number, got {factor!r}: correct it")
@@ -60,9 +61,7 @@ def _stored_image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     settings = checkpoint.document("preprocessor_config.json")
     settings = settings or _section(checkpoint, "processor_config.json", "image_processor")
     timm = _section(checkpoint, "config.json", "pretrained_cfg")
-    if not settings and "mean" in timm:
-        return {"image_mean": timm["mean"], "image_std": timm.get("std")}
-    return settings
+    return {"image_mean": timm["mean"], "image_std": timm.get("std")} if not settings and "mean" in timm else settings
 
 
 def _section(checkpoint: Checkpoint, file: str, key: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How a folder is loaded, by its config.json: the Auto class, the task as the Hub names it, and Python code."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,29 +9,19 @@ from ..storage.files import read_json
 
 @dataclass(frozen=True)
 class ModelType:
-    """
-    Attributes:
-        title: Its name in a sentence.
-        auto_class: Of transformers; "timm" for a model of timm.
-        pipeline_tag: The task, as the Hub names it.
-        code: Python that loads and runs it; usage() fills in {source}.
-    """
+    """What the model in a folder is."""
 
-    title: str
-    auto_class: str
-    pipeline_tag: str
-    code: str
+    title: str  # in a sentence
+    auto_class: str  # of transformers; "timm" for a model of timm
+    pipeline_tag: str  # the task, as the Hub names it
+    code: str  # Python that loads and runs it; usage() fills in {source}
 
     @property
     def library(self) -> str:
         return "timm" if self.auto_class == "timm" else "transformers"
 
     def usage(self, name: str, revision: str | None = None, has_code: bool = False) -> str:
-        """
-        Args:
-            name: Of a folder; with a revision, of a repository on the Hub.
-            has_code: Whether it comes with Python files.
-        """
+        """Return Python code for a folder or, with a revision, a repository; `has_code`: it has Python files."""
         if self.auto_class == "timm":
             return self.code.format(source=f'"hf-hub:{name}@{revision}"' if revision else f'"local-dir:{name}"')
         options = [f'revision="{revision}"'] if revision else []
@@ -100,22 +91,19 @@ MODEL_TYPES = (
 def auto_class_of(folder: Path) -> str:
     """Return the Auto class of transformers that loads a folder with a config.json; "timm" if timm does."""
     config = read_json(folder / "config.json")
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if "architecture" in config:
         return "timm"
     if config.get("model_type") == "sailvl":
         return "AutoModelForImageTextToText"
-    for task in ("ForImageClassification", "ForCausalLM"):
-        if architecture.endswith(task):
-            return f"AutoModel{task}"
-    return "AutoModel"
+    architectures = config.get("architectures")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    task = re.search("(ForImageClassification|ForCausalLM)$", named)
+    return f"AutoModel{task[0] if task else ''}"
 
 
 def model_type_of(folder: Path) -> ModelType:
     """Return the type of the model in a folder with a config.json."""
     auto_class = auto_class_of(folder)
     model_type = next(each for each in MODEL_TYPES if each.auto_class == auto_class)
-    if model_type.code is LANGUAGE_CODE and not (folder / "tokenizer_config.json").exists():
-        return replace(model_type, code=NO_TOKENIZER_CODE)
-    return model_type
+    has_tokenizer = auto_class != "AutoModelForCausalLM" or (folder / "tokenizer_config.json").exists()
+    return model_type if has_tokenizer else replace(model_type, code=NO_TOKENIZER_CODE)

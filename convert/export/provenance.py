@@ -1,9 +1,10 @@
 """provenance.json: what a folder was made from and how, with the hashes of what was read and written."""
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,6 @@ from ..storage.sources import PROVENANCE, licence_of, public_name
 
 
 RECORDED_SUFFIXES = (".py", ".json", ".jinja", ".txt", ".model")
-
-
-def write_provenance(
-    folder: Path,
-    checkpoint: Checkpoint,
-    files: Mapping[str, Mapping[str, Any]],
-    digests: Mapping[str, str],
-    record: Mapping[str, Any],
-) -> None:
-    """
-    Args:
-        files: Name -> sha256 and bytes of every file that was read.
-        digests: Name -> sha256 of every tensor that was written.
-        record: What the conversion records; under "source" of the source, under "kept" name -> name in the source of
-            weight files that were not rewritten.
-    """
-    source, details = checkpoint.source, dict(record)
-    before, training = checkpoint.document(PROVENANCE).get("source"), checkpoint.training_metadata
-    kept = {name: {"sha256": files[original]["sha256"]} for name, original in details.pop("kept", {}).items()}
-    content = {
-        "source": {
-            "name": public_name(source),
-            "revision": source.revision,
-            **details.pop("source", {}),
-            **licence_of(source),
-            "files": files,
-            **({"source": before} if before else {}),
-        },
-        **({"training": training} if training else {}),
-        **details,
-    }
-    save_record(folder, content, kept, digests)
 
 
 def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any], digests: Mapping[str, str]) -> None:
@@ -81,8 +50,6 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages on which the output depends."""
     found = {}
     for package in ("sailvit", "torch", "transformers", "timm", "huggingface_hub", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     return found

@@ -1,6 +1,5 @@
 """The files that each runtime of an AIMv2 encoder expects next to the weights."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
 from ..storage.files import read_json, write_json
 from ..storage.tensors import torch_name
-from .code_files import CODE, PACKAGE
+from .code_files import PACKAGE, copy_code
 from .image_settings import clip_settings, normalization, read_image_settings
 
 
@@ -24,33 +23,36 @@ ENCODER_FIELDS = (
     "initializer_range", "pos_embed_type", "pixel_shuffle_factor",
 )  # fmt: skip
 
+# Those that transformers' Aimv2VisionConfig does not have.
+OTHER_FIELDS = ("projection_dropout", "use_bias", "pos_embed_type", "pixel_shuffle_factor")
+
+# Argument of timm's model -> field of SAILViTConfig.
+TIMM_ARGUMENTS = {
+    "img_size": "image_size", "patch_size": "patch_size", "in_chans": "num_channels", "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers", "num_heads": "num_attention_heads", "qkv_bias": "qkv_bias", "proj_bias": "use_bias",
+}  # fmt: skip
+
+# "pretrained_cfg" in timm's config.json, besides the images' size and normalization.
+TIMM_PRETRAINED = {
+    "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash", "num_classes": 0,
+    "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """
-    What loads the weights under one naming scheme without this package.
-
-    Attributes:
-        write_configs: Writes config.json and what goes with it into a folder, from the source, the fields of
-            SAILViTConfig and the dtype of the weights.
-        unsupported_reason: Why an encoder with these fields cannot be expressed in it; None if it can.
-        reads_shards: Whether the weights may be in several files.
-    """
+    """What loads the weights under one naming scheme without this package. Fields are those of SAILViTConfig."""
 
     title: str
+    # Write config.json and what goes with it into a folder, from the source, the fields and the dtype of the weights.
     write_configs: Callable[[Path, Checkpoint, Mapping[str, Any], str], None]
+    # Return why an encoder with these fields cannot be expressed in it; None if it can.
     unsupported_reason: Callable[[Mapping[str, Any]], str | None] = lambda fields: None
-    reads_shards: bool = True
+    reads_shards: bool = True  # whether the weights may be in several files
 
 
 def check_expressible(checkpoint: Checkpoint, scheme: str, fields: Mapping[str, Any]) -> None:
-    """
-    Args:
-        scheme: Name of the naming scheme that is written.
-
-    Raises:
-        CheckpointError: Its runtime cannot express the encoder, or the source's image settings are invalid.
-    """
+    """Raise CheckpointError if a naming scheme's runtime cannot express an encoder, or image settings are invalid."""
     runtime = RUNTIMES.get(scheme)
     if runtime and (reason := runtime.unsupported_reason(fields)):
         raise CheckpointError(f"{checkpoint.source.name}: {runtime.title} {reason}")
@@ -58,15 +60,13 @@ def check_expressible(checkpoint: Checkpoint, scheme: str, fields: Mapping[str, 
 
 
 def _write_sailvit(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
-    config = read_json(PACKAGE / "config.json")
+    config, processor = read_json(PACKAGE / "config.json"), read_json(PACKAGE / "preprocessor_config.json")
     config |= {key: value for key, value in fields.items() if key in config}
-    write_json(folder / "config.json", {**config, "dtype": torch_name(dtype)})
-    processor = read_json(PACKAGE / "preprocessor_config.json")
     processor |= {key: value for key, value in read_image_settings(checkpoint).items() if key in processor}
     size = {"height": fields["image_size"], "width": fields["image_size"]}
+    write_json(folder / "config.json", {**config, "dtype": torch_name(dtype)})
     write_json(folder / "preprocessor_config.json", {**processor, "size": size})
-    for file in CODE:
-        shutil.copyfile(PACKAGE / file, folder / file)
+    copy_code(folder, "sailvit")
 
 
 def _write_transformers(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
@@ -76,36 +76,24 @@ def _write_transformers(folder: Path, checkpoint: Checkpoint, fields: Mapping[st
 
 def transformers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json of transformers' Aimv2VisionModel, from fields of SAILViTConfig."""
-    kept = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
-        "patch_size", "rms_norm_eps", "attention_dropout", "hidden_act", "initializer_range", "qkv_bias",
-    )  # fmt: skip
     return {
         "architectures": ["Aimv2VisionModel"],
         "model_type": "aimv2_vision_model",
-        **{key: fields[key] for key in kept if key in fields},
+        **{key: fields[key] for key in ENCODER_FIELDS if key in fields and key not in OTHER_FIELDS},
         "mlp_bias": fields["use_bias"],
         "is_native": fields["pos_embed_type"] == "sincos",
         "use_head": False,
     }
 
 
+def _transformers_unsupported(fields: Mapping[str, Any]) -> str | None:
+    return None if fields["qkv_bias"] == fields["use_bias"] else "has biases in all of attention or in none of it"
+
+
 def _write_timm(folder: Path, checkpoint: Checkpoint, fields: Mapping[str, Any], dtype: str) -> None:
     mean, std = normalization(read_image_settings(checkpoint))
-    size, channels = fields["image_size"], fields["num_channels"]
-    pretrained = {
-        "input_size": [channels, size, size],
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "mean": mean,
-        "std": std,
-        "num_classes": 0,
-        "pool_size": None,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
+    size = [fields["num_channels"], fields["image_size"], fields["image_size"]]
+    pretrained = {"input_size": size, **TIMM_PRETRAINED, "mean": mean, "std": std}
     write_json(folder / "config.json", {**timm_config(fields), "pretrained_cfg": pretrained})
 
 
@@ -113,27 +101,15 @@ def timm_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the architecture for timm.create_model and its arguments, from fields of SAILViTConfig."""
     width, size = fields["hidden_size"], fields["image_size"]
     name = SIZE_NAMES.get(width, "large").replace("base", "large")  # timm has no base
+    arguments = {argument: fields[field] for argument, field in TIMM_ARGUMENTS.items()}
+    arguments["mlp_ratio"] = (fields["intermediate_size"] + 0.25) / width  # timm rounds the product down
     return {
         "architecture": f"aimv2_{name}_patch14_{size if size in (224, 336, 448) else 448}",
         "num_classes": 0,
         "num_features": width,
         "global_pool": "avg",
-        "model_args": {
-            "img_size": size,
-            "patch_size": fields["patch_size"],
-            "in_chans": fields["num_channels"],
-            "embed_dim": width,
-            "depth": fields["num_hidden_layers"],
-            "num_heads": fields["num_attention_heads"],
-            "mlp_ratio": (fields["intermediate_size"] + 0.25) / width,  # timm rounds the product down
-            "qkv_bias": fields["qkv_bias"],
-            "proj_bias": fields["use_bias"],
-        },
+        "model_args": arguments,
     }
-
-
-def _transformers_unsupported(fields: Mapping[str, Any]) -> str | None:
-    return None if fields["qkv_bias"] == fields["use_bias"] else "has biases in all of attention or in none of it"
 
 
 def _timm_unsupported(fields: Mapping[str, Any]) -> str | None:

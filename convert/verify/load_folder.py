@@ -2,19 +2,21 @@
 Load a model folder in a clean process, where the package that wrote it is not imported, run one image through it and
 save its outputs. outputs.py runs this script.
 
-What is saved, by the kind of model:
+Its argument is JSON: folder, image, out; auto_class, of transformers, or "timm"; generate, whether to run a language
+model too, however large; compare_with_package, whether to run the package's own classes as well.
+
+What is saved, by the kind of model; of the package's classes as "package.NAME":
     vision: pixel_values (1, C, H, W) and tokens (1, N, D), a classifier's logits (1, classes) as tokens; float32
     multimodal: tiles, placeholders and image_seq_length, which are counts
     language: parameters, a count
-    with --generate also pixel_values, input_ids (1, T) and logits (1, vocabulary) of the last position
-With --compare-with-package the same of the package's own classes, as "package.NAME".
+    with generate also pixel_values, input_ids (1, T) and logits (1, vocabulary) of the last position
 """
 
-import argparse
 import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -24,19 +26,14 @@ from safetensors.torch import save_file
 
 
 PACKAGE = "sailvit"
-# Bytes of weights from which a language model is not loaded in float32; without --generate, not loaded at all.
+# Bytes of weights from which a language model is not loaded in float32; without generate, not loaded at all.
 LARGE = 1 << 30
 Outputs = dict[str, torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("folder", "image", "out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("auto_class", help='of transformers, or "timm"')
-    parser.add_argument("--generate", action="store_true", help="run a language model too, however large")
-    parser.add_argument("--compare-with-package", action="store_true")
-    options = parser.parse_args()
+    options = SimpleNamespace(**json.loads(sys.argv[1]))
+    options.folder = Path(options.folder)
     with Image.open(options.image) as file:
         image = file.convert("RGB")
     with torch.inference_mode():
@@ -51,7 +48,7 @@ def main() -> None:
     save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, options.out)
 
 
-def run_timm(options: argparse.Namespace, image: Image.Image) -> Outputs:
+def run_timm(options: SimpleNamespace, image: Image.Image) -> Outputs:
     import timm
 
     model = timm.create_model(f"local-dir:{options.folder}", pretrained=True).float().eval()
@@ -60,7 +57,7 @@ def run_timm(options: argparse.Namespace, image: Image.Image) -> Outputs:
     return {"pixel_values": pixel_values, "tokens": model.forward_features(pixel_values)}
 
 
-def run_transformers(options: argparse.Namespace, image: Image.Image, package: str = "") -> Outputs:
+def run_transformers(options: SimpleNamespace, image: Image.Image, package: str = "") -> Outputs:
     """Run the folder by its own code, where it has any, or by the classes that `package` registers."""
     stored = json.loads((options.folder / "config.json").read_text(encoding="utf-8"))
     trust = {"trust_remote_code": True} if "auto_map" in stored and not package else {}
@@ -82,7 +79,7 @@ def run_transformers(options: argparse.Namespace, image: Image.Image, package: s
     return {"pixel_values": pixel_values, "tokens": output.logits if "logits" in output else output.last_hidden_state}
 
 
-def load_model(options: argparse.Namespace, config: object, trust: dict[str, bool]) -> torch.nn.Module:
+def load_model(options: SimpleNamespace, config: object, trust: dict[str, bool]) -> torch.nn.Module:
     """Load strictly. Of a large language model that is not to be run, only names and shapes are checked."""
     auto = getattr(transformers, options.auto_class)
     files = [*options.folder.glob("*.safetensors")]
@@ -91,12 +88,11 @@ def load_model(options: argparse.Namespace, config: object, trust: dict[str, boo
     if is_large and not options.generate:
         with torch.device("meta"):
             model = auto.from_config(config, **trust)
-        wrong = {kind: names[:3] for kind, names in compare_names(model, files).items() if names}
+        report = compare_names(model, files)
     else:
         dtype = "auto" if is_large else torch.float32
         model, report = auto.from_pretrained(options.folder, dtype=dtype, output_loading_info=True, **trust)
-        wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
-    if any(wrong.values()):
+    if wrong := {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}:
         raise SystemExit(f"not loaded strictly: {wrong}")
     return model.eval()
 
@@ -119,7 +115,7 @@ def compare_names(model: torch.nn.Module, files: list[Path]) -> dict[str, list[s
 
 
 def run_multimodal(
-    options: argparse.Namespace, model: torch.nn.Module, image_processor: object, image: Image.Image, trust: dict
+    options: SimpleNamespace, model: torch.nn.Module, image_processor: object, image: Image.Image, trust: dict
 ) -> Outputs:
     processor = transformers.AutoProcessor.from_pretrained(options.folder, **trust)
     if type(processor.image_processor).__name__ != type(image_processor).__name__:
@@ -128,21 +124,22 @@ def run_multimodal(
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     one_tile = {"do_tile": False} if options.generate else {}
     inputs = processor(text=prompt, images=image, return_tensors="pt", **one_tile)
-    counts = {
-        "tiles": len(inputs["pixel_values"]),
-        "placeholders": int((inputs["input_ids"] == model.config.image_token_id).sum()),
-        "image_seq_length": model.config.image_seq_length,
+    outputs = {
+        "tiles": torch.tensor(len(inputs["pixel_values"])),
+        "placeholders": (inputs["input_ids"] == model.config.image_token_id).sum(),
+        "image_seq_length": torch.tensor(model.config.image_seq_length),
     }
-    outputs = {name: torch.tensor(count) for name, count in counts.items()}
-    return outputs | ({"pixel_values": inputs["pixel_values"], **generate(model, inputs)} if options.generate else {})
+    if options.generate:
+        outputs |= {"pixel_values": inputs["pixel_values"], **generate(model, inputs)}
+    return outputs
 
 
-def run_language(options: argparse.Namespace, model: torch.nn.Module, trust: dict[str, bool]) -> Outputs:
+def run_language(options: SimpleNamespace, model: torch.nn.Module, trust: dict[str, bool]) -> Outputs:
     outputs = {"parameters": torch.tensor(model.num_parameters())}
-    if not options.generate:
-        return outputs
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder, **trust)
-    return outputs | generate(model, tokenizer("The picture shows", return_tensors="pt"))
+    if options.generate:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder, **trust)
+        outputs |= generate(model, tokenizer("The picture shows", return_tensors="pt"))
+    return outputs
 
 
 def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Outputs:

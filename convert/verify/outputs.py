@@ -1,5 +1,6 @@
 """Run load_folder.py in a clean process, and compare what a folder gives there with a reference."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ def run_in_clean_process(
 ) -> "dict[str, torch.Tensor]":
     """
     Load a folder in a clean process, offline, without a token and with empty caches, and run one image through it.
+    Returns the tensors that load_folder.py saves.
 
     Args:
         auto_class: The class of transformers that loads it, or "timm".
@@ -33,25 +35,24 @@ def run_in_clean_process(
             the comparison is exact and fast on every CPU, else in the dtype of its weights, since it may not fit.
         compare_with_package: Whether this package's classes are run as well.
 
-    Returns:
-        The tensors that load_folder.py saves.
-
     Raises:
         VerificationError: It does not load or run.
     """
     from safetensors.torch import load_file
 
-    flags = {"--generate": generate, "--compare-with-package": compare_with_package}
     with tempfile.TemporaryDirectory() as scratch:
-        out, link = Path(scratch) / "outputs.safetensors", Path(scratch) / "folder"
         # Under a name without a dot: from another transformers < 4.57 cannot import code.
+        link, out = Path(scratch, "folder"), Path(scratch, "outputs.safetensors")
         link_or_copy(folder, link)
-        arguments = [link, IMAGE, out, auto_class]
-        arguments += [flag for flag, is_set in flags.items() if is_set]
+        options = {"folder": str(link), "image": str(IMAGE), "out": str(out), "auto_class": auto_class}
+        options |= {"generate": generate, "compare_with_package": compare_with_package}
+        environment = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
+        environment |= {"HF_HOME": f"{scratch}/home", "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         # As text, since a script's own folder becomes importable.
-        command = [sys.executable, "-c", LOADER_SCRIPT.read_text(encoding="utf-8"), *map(str, arguments)]
-        options: dict[str, Any] = {"cwd": scratch, "env": _environment(scratch), "stdin": subprocess.DEVNULL}
-        done = subprocess.run(command, capture_output=True, text=True, **options)
+        command = [sys.executable, "-c", LOADER_SCRIPT.read_text(encoding="utf-8"), json.dumps(options)]
+        done = subprocess.run(
+            command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode or not out.exists():
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             reason = reason.replace(str(link), "the folder")
@@ -71,41 +72,23 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _environment(scratch: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
-    caches = {"HF_HOME": str(Path(scratch) / "home"), "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
-    return {**kept, **caches, "HF_HUB_OFFLINE": "1"}
-
-
 def relative_difference(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
     """Return |ours - reference| / |reference|, Frobenius norms in float64; NaN where either is not finite."""
     return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
-def compare_outputs(
-    ours: "torch.Tensor", reference: "torch.Tensor", name: str, what: str = "tokens", **inputs: str
-) -> dict[str, Any]:
+def compare_outputs(ours: "torch.Tensor", reference: "torch.Tensor", name: str) -> dict[str, Any]:
     """
-    Compare a folder's outputs with those of a reference.
-
-    Args:
-        name: What computed the reference.
-        inputs: What both were given; by default the image.
-
-    Returns:
-        What provenance.json records under "verification".
+    Compare a folder's tokens for the image with those that `name` computed; return what provenance.json records.
 
     Raises:
         VerificationError: The relative difference is above TOLERANCE.
     """
     difference = relative_difference(ours, reference)
     if not difference <= TOLERANCE:
-        raise VerificationError(
-            f"the folder's {what} differ from those of {name} by {difference:.1e} (relative): expected at most "
-            f"{TOLERANCE:.0e}"
-        )
-    figures = {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE}
-    return figures | (inputs or {"picture": IMAGE.name})
+        what = f"the folder's tokens differ from those of {name} by {difference:.1e} (relative)"
+        raise VerificationError(f"{what}: expected at most {TOLERANCE:.0e}")
+    return {"reference": name, "relative_difference": difference, "tolerance": TOLERANCE, "picture": IMAGE.name}
 
 
 def describe(figures: Mapping[str, Any]) -> str:
