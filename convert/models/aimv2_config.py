@@ -13,7 +13,7 @@ from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.sources import PROVENANCE
 from ..storage.tensors import StoredTensor
 from .aimv2_names import PATCHES, POSITIONS, AIMv2Dimensions, match_aimv2
-from .config_checks import config_problem, contradictions, invalid_values, is_integer, square_side
+from .checks import config_problem, contradictions, invalid_values, is_integer, square_side
 from .name_tables import Match, MatchedTensors
 
 
@@ -37,13 +37,12 @@ def infer_dimensions(matched: MatchedTensors) -> tuple[AIMv2Dimensions, list[Pro
     Raises:
         CheckpointError: The dimensions are unknown, as the patch convolution is missing, empty or no convolution.
     """
-    problems = matched.name_problems()
     try:
         dimensions = _infer(matched)
     except CheckpointError:
-        raise_if_any(problems)  # the cause, if there is one
+        raise_if_any(matched.problems())  # the cause, if there is one
         raise
-    return dimensions, problems + matched.shape_problems(dimensions)
+    return dimensions, matched.problems(dimensions)
 
 
 def _infer(matched: MatchedTensors) -> AIMv2Dimensions:

@@ -10,7 +10,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
 from ..storage.tensors import is_same
-from .config_checks import config_problem, contradictions, invalid_values, is_integer
+from .checks import config_problem, contradictions, invalid_values, is_integer
 from .internlm2_tokenizer import NewTokenizer, find_tokenizer
 from .internvl_common import InternVLPlan, check_source, read_source
 from .mapped_plan import match_notes

@@ -11,7 +11,7 @@ from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import write_json
-from .config_checks import config_problem, contradictions, invalid_values, is_integer
+from .checks import config_problem, contradictions, invalid_values, is_integer
 from .internvl_common import InternVLPlan, check_source, read_source
 from .mapped_plan import image_notes, match_notes
 from .name_tables import Dimensions, MatchedTensors, ModelFamily, NamingScheme

@@ -46,7 +46,7 @@ def read_source(
     match = match_names(checkpoint.weight_map, family, prefix=options.prefix)
     matched = MatchedTensors(match, {name: checkpoint[stored] for name, stored in match.names.items()})
     raise_if_any([problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)], source)
-    raise_if_any(matched.name_problems(), source)
+    raise_if_any(matched.problems(), source)
     return matched, _section(checkpoint, family.component)
 
 
@@ -74,7 +74,7 @@ def check_source(
             differ.
     """
     source, accepted = checkpoint.source.name, ("mixed",) if options.dtype else ()
-    problems = problems + sorted(matched.shape_problems(dimensions), key=lambda problem: problem.location)
+    problems = problems + sorted(matched.problems(dimensions), key=lambda problem: problem.location)
     raise_if_any(problems + [one for one in matched.dtype_problems() if one.kind not in accepted], source)
     stored = {matched.match.names[name]: tensor for name, tensor in matched.tensors.items()}
     check_values(checkpoint, stored)

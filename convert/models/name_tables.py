@@ -19,6 +19,7 @@ from typing import Any
 from ..storage.errors import CheckpointError, Problem
 from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS
+from .checks import is_lora, tensor_problems, unexpected_tensor
 
 
 MAX_BLOCKS = 1000
@@ -284,18 +285,10 @@ def _sort_names(
             match.dropped.append(name)
         else:
             match.unmapped.append(name)
-    foreign = [name for name in match.unmapped if not _is_adapter(name)]
+    foreign = [name for name in match.unmapped if not is_lora(name)]
     if len(foreign) > len(match.names):
         raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
     return match
-
-
-def why_empty(shape: Sequence[int]) -> str:
-    return f"empty, shape {list(shape)}: saved under ZeRO-3 without gathering? Save the full tensor"
-
-
-def _is_adapter(name: str) -> bool:
-    return "lora_" in name or ".base_layer." in name
 
 
 @dataclass(frozen=True)
@@ -305,28 +298,15 @@ class MatchedTensors:
     match: Match
     tensors: Mapping[str, Any]
 
-    def name_problems(self) -> list[Problem]:
-        """Return empty tensors and names without a mapping."""
-        names, unknown = self.match.names, f"has no mapping in {self.match.scheme.title}"
-        adapter = "part of a LoRA adapter: merge it first (peft's merge_and_unload)"
-        empty = {name: tensor.shape for name, tensor in self.tensors.items() if not prod(tensor.shape)}
-        problems = [Problem("empty", names[name], why_empty(shape)) for name, shape in empty.items()]
-        return problems + [
-            Problem("unexpected", name, adapter if _is_adapter(name) else unknown) for name in self.match.unmapped
-        ]
-
-    def shape_problems(self, dimensions: Dimensions) -> list[Problem]:
-        """Return missing, unexpected and wrongly shaped tensors, compared with a model of these dimensions."""
-        expected = {spec.name: spec.shape for spec in tensor_specs(self.match.scheme, dimensions)}
-        problems, names = [], self.match.names
-        for name, shape in expected.items():
-            own = tuple(self.tensors[name].shape) if name in self.tensors else None
-            if own is None:
-                problems.append(Problem("missing", self.match.prefix + name, f"missing; expected shape {list(shape)}"))
-            elif prod(own) and own != shape:
-                problems.append(Problem("shape", names[name], f"expected shape {list(shape)}, got {list(own)}"))
-        what = f"not part of an {self.match.family.title} of these dimensions"
-        return problems + [Problem("unexpected", names[name], what) for name in self.tensors if name not in expected]
+    def problems(self, dimensions: Dimensions | None = None) -> list[Problem]:
+        """Return names without a mapping and empty tensors; by dimensions, missing, unexpected and misshapen ones too."""
+        match, tensors = self.match, self.tensors
+        unmapped = [unexpected_tensor(name, f"has no mapping in {match.scheme.title}") for name in match.unmapped]
+        expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if dimensions:
+            expected = {spec.name: spec.shape for spec in tensor_specs(match.scheme, dimensions)}
+        foreign = f"not part of an {match.family.title} of these dimensions"
+        return unmapped + tensor_problems(tensors, match.names, expected, match.prefix, foreign)
 
     def dtype_problems(self) -> list[Problem]:
         """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
