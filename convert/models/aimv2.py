@@ -9,16 +9,16 @@ import numpy as np
 
 from ..export.card import write_conversion_card
 from ..export.runtimes import RUNTIMES, SIZE_NAMES, check_expressible
-from ..plan import Options, output_dtype
+from ..plan import Options
 from ..storage.checkpoint import Checkpoint
-from ..storage.errors import CheckpointError, raise_if_any
+from ..storage.errors import CheckpointError
 from ..storage.hashes import check_values
 from ..storage.tensors import StoredTensor, cast, to_bytes, torch_name
 from .aimv2_config import Tower, find_aimv2
-from .aimv2_names import POSITIONS, AIMv2Dimensions, get_layout, plan_layout
+from .aimv2_names import AIMV2, POSITIONS, AIMv2Dimensions, plan_layout
 from .aimv2_reference import verify_folder
 from .aimv2_state_dict import compute_positions
-from .mapped_plan import MappedPlan, image_notes, match_notes
+from .mapped_plan import MappedPlan, checked_dtype, image_notes, match_notes
 from .name_tables import NamingScheme, TensorSource
 
 
@@ -39,7 +39,7 @@ class AIMv2Plan(MappedPlan):
     @property
     def learned(self) -> StoredTensor | None:
         """The source's learned position embeddings."""
-        return self.stored.get(self.match.scheme.names_of(POSITIONS)[0])
+        return self.match.tensors.get(self.match.scheme.names_of(POSITIONS)[0])
 
     @property
     def grid_size(self) -> int | None:
@@ -83,32 +83,23 @@ class AIMv2Plan(MappedPlan):
         return verify_folder(folder, self, self.fields, self.grid_size if self.learned and self.positions else None)
 
     def provenance(self) -> dict[str, Any]:
-        return {
-            "source": self.source_record("heads"),
-            "layout": self.layout.name,
-            "tower": self.fields,
-            "positions": self.positions or "as in the source",
-        }
+        record = {"source": self.source_record("heads"), "layout": self.layout.name, "tower": self.fields}
+        return {**record, "positions": self.positions or "as in the source"}
 
 
 def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
-    """
-    Raises:
-        CheckpointError: There is no whole tower, or it cannot be written with these options.
-    """
-    layout = get_layout("sailvit" if options.to_layout is None else options.to_layout)
+    """Raises CheckpointError if there is no whole vision encoder, or it cannot be written with these options."""
+    layout = AIMV2.scheme("sailvit" if options.to_layout is None else options.to_layout)
     tower = find_aimv2(checkpoint, options.from_layout, options.prefix)
-    accepted = ("mixed",) if options.dtype else ()
-    raise_if_any([problem for problem in tower.problems if problem.kind not in accepted], checkpoint.source.name)
-    dtype = output_dtype(options.dtype, tower.tensors, checkpoint.source.name)
+    dtype = checked_dtype(checkpoint, tower.match, tower.problems, options)
     plan = AIMv2Plan(
-        checkpoint=checkpoint, dtype=dtype, match=tower.match, stored=tower.tensors, dimensions=tower.dimensions,
-        layout=layout, fields=_output_fields(tower, layout, options),
+        checkpoint=checkpoint, dtype=dtype, match=tower.match, dimensions=tower.dimensions, layout=layout,
+        fields=_output_fields(tower, layout, options),
     )  # fmt: skip
     check_expressible(checkpoint, layout.name, plan.fields)
     plan.positions = _computed_positions(plan)
     plan.notes = _notes(plan)
-    check_values(checkpoint, {tower.match.names[name]: tensor for name, tensor in tower.tensors.items()})
+    check_values(checkpoint, tower.match.stored)
     return plan
 
 

@@ -1,8 +1,4 @@
-"""
-Naming schemes ("layouts") of AIMv2 vision encoders, and the shapes of their tensors.
-
-The canonical names are the released ones, SAILViT's and Apple's AIMv2's.
-"""
+"""Naming schemes ("layouts") of AIMv2 vision encoders; the released names, SAILViT's and Apple's, are canonical."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,14 +7,13 @@ from ..storage.errors import CheckpointError
 from .name_tables import (
     AmbiguousMatchError,
     Dimensions,
-    Match,
     ModelFamily,
     NamingScheme,
     TensorSource,
     match_names,
     plan_tensors,
     tensor_specs,
-)  # fmt: skip
+)
 
 
 PATCHES, POSITIONS = "preprocessor.patchifier.proj", "preprocessor.pos_embed"
@@ -30,11 +25,7 @@ TRANSFORMERS = {
     "preprocessor.patchifier.norm": "embeddings.rms_norm",
     "preprocessor.pos_embed": "embeddings.position_embedding.weight",
     "trunk.blocks.{}.norm_1": "encoder.layers.{}.rms_norm1",
-    "trunk.blocks.{}.attn.qkv": (
-        "encoder.layers.{}.attention.q_proj",
-        "encoder.layers.{}.attention.k_proj",
-        "encoder.layers.{}.attention.v_proj",
-    ),
+    "trunk.blocks.{}.attn.qkv": tuple(f"encoder.layers.{{}}.attention.{part}_proj" for part in "qkv"),
     "trunk.blocks.{}.attn.proj": "encoder.layers.{}.attention.out_proj",
     "trunk.blocks.{}.norm_2": "encoder.layers.{}.rms_norm2",
     "trunk.blocks.{}.mlp.fc1": "encoder.layers.{}.ffn.gate_proj",
@@ -73,16 +64,6 @@ SCHEMES = (
     NamingScheme("timm", "timm's aimv2", TIMM, "", r"(head|fc_norm)\..*", has_sincos=False),
 )
 LAYOUTS = {scheme.name: scheme for scheme in SCHEMES}
-
-
-def get_layout(name: str | None) -> NamingScheme:
-    """
-    Raises:
-        CheckpointError: No layout has this name.
-    """
-    if name not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {', '.join(LAYOUTS)}, got {name!r}")
-    return LAYOUTS[name]
 
 
 @dataclass(frozen=True)
@@ -127,15 +108,10 @@ LARGEST = AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True)
 AIMV2 = ModelFamily("AIMv2 encoder", "vision", LAYOUTS, (PATCHES,), LARGEST)
 
 
-def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> Match:
-    """Find the encoder among names of a checkpoint: match_names, which also raises CheckpointError for the layout."""
-    return match_names(names, AIMV2, None if layout is None else get_layout(layout).name, prefix)
-
-
 def is_aimv2(names: Iterable[str]) -> bool:
     """Return whether a checkpoint contains an encoder, or several, in any layout and under any prefix."""
     try:
-        match_aimv2(names)
+        match_names(names, AIMV2)
     except CheckpointError as error:
         return isinstance(error, AmbiguousMatchError)
     return True

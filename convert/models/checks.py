@@ -9,6 +9,8 @@ from ..storage.errors import Problem
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "mish")
 
+UNSEEN = "tensors do not show it; set it in config.json, or convert with --base"
+
 
 def tensor_problems(
     tensors: Mapping[str, Any],
@@ -59,8 +61,7 @@ def contradictions(inferred: Mapping[str, Any], config: Mapping[str, Any]) -> li
     for key, value in inferred.items():
         declared = square_side(config.get(key))
         if declared is not None and (declared != value or isinstance(declared, bool) != isinstance(value, bool)):
-            what = f"expected {value!r} as in the tensors, got {config[key]!r}: fix config.json"
-            problems.append(Problem("config", key, what))
+            problems += config_problems(key, False, f"{value!r} as in the tensors", config[key])
     return problems
 
 
@@ -71,18 +72,24 @@ def square_side(value: Any) -> Any:
 
 def invalid_values(config: Mapping[str, Any], fractions: Iterable[str]) -> list[Problem]:
     """Return an unknown hidden_act, and those `fractions` that are no number from 0 to below 1."""
-    problems = []
+    problems, activation = [], config.get("hidden_act", "silu")
     for key in fractions:
         value = config.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            problems.append(config_problem(key, "a number from 0 to below 1", value))
-    if config.get("hidden_act", "silu") not in ACTIVATIONS:
-        problems.append(config_problem("hidden_act", f"one of {', '.join(ACTIVATIONS)}", config["hidden_act"]))
-    return problems
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        problems += config_problems(key, is_number and 0 <= value < 1, "a number from 0 to below 1", value)
+    return problems + config_problems(
+        "hidden_act", activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}", activation
+    )
 
 
-def config_problem(key: str, expected: str, value: Any, fix: str = "fix config.json") -> Problem:
-    return Problem("config", key, f"expected {expected}, got {value!r}: {fix}")
+def head_problems(heads: Any, width: int) -> list[Problem]:
+    is_valid = is_integer(heads) and width % heads == 0
+    return config_problems("num_attention_heads", is_valid, f"a divisor of the width {width}", heads, UNSEEN)
+
+
+def config_problems(key: str, is_valid: bool, expected: str, value: Any, fix: str = "fix config.json") -> list[Problem]:
+    """Return the problem of a field of config.json, if it is not valid."""
+    return [] if is_valid else [Problem("config", key, f"expected {expected}, got {value!r}: {fix}")]
 
 
 def is_integer(value: Any, lowest: int = 1) -> bool:

@@ -1,21 +1,21 @@
 """
 Tables of parameter names: which tensors a model has under each naming scheme, and which scheme a checkpoint uses.
 
-A model family has canonical names. A naming scheme's table maps each canonical module ("{}" is the block index) to its
-name in the scheme, or to several names that share its rows: query, key and value. So every tensor of a scheme is a few
-intervals of elements of one canonical tensor, and a conversion between two schemes, in either direction, copies
-intervals.
+A naming scheme's table maps each canonical module ("{}" is the block index) to its name, or to the names that share its
+rows: query, key and value. So each tensor is a few intervals of elements of one canonical tensor, and a conversion
+between two schemes copies intervals.
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 from typing import Any
 
+from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS
@@ -73,8 +73,6 @@ class NamingScheme:
 @dataclass(frozen=True)
 class ModelFamily:
     """
-    A model family.
-
     Attributes:
         title: A name for messages.
         component: The part of a multimodal model that it can be, one of plan.PARTS.
@@ -88,6 +86,12 @@ class ModelFamily:
     schemes: Mapping[str, NamingScheme] = field(repr=False)
     anchors: tuple[str, ...] = field(repr=False)
     largest: Dimensions = field(repr=False)
+
+    def scheme(self, name: str) -> NamingScheme:
+        """Raises CheckpointError if no scheme has this name."""
+        if name not in self.schemes:
+            raise CheckpointError(f"layout: expected one of {', '.join(self.schemes)}, got {name!r}")
+        return self.schemes[name]
 
     def pattern(self, scheme: NamingScheme) -> re.Pattern[str]:
         """Match any name of a scheme behind any prefix; groups "prefix" and, for an anchor, "anchor"."""
@@ -111,7 +115,7 @@ class ModelFamily:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a naming scheme, and its elements in the canonical tensor: intervals (first, last + 1), in order."""
+    """A tensor of a naming scheme; its elements are intervals (first, last + 1) of the canonical tensor, in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -142,14 +146,11 @@ def _module_specs(
 
 def qkv_group_slices(groups: int, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
     """
-    Return the intervals of query, key and value in a fused tensor.
+    Return the intervals (first element, last + 1) of query, key and value in a fused tensor, one per group.
 
     Args:
         groups: Number of groups, one after the other.
         sizes: Elements of query, key and value in one group, in their order.
-
-    Returns:
-        For each of them, (first element, last + 1) in every group.
     """
     ends = list(accumulate(sizes))
     return [
@@ -196,7 +197,7 @@ class AmbiguousMatchError(CheckpointError):
 @dataclass(frozen=True)
 class Match:
     """
-    A model among the names of a checkpoint.
+    A model among the names of a checkpoint, and its tensors.
 
     Attributes:
         names: Name in the scheme, without prefix and wrappers -> name in the checkpoint.
@@ -204,16 +205,18 @@ class Match:
         unmapped: Names under the prefix that the scheme does not have.
         others: First segments of the names outside the prefix -> their number.
         wrappers: Segments that were removed from the names.
+        tensors: Name in the scheme -> tensor, stored or of torch, once they are read.
     """
 
     family: ModelFamily
     scheme: NamingScheme
     prefix: str
-    names: dict[str, str]
-    dropped: list[str]
-    unmapped: list[str]
-    others: dict[str, int]
     wrappers: list[str]
+    names: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    unmapped: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    tensors: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def reason(self) -> str:
@@ -221,6 +224,70 @@ class Match:
         total = len(self.names) + len(self.dropped) + len(self.unmapped) + sum(self.others.values())
         where = f"under the prefix {self.prefix!r}" if self.prefix else "without a prefix"
         return f"{len(self.names)} of {total} names, {where}, match {self.scheme.title}"
+
+    def read(self, stored: Mapping[str, Any] | Checkpoint) -> "Match":
+        """Return this match with its tensors; stored: name in the checkpoint -> tensor."""
+        return replace(self, tensors={name: stored[stored_name] for name, stored_name in self.names.items()})
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """Name in the checkpoint -> tensor."""
+        return {self.names[name]: tensor for name, tensor in self.tensors.items()}
+
+    def problems(self, dimensions: Dimensions | None = None) -> list[Problem]:
+        """Return names without a mapping and empty tensors; with dimensions, missing, unexpected, misshapen ones."""
+        unmapped = [unexpected_tensor(name, f"has no mapping in {self.scheme.title}") for name in self.unmapped]
+        expected = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if dimensions:
+            expected = {spec.name: spec.shape for spec in tensor_specs(self.scheme, dimensions)}
+        foreign = f"not part of an {self.family.title} of these dimensions"
+        return unmapped + tensor_problems(self.tensors, self.names, expected, self.prefix, foreign)
+
+    def dtype_problems(self) -> list[Problem]:
+        """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
+        common = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
+        problems, most = [], f"{common} as in most of the {self.family.title}"
+        for name, tensor in self.tensors.items():
+            where, dtype = self.names[name], tensor.dtype
+            if dtype not in FLOAT_BITS:
+                problems.append(Problem("dtype", where, f"expected a floating point dtype, got {dtype}"))
+            elif dtype != common:
+                problems.append(Problem("mixed", where, f"expected {most}, got {dtype}: choose with --dtype"))
+        return problems
+
+    def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        """Return the shape of a tensor, or raise CheckpointError if it is missing or has not `ndim` dimensions."""
+        where, title = self.prefix + name, self.family.title
+        if name not in self.tensors:
+            raise CheckpointError(f"{where}: missing; without it the dimensions of the {title} are unknown")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != ndim:
+            raise CheckpointError(f"{where}: expected {ndim} dimensions, got shape {list(shape)}")
+        return shape
+
+    def count_blocks(self, module: str) -> int:
+        """Return the number of blocks, or raise CheckpointError for MAX_BLOCKS and more."""
+        start = self.scheme.names_of(module)[0].split("{}")[0]
+        pattern = re.compile(re.escape(start) + r"(\d+)\.")
+        last = max((int(block[1]) for block in map(pattern.match, self.tensors) if block), default=-1)
+        if last >= MAX_BLOCKS:
+            raise CheckpointError(f"{self.prefix}{start}{last}: expected a block index below {MAX_BLOCKS}")
+        return last + 1
+
+    def common_rows(self, module: str) -> int | None:
+        """Return the most frequent first dimension of a module's weights, so that a block that differs is reported."""
+        ends = self._endings(module, ".weight")
+        shapes = [tensor.shape for name, tensor in self.tensors.items() if name.endswith(ends)]
+        rows = Counter(shape[0] for shape in shapes if shape and prod(shape))
+        return rows.most_common(1)[0][0] if rows else None
+
+    def has(self, suffix: str, *modules: str) -> bool:
+        """Return whether any block has this parameter in one of these modules."""
+        ends = tuple(end for module in modules for end in self._endings(module, suffix))
+        return any(name.endswith(ends) for name in self.tensors)
+
+    def _endings(self, module: str, suffix: str) -> tuple[str, ...]:
+        return tuple(name.split("{}")[-1] + suffix for name in self.scheme.names_of(module))
 
 
 def match_names(
@@ -234,12 +301,13 @@ def match_names(
         prefix: Prefix of its names, if it is known.
 
     Raises:
-        CheckpointError: There is none, or more than one (AmbiguousMatchError), or two names are equal without wrappers.
+        CheckpointError: There is none, or more than one (AmbiguousMatchError), two names are equal without wrappers, or
+            the family has no such scheme.
     """
     if prefix and not prefix.endswith("."):
         prefix += "."
     cleaned, wrappers = without_wrapper_prefixes(names)
-    schemes = [family.schemes[scheme]] if scheme else [*family.schemes.values()]
+    schemes = [family.scheme(scheme)] if scheme is not None else [*family.schemes.values()]
     candidates = _candidates(cleaned, family, schemes, prefix)
     if not candidates:
         where = f" under the prefix {prefix!r}" if prefix is not None else ""
@@ -274,11 +342,11 @@ def _sort_names(
     cleaned: Mapping[str, str], wrappers: list[str], family: ModelFamily, scheme: NamingScheme, prefix: str
 ) -> Match:
     pattern, ignored = family.pattern(scheme), re.compile(scheme.ignored)
-    match = Match(family, scheme, prefix, {}, [], [], {}, wrappers)
+    match = Match(family, scheme, prefix, wrappers)
     for short, name in cleaned.items():
         inside, first = short.removeprefix(prefix), short.split(".")[0]
         if not short.startswith(prefix):
-            match.others[first] = match.others.get(first, 0) + 1
+            match.others[first] += 1
         elif (own := pattern.fullmatch(inside)) and not own["prefix"]:
             match.names[inside] = name
         elif ignored.fullmatch(inside):
@@ -289,67 +357,3 @@ def _sort_names(
     if len(foreign) > len(match.names):
         raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
     return match
-
-
-@dataclass(frozen=True)
-class MatchedTensors:
-    """The tensors of a match, stored or of torch, by their names in the scheme."""
-
-    match: Match
-    tensors: Mapping[str, Any]
-
-    def problems(self, dimensions: Dimensions | None = None) -> list[Problem]:
-        """Return names without a mapping and empty tensors; by dimensions, missing, unexpected and misshapen ones too."""
-        match, tensors = self.match, self.tensors
-        unmapped = [unexpected_tensor(name, f"has no mapping in {match.scheme.title}") for name in match.unmapped]
-        expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if dimensions:
-            expected = {spec.name: spec.shape for spec in tensor_specs(match.scheme, dimensions)}
-        foreign = f"not part of an {match.family.title} of these dimensions"
-        return unmapped + tensor_problems(tensors, match.names, expected, match.prefix, foreign)
-
-    def dtype_problems(self) -> list[Problem]:
-        """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
-        common = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
-        problems, most = [], f"{common} as in most of the {self.match.family.title}"
-        for name, tensor in self.tensors.items():
-            where, dtype = self.match.names[name], tensor.dtype
-            if dtype not in FLOAT_BITS:
-                problems.append(Problem("dtype", where, f"expected a floating point dtype, got {dtype}"))
-            elif dtype != common:
-                problems.append(Problem("mixed", where, f"expected {most}, got {dtype}: choose with --dtype"))
-        return problems
-
-    def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Return the shape of a tensor, or raise CheckpointError if it is missing or has not `ndim` dimensions."""
-        where, title = self.match.prefix + name, self.match.family.title
-        if name not in self.tensors:
-            raise CheckpointError(f"{where}: missing; without it the dimensions of the {title} are unknown")
-        shape = tuple(self.tensors[name].shape)
-        if len(shape) != ndim:
-            raise CheckpointError(f"{where}: expected {ndim} dimensions, got shape {list(shape)}")
-        return shape
-
-    def count_blocks(self, module: str) -> int:
-        """Return the number of blocks, or raise CheckpointError for MAX_BLOCKS and more."""
-        start = self.match.scheme.names_of(module)[0].split("{}")[0]
-        pattern = re.compile(re.escape(start) + r"(\d+)\.")
-        last = max((int(block[1]) for block in map(pattern.match, self.tensors) if block), default=-1)
-        if last >= MAX_BLOCKS:
-            raise CheckpointError(f"{self.match.prefix}{start}{last}: expected a block index below {MAX_BLOCKS}")
-        return last + 1
-
-    def common_rows(self, module: str) -> int | None:
-        """Return the most frequent first dimension of a module's weights, so that a block that differs is reported."""
-        ends = self._endings(module, ".weight")
-        shapes = [tensor.shape for name, tensor in self.tensors.items() if name.endswith(ends)]
-        rows = Counter(shape[0] for shape in shapes if shape and prod(shape))
-        return rows.most_common(1)[0][0] if rows else None
-
-    def has(self, suffix: str, *modules: str) -> bool:
-        """Return whether any block has this parameter in one of these modules."""
-        ends = tuple(end for module in modules for end in self._endings(module, suffix))
-        return any(name.endswith(ends) for name in self.tensors)
-
-    def _endings(self, module: str, suffix: str) -> tuple[str, ...]:
-        return tuple(name.split("{}")[-1] + suffix for name in self.match.scheme.names_of(module))
