@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import Problem, raise_if_any
-from ..storage.files import write_json
 from ..storage.tensors import is_same
 from .checks import UNSEEN, config_problems, contradictions, head_problems, invalid_values, is_integer
-from .internlm2_tokenizer import NewTokenizer, find_tokenizer
+from .internlm2_tokenizer import find_tokenizer
 from .internvl_common import InternVLPlan, check_source, read_source
 from .mapped_plan import match_notes
 from .name_tables import Dimensions, Match, ModelFamily, NamingScheme
@@ -191,29 +189,7 @@ def _rope_scaling(declared: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
     )
 
 
-@dataclass(kw_only=True)
-class InternLM2Plan(InternVLPlan):
-    """
-    The conversion of an InternLM2 to a LlamaForCausalLM.
-
-    Attributes:
-        tokenizer: Its tokenizer; None if there is none that runs without remote code.
-    """
-
-    tokenizer: NewTokenizer | None = None
-
-    def write_extra_files(self, folder: Path) -> None:
-        declared = self.checkpoint.document("generation_config.json")
-        if kept := {key: value for key, value in declared.items() if key not in SERVICE_FIELDS}:
-            write_json(folder / "generation_config.json", kept)
-        if self.tokenizer:
-            self.tokenizer.write(folder)
-
-    def provenance(self) -> dict[str, Any]:
-        return {**super().provenance(), "tokenizer": self.tokenizer.origin if self.tokenizer else None}
-
-
-def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternLM2Plan:
+def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
     """
     Plan the conversion of an InternLM2 or 2.5, bare or in a larger model, to transformers' LlamaForCausalLM.
 
@@ -226,13 +202,14 @@ def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternLM2Plan:
         problems += _drop_tied_head(checkpoint, match)
     config, invalid = llama_config(dimensions, original)
     dtype = check_source(checkpoint, match, dimensions, problems + invalid, options)
-    tokenizer, note = find_tokenizer(checkpoint)
-    plan = InternLM2Plan(
+    files, origin, note = find_tokenizer(checkpoint)
+    declared = checkpoint.document("generation_config.json")
+    if generation := {key: value for key, value in declared.items() if key not in SERVICE_FIELDS}:
+        files["generation_config.json"] = generation
+    return InternVLPlan(
         checkpoint=checkpoint, dtype=dtype, match=match, dimensions=dimensions, layout=CONVERTED, config=config,
-        tokenizer=tokenizer,
+        files=files, details={"tokenizer": origin}, notes=[*match_notes(match, "buffers and tied weights"), note],
     )  # fmt: skip
-    plan.notes = [*match_notes(match, "buffers and tied weights"), note]
-    return plan
 
 
 def _drop_tied_head(checkpoint: Checkpoint, match: Match) -> list[Problem]:

@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
-from ..export.image_settings import clip_settings, read_image_settings
+from ..export.image_settings import clip_settings
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.files import write_json
 from .checks import config_problems, contradictions, head_problems, invalid_values
 from .internvl_common import InternVLPlan, check_source, read_source
 from .mapped_plan import image_notes, match_notes
@@ -162,16 +160,7 @@ def internvit_config(
     return config, problems
 
 
-@dataclass(kw_only=True)
-class InternViTPlan(InternVLPlan):
-    """The conversion of an InternViT to an InternVLVisionModel."""
-
-    def write_extra_files(self, folder: Path) -> None:
-        settings = clip_settings(self.checkpoint, self.config["image_size"])
-        write_json(folder / "preprocessor_config.json", settings)
-
-
-def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:
+def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
     """
     Plan the conversion of an InternViT, bare or in a larger model, to transformers' InternVLVisionModel.
 
@@ -182,11 +171,10 @@ def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:
     dimensions = _infer_dimensions(match)
     config, problems = internvit_config(dimensions, original)
     dtype = check_source(checkpoint, match, dimensions, problems, options)
-    read_image_settings(checkpoint)
-    plan = InternViTPlan(
-        checkpoint=checkpoint, dtype=dtype, match=match, dimensions=dimensions, layout=CONVERTED, config=config
-    )
-    plan.notes = [*match_notes(match, "buffers"), *image_notes(checkpoint)]
-    if rate := original.get("drop_path_rate"):
-        plan.notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
-    return plan
+    notes, rate = [*match_notes(match, "buffers"), *image_notes(checkpoint)], original.get("drop_path_rate")
+    if rate:
+        notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
+    return InternVLPlan(
+        checkpoint=checkpoint, dtype=dtype, match=match, dimensions=dimensions, layout=CONVERTED, config=config,
+        files={"preprocessor_config.json": clip_settings(checkpoint, config["image_size"])}, notes=notes,
+    )  # fmt: skip

@@ -1,6 +1,5 @@
 """InternViT and InternLM2, published with remote code, converted to transformers' classes: what both share."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,22 +64,25 @@ class InternVLPlan(MappedPlan):
 
     Attributes:
         config: config.json, without the dtype.
+        files: Name -> text or JSON of the other files, without weights and card.
+        details: Entries of provenance.json.
     """
 
     config: dict[str, Any] = field(repr=False)
-
-    @abstractmethod
-    def write_extra_files(self, folder: Path) -> None:
-        """Write what goes with config.json."""
+    files: dict[str, str | dict[str, Any]] = field(repr=False)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def write_folder(self, folder: Path) -> None:
         config, dtype, family = self.config, torch_name(self.dtype), self.match.family
-        write_json(folder / "config.json", {**config, "dtype": dtype})
-        self.write_extra_files(folder)
+        for name, content in {"config.json": {**config, "dtype": dtype}, **self.files}.items():
+            if isinstance(content, str):
+                (folder / name).write_text(content, encoding="utf-8")
+            else:
+                write_json(folder / name, content)
         facts = [f"An {family.title}", f"{config['num_hidden_layers']} blocks of width {config['hidden_size']}"]
         if "image_size" in config:
             facts.append(f"{config['image_size'][0]} pixels with a class token first")
-        description = f"{', '.join([*facts, dtype])}, as transformers' {config['architectures'][0]}."
+        description = f"{', '.join([*facts, dtype])}, as transformers' {self.layout.name}."
         tags = ["vision"] if family.component == "vision" else []
         write_conversion_card(folder, [self.checkpoint.source], description, tags)
 
@@ -91,4 +93,4 @@ class InternVLPlan(MappedPlan):
 
     def provenance(self) -> dict[str, Any]:
         record = {"source": self.source_record("buffers"), "part": self.match.family.component}
-        return {**record, "layout": self.layout.name, "shape": asdict(self.dimensions)}
+        return {**record, "layout": self.layout.name, "shape": asdict(self.dimensions), **self.details}
