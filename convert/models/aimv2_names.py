@@ -1,19 +1,8 @@
 """Naming schemes ("layouts") of AIMv2 vision encoders; the released names, SAILViT's and Apple's, are canonical."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..storage.errors import CheckpointError
-from .name_tables import (
-    AmbiguousMatchError,
-    Dimensions,
-    ModelFamily,
-    NamingScheme,
-    TensorSource,
-    match_names,
-    plan_tensors,
-    tensor_specs,
-)
+from .name_tables import Dimensions, ModelFamily, NamingScheme, TensorSource, plan_tensors, tensor_specs
 
 
 PATCHES, POSITIONS = "preprocessor.patchifier.proj", "preprocessor.pos_embed"
@@ -107,14 +96,7 @@ class AIMv2Dimensions(Dimensions):
 LARGEST = AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True)
 AIMV2 = ModelFamily("AIMv2 encoder", "vision", LAYOUTS, (PATCHES,), LARGEST)
 
-
-def is_aimv2(names: Iterable[str]) -> bool:
-    """Return whether a checkpoint contains an encoder, or several, in any layout and under any prefix."""
-    try:
-        match_names(names, AIMV2)
-    except CheckpointError as error:
-        return isinstance(error, AmbiguousMatchError)
-    return True
+is_aimv2 = AIMV2.is_in
 
 
 def plan_layout(

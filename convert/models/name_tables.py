@@ -17,7 +17,7 @@ from typing import Any
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
+from ..storage.names import without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS
 from .checks import is_lora, tensor_problems, unexpected_tensor
 
@@ -104,10 +104,11 @@ class ModelFamily:
         return re.compile(rf"(?P<prefix>(?:.*?\.)??)(?:(?P<anchor>{anchors})|{others})")
 
     def is_in(self, names: Iterable[str]) -> bool:
-        """Return whether a checkpoint contains a model of this family, under any prefix."""
-        patterns = [self.pattern(scheme) for scheme in self.schemes.values()]
-        cleaned = map(strip_wrapper_prefixes, names)
-        return any((match := pattern.fullmatch(name)) and match["anchor"] for name in cleaned for pattern in patterns)
+        """Return whether a checkpoint contains a model of this family, or several, under any prefix."""
+        try:
+            return match_names(names, self).is_anchored
+        except CheckpointError as error:
+            return isinstance(error, AmbiguousMatchError)
 
 
 # The tensors of a scheme
@@ -200,6 +201,7 @@ class Match:
     A model among the names of a checkpoint, and its tensors.
 
     Attributes:
+        is_anchored: Whether one of the family's anchors is among the names.
         names: Name in the scheme, without prefix and wrappers -> name in the checkpoint.
         dropped: Names that the scheme drops.
         unmapped: Names under the prefix that the scheme does not have.
@@ -209,6 +211,7 @@ class Match:
     """
 
     family: ModelFamily
+    is_anchored: bool
     scheme: NamingScheme
     prefix: str
     wrappers: list[str]
@@ -245,15 +248,16 @@ class Match:
 
     def dtype_problems(self) -> list[Problem]:
         """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
-        common = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
-        problems, most = [], f"{common} as in most of the {self.family.title}"
-        for name, tensor in self.tensors.items():
-            where, dtype = self.names[name], tensor.dtype
-            if dtype not in FLOAT_BITS:
-                problems.append(Problem("dtype", where, f"expected a floating point dtype, got {dtype}"))
-            elif dtype != common:
-                problems.append(Problem("mixed", where, f"expected {most}, got {dtype}: choose with --dtype"))
-        return problems
+        dtypes = {name: tensor.dtype for name, tensor in self.stored.items()}
+        common = Counter(dtypes.values()).most_common(1)[0][0]
+        what = f"expected {common} as in most of the {self.family.title}, got"
+        return [
+            Problem("mixed", name, f"{what} {dtype}: choose with --dtype")
+            if dtype in FLOAT_BITS
+            else Problem("dtype", name, f"expected a floating point dtype, got {dtype}")
+            for name, dtype in dtypes.items()
+            if dtype != common or dtype not in FLOAT_BITS
+        ]
 
     def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of a tensor, or raise CheckpointError if it is missing or has not `ndim` dimensions."""
@@ -319,7 +323,13 @@ def match_names(
         listed = ", ".join(f"{own.name} under {where!r}" for _, _, own, where in rivals)
         option = " or --from-layout" if len(schemes) > 1 else ""
         raise AmbiguousMatchError(f"more than one {family.title}: {listed}; choose with --prefix{option}")
-    return _sort_names(cleaned, wrappers, family, *candidates[0][2:])
+    is_anchored, _, own_scheme, own_prefix = candidates[0]
+    match = Match(family, is_anchored, own_scheme, own_prefix, wrappers)
+    _sort_names(cleaned, match)
+    foreign = [name for name in match.unmapped if not is_lora(name)]
+    if len(foreign) > len(match.names):
+        raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
+    return match
 
 
 def _candidates(
@@ -338,22 +348,16 @@ def _candidates(
     return sorted(found.values(), key=lambda one: one[:2], reverse=True)
 
 
-def _sort_names(
-    cleaned: Mapping[str, str], wrappers: list[str], family: ModelFamily, scheme: NamingScheme, prefix: str
-) -> Match:
-    pattern, ignored = family.pattern(scheme), re.compile(scheme.ignored)
-    match = Match(family, scheme, prefix, wrappers)
+def _sort_names(cleaned: Mapping[str, str], match: Match) -> None:
+    """Add each name of a checkpoint, by its name without wrappers, to the list of the match that it belongs to."""
+    pattern, ignored = match.family.pattern(match.scheme), re.compile(match.scheme.ignored)
     for short, name in cleaned.items():
-        inside, first = short.removeprefix(prefix), short.split(".")[0]
-        if not short.startswith(prefix):
-            match.others[first] += 1
+        inside = short.removeprefix(match.prefix)
+        if not short.startswith(match.prefix):
+            match.others[short.split(".")[0]] += 1
         elif (own := pattern.fullmatch(inside)) and not own["prefix"]:
             match.names[inside] = name
         elif ignored.fullmatch(inside):
             match.dropped.append(name)
         else:
             match.unmapped.append(name)
-    foreign = [name for name in match.unmapped if not is_lora(name)]
-    if len(foreign) > len(match.names):
-        raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
-    return match
