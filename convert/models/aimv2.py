@@ -24,17 +24,10 @@ from .name_tables import NamingScheme, TensorSource
 
 @dataclass(kw_only=True)
 class AIMv2Plan(MappedPlan):
-    """
-    The conversion of an encoder.
-
-    Attributes:
-        fields: SAILViTConfig's, of the folder.
-        positions: How position embeddings are computed, if they are not the source's.
-    """
+    """The conversion of an encoder; `fields` are those of SAILViTConfig, of the folder."""
 
     dimensions: AIMv2Dimensions
     fields: dict[str, Any]
-    positions: dict[str, Any] | None = None
 
     @property
     def learned(self) -> StoredTensor | None:
@@ -47,6 +40,16 @@ class AIMv2Plan(MappedPlan):
         if self.fields["pos_embed_type"] == "sincos" and self.layout.has_sincos:
             return None
         return self.fields["image_size"] // self.fields["patch_size"]
+
+    @property
+    def positions(self) -> dict[str, Any] | None:
+        """How position embeddings are computed, if they are not the source's."""
+        before, after = self.dimensions.grid_size, self.grid_size
+        if after in (before, None):
+            return None
+        if before is None:
+            return {"to": [after, after], "method": "2-D sine-cosine, written out: the layout has no computed ones"}
+        return {"from": [before, before], "to": [after, after], "method": "bicubic, antialiased, in float32"}
 
     def sources(self) -> list[TensorSource]:
         return plan_layout(self.match.scheme, self.layout, self.dimensions, self.grid_size)
@@ -65,11 +68,10 @@ class AIMv2Plan(MappedPlan):
         return super().write_weights(folder, max_shard_size, on_progress)
 
     def write_folder(self, folder: Path) -> None:
-        fields, size = self.fields, self.fields["hidden_size"]
-        description = (
-            f"A vision encoder, {SIZE_NAMES.get(size, f'width {size}')}, {fields['num_hidden_layers']} blocks, "
-            f"{fields['image_size']} pixels, {torch_name(self.dtype)}, under the names of {self.layout.title}."
-        )
+        fields, width = self.fields, self.fields["hidden_size"]
+        size = f"{SIZE_NAMES.get(width, f'width {width}')}, {fields['num_hidden_layers']} blocks"
+        size = f"{size}, {fields['image_size']} pixels, {torch_name(self.dtype)}"
+        description = f"A vision encoder, {size}, under the names of {self.layout.title}."
         if runtime := RUNTIMES.get(self.layout.name):
             runtime.write_configs(folder, self.checkpoint, fields, self.dtype)
         else:
@@ -97,29 +99,18 @@ def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
         fields=_output_fields(tower, layout, options),
     )  # fmt: skip
     check_expressible(checkpoint, layout.name, plan.fields)
-    plan.positions = _computed_positions(plan)
     plan.notes = _notes(plan)
     check_values(checkpoint, tower.match.stored)
     return plan
 
 
 def _output_fields(tower: Tower, layout: NamingScheme, options: Options) -> dict[str, Any]:
-    fields = {**tower.fields, "image_size": options.image_size or tower.fields["image_size"]}
-    if not layout.has_sincos:
-        fields["pos_embed_type"] = "absolute"
-    if fields["image_size"] % fields["patch_size"]:
-        what = f"expected a multiple of the patch size, {fields['patch_size']} pixels"
+    size, patch = options.image_size or tower.fields["image_size"], tower.fields["patch_size"]
+    if size % patch:
+        what = f"expected a multiple of the patch size, {patch} pixels"
         raise CheckpointError(f"--image-size: {what}, got {options.image_size}")
-    return fields
-
-
-def _computed_positions(plan: AIMv2Plan) -> dict[str, Any] | None:
-    before, after = plan.dimensions.grid_size, plan.grid_size
-    if after in (before, None):
-        return None
-    if before is None:
-        return {"to": [after, after], "method": "2-D sine-cosine, written out: the layout has no computed ones"}
-    return {"from": [before, before], "to": [after, after], "method": "bicubic, antialiased, in float32"}
+    kind = tower.fields["pos_embed_type"] if layout.has_sincos else "absolute"
+    return {**tower.fields, "image_size": size, "pos_embed_type": kind}
 
 
 def _notes(plan: AIMv2Plan) -> list[str]:

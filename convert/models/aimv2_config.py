@@ -33,7 +33,7 @@ TIMM_HARMLESS = {
 
 def infer_dimensions(match: Match) -> tuple[AIMv2Dimensions, list[Problem]]:
     """
-    Return the dimensions of an encoder, and its missing, unexpected, empty and wrongly shaped tensors.
+    Return the dimensions of an encoder, and the problems of its names and shapes.
 
     Raises:
         CheckpointError: The dimensions are unknown, as the patch convolution is missing, empty or no convolution.
@@ -48,24 +48,17 @@ def infer_dimensions(match: Match) -> tuple[AIMv2Dimensions, list[Problem]]:
 
 def _infer(match: Match) -> AIMv2Dimensions:
     scheme, prefix, block = match.scheme, match.prefix, "trunk.blocks.{}."
-    patches = scheme.names_of(PATCHES)[0] + ".weight"
-    shape = width, channels, patch, other = match.required_shape(patches, 4)
-    if patch != other or not prod(shape):
-        raise CheckpointError(f"{prefix}{patches}: expected square patches, got shape {list(shape)}")
+    width, channels, patch = match.patch_shape(scheme.names_of(PATCHES)[0] + ".weight")
     use_bias = match.has(".bias", block + "mlp.fc1")
     if use_bias != match.has(".bias", block + "attn.proj"):
         where = prefix + scheme.names_of(block + "norm_1")[0].split("{}")[0]
         raise CheckpointError(f"{where}*: expected biases in attention and mlp or in neither, got them in one only")
     return AIMv2Dimensions(
-        hidden_size=width,
+        hidden_size=width, num_channels=channels, patch_size=patch, grid_size=_grid_size(match, width),
         intermediate_size=match.common_rows(block + "mlp.fc1") or MLP_WIDTHS.get(width, 1),
         num_hidden_layers=match.count_blocks(block + "norm_1"),
-        num_channels=channels,
-        patch_size=patch,
-        grid_size=_grid_size(match, width),
-        qkv_bias=match.has(".bias", block + "attn.qkv"),
-        use_bias=use_bias,
-    )
+        qkv_bias=match.has(".bias", block + "attn.qkv"), use_bias=use_bias,
+    )  # fmt: skip
 
 
 def _grid_size(match: Match, width: int) -> int | None:
@@ -82,10 +75,8 @@ def _grid_size(match: Match, width: int) -> int | None:
 def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     Return the fields of the vision encoder in a config.json, under the names of SAILViTConfig: released SAILViT's and
-    SAIL-VL's, Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty if it describes no tower.
-
-    Raises:
-        CheckpointError: It is timm's, with arguments that change the encoder in ways that are not supported.
+    SAIL-VL's, Apple's, transformers' (aimv2, ovis2), Ovis2's own, timm's. Empty if it describes no tower. Raises
+    CheckpointError if timm's arguments change the encoder in ways that are not supported.
     """
     if "architecture" in config:
         return _read_timm_config(config)
@@ -123,12 +114,8 @@ def _read_timm_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tower_fields(dimensions: AIMv2Dimensions, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """
-    Return the fields of SAILViTConfig for an encoder, and where its configuration contradicts its tensors.
-
-    Args:
-        config: As read_aimv2_config returns it; it decides what the tensors do not show.
-    """
+    """Return the fields of SAILViTConfig, from the tensors and then from `config` (read_aimv2_config), and where these
+    contradict each other."""
     fields, grid = asdict(dimensions), dimensions.grid_size
     del fields["grid_size"]
     fields["pos_embed_type"] = "sincos" if grid is None else "absolute"
@@ -175,15 +162,7 @@ def size_name(dimensions: AIMv2Dimensions) -> str | None:
 
 @dataclass(frozen=True)
 class Tower:
-    """
-    A vision encoder in a checkpoint.
-
-    Attributes:
-        match: Its names and tensors.
-        dimensions: As its tensors show them.
-        fields: Of SAILViTConfig.
-        problems: What is wrong with it.
-    """
+    """A vision encoder in a checkpoint; `fields` are those of SAILViTConfig."""
 
     match: Match
     dimensions: AIMv2Dimensions

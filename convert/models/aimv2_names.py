@@ -103,11 +103,8 @@ def plan_layout(
     source: NamingScheme, target: NamingScheme, dimensions: AIMv2Dimensions, grid_size: int | None
 ) -> list[TensorSource]:
     """
-    Return where the elements of every tensor of the target layout come from.
-
-    Args:
-        dimensions: Of the source.
-        grid_size: Of the target. If it differs, the position embeddings have no sources: they are computed.
+    Return where the elements of every tensor of the target layout come from. If its grid_size is not that of the
+    source's dimensions, the position embeddings have no sources: they are computed.
     """
     stored = tensor_specs(source, dimensions)
     if grid_size != dimensions.grid_size:

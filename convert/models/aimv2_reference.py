@@ -24,17 +24,13 @@ if TYPE_CHECKING:
 
 def verify_folder(folder: Path, plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> dict[str, Any]:
     """
-    Load a folder in a clean process and compare its tokens for a test image with those of the source weights, in an
-    implementation that is not the folder's, if there is one. Both run in float32, on weights rounded to the folder's
-    dtype.
+    Load a folder in a clean process, compare its tokens for a test image with those of the source weights in another
+    implementation, if there is one, and return the entry of provenance.json. Both run in float32, on weights rounded to
+    the folder's dtype.
 
     Args:
-        plan: Of the folder.
         fields: SAILViTConfig's, of the folder.
         new_grid: Side of the square of position embeddings in the folder, if they are resampled.
-
-    Returns:
-        What provenance.json records under "verification".
 
     Raises:
         VerificationError: The folder does not load, or the difference exceeds the tolerance.
@@ -77,9 +73,8 @@ def _reference(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None
 def _source_tensors(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> "dict[str, torch.Tensor]":
     """Return the tensors in float32, under the source's names, rounded to the folder's dtype, positions resampled."""
     scheme, stored = plan.match.scheme, plan.match.tensors
-    tensors = {name: load_float32(one, plan.dtype) for name, one in stored.items()}
+    tensors, name = {key: load_float32(one, plan.dtype) for key, one in stored.items()}, scheme.names_of(POSITIONS)[0]
     if new_grid is not None:
-        name = scheme.names_of(POSITIONS)[0]
         new = _round(compute_positions(stored[name], fields["hidden_size"], new_grid), plan.dtype)
         tensors[name] = new[0] if POSITIONS in scheme.squeezed else new
     return tensors

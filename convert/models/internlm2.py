@@ -29,8 +29,12 @@ LLAMA = {
     "output": "lm_head",
 }
 
-# InternLM2's own defaults, as released.
+# Fields that the tensors do not show, and InternLM2's own defaults, as released.
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DEFAULTS = {
+    "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+    "initializer_range": 0.02, **TOKEN_IDS,
+}  # fmt: skip
 
 SERVICE_FIELDS = {"transformers_version", "_from_model_config", "auto_map"}
 
@@ -60,14 +64,10 @@ class InternLM2Dimensions(Dimensions):
         rows = queries + 2 * self.num_key_value_heads * self.head_dim
         biases = {"attention.wqkv": rows, "attention.wo": width} if self.attention_bias else {}
         block = {
-            "attention_norm": (width,),
-            "attention.wqkv": (rows, width),
-            "attention.wo": (width, queries),
-            "ffn_norm": (width,),
-            "feed_forward.w1": (mlp, width),
-            "feed_forward.w3": (mlp, width),
+            "attention_norm": (width,), "attention.wqkv": (rows, width), "attention.wo": (width, queries),
+            "ffn_norm": (width,), "feed_forward.w1": (mlp, width), "feed_forward.w3": (mlp, width),
             "feed_forward.w2": (width, mlp),
-        }
+        }  # fmt: skip
         head = {} if self.tie_word_embeddings else {("output", ".weight"): (self.vocab_size, width)}
         return {
             ("model.tok_embeddings", ".weight"): (self.vocab_size, width),
@@ -130,36 +130,19 @@ def _heads(width: int, config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def llama_config(dimensions: InternLM2Dimensions, original: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """
-    Return the config.json of a LlamaForCausalLM, for transformers from 4.56 on, and impossible or unsupported values.
-
-    Args:
-        original: InternLM2's defaults apply where neither it nor the tensors have a value.
-    """
-    positions, theta = original.get("max_position_embeddings", 2048), original.get("rope_theta", 10000)
-    scaling, scaling_problems = _rope_scaling(original.get("rope_scaling"))
+    """Return config.json of a LlamaForCausalLM, for transformers from 4.56 on, and impossible or unsupported values."""
+    fields = {key: original.get(key, default) for key, default in DEFAULTS.items()}
+    positions, theta, declared = fields["max_position_embeddings"], fields["rope_theta"], original.get("rope_scaling")
+    scaling, expected = _rope_scaling(declared), '{"type": "dynamic" or "linear", "factor": 1 or more}'
     problems = [
         *invalid_values(original, ("rms_norm_eps", "initializer_range")),
         *_token_id_problems(original, dimensions.vocab_size),
         *config_problems("max_position_embeddings", is_integer(positions), "a positive integer", positions),
         *config_problems("rope_theta", _is_number(theta) and theta > 1, "a number above 1", theta),
-        *scaling_problems,
+        *config_problems("rope_scaling", bool(scaling) or declared is None, expected, declared),
     ]
-    config = {
-        "architectures": [CONVERTED.name],
-        "model_type": "llama",
-        **asdict(dimensions),
-        "mlp_bias": False,
-        "hidden_act": original.get("hidden_act", "silu"),
-        "max_position_embeddings": positions,
-        "rms_norm_eps": original.get("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "initializer_range": original.get("initializer_range", 0.02),
-        "use_cache": True,
-        **{key: original.get(key, default) for key, default in TOKEN_IDS.items()},
-    }
-    return config, problems
+    config = {"architectures": [CONVERTED.name], "model_type": "llama", **asdict(dimensions), **fields}
+    return {**config, "mlp_bias": False, "rope_scaling": scaling, "use_cache": True}, problems
 
 
 def _is_number(value: Any) -> bool:
@@ -167,35 +150,25 @@ def _is_number(value: Any) -> bool:
 
 
 def _token_id_problems(original: Mapping[str, Any], vocabulary: int) -> list[Problem]:
-    problems, expected = [], f"an id below the vocabulary size {vocabulary}"
+    problems = []
     for key in TOKEN_IDS:
         value = original.get(key)
         ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
         is_valid = all(one is None or (is_integer(one, 0) and one < vocabulary) for one in ids)
-        problems += config_problems(key, is_valid, expected, value)
+        problems += config_problems(key, is_valid, f"an id below the vocabulary size {vocabulary}", value)
     return problems
 
 
-def _rope_scaling(declared: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Return InternLM2's rotary scaling, in the form that transformers 4 and 5 read."""
-    if declared is None:
-        return None, []
+def _rope_scaling(declared: Any) -> dict[str, Any] | None:
+    """Return InternLM2's rotary scaling as transformers 4 and 5 read it; None for none, or for others."""
     fields = declared if isinstance(declared, Mapping) else {}
     kind, factor = fields.get("rope_type", fields.get("type")), fields.get("factor")
-    if kind in ("dynamic", "linear") and _is_number(factor) and factor >= 1:
-        return {"rope_type": kind, "factor": float(factor)}, []
-    return None, config_problems(
-        "rope_scaling", False, '{"type": "dynamic" or "linear", "factor": 1 or more}', declared
-    )
+    is_supported = kind in ("dynamic", "linear") and _is_number(factor) and factor >= 1
+    return {"rope_type": kind, "factor": float(factor)} if is_supported else None
 
 
 def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
-    """
-    Plan the conversion of an InternLM2 or 2.5, bare or in a larger model, to transformers' LlamaForCausalLM.
-
-    Raises:
-        CheckpointError: There is no whole one, config.json contradicts it, or LlamaForCausalLM does not support it.
-    """
+    """Raises CheckpointError if there is no whole InternLM2, or config.json contradicts it or is not supported."""
     match, original = read_source(checkpoint, INTERNLM2, options.prefix)
     dimensions, problems = _infer_dimensions(match, original)
     if dimensions.tie_word_embeddings:

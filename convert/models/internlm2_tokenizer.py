@@ -32,10 +32,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 def find_tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, str | dict[str, Any]], dict[str, str] | None, str]:
     """
     Return the checkpoint's tokenizer for a transformers without remote code: the files to write and their content (none
-    if there is no such tokenizer), the source's file and its sha256, and a message.
-
-    Raises:
-        CheckpointError: Its files are broken.
+    if there is no such tokenizer), the source's file and its sha256, and a message. Raises CheckpointError for broken
+    files.
     """
     source, template = checkpoint.source, "chat_template.jinja"
     file = next((name for name in ("tokenizer.json", "tokenizer.model") if name in source.files), None)
@@ -89,14 +87,12 @@ def _text_of(token: Any) -> Any:
 def _added_tokens(checkpoint: Checkpoint) -> "Added":
     """Return the tokens that are added to the pieces, or replace some; raise CheckpointError for another format."""
     config = checkpoint.document("tokenizer_config.json")
-    try:
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
         added = {index: (text, True) for text, index in checkpoint.document("added_tokens.json").items()}
         decoder = config.get("added_tokens_decoder", {}).items()
         added |= {int(index): (token["content"], bool(token.get("special", False))) for index, token in decoder}
         if all(type(index) is int and type(text) is str and text for index, (text, _) in added.items()):
             return dict(sorted(added.items()))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        pass
     where = f"{checkpoint.source.name}: added_tokens.json or added_tokens_decoder in tokenizer_config.json"
     raise CheckpointError(f"{where}: expected ids and texts of tokens: fix it")
 
@@ -137,11 +133,8 @@ def build_tokenizer(model: Any, added: "Added", settings: Mapping[str, Any]) -> 
 
     Args:
         model: A ModelProto of sentencepiece.
-        added: Tokens that replace pieces or follow them.
+        added: Tokens that replace pieces or follow them; CheckpointError if ids leave a gap, or two tokens are equal.
         settings: add_bos_token, add_eos_token, bos_token, eos_token of InternLM2's tokenizer.
-
-    Raises:
-        CheckpointError: The ids leave a gap, or two tokens are equal.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -170,9 +163,8 @@ def build_tokenizer(model: Any, added: "Added", settings: Mapping[str, Any]) -> 
 
 def _merges(model: Any, replaced: Container[int]) -> list[tuple[str, str]]:
     """Return the pairs to merge: those of the piece with the highest score first, then by their ids."""
-    normal = {
-        index: piece for index, piece in enumerate(model.pieces) if piece.type == NORMAL and index not in replaced
-    }
+    pieces = enumerate(model.pieces)
+    normal = {index: piece for index, piece in pieces if piece.type == NORMAL and index not in replaced}
     ids = {piece.piece: index for index, piece in normal.items()}
     merges = [
         (-normal[index].score, ids[text[:at]], ids[text[at:]], text[:at], text[at:])

@@ -35,13 +35,16 @@ PUBLISHED_HEADS = {1024: 16, 3200: 25}  # by width, of InternViT-300M and -6B
 
 # Field of InternVLVisionConfig -> what InternViT calls it, and its default there.
 INTERNVIT_FIELDS = {
-    "layer_norm_eps": ("layer_norm_eps", 1e-6),
-    "hidden_act": ("hidden_act", "gelu"),
-    "attention_dropout": ("attention_dropout", 0.0),
-    "projection_dropout": ("dropout", 0.0),
-    "initializer_range": ("initializer_range", 0.02),
-    "layer_scale_init_value": ("initializer_factor", 0.1),
-}
+    "layer_norm_eps": ("layer_norm_eps", 1e-6), "hidden_act": ("hidden_act", "gelu"),
+    "attention_dropout": ("attention_dropout", 0.0), "projection_dropout": ("dropout", 0.0),
+    "initializer_range": ("initializer_range", 0.02), "layer_scale_init_value": ("initializer_factor", 0.1),
+}  # fmt: skip
+
+# Pooling by the mean leaves out a final norm: an InternViT has none.
+FIXED_FIELDS = {
+    "hidden_dropout_prob": 0.0, "use_absolute_position_embeddings": True, "use_mask_token": False,
+    "use_mean_pooling": True,
+}  # fmt: skip
 
 FRACTIONS = ("layer_norm_eps", "attention_dropout", "dropout", "initializer_range")
 
@@ -94,45 +97,33 @@ is_internvit = INTERNVIT.is_in
 
 
 def _infer_dimensions(match: Match) -> InternViTDimensions:
-    prefix, layer, patch_name = match.prefix, "encoder.layers.{}.", "embeddings.patch_embedding.weight"
-    patches = match.required_shape(patch_name, 4)
-    if patches[2] != patches[3]:
-        raise CheckpointError(f"{prefix}{patch_name}: expected square patches, got shape {list(patches)}")
+    prefix, layer = match.prefix, "encoder.layers.{}."
+    width, channels, patch = match.patch_shape("embeddings.patch_embedding.weight")
     positions = match.required_shape("embeddings.position_embedding", 3)[1] - 1
     if positions < 1 or isqrt(positions) ** 2 != positions:
         what = f"expected a class token and a square grid, got {positions} positions besides the class token"
         raise CheckpointError(f"{prefix}embeddings.position_embedding: {what}")
     return InternViTDimensions(
-        hidden_size=patches[0],
+        hidden_size=width, num_channels=channels, patch_size=patch, grid_size=isqrt(positions),
         intermediate_size=match.common_rows(layer + "mlp.fc1") or 1,
         num_hidden_layers=match.count_blocks(layer + "norm1"),
-        num_channels=patches[1],
-        patch_size=patches[2],
-        grid_size=isqrt(positions),
         qkv_bias=match.has(".bias", layer + "attn.qkv"),
         norm_bias=match.has(".bias", layer + "norm1", layer + "norm2"),
         qk_norm=match.has(".weight", layer + "attn.q_norm", layer + "attn.k_norm"),
-    )
+    )  # fmt: skip
 
 
 def internvit_config(
     dimensions: InternViTDimensions, original: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
     """
-    Return the config.json of an InternVLVisionModel, and where the original configuration contradicts the tensors, is
+    Return config.json of an InternVLVisionModel, and values of the original one that contradict the tensors, or are
     impossible or not supported.
-
-    Args:
-        original: InternViT's defaults apply where neither it nor the tensors have a value.
     """
     side, patch, width = dimensions.grid_size * dimensions.patch_size, dimensions.patch_size, dimensions.hidden_size
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels")
-    known = {
-        **{key: getattr(dimensions, key) for key in shared},
-        "image_size": side,
-        "patch_size": patch,
-        "norm_type": "layer_norm" if dimensions.norm_bias else "rms_norm",
-    }
+    known = {key: getattr(dimensions, key) for key in shared}
+    known["norm_type"] = "layer_norm" if dimensions.norm_bias else "rms_norm"
     config = {
         "architectures": [CONVERTED.name],
         "model_type": "internvl_vision",
@@ -143,11 +134,9 @@ def internvit_config(
         "use_qk_norm": dimensions.qk_norm,
         "num_attention_heads": original.get("num_attention_heads", PUBLISHED_HEADS.get(width)),
         **{name: original.get(key, default) for name, (key, default) in INTERNVIT_FIELDS.items()},
-        "hidden_dropout_prob": 0.0,
-        "use_absolute_position_embeddings": True,
-        "use_mask_token": False,
-        "use_mean_pooling": True,  # which leaves out a final norm: an InternViT has none
+        **FIXED_FIELDS,
     }
+    known |= {"image_size": side, "patch_size": patch}
     known |= {"qkv_bias": dimensions.qkv_bias, "qk_normalization": dimensions.qk_norm}
     eps, is_fixed = config["layer_norm_eps"], dimensions.qk_norm
     expected = f"{QK_NORM_EPS}, which transformers' InternVLVisionModel uses with qk_normalization"
@@ -161,12 +150,7 @@ def internvit_config(
 
 
 def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
-    """
-    Plan the conversion of an InternViT, bare or in a larger model, to transformers' InternVLVisionModel.
-
-    Raises:
-        CheckpointError: There is no whole one, config.json contradicts it, or InternVLVisionModel does not support it.
-    """
+    """Raises CheckpointError if there is no whole InternViT, or config.json contradicts it or is not supported."""
     match, original = read_source(checkpoint, INTERNVIT, options.prefix)
     dimensions = _infer_dimensions(match)
     config, problems = internvit_config(dimensions, original)

@@ -24,10 +24,8 @@ SECTIONS = {"vision": ("vision_config",), "language": ("llm_config", "text_confi
 
 def read_source(checkpoint: Checkpoint, family: ModelFamily, prefix: str | None) -> tuple[Match, Mapping[str, Any]]:
     """
-    Return a model, and its original configuration: its section of config.json, or all of it without sections.
-
-    Raises:
-        CheckpointError: There is none, a file of it is missing or broken, names have no mapping, or tensors are empty.
+    Return a model and its original configuration: its section of config.json, or all of it without sections. Raises
+    CheckpointError if there is none, a file of it is missing or broken, names have no mapping, or tensors are empty.
     """
     source, match = checkpoint.source.name, find_model(checkpoint, family, prefix=prefix)
     raise_if_any(index_problems(checkpoint) + match.problems(), source)
@@ -42,14 +40,8 @@ def check_source(
     checkpoint: Checkpoint, match: Match, dimensions: Dimensions, problems: list[Problem], options: Options
 ) -> str:
     """
-    Return the dtype to write.
-
-    Args:
-        problems: Of the configuration.
-
-    Raises:
-        CheckpointError: There are problems, tensors that do not have these dimensions, or values whose recorded hashes
-            differ.
+    Return the dtype to write; `problems` are those of the configuration. Raises CheckpointError if there are any, or
+    tensors of other dimensions, or values whose recorded hashes differ.
     """
     problems = problems + sorted(match.problems(dimensions), key=lambda problem: problem.location)
     dtype = checked_dtype(checkpoint, match, problems + match.dtype_problems(), options)

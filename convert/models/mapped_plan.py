@@ -25,14 +25,7 @@ from .name_tables import (
 
 @dataclass(kw_only=True)
 class MappedPlan(ConversionPlan):
-    """
-    A model to write under the names of another scheme.
-
-    Attributes:
-        match: Its names and tensors in the checkpoint.
-        dimensions: Of the source.
-        layout: The scheme to write.
-    """
+    """A model to write under the names of another scheme, `layout`; the dimensions are those of the source."""
 
     match: Match
     dimensions: Dimensions
@@ -60,25 +53,15 @@ class MappedPlan(ConversionPlan):
 
     def source_record(self, dropped: str) -> dict[str, Any]:
         """Return "source" of provenance.json; `dropped` is the kind of tensors that the scheme drops."""
-        match = self.match
-        dropped_names = {dropped: match.dropped, "others": match.others}
+        match, others = self.match, {dropped: self.match.dropped, "others": self.match.others}
         record = {"layout": match.scheme.name, "prefix": match.prefix, "recognised": match.reason}
-        return {**record, "dropped": dropped_names}
+        return {**record, "dropped": others}
 
 
 def find_model(
     checkpoint: Checkpoint, family: ModelFamily, scheme: str | None = None, prefix: str | None = None
 ) -> Match:
-    """
-    Return the model of a family in a checkpoint; only the files that hold its tensors are opened.
-
-    Args:
-        scheme: Name of its scheme, if it is known.
-        prefix: Prefix of its names, if it is known.
-
-    Raises:
-        CheckpointError: There is none, or one of its files is missing or broken.
-    """
+    """match_names, with the tensors of a checkpoint; only the files that hold them are opened, and must be whole."""
     try:
         match = match_names(checkpoint.weight_map, family, scheme, prefix)
     except CheckpointError as error:
@@ -92,12 +75,7 @@ def index_problems(checkpoint: Checkpoint) -> list[Problem]:
 
 
 def checked_dtype(checkpoint: Checkpoint, match: Match, problems: list[Problem], options: Options) -> str:
-    """
-    Return the dtype to write.
-
-    Raises:
-        CheckpointError: There are problems; mixed dtypes are accepted if the options choose one.
-    """
+    """Return the dtype to write; raise CheckpointError for problems but a mixed dtype, if the options choose one."""
     source, accepted = checkpoint.source.name, ("mixed",) if options.dtype else ()
     raise_if_any([problem for problem in problems if problem.kind not in accepted], source)
     return output_dtype(options.dtype, match.tensors, source)

@@ -9,9 +9,9 @@ between two schemes copies intervals.
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from math import prod
 from typing import Any
 
@@ -48,8 +48,7 @@ class NamingScheme:
     The names under which a model is stored.
 
     Attributes:
-        name: A key, as on the command line.
-        title: A name for messages.
+        name: A key, as on the command line; the title is for messages.
         modules: Canonical module -> its name in the scheme, or the names that share its rows.
         prefix: Prefix of the names that are written. Any prefix is read.
         ignored: Regular expression of names that belong to the scheme and are dropped: heads, buffers.
@@ -73,8 +72,9 @@ class NamingScheme:
 @dataclass(frozen=True)
 class ModelFamily:
     """
+    Models whose tensors follow from the same Dimensions.
+
     Attributes:
-        title: A name for messages.
         component: The part of a multimodal model that it can be, one of plan.PARTS.
         schemes: The naming schemes in which it is recognised, by name.
         anchors: Canonical modules whose names no other family has.
@@ -111,9 +111,6 @@ class ModelFamily:
             return isinstance(error, AmbiguousMatchError)
 
 
-# The tensors of a scheme
-
-
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of a naming scheme; its elements are intervals (first, last + 1) of the canonical tensor, in order."""
@@ -126,23 +123,17 @@ class TensorSpec:
 
 def tensor_specs(scheme: NamingScheme, dimensions: Dimensions) -> list[TensorSpec]:
     """Return every tensor of a model, without the scheme's prefix: modules outside the blocks first, then by block."""
-    parameters, specs = dimensions.parameters(), []
-    for block in (None, *range(dimensions.num_hidden_layers)):
-        for (module, suffix), shape in parameters.items():
-            if ("{}" in module) == (block is not None):
-                specs += _module_specs(scheme, module, suffix, shape, block, dimensions)
+    blocks, parameters, specs = (None, *range(dimensions.num_hidden_layers)), dimensions.parameters().items(), []
+    for block, ((module, suffix), shape) in product(blocks, parameters):
+        if ("{}" in module) == (block is not None):
+            names, row = scheme.names_of(module), prod(shape[1:])
+            groups, rows = dimensions.qkv_groups if len(names) > 1 else (1, shape[:1])
+            slices = qkv_group_slices(groups, [count * row for count in rows])
+            for name, count, intervals in zip(names, rows, slices, strict=True):
+                own = shape[1:] if module in scheme.squeezed else (groups * count, *shape[1:])
+                full, canonical = name.format(block) + suffix, module.format(block) + suffix
+                specs.append(TensorSpec(full, own, canonical, tuple(intervals)))
     return specs
-
-
-def _module_specs(
-    scheme: NamingScheme, module: str, suffix: str, shape: tuple[int, ...], block: int | None, dimensions: Dimensions
-) -> Iterator[TensorSpec]:
-    names, row = scheme.names_of(module), prod(shape[1:])
-    groups, rows = dimensions.qkv_groups if len(names) > 1 else (1, shape[:1])
-    slices = qkv_group_slices(groups, [count * row for count in rows])
-    for name, count, intervals in zip(names, rows, slices, strict=True):
-        own = shape[1:] if module in scheme.squeezed else (groups * count, *shape[1:])
-        yield TensorSpec(name.format(block) + suffix, own, module.format(block) + suffix, tuple(intervals))
 
 
 def qkv_group_slices(groups: int, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
@@ -186,9 +177,6 @@ def _overlaps(target: TensorSpec, stored: list[tuple[int, int, str, int]]) -> tu
         for start, stop, name, offset in stored
         if start < last and first < stop
     )
-
-
-# The names of a checkpoint
 
 
 class AmbiguousMatchError(CheckpointError):
@@ -269,6 +257,13 @@ class Match:
             raise CheckpointError(f"{where}: expected {ndim} dimensions, got shape {list(shape)}")
         return shape
 
+    def patch_shape(self, name: str) -> tuple[int, int, int]:
+        """Return width, channels and side of the weight of a patch convolution; raise CheckpointError for others."""
+        shape = width, channels, patch, other = self.required_shape(name, 4)
+        if patch != other or not prod(shape):
+            raise CheckpointError(f"{self.prefix}{name}: expected square patches, got shape {list(shape)}")
+        return width, channels, patch
+
     def count_blocks(self, module: str) -> int:
         """Return the number of blocks, or raise CheckpointError for MAX_BLOCKS and more."""
         start = self.scheme.names_of(module)[0].split("{}")[0]
@@ -280,29 +275,24 @@ class Match:
 
     def common_rows(self, module: str) -> int | None:
         """Return the most frequent first dimension of a module's weights, so that a block that differs is reported."""
-        ends = self._endings(module, ".weight")
-        shapes = [tensor.shape for name, tensor in self.tensors.items() if name.endswith(ends)]
+        shapes = [tensor.shape for tensor in self._tensors_of(module, ".weight")]
         rows = Counter(shape[0] for shape in shapes if shape and prod(shape))
         return rows.most_common(1)[0][0] if rows else None
 
     def has(self, suffix: str, *modules: str) -> bool:
         """Return whether any block has this parameter in one of these modules."""
-        ends = tuple(end for module in modules for end in self._endings(module, suffix))
-        return any(name.endswith(ends) for name in self.tensors)
+        return any(self._tensors_of(module, suffix) for module in modules)
 
-    def _endings(self, module: str, suffix: str) -> tuple[str, ...]:
-        return tuple(name.split("{}")[-1] + suffix for name in self.scheme.names_of(module))
+    def _tensors_of(self, module: str, suffix: str) -> list[Any]:
+        ends = tuple(name.split("{}")[-1] + suffix for name in self.scheme.names_of(module))
+        return [tensor for name, tensor in self.tensors.items() if name.endswith(ends)]
 
 
 def match_names(
     names: Iterable[str], family: ModelFamily, scheme: str | None = None, prefix: str | None = None
 ) -> Match:
     """
-    Find the model of a family among the names of a checkpoint.
-
-    Args:
-        scheme: Name of its scheme, if it is known.
-        prefix: Prefix of its names, if it is known.
+    Find the model of a family among the names of a checkpoint, under a scheme and a prefix if they are given.
 
     Raises:
         CheckpointError: There is none, or more than one (AmbiguousMatchError), two names are equal without wrappers, or
