@@ -589,7 +589,7 @@ def test_a_pickle_with_a_flipped_bit_is_refused(tmp_path):
 # The tokenizer
 
 SPECIAL = ["<|plugin|>", "<|im_end|>", "<|im_start|>"]
-CODE = Path(internvit.__file__).with_name("aimv2_names.py")  # text without special tokens
+CODE = Path(internvit.__file__).with_name("name_tables.py")  # text without special tokens
 TEXTS = [
     "The quick brown fox", " leading and  double   spaces    ", "line\nbreaks\n\n\tand tabs\r\n",
     "naïve café, 中文和日本語",
