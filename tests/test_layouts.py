@@ -17,8 +17,8 @@ from sailvit.configuration_sailvit import SIZES
 from sailvit.convert import LAYOUTS, CheckpointError, convert_tensors
 from sailvit.convert.export.runtimes import SIZE_NAMES, timm_config, transformers_config
 from sailvit.convert.models.aimv2_config import MLP_WIDTHS
-from sailvit.convert.models.aimv2_names import AIMv2Dimensions, match_aimv2, plan_layout
-from sailvit.convert.models.name_tables import tensor_specs
+from sailvit.convert.models.aimv2_names import AIMV2, AIMv2Dimensions, plan_layout
+from sailvit.convert.models.name_tables import match_names, tensor_specs
 from sailvit.convert.synthetic import published_shape
 
 
@@ -83,7 +83,7 @@ def test_ovis2_names_are_those_of_transformers_full_model():
         vision.pop(key)
     model = Ovis2ForConditionalGeneration(Ovis2Config(vision_config=vision, text_config=text, hidden_size=16))
     layout = LAYOUTS["ovis2-transformers"]
-    found = match_aimv2(model.state_dict())
+    found = match_names(model.state_dict(), AIMV2)
     assert found.scheme is layout and found.prefix == layout.prefix and not found.unmapped
     assert set(found.names) == {piece.name for piece in tensor_specs(layout, TINY_SHAPE)}
     converted = convert_tensors(model.state_dict(), "sailvit")
@@ -167,7 +167,7 @@ def test_a_plan_takes_every_element_once():
 @pytest.mark.parametrize("grid_size", [4, None])
 def test_layouts_are_recognised_with_a_reason(layout, grid_size):
     names = random_tensors(layout, replace(TINY_SHAPE, grid_size=grid_size))
-    found = match_aimv2(names)
+    found = match_names(names, AIMV2)
     assert found.scheme.name == layout and found.prefix == LAYOUTS[layout].prefix
     assert found.reason.startswith(f"{len(names)} of {len(names)} names") and LAYOUTS[layout].title in found.reason
     assert len(found.names) == len(names) and not (found.unmapped or found.dropped or found.others)
@@ -181,7 +181,7 @@ def test_any_prefix_is_taken(layout, prefix):
     }
     tensors = {prefix + name: tensor for name, tensor in bare.items()}
     tensors |= {"language_model.lm_head.weight": torch.ones(2), "mlp1.0.weight": torch.ones(2)} if prefix else {}
-    found = match_aimv2(tensors)
+    found = match_names(tensors, AIMV2)
     assert found.prefix == prefix and found.names == {name: prefix + name for name in bare}
     assert found.others == ({"language_model": 1, "mlp1": 1} if prefix else {})
 
@@ -192,7 +192,7 @@ def test_names_that_wrappers_left_are_cleaned():
     whole = torch.compile(model)
     assert any(name.startswith("_orig_mod.") for name in whole.state_dict())
     assert_same(convert_tensors(whole.state_dict(), "sailvit"), expected)
-    assert match_aimv2(whole.state_dict()).wrappers == ["_orig_mod"]
+    assert match_names(whole.state_dict(), AIMV2).wrappers == ["_orig_mod"]
     for index, block in enumerate(model.trunk.blocks):
         model.trunk.blocks[index] = torch.compile(block)
     holder = nn.ModuleDict({"vision_model": nn.ModuleDict({"module": model})})
@@ -207,7 +207,7 @@ def test_checkpointing_wrappers_are_cleaned():
     model.trunk.blocks[1] = checkpoint_wrapper(model.trunk.blocks[1])
     names = {name for name, _ in model.named_parameters()}
     assert any("_checkpoint_wrapped_module" in name for name in names)
-    assert set(match_aimv2(names).names) == set(expected)
+    assert set(match_names(names, AIMV2).names) == set(expected)
 
 
 def test_a_full_lit_model_of_transformers_gives_its_image_tower():
@@ -223,7 +223,7 @@ def test_a_full_lit_model_of_transformers_gives_its_image_tower():
         "vocab_size": 9,
     }
     model = Aimv2Model(Aimv2Config(vision_config=vision, text_config=text))
-    found = match_aimv2(model.state_dict())
+    found = match_names(model.state_dict(), AIMV2)
     assert found.scheme.name == "transformers" and found.prefix == "vision_model."
     assert {name.split(".")[2] for name in found.dropped} == {"cls_token", "k_proj", "v_proj", "output_proj"}
     assert set(found.others) == {"text_model", "visual_projection", "text_projection", "logit_scale"}
@@ -242,7 +242,7 @@ def test_apples_lit_gives_its_image_tower():
     tensors |= {
         name: torch.ones(2) for name in (*others, "image_encoder.head.cls_token", "image_encoder.head.k.weight")
     }
-    found = match_aimv2(tensors)
+    found = match_names(tensors, AIMV2)
     assert found.scheme.name == "lit" and len(found.dropped) == 2
     assert set(found.others) == {"text_encoder", "image_projector", "log_logit_scale"}
 
@@ -256,10 +256,10 @@ def test_two_towers_are_ambiguous_until_one_is_chosen():
     tensors = random_tensors("sailvit", TINY_SHAPE)
     both = {f"{side}.{name}": tensor for side in ("student", "teacher") for name, tensor in tensors.items()}
     with pytest.raises(CheckpointError, match=r"more than one AIMv2 encoder.*student\..*teacher\..*--prefix"):
-        match_aimv2(both)
-    assert match_aimv2(both, prefix="teacher.").prefix == "teacher."
+        match_names(both, AIMV2)
+    assert match_names(both, AIMV2, prefix="teacher.").prefix == "teacher."
     with pytest.raises(CheckpointError, match=r"no AIMv2 encoder under the prefix 'nobody\.'"):
-        match_aimv2(both, prefix="nobody.")
+        match_names(both, AIMV2, prefix="nobody.")
 
 
 def test_two_names_for_one_are_an_error():
@@ -359,7 +359,7 @@ def test_mangled_names_are_an_error_or_a_tower(data):
             names[at] = "module." + name
     shapes = dict.fromkeys(names)
     try:
-        found = match_aimv2(shapes)
+        found = match_names(shapes, AIMV2)
     except CheckpointError:
         return
     sorted_out = [*found.names.values(), *found.dropped, *found.unmapped]
@@ -371,7 +371,7 @@ def test_mangled_names_are_an_error_or_a_tower(data):
 @given(st.lists(st.text(st.characters(categories=("L", "N", "P")), max_size=20)))
 def test_any_names_are_an_error_or_a_tower(names):
     try:
-        match_aimv2(names)
+        match_names(names, AIMV2)
     except CheckpointError as error:
         assert "\n" not in str(error)
 

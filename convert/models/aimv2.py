@@ -9,36 +9,29 @@ import numpy as np
 
 from ..export.card import write_conversion_card
 from ..export.runtimes import RUNTIMES, SIZE_NAMES, check_expressible
-from ..plan import Options, output_dtype
+from ..plan import Options
 from ..storage.checkpoint import Checkpoint, check_values
-from ..storage.errors import CheckpointError, raise_if_any
+from ..storage.errors import CheckpointError
 from ..storage.tensors import StoredTensor, cast, to_bytes, torch_name
 from .aimv2_config import Tower, find_aimv2
-from .aimv2_names import POSITIONS, AIMv2Dimensions, get_layout, plan_layout
+from .aimv2_names import AIMV2, POSITIONS, AIMv2Dimensions, plan_layout
 from .aimv2_reference import verify_folder
 from .aimv2_state_dict import compute_positions
-from .mapped_plan import MappedPlan, image_notes, match_notes
+from .mapped_plan import MappedPlan, checked_dtype, image_notes, match_notes
 from .name_tables import NamingScheme, TensorSource
 
 
 @dataclass(kw_only=True)
 class AIMv2Plan(MappedPlan):
-    """
-    The conversion of an encoder.
-
-    Attributes:
-        fields: SAILViTConfig's, of the folder.
-        positions: How position embeddings are computed, if they are not the source's.
-    """
+    """The conversion of an encoder; `fields` are those of SAILViTConfig, of the folder."""
 
     dimensions: AIMv2Dimensions
     fields: dict[str, Any]
-    positions: dict[str, Any] | None = None
 
     @property
     def learned(self) -> StoredTensor | None:
         """The source's learned position embeddings."""
-        return self.stored.get(self.match.scheme.names_of(POSITIONS)[0])
+        return self.match.tensors.get(self.match.scheme.names_of(POSITIONS)[0])
 
     @property
     def grid_size(self) -> int | None:
@@ -46,6 +39,16 @@ class AIMv2Plan(MappedPlan):
         if self.fields["pos_embed_type"] == "sincos" and self.layout.has_sincos:
             return None
         return self.fields["image_size"] // self.fields["patch_size"]
+
+    @property
+    def positions(self) -> dict[str, Any] | None:
+        """How position embeddings are computed, if they are not the source's."""
+        before, after = self.dimensions.grid_size, self.grid_size
+        if after in (before, None):
+            return None
+        if before is None:
+            return {"to": [after, after], "method": "2-D sine-cosine, written out: the layout has no computed ones"}
+        return {"from": [before, before], "to": [after, after], "method": "bicubic, antialiased, in float32"}
 
     def sources(self) -> list[TensorSource]:
         return plan_layout(self.match.scheme, self.layout, self.dimensions, self.grid_size)
@@ -64,11 +67,10 @@ class AIMv2Plan(MappedPlan):
         return super().write_weights(folder, max_shard_size, on_progress)
 
     def write_folder(self, folder: Path) -> None:
-        fields, size = self.fields, self.fields["hidden_size"]
-        description = (
-            f"A vision encoder, {SIZE_NAMES.get(size, f'width {size}')}, {fields['num_hidden_layers']} blocks, "
-            f"{fields['image_size']} pixels, {torch_name(self.dtype)}, under the names of {self.layout.title}."
-        )
+        fields, width = self.fields, self.fields["hidden_size"]
+        size = f"{SIZE_NAMES.get(width, f'width {width}')}, {fields['num_hidden_layers']} blocks"
+        size = f"{size}, {fields['image_size']} pixels, {torch_name(self.dtype)}"
+        description = f"A vision encoder, {size}, under the names of {self.layout.title}."
         if runtime := RUNTIMES.get(self.layout.name):
             runtime.write_configs(folder, self.checkpoint, fields, self.dtype)
         else:
@@ -82,52 +84,32 @@ class AIMv2Plan(MappedPlan):
         return verify_folder(folder, self, self.fields, self.grid_size if self.learned and self.positions else None)
 
     def provenance(self) -> dict[str, Any]:
-        return {
-            "source": self.source_record("heads"),
-            "layout": self.layout.name,
-            "tower": self.fields,
-            "positions": self.positions or "as in the source",
-        }
+        record = {"source": self.source_record("heads"), "layout": self.layout.name, "tower": self.fields}
+        return {**record, "positions": self.positions or "as in the source"}
 
 
 def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
-    """
-    Raises:
-        CheckpointError: There is no whole tower, or it cannot be written with these options.
-    """
-    layout = get_layout("sailvit" if options.to_layout is None else options.to_layout)
+    """Raises CheckpointError if there is no whole vision encoder, or it cannot be written with these options."""
+    layout = AIMV2.scheme("sailvit" if options.to_layout is None else options.to_layout)
     tower = find_aimv2(checkpoint, options.from_layout, options.prefix)
-    accepted = ("mixed",) if options.dtype else ()
-    raise_if_any([problem for problem in tower.problems if problem.kind not in accepted], checkpoint.source.name)
-    dtype = output_dtype(options.dtype, tower.tensors, checkpoint.source.name)
+    dtype = checked_dtype(checkpoint, tower.match, tower.problems, options)
     plan = AIMv2Plan(
-        checkpoint=checkpoint, dtype=dtype, match=tower.match, stored=tower.tensors, dimensions=tower.dimensions,
-        layout=layout, fields=_output_fields(tower, layout, options),
+        checkpoint=checkpoint, dtype=dtype, match=tower.match, dimensions=tower.dimensions, layout=layout,
+        fields=_output_fields(tower, layout, options),
     )  # fmt: skip
     check_expressible(checkpoint, layout.name, plan.fields)
-    plan.positions = _computed_positions(plan)
     plan.notes = _notes(plan)
-    check_values(checkpoint, {tower.match.names[name]: tensor for name, tensor in tower.tensors.items()})
+    check_values(checkpoint, tower.match.stored)
     return plan
 
 
 def _output_fields(tower: Tower, layout: NamingScheme, options: Options) -> dict[str, Any]:
-    fields = {**tower.fields, "image_size": options.image_size or tower.fields["image_size"]}
-    if not layout.has_sincos:
-        fields["pos_embed_type"] = "absolute"
-    if fields["image_size"] % fields["patch_size"]:
-        what = f"expected a multiple of the patch size, {fields['patch_size']} pixels"
+    size, patch = options.image_size or tower.fields["image_size"], tower.fields["patch_size"]
+    if size % patch:
+        what = f"expected a multiple of the patch size, {patch} pixels"
         raise CheckpointError(f"--image-size: {what}, got {options.image_size}")
-    return fields
-
-
-def _computed_positions(plan: AIMv2Plan) -> dict[str, Any] | None:
-    before, after = plan.dimensions.grid_size, plan.grid_size
-    if after in (before, None):
-        return None
-    if before is None:
-        return {"to": [after, after], "method": "2-D sine-cosine, written out: the layout has no computed ones"}
-    return {"from": [before, before], "to": [after, after], "method": "bicubic, antialiased, in float32"}
+    kind = tower.fields["pos_embed_type"] if layout.has_sincos else "absolute"
+    return {**tower.fields, "image_size": size, "pos_embed_type": kind}
 
 
 def _notes(plan: AIMv2Plan) -> list[str]:

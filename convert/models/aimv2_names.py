@@ -1,24 +1,8 @@
-"""
-Naming schemes ("layouts") of AIMv2 vision encoders, and the shapes of their tensors.
+"""Naming schemes ("layouts") of AIMv2 vision encoders; the released names, SAILViT's and Apple's, are canonical."""
 
-The canonical names are the released ones, SAILViT's and Apple's AIMv2's.
-"""
-
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..storage.errors import CheckpointError
-from .name_tables import (
-    AmbiguousMatchError,
-    Dimensions,
-    Match,
-    ModelFamily,
-    NamingScheme,
-    TensorSource,
-    match_names,
-    plan_tensors,
-    tensor_specs,
-)  # fmt: skip
+from .name_tables import Dimensions, ModelFamily, NamingScheme, TensorSource, plan_tensors, tensor_specs
 
 
 PATCHES, POSITIONS = "preprocessor.patchifier.proj", "preprocessor.pos_embed"
@@ -30,11 +14,7 @@ TRANSFORMERS = {
     "preprocessor.patchifier.norm": "embeddings.rms_norm",
     "preprocessor.pos_embed": "embeddings.position_embedding.weight",
     "trunk.blocks.{}.norm_1": "encoder.layers.{}.rms_norm1",
-    "trunk.blocks.{}.attn.qkv": (
-        "encoder.layers.{}.attention.q_proj",
-        "encoder.layers.{}.attention.k_proj",
-        "encoder.layers.{}.attention.v_proj",
-    ),
+    "trunk.blocks.{}.attn.qkv": tuple(f"encoder.layers.{{}}.attention.{part}_proj" for part in "qkv"),
     "trunk.blocks.{}.attn.proj": "encoder.layers.{}.attention.out_proj",
     "trunk.blocks.{}.norm_2": "encoder.layers.{}.rms_norm2",
     "trunk.blocks.{}.mlp.fc1": "encoder.layers.{}.ffn.gate_proj",
@@ -73,16 +53,6 @@ SCHEMES = (
     NamingScheme("timm", "timm's aimv2", TIMM, "", r"(head|fc_norm)\..*", has_sincos=False),
 )
 LAYOUTS = {scheme.name: scheme for scheme in SCHEMES}
-
-
-def get_layout(name: str | None) -> NamingScheme:
-    """
-    Raises:
-        CheckpointError: No layout has this name.
-    """
-    if name not in LAYOUTS:
-        raise CheckpointError(f"layout: expected one of {', '.join(LAYOUTS)}, got {name!r}")
-    return LAYOUTS[name]
 
 
 @dataclass(frozen=True)
@@ -126,30 +96,15 @@ class AIMv2Dimensions(Dimensions):
 LARGEST = AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True)
 AIMV2 = ModelFamily("AIMv2 encoder", "vision", LAYOUTS, (PATCHES,), LARGEST)
 
-
-def match_aimv2(names: Iterable[str], layout: str | None = None, prefix: str | None = None) -> Match:
-    """Find the encoder among names of a checkpoint: match_names, which also raises CheckpointError for the layout."""
-    return match_names(names, AIMV2, None if layout is None else get_layout(layout).name, prefix)
-
-
-def is_aimv2(names: Iterable[str]) -> bool:
-    """Return whether a checkpoint contains an encoder, or several, in any layout and under any prefix."""
-    try:
-        match_aimv2(names)
-    except CheckpointError as error:
-        return isinstance(error, AmbiguousMatchError)
-    return True
+is_aimv2 = AIMV2.is_in
 
 
 def plan_layout(
     source: NamingScheme, target: NamingScheme, dimensions: AIMv2Dimensions, grid_size: int | None
 ) -> list[TensorSource]:
     """
-    Return where the elements of every tensor of the target layout come from.
-
-    Args:
-        dimensions: Of the source.
-        grid_size: Of the target. If it differs, the position embeddings have no sources: they are computed.
+    Return where the elements of every tensor of the target layout come from. If its grid_size is not that of the
+    source's dimensions, the position embeddings have no sources: they are computed.
     """
     stored = tensor_specs(source, dimensions)
     if grid_size != dimensions.grid_size:

@@ -24,17 +24,13 @@ if TYPE_CHECKING:
 
 def verify_folder(folder: Path, plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> dict[str, Any]:
     """
-    Load a folder in a clean process and compare its tokens for a test image with those of the source weights, in an
-    implementation that is not the folder's, if there is one. Both run in float32, on weights rounded to the folder's
-    dtype.
+    Load a folder in a clean process, compare its tokens for a test image with those of the source weights in another
+    implementation, if there is one, and return the entry of provenance.json. Both run in float32, on weights rounded to
+    the folder's dtype.
 
     Args:
-        plan: Of the folder.
         fields: SAILViTConfig's, of the folder.
         new_grid: Side of the square of position embeddings in the folder, if they are resampled.
-
-    Returns:
-        What provenance.json records under "verification".
 
     Raises:
         VerificationError: The folder does not load, or the difference exceeds the tolerance.
@@ -51,28 +47,35 @@ def _reference(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None
     """Return the name of an implementation and the source weights in it: the one of the source's names, or another
     than the folder's."""
     scheme = plan.match.scheme
-    released, learned = scheme.modules is RELEASED, plan.stored.get(scheme.names_of(POSITIONS)[0])
+    released, learned = scheme.modules is RELEASED, plan.match.tensors.get(scheme.names_of(POSITIONS)[0])
     in_timm = learned is not None and not RUNTIMES["timm"].unsupported_reason(fields)
     if (released or scheme.name == "timm") and in_timm and find_spec("timm"):
         return f"timm {version('timm')}", _timm_reference(plan, fields, learned)
     source_fields = {**fields, "pos_embed_type": "absolute" if learned else "sincos"}
-    tensors = _source_tensors(plan, fields, new_grid)
+    tensors, config = _source_tensors(plan, fields, new_grid), transformers_config(source_fields)
     if released and (plan.layout.name != "sailvit" or RUNTIMES["transformers"].unsupported_reason(fields)):
-        return "SAILViTModel of this package", _sailvit_reference(source_fields, tensors)
+        from ...configuration_sailvit import SAILViTConfig
+        from ...modeling_sailvit import SAILViTModel
+
+        return "SAILViTModel of this package", _load(SAILViTModel(SAILViTConfig(**source_fields)), tensors)
     if scheme.name == "ovis2-transformers":
-        return f"Ovis2VisionModel of transformers {version('transformers')}", _ovis2_reference(source_fields, tensors)
-    return f"Aimv2VisionModel of transformers {version('transformers')}", _native_reference(source_fields, tensors)
+        from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionModel
+
+        name, model = "Ovis2VisionModel", Ovis2VisionModel(Ovis2VisionConfig(**config, vocab_size=8)).transformer
+    else:
+        from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+        name, model = "Aimv2VisionModel", Aimv2VisionModel(Aimv2VisionConfig(**config))
+        tensors = convert_tensors(tensors, "transformers")
+    return f"{name} of transformers {version('transformers')}", _load(model, tensors)
 
 
 def _source_tensors(plan: MappedPlan, fields: Mapping[str, Any], new_grid: int | None) -> "dict[str, torch.Tensor]":
     """Return the tensors in float32, under the source's names, rounded to the folder's dtype, positions resampled."""
-    scheme = plan.match.scheme
-    tensors, name = (
-        {name: load_float32(one, plan.dtype) for name, one in plan.stored.items()},
-        scheme.names_of(POSITIONS)[0],
-    )
+    scheme, stored = plan.match.scheme, plan.match.tensors
+    tensors, name = {key: load_float32(one, plan.dtype) for key, one in stored.items()}, scheme.names_of(POSITIONS)[0]
     if new_grid is not None:
-        new = _round(compute_positions(plan.stored[name], fields["hidden_size"], new_grid), plan.dtype)
+        new = _round(compute_positions(stored[name], fields["hidden_size"], new_grid), plan.dtype)
         tensors[name] = new[0] if POSITIONS in scheme.squeezed else new
     return tensors
 
@@ -96,27 +99,6 @@ def _timm_reference(plan: MappedPlan, fields: Mapping[str, Any], learned: Stored
     model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True, assign=True)
     model.pos_embed.data = _round(model.pos_embed.data, plan.dtype)
     return model.eval().forward_features
-
-
-def _native_reference(fields: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> "Reference":
-    from transformers import Aimv2VisionConfig, Aimv2VisionModel
-
-    model = Aimv2VisionModel(Aimv2VisionConfig(**transformers_config(fields)))
-    return _load(model, convert_tensors(tensors, "transformers"))
-
-
-def _sailvit_reference(fields: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> "Reference":
-    from ...configuration_sailvit import SAILViTConfig
-    from ...modeling_sailvit import SAILViTModel
-
-    return _load(SAILViTModel(SAILViTConfig(**fields)), tensors)
-
-
-def _ovis2_reference(fields: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> "Reference":
-    from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionConfig, Ovis2VisionModel
-
-    config = Ovis2VisionConfig(**transformers_config(fields), vocab_size=8)  # of its head, which is unused
-    return _load(Ovis2VisionModel(config).transformer, tensors)
 
 
 def _load(model: "nn.Module", tensors: "dict[str, torch.Tensor]") -> "Reference":

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.tensors import StoredTensor, load_float32
 from .aimv2_config import infer_dimensions
-from .aimv2_names import get_layout, match_aimv2, plan_layout
-from .name_tables import MatchedTensors
+from .aimv2_names import AIMV2, plan_layout
+from .name_tables import match_names
 
 
 if TYPE_CHECKING:
@@ -42,16 +42,15 @@ def convert_tensors(tensors: "Mapping[str, torch.Tensor]", to_layout: str) -> "d
     """
     import torch
 
-    target, match = get_layout(to_layout), match_aimv2(tensors)
-    own = {name: tensors[stored] for name, stored in match.names.items()}
-    dimensions, problems = infer_dimensions(MatchedTensors(match, own))
+    target, match = AIMV2.scheme(to_layout), match_names(tensors, AIMV2).read(tensors)
+    dimensions, problems = infer_dimensions(match)
     if dimensions.grid_size is None and not target.has_sincos:
         what = "needs learned position embeddings, got sine-cosine ones, and no grid to compute them for"
         problems.append(Problem("layout", target.name, what))
     raise_if_any(problems)
     converted = {}
     for one in plan_layout(match.scheme, target, dimensions, dimensions.grid_size):
-        slices = [own[name].reshape(-1)[start:stop] for name, start, stop in one.sources]
+        slices = [match.tensors[name].reshape(-1)[start:stop] for name, start, stop in one.sources]
         if len(dtypes := {str(part.dtype) for part in slices}) > 1:
             raise CheckpointError(f"{one.target.canonical}: expected one dtype, got {', '.join(sorted(dtypes))}")
         whole = slices[0] if len(slices) == 1 else torch.cat(slices)

@@ -1,18 +1,18 @@
 """InternLM2's tokenizer, a sentencepiece BPE with remote code, as one that PreTrainedTokenizerFast reads."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.tokenizer_files import generation_settings
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError
-from ..storage.files import hash_file, write_json
+from ..storage.files import hash_file
 
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     Added = Mapping[int, tuple[str, bool]]  # id -> text, and whether the token is special
 
@@ -29,54 +29,30 @@ UNUSED_SETTINGS = {
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces in sentencepiece_model.proto
 
 
-@dataclass(frozen=True)
-class NewTokenizer:
+def find_tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, str | dict[str, Any]], dict[str, str] | None, str]:
     """
-    A tokenizer to write.
-
-    Attributes:
-        content: Of tokenizer.json.
-        config: Of tokenizer_config.json.
-        origin: The source's file and its sha256.
-        template: Of the chat, if it is a file.
-    """
-
-    content: str = field(repr=False)
-    config: dict[str, Any]
-    origin: dict[str, str]
-    template: str | None = None
-
-    def write(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text(self.content, encoding="utf-8")
-        write_json(folder / "tokenizer_config.json", self.config)
-        if self.template is not None:
-            (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
-
-
-def find_tokenizer(checkpoint: Checkpoint) -> tuple[NewTokenizer | None, str]:
-    """
-    Return the checkpoint's tokenizer for a transformers without remote code, if there is one, and a message about it.
-
-    Raises:
-        CheckpointError: Its files are broken.
+    Return the checkpoint's tokenizer for a transformers without remote code: the files to write and their content (none
+    if there is no such tokenizer), the source's file and its sha256, and a message. Raises CheckpointError for broken
+    files.
     """
     source, template = checkpoint.source, "chat_template.jinja"
     file = next((name for name in ("tokenizer.json", "tokenizer.model") if name in source.files), None)
     if file is None:
-        return None, "no tokenizer is written: neither tokenizer.json nor tokenizer.model is in the source"
-    settings = _tokenizer_settings(checkpoint)
+        return {}, None, "no tokenizer is written: neither tokenizer.json nor tokenizer.model is in the source"
+    path, settings = source.path(file), _tokenizer_settings(checkpoint)
     if checkpoint.document("tokenizer.json"):
-        content, note = source.path(file).read_text(encoding="utf-8"), "the tokenizer is the source's tokenizer.json"
+        content, note = path.read_text(encoding="utf-8"), "the tokenizer is the source's tokenizer.json"
     else:
-        content, note = _convert_sentencepiece(source.path(file), checkpoint, settings)
+        content, note = _convert_sentencepiece(path, checkpoint, settings)
         settings.pop("added_tokens_decoder", None)
     if content is None:
-        return None, f"no tokenizer is written: {note}"
+        return {}, None, f"no tokenizer is written: {note}"
     kept = {key: value for key, value in settings.items() if key not in UNUSED_SETTINGS}
-    config = {**kept, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    chat = source.path(template).read_text(encoding="utf-8") if template in source.files else None
-    origin = {"file": file, "sha256": hash_file(source.path(file))}
-    return NewTokenizer(content, generation_settings(config), origin, chat), note
+    kept |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {"tokenizer.json": content, "tokenizer_config.json": generation_settings(kept)}
+    if template in source.files:
+        files[template] = source.path(template).read_text(encoding="utf-8")
+    return files, {"file": file, "sha256": hash_file(path)}, note
 
 
 def _convert_sentencepiece(path: Path, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -96,12 +72,11 @@ def _convert_sentencepiece(path: Path, checkpoint: Checkpoint, settings: Mapping
 
 def _tokenizer_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return tokenizer_config.json, completed by the older special_tokens_map.json and InternLM2's defaults."""
-    files = ("special_tokens_map.json", "tokenizer_config.json")
-    settings = {**SPECIAL_TOKENS, **checkpoint.document(files[0]), **checkpoint.document(files[1])}
-    for key in SPECIAL_TOKENS:
-        settings[key] = _text_of(settings[key])
+    older, newer = map(checkpoint.document, ("special_tokens_map.json", "tokenizer_config.json"))
+    settings = {**SPECIAL_TOKENS, **older, **newer}
+    settings |= {key: _text_of(settings[key]) for key in SPECIAL_TOKENS}
     if isinstance(settings.get("additional_special_tokens"), list):
-        settings["additional_special_tokens"] = [_text_of(token) for token in settings["additional_special_tokens"]]
+        settings["additional_special_tokens"] = [*map(_text_of, settings["additional_special_tokens"])]
     return settings
 
 
@@ -110,47 +85,29 @@ def _text_of(token: Any) -> Any:
 
 
 def _added_tokens(checkpoint: Checkpoint) -> "Added":
-    """
-    Return the tokens that are added to the pieces, or replace some.
-
-    Raises:
-        CheckpointError: They are stored in another format.
-    """
+    """Return the tokens that are added to the pieces, or replace some; raise CheckpointError for another format."""
     config = checkpoint.document("tokenizer_config.json")
-    try:
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
         added = {index: (text, True) for text, index in checkpoint.document("added_tokens.json").items()}
         decoder = config.get("added_tokens_decoder", {}).items()
         added |= {int(index): (token["content"], bool(token.get("special", False))) for index, token in decoder}
         if all(type(index) is int and type(text) is str and text for index, (text, _) in added.items()):
             return dict(sorted(added.items()))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        pass
-    what = (
-        "added_tokens.json or added_tokens_decoder in tokenizer_config.json: expected ids and texts of tokens: fix it"
-    )
-    raise CheckpointError(f"{checkpoint.source.name}: {what}")
+    where = f"{checkpoint.source.name}: added_tokens.json or added_tokens_decoder in tokenizer_config.json"
+    raise CheckpointError(f"{where}: expected ids and texts of tokens: fix it")
 
 
 def read_sentencepiece(path: Path) -> Any:
-    """
-    Return the ModelProto of a tokenizer.model.
-
-    Raises:
-        CheckpointError: It is no model of sentencepiece.
-        ImportError: sentencepiece or protobuf is not installed.
-    """
+    """Return the ModelProto of a tokenizer.model; raise CheckpointError if it is none, or ImportError."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
-    try:
+    with suppress(DecodeError):
         model.ParseFromString(path.read_bytes())
-        is_model = bool(model.pieces) and model.HasField("trainer_spec")
-    except DecodeError:
-        is_model = False
-    if not is_model:
-        raise CheckpointError(f"{path}: not a sentencepiece model: the file is truncated or corrupt; re-download it")
-    return model
+        if model.pieces and model.HasField("trainer_spec"):
+            return model
+    raise CheckpointError(f"{path}: not a sentencepiece model: the file is truncated or corrupt; re-download it")
 
 
 def _unsupported_reason(model: Any) -> str | None:
@@ -176,60 +133,46 @@ def build_tokenizer(model: Any, added: "Added", settings: Mapping[str, Any]) -> 
 
     Args:
         model: A ModelProto of sentencepiece.
-        added: Tokens that replace pieces or follow them.
+        added: Tokens that replace pieces or follow them; CheckpointError if ids leave a gap, or two tokens are equal.
         settings: add_bos_token, add_eos_token, bos_token, eos_token of InternLM2's tokenizer.
-
-    Raises:
-        CheckpointError: The ids leave a gap, or two tokens are equal.
     """
-    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    texts = {index: piece.piece for index, piece in enumerate(model.pieces)}
+    pieces, has_prefix = dict(enumerate(model.pieces)), model.normalizer_spec.add_dummy_prefix
+    texts = {index: piece.piece for index, piece in pieces.items()}
     texts |= {index: text for index, (text, _) in added.items()}
     vocabulary = {text: index for index, text in sorted(texts.items())}
     if sorted(vocabulary.values()) != list(range(len(texts))):
         what = "two tokens are equal, or ids leave a gap"
         raise CheckpointError(f"added_tokens_decoder in tokenizer_config.json: {what}")
-    has_prefix = model.normalizer_spec.add_dummy_prefix
-    unknown = next((piece.piece for piece in model.pieces if piece.type == UNKNOWN), None)
+    whole = {index: piece for index, piece in pieces.items() if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)}
+    unsplit = {**{index: (piece.piece, piece.type != USER_DEFINED) for index, piece in whole.items()}, **added}
+    unknown = next((piece.piece for piece in whole.values() if piece.type == UNKNOWN), None)
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": model.trainer_spec.byte_fallback}
     tokenizer = Tokenizer(BPE(vocabulary, _merges(model, added), **options))
-    prefix = [normalizers.Prepend("▁")] if has_prefix else []
+    prefix, strip = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if has_prefix else ([], [])
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_tokens(_unsplit_tokens(model, added))
+    in_order = (token for _, token in sorted(unsplit.items()))
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in in_order])
     _add_template(tokenizer, settings)
     return tokenizer
 
 
-def _merges(model: Any, replaced: Iterable[int]) -> list[tuple[str, str]]:
+def _merges(model: Any, replaced: Container[int]) -> list[tuple[str, str]]:
     """Return the pairs to merge: those of the piece with the highest score first, then by their ids."""
-    scores = {index: piece.score for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
-    ids = {model.pieces[index].piece: index for index in scores.keys() - set(replaced)}
+    pieces = enumerate(model.pieces)
+    normal = {index: piece for index, piece in pieces if piece.type == NORMAL and index not in replaced}
+    ids = {piece.piece: index for index, piece in normal.items()}
     merges = [
-        (-scores[index], ids[text[:at]], ids[text[at:]], text[:at], text[at:])
+        (-normal[index].score, ids[text[:at]], ids[text[at:]], text[:at], text[at:])
         for text, index in ids.items()
         for at in range(1, len(text))
         if text[:at] in ids and text[at:] in ids
     ]
     return [(left, right) for *_, left, right in sorted(merges)]
-
-
-def _unsplit_tokens(model: Any, added: "Added") -> "list[AddedToken]":
-    """Return the tokens that are found in a text before it is split."""
-    from tokenizers import AddedToken
-
-    kinds = (UNKNOWN, CONTROL, USER_DEFINED)
-    own = {
-        index: (piece.piece, piece.type != USER_DEFINED)
-        for index, piece in enumerate(model.pieces)
-        if piece.type in kinds
-    }
-    tokens = sorted({**own, **added}.items())
-    return [AddedToken(text, special=special, normalized=False) for _, (text, special) in tokens]
 
 
 def _add_template(tokenizer: "Tokenizer", settings: Mapping[str, Any]) -> None:

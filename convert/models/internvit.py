@@ -1,20 +1,18 @@
 """InternViT, as published with remote code, to transformers' InternVLVisionModel."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from pathlib import Path
 from typing import Any
 
-from ..export.image_settings import clip_settings, read_image_settings
+from ..export.image_settings import clip_settings
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.files import write_json
-from .config_checks import config_problem, contradictions, invalid_values, is_integer
+from .checks import config_problems, contradictions, head_problems, invalid_values
 from .internvl_common import InternVLPlan, check_source, read_source
 from .mapped_plan import image_notes, match_notes
-from .name_tables import Dimensions, MatchedTensors, ModelFamily, NamingScheme
+from .name_tables import Dimensions, Match, ModelFamily, NamingScheme
 
 
 TRANSFORMERS = {
@@ -22,11 +20,7 @@ TRANSFORMERS = {
     "embeddings.position_embedding": "embeddings.position_embeddings",
     "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
     "encoder.layers.{}.norm1": "encoder.layer.{}.layernorm_before",
-    "encoder.layers.{}.attn.qkv": (
-        "encoder.layer.{}.attention.q_proj",
-        "encoder.layer.{}.attention.k_proj",
-        "encoder.layer.{}.attention.v_proj",
-    ),
+    "encoder.layers.{}.attn.qkv": tuple(f"encoder.layer.{{}}.attention.{part}_proj" for part in "qkv"),
     "encoder.layers.{}.attn.q_norm": "encoder.layer.{}.attention.q_norm",
     "encoder.layers.{}.attn.k_norm": "encoder.layer.{}.attention.k_norm",
     "encoder.layers.{}.attn.proj": "encoder.layer.{}.attention.projection_layer",
@@ -41,13 +35,18 @@ PUBLISHED_HEADS = {1024: 16, 3200: 25}  # by width, of InternViT-300M and -6B
 
 # Field of InternVLVisionConfig -> what InternViT calls it, and its default there.
 INTERNVIT_FIELDS = {
-    "layer_norm_eps": ("layer_norm_eps", 1e-6),
-    "hidden_act": ("hidden_act", "gelu"),
-    "attention_dropout": ("attention_dropout", 0.0),
-    "projection_dropout": ("dropout", 0.0),
-    "initializer_range": ("initializer_range", 0.02),
-    "layer_scale_init_value": ("initializer_factor", 0.1),
-}
+    "layer_norm_eps": ("layer_norm_eps", 1e-6), "hidden_act": ("hidden_act", "gelu"),
+    "attention_dropout": ("attention_dropout", 0.0), "projection_dropout": ("dropout", 0.0),
+    "initializer_range": ("initializer_range", 0.02), "layer_scale_init_value": ("initializer_factor", 0.1),
+}  # fmt: skip
+
+# Pooling by the mean leaves out a final norm: an InternViT has none.
+FIXED_FIELDS = {
+    "hidden_dropout_prob": 0.0, "use_absolute_position_embeddings": True, "use_mask_token": False,
+    "use_mean_pooling": True,
+}  # fmt: skip
+
+FRACTIONS = ("layer_norm_eps", "attention_dropout", "dropout", "initializer_range")
 
 QK_NORM_EPS = 1e-6  # of InternVLVisionModel, whatever its configuration says
 
@@ -94,118 +93,72 @@ CONVERTED = NamingScheme("InternVLVisionModel", "transformers' InternVLVisionMod
 ANCHORS = ("encoder.layers.{}.ls1", "encoder.layers.{}.ls2")
 LARGEST = InternViTDimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, norm_bias=True, qk_norm=True)
 INTERNVIT = ModelFamily("InternViT", "vision", {ORIGINAL.name: ORIGINAL}, ANCHORS, LARGEST)
+is_internvit = INTERNVIT.is_in
 
 
-def is_internvit(names: Iterable[str]) -> bool:
-    """Return whether a checkpoint contains an InternViT, under any prefix."""
-    return INTERNVIT.is_in(names)
-
-
-def _infer_dimensions(matched: MatchedTensors) -> InternViTDimensions:
-    prefix, layer = matched.match.prefix, "encoder.layers.{}."
-    patches = matched.required_shape("embeddings.patch_embedding.weight", 4)
-    if patches[2] != patches[3]:
-        where = f"{prefix}embeddings.patch_embedding.weight"
-        raise CheckpointError(f"{where}: expected square patches, got shape {list(patches)}")
-    positions = matched.required_shape("embeddings.position_embedding", 3)[1] - 1
+def _infer_dimensions(match: Match) -> InternViTDimensions:
+    prefix, layer = match.prefix, "encoder.layers.{}."
+    width, channels, patch = match.patch_shape("embeddings.patch_embedding.weight")
+    positions = match.required_shape("embeddings.position_embedding", 3)[1] - 1
     if positions < 1 or isqrt(positions) ** 2 != positions:
         what = f"expected a class token and a square grid, got {positions} positions besides the class token"
         raise CheckpointError(f"{prefix}embeddings.position_embedding: {what}")
     return InternViTDimensions(
-        hidden_size=patches[0],
-        intermediate_size=matched.common_rows(layer + "mlp.fc1") or 1,
-        num_hidden_layers=matched.count_blocks(layer + "norm1"),
-        num_channels=patches[1],
-        patch_size=patches[2],
-        grid_size=isqrt(positions),
-        qkv_bias=matched.has(".bias", layer + "attn.qkv"),
-        norm_bias=matched.has(".bias", layer + "norm1", layer + "norm2"),
-        qk_norm=matched.has(".weight", layer + "attn.q_norm", layer + "attn.k_norm"),
-    )
+        hidden_size=width, num_channels=channels, patch_size=patch, grid_size=isqrt(positions),
+        intermediate_size=match.common_rows(layer + "mlp.fc1") or 1,
+        num_hidden_layers=match.count_blocks(layer + "norm1"),
+        qkv_bias=match.has(".bias", layer + "attn.qkv"),
+        norm_bias=match.has(".bias", layer + "norm1", layer + "norm2"),
+        qk_norm=match.has(".weight", layer + "attn.q_norm", layer + "attn.k_norm"),
+    )  # fmt: skip
 
 
 def internvit_config(
     dimensions: InternViTDimensions, original: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
     """
-    Return the config.json of an InternVLVisionModel, and its contradictions with the tensors and impossible values.
-
-    Args:
-        original: The original configuration; InternViT's defaults apply where neither it nor the tensors have a value.
+    Return config.json of an InternVLVisionModel, and values of the original one that contradict the tensors, or are
+    impossible or not supported.
     """
-    side, patch = dimensions.grid_size * dimensions.patch_size, dimensions.patch_size
+    side, patch, width = dimensions.grid_size * dimensions.patch_size, dimensions.patch_size, dimensions.hidden_size
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels")
-    known = {
-        **{key: getattr(dimensions, key) for key in shared},
-        "image_size": side,
-        "patch_size": patch,
-        "norm_type": "layer_norm" if dimensions.norm_bias else "rms_norm",
-    }
-    problems = contradictions(
-        {**known, "qkv_bias": dimensions.qkv_bias, "qk_normalization": dimensions.qk_norm}, original
-    )
+    known = {key: getattr(dimensions, key) for key in shared}
+    known["norm_type"] = "layer_norm" if dimensions.norm_bias else "rms_norm"
     config = {
-        "architectures": ["InternVLVisionModel"],
+        "architectures": [CONVERTED.name],
         "model_type": "internvl_vision",
         **known,
         "image_size": [side, side],
         "patch_size": [patch, patch],
         "attention_bias": dimensions.qkv_bias,
         "use_qk_norm": dimensions.qk_norm,
-        "num_attention_heads": original.get("num_attention_heads", PUBLISHED_HEADS.get(dimensions.hidden_size)),
+        "num_attention_heads": original.get("num_attention_heads", PUBLISHED_HEADS.get(width)),
         **{name: original.get(key, default) for name, (key, default) in INTERNVIT_FIELDS.items()},
-        "hidden_dropout_prob": 0.0,
-        "use_absolute_position_embeddings": True,
-        "use_mask_token": False,
-        "use_mean_pooling": True,  # which leaves out a final norm: an InternViT has none
+        **FIXED_FIELDS,
     }
-    return config, problems + _unsupported_values(config, original)
+    known |= {"image_size": side, "patch_size": patch}
+    known |= {"qkv_bias": dimensions.qkv_bias, "qk_normalization": dimensions.qk_norm}
+    eps, is_fixed = config["layer_norm_eps"], dimensions.qk_norm
+    expected = f"{QK_NORM_EPS}, which transformers' InternVLVisionModel uses with qk_normalization"
+    problems = [
+        *contradictions(known, original),
+        *invalid_values(original, FRACTIONS),
+        *head_problems(config["num_attention_heads"], width),
+        *config_problems("layer_norm_eps", not is_fixed or eps == QK_NORM_EPS, expected, eps, "no other is supported"),
+    ]
+    return config, problems
 
 
-def _unsupported_values(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[Problem]:
-    """Return impossible values, and those that an InternVLVisionModel does not support."""
-    ignored = ("hidden_act", "initializer_factor")  # no number; without effect on a trained model
-    fractions = [name for name, _ in INTERNVIT_FIELDS.values() if name not in ignored]
-    problems, heads, width = invalid_values(original, fractions), config["num_attention_heads"], config["hidden_size"]
-    if not is_integer(heads) or width % heads:
-        fix = "tensors do not show it; set it in config.json"
-        problems.append(config_problem("num_attention_heads", f"a divisor of the width {width}", heads, fix))
-    if config["use_qk_norm"] and config["layer_norm_eps"] != QK_NORM_EPS:
-        expected = f"{QK_NORM_EPS}, which transformers' InternVLVisionModel uses with qk_normalization"
-        fix = "other values are not supported"
-        problems.append(config_problem("layer_norm_eps", expected, config["layer_norm_eps"], fix))
-    return problems
-
-
-@dataclass(kw_only=True)
-class InternViTPlan(InternVLPlan):
-    """The conversion of an InternViT to an InternVLVisionModel."""
-
-    def write_folder(self, folder: Path) -> None:
-        self.write_config(folder)
-        size = self.config["image_size"]
-        write_json(folder / "preprocessor_config.json", clip_settings(self.checkpoint, size))
-        self.write_card(folder, f"{size[0]} pixels with a class token first")
-
-
-def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternViTPlan:
-    """
-    Plan the conversion of an InternViT, bare or in a larger model, to transformers' InternVLVisionModel.
-
-    Raises:
-        CheckpointError: There is no whole one, config.json contradicts it, InternVLVisionModel does not support the
-            variant, or an option does not apply.
-    """
-    matched, original = read_source(checkpoint, INTERNVIT, options)
-    dimensions = _infer_dimensions(matched)
+def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
+    """Raises CheckpointError if there is no whole InternViT, or config.json contradicts it or is not supported."""
+    match, original = read_source(checkpoint, INTERNVIT, options.prefix)
+    dimensions = _infer_dimensions(match)
     config, problems = internvit_config(dimensions, original)
-    dtype = check_source(checkpoint, matched, dimensions, options, problems)
-    read_image_settings(checkpoint)
-    plan = InternViTPlan(
-        checkpoint=checkpoint, dtype=dtype, match=matched.match, stored=matched.tensors, dimensions=dimensions,
-        layout=CONVERTED, config=config,
+    dtype = check_source(checkpoint, match, dimensions, problems, options)
+    notes, rate = [*match_notes(match, "buffers"), *image_notes(checkpoint)], original.get("drop_path_rate")
+    if rate:
+        notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
+    return InternVLPlan(
+        checkpoint=checkpoint, dtype=dtype, match=match, dimensions=dimensions, layout=CONVERTED, config=config,
+        files={"preprocessor_config.json": clip_settings(checkpoint, config["image_size"])}, notes=notes,
     )  # fmt: skip
-    plan.notes = [*match_notes(matched.match, "buffers"), *image_notes(checkpoint)]
-    if rate := original.get("drop_path_rate"):
-        plan.notes.append(f"drop_path_rate {rate}: not supported by InternVLVisionModel, matters for training only")
-    return plan

@@ -1,37 +1,38 @@
 """Conversions that copy intervals of elements under new names, as two name tables prescribe."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..export.image_settings import center_crops, has_normalization
-from ..plan import ConversionPlan
+from ..plan import ConversionPlan, Options, output_dtype
 from ..storage.checkpoint import Checkpoint
+from ..storage.errors import CheckpointError, Problem, raise_if_any
 from ..storage.tensors import NewTensor, StoredTensor, cast_stream
-from .name_tables import Dimensions, Match, NamingScheme, TensorSource, plan_tensors, tensor_specs
+from .name_tables import (
+    Dimensions,
+    Match,
+    ModelFamily,
+    NamingScheme,
+    TensorSource,
+    match_names,
+    plan_tensors,
+    tensor_specs,
+)
 
 
 @dataclass(kw_only=True)
 class MappedPlan(ConversionPlan):
-    """
-    A model to write under the names of another scheme.
-
-    Attributes:
-        match: Its names in the checkpoint.
-        stored: Name in the source's scheme -> tensor.
-        dimensions: Of the source.
-        layout: The scheme to write.
-    """
+    """A model to write under the names of another scheme, `layout`; the dimensions are those of the source."""
 
     match: Match
-    stored: dict[str, StoredTensor] = field(repr=False)
     dimensions: Dimensions
     layout: NamingScheme
 
     def sources(self) -> list[TensorSource]:
-        """Where the elements of every tensor to write come from."""
+        """Return where the elements of every tensor to write come from."""
         own, target = (tensor_specs(scheme, self.dimensions) for scheme in (self.match.scheme, self.layout))
         return plan_tensors(own, target)
 
@@ -43,37 +44,56 @@ class MappedPlan(ConversionPlan):
         ]
 
     def source_tensors(self) -> Iterable[StoredTensor]:
-        return self.stored.values()
+        return self.match.tensors.values()
 
     def chunks(self, source: TensorSource) -> Iterator[np.ndarray]:
-        """The bytes (uint8) of a tensor to write."""
+        """Yield the bytes (uint8) of a tensor to write."""
         for name, start, stop in source.sources:
-            yield from cast_stream(self.stored[name], self.match.names[name], self.dtype, start, stop)
+            yield from cast_stream(self.match.tensors[name], self.match.names[name], self.dtype, start, stop)
 
     def source_record(self, dropped: str) -> dict[str, Any]:
         """Return "source" of provenance.json; `dropped` is the kind of tensors that the scheme drops."""
-        return {
-            "layout": self.match.scheme.name,
-            "prefix": self.match.prefix,
-            "recognised": self.match.reason,
-            "dropped": {dropped: self.match.dropped, "others": self.match.others},
-        }
+        match, others = self.match, {dropped: self.match.dropped, "others": self.match.others}
+        record = {"layout": match.scheme.name, "prefix": match.prefix, "recognised": match.reason}
+        return {**record, "dropped": others}
+
+
+def find_model(
+    checkpoint: Checkpoint, family: ModelFamily, scheme: str | None = None, prefix: str | None = None
+) -> Match:
+    """match_names, with the tensors of a checkpoint; only the files that hold them are opened, and must be whole."""
+    try:
+        match = match_names(checkpoint.weight_map, family, scheme, prefix)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.source.name}: {error}") from error
+    return match.read(checkpoint)
+
+
+def index_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Return the differences between the index and the names in the opened files."""
+    return [problem for file in checkpoint.opened for problem in checkpoint.name_problems(file)]
+
+
+def checked_dtype(checkpoint: Checkpoint, match: Match, problems: list[Problem], options: Options) -> str:
+    """Return the dtype to write; raise CheckpointError for problems but a mixed dtype, if the options choose one."""
+    source, accepted = checkpoint.source.name, ("mixed",) if options.dtype else ()
+    raise_if_any([problem for problem in problems if problem.kind not in accepted], source)
+    return output_dtype(options.dtype, match.tensors, source)
 
 
 def match_notes(match: Match, kind: str) -> list[str]:
     """Return messages about a match; `kind` is that of the tensors that the scheme drops."""
-    notes, title = [match.reason], match.family.title
+    notes = [match.reason]
     if match.wrappers:
         notes.append(f"removed from the names: {', '.join(match.wrappers)}")
     if match.dropped:
         notes.append(f"dropped {kind}: {len(match.dropped)} tensors ({match.dropped[0]}, ...)")
-    for name, count in match.others.items():
-        notes.append(f"not part of the {title}, not converted: {name} ({count} tensors)")
-    return notes
+    others = f"not part of the {match.family.title}, not converted"
+    return notes + [f"{others}: {name} ({count} tensors)" for name, count in match.others.items()]
 
 
 def image_notes(checkpoint: Checkpoint) -> list[str]:
-    """Differences between the source's image preprocessing and the one that is written."""
+    """Return differences between the source's image preprocessing and the one that is written."""
     notes = []
     if not has_normalization(checkpoint):
         notes.append("no image_mean and image_std in the source: ImageNet's, as for SAILViT, are assumed")

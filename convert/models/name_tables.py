@@ -1,24 +1,25 @@
 """
 Tables of parameter names: which tensors a model has under each naming scheme, and which scheme a checkpoint uses.
 
-A model family has canonical names. A naming scheme's table maps each canonical module ("{}" is the block index) to its
-name in the scheme, or to several names that share its rows: query, key and value. So every tensor of a scheme is a few
-intervals of elements of one canonical tensor, and a conversion between two schemes, in either direction, copies
-intervals.
+A naming scheme's table maps each canonical module ("{}" is the block index) to its name, or to the names that share its
+rows: query, key and value. So each tensor is a few intervals of elements of one canonical tensor, and a conversion
+between two schemes copies intervals.
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, product
 from math import prod
 from typing import Any
 
+from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
+from ..storage.names import without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS
+from .checks import is_lora, tensor_problems, unexpected_tensor
 
 
 MAX_BLOCKS = 1000
@@ -47,8 +48,7 @@ class NamingScheme:
     The names under which a model is stored.
 
     Attributes:
-        name: A key, as on the command line.
-        title: A name for messages.
+        name: A key, as on the command line; the title is for messages.
         modules: Canonical module -> its name in the scheme, or the names that share its rows.
         prefix: Prefix of the names that are written. Any prefix is read.
         ignored: Regular expression of names that belong to the scheme and are dropped: heads, buffers.
@@ -72,10 +72,9 @@ class NamingScheme:
 @dataclass(frozen=True)
 class ModelFamily:
     """
-    A model family.
+    Models whose tensors follow from the same Dimensions.
 
     Attributes:
-        title: A name for messages.
         component: The part of a multimodal model that it can be, one of plan.PARTS.
         schemes: The naming schemes in which it is recognised, by name.
         anchors: Canonical modules whose names no other family has.
@@ -88,6 +87,12 @@ class ModelFamily:
     anchors: tuple[str, ...] = field(repr=False)
     largest: Dimensions = field(repr=False)
 
+    def scheme(self, name: str) -> NamingScheme:
+        """Raises CheckpointError if no scheme has this name."""
+        if name not in self.schemes:
+            raise CheckpointError(f"layout: expected one of {', '.join(self.schemes)}, got {name!r}")
+        return self.schemes[name]
+
     def pattern(self, scheme: NamingScheme) -> re.Pattern[str]:
         """Match any name of a scheme behind any prefix; groups "prefix" and, for an anchor, "anchor"."""
         templates: dict[bool, set[str]] = {True: set(), False: set()}
@@ -99,18 +104,16 @@ class ModelFamily:
         return re.compile(rf"(?P<prefix>(?:.*?\.)??)(?:(?P<anchor>{anchors})|{others})")
 
     def is_in(self, names: Iterable[str]) -> bool:
-        """Return whether a checkpoint contains a model of this family, under any prefix."""
-        patterns = [self.pattern(scheme) for scheme in self.schemes.values()]
-        cleaned = map(strip_wrapper_prefixes, names)
-        return any((match := pattern.fullmatch(name)) and match["anchor"] for name in cleaned for pattern in patterns)
-
-
-# The tensors of a scheme
+        """Return whether a checkpoint contains a model of this family, or several, under any prefix."""
+        try:
+            return match_names(names, self).is_anchored
+        except CheckpointError as error:
+            return isinstance(error, AmbiguousMatchError)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of a naming scheme, and its elements in the canonical tensor: intervals (first, last + 1), in order."""
+    """A tensor of a naming scheme; its elements are intervals (first, last + 1) of the canonical tensor, in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -120,35 +123,26 @@ class TensorSpec:
 
 def tensor_specs(scheme: NamingScheme, dimensions: Dimensions) -> list[TensorSpec]:
     """Return every tensor of a model, without the scheme's prefix: modules outside the blocks first, then by block."""
-    parameters, specs = dimensions.parameters(), []
-    for block in (None, *range(dimensions.num_hidden_layers)):
-        for (module, suffix), shape in parameters.items():
-            if ("{}" in module) == (block is not None):
-                specs += _module_specs(scheme, module, suffix, shape, block, dimensions)
+    blocks, parameters, specs = (None, *range(dimensions.num_hidden_layers)), dimensions.parameters().items(), []
+    for block, ((module, suffix), shape) in product(blocks, parameters):
+        if ("{}" in module) == (block is not None):
+            names, row = scheme.names_of(module), prod(shape[1:])
+            groups, rows = dimensions.qkv_groups if len(names) > 1 else (1, shape[:1])
+            slices = qkv_group_slices(groups, [count * row for count in rows])
+            for name, count, intervals in zip(names, rows, slices, strict=True):
+                own = shape[1:] if module in scheme.squeezed else (groups * count, *shape[1:])
+                full, canonical = name.format(block) + suffix, module.format(block) + suffix
+                specs.append(TensorSpec(full, own, canonical, tuple(intervals)))
     return specs
-
-
-def _module_specs(
-    scheme: NamingScheme, module: str, suffix: str, shape: tuple[int, ...], block: int | None, dimensions: Dimensions
-) -> Iterator[TensorSpec]:
-    names, row = scheme.names_of(module), prod(shape[1:])
-    groups, rows = dimensions.qkv_groups if len(names) > 1 else (1, shape[:1])
-    slices = qkv_group_slices(groups, [count * row for count in rows])
-    for name, count, intervals in zip(names, rows, slices, strict=True):
-        own = shape[1:] if module in scheme.squeezed else (groups * count, *shape[1:])
-        yield TensorSpec(name.format(block) + suffix, own, module.format(block) + suffix, tuple(intervals))
 
 
 def qkv_group_slices(groups: int, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
     """
-    Return the intervals of query, key and value in a fused tensor.
+    Return the intervals (first element, last + 1) of query, key and value in a fused tensor, one per group.
 
     Args:
         groups: Number of groups, one after the other.
         sizes: Elements of query, key and value in one group, in their order.
-
-    Returns:
-        For each of them, (first element, last + 1) in every group.
     """
     ends = list(accumulate(sizes))
     return [
@@ -185,9 +179,6 @@ def _overlaps(target: TensorSpec, stored: list[tuple[int, int, str, int]]) -> tu
     )
 
 
-# The names of a checkpoint
-
-
 class AmbiguousMatchError(CheckpointError):
     """More than one model of a family among the names of a checkpoint."""
 
@@ -195,24 +186,28 @@ class AmbiguousMatchError(CheckpointError):
 @dataclass(frozen=True)
 class Match:
     """
-    A model among the names of a checkpoint.
+    A model among the names of a checkpoint, and its tensors.
 
     Attributes:
+        is_anchored: Whether one of the family's anchors is among the names.
         names: Name in the scheme, without prefix and wrappers -> name in the checkpoint.
         dropped: Names that the scheme drops.
         unmapped: Names under the prefix that the scheme does not have.
         others: First segments of the names outside the prefix -> their number.
         wrappers: Segments that were removed from the names.
+        tensors: Name in the scheme -> tensor, stored or of torch, once they are read.
     """
 
     family: ModelFamily
+    is_anchored: bool
     scheme: NamingScheme
     prefix: str
-    names: dict[str, str]
-    dropped: list[str]
-    unmapped: list[str]
-    others: dict[str, int]
     wrappers: list[str]
+    names: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    unmapped: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    tensors: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def reason(self) -> str:
@@ -221,24 +216,92 @@ class Match:
         where = f"under the prefix {self.prefix!r}" if self.prefix else "without a prefix"
         return f"{len(self.names)} of {total} names, {where}, match {self.scheme.title}"
 
+    def read(self, stored: Mapping[str, Any] | Checkpoint) -> "Match":
+        """Return this match with its tensors; stored: name in the checkpoint -> tensor."""
+        return replace(self, tensors={name: stored[stored_name] for name, stored_name in self.names.items()})
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """Name in the checkpoint -> tensor."""
+        return {self.names[name]: tensor for name, tensor in self.tensors.items()}
+
+    def problems(self, dimensions: Dimensions | None = None) -> list[Problem]:
+        """Return names without a mapping and empty tensors; with dimensions, missing, unexpected, misshapen ones."""
+        unmapped = [unexpected_tensor(name, f"has no mapping in {self.scheme.title}") for name in self.unmapped]
+        expected = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if dimensions:
+            expected = {spec.name: spec.shape for spec in tensor_specs(self.scheme, dimensions)}
+        foreign = f"not part of an {self.family.title} of these dimensions"
+        return unmapped + tensor_problems(self.tensors, self.names, expected, self.prefix, foreign)
+
+    def dtype_problems(self) -> list[Problem]:
+        """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
+        dtypes = {name: tensor.dtype for name, tensor in self.stored.items()}
+        common = Counter(dtypes.values()).most_common(1)[0][0]
+        what = f"expected {common} as in most of the {self.family.title}, got"
+        return [
+            Problem("mixed", name, f"{what} {dtype}: choose with --dtype")
+            if dtype in FLOAT_BITS
+            else Problem("dtype", name, f"expected a floating point dtype, got {dtype}")
+            for name, dtype in dtypes.items()
+            if dtype != common or dtype not in FLOAT_BITS
+        ]
+
+    def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
+        """Return the shape of a tensor, or raise CheckpointError if it is missing or has not `ndim` dimensions."""
+        where, title = self.prefix + name, self.family.title
+        if name not in self.tensors:
+            raise CheckpointError(f"{where}: missing; without it the dimensions of the {title} are unknown")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != ndim:
+            raise CheckpointError(f"{where}: expected {ndim} dimensions, got shape {list(shape)}")
+        return shape
+
+    def patch_shape(self, name: str) -> tuple[int, int, int]:
+        """Return width, channels and side of the weight of a patch convolution; raise CheckpointError for others."""
+        shape = width, channels, patch, other = self.required_shape(name, 4)
+        if patch != other or not prod(shape):
+            raise CheckpointError(f"{self.prefix}{name}: expected square patches, got shape {list(shape)}")
+        return width, channels, patch
+
+    def count_blocks(self, module: str) -> int:
+        """Return the number of blocks, or raise CheckpointError for MAX_BLOCKS and more."""
+        start = self.scheme.names_of(module)[0].split("{}")[0]
+        pattern = re.compile(re.escape(start) + r"(\d+)\.")
+        last = max((int(block[1]) for block in map(pattern.match, self.tensors) if block), default=-1)
+        if last >= MAX_BLOCKS:
+            raise CheckpointError(f"{self.prefix}{start}{last}: expected a block index below {MAX_BLOCKS}")
+        return last + 1
+
+    def common_rows(self, module: str) -> int | None:
+        """Return the most frequent first dimension of a module's weights, so that a block that differs is reported."""
+        shapes = [tensor.shape for tensor in self._tensors_of(module, ".weight")]
+        rows = Counter(shape[0] for shape in shapes if shape and prod(shape))
+        return rows.most_common(1)[0][0] if rows else None
+
+    def has(self, suffix: str, *modules: str) -> bool:
+        """Return whether any block has this parameter in one of these modules."""
+        return any(self._tensors_of(module, suffix) for module in modules)
+
+    def _tensors_of(self, module: str, suffix: str) -> list[Any]:
+        ends = tuple(name.split("{}")[-1] + suffix for name in self.scheme.names_of(module))
+        return [tensor for name, tensor in self.tensors.items() if name.endswith(ends)]
+
 
 def match_names(
     names: Iterable[str], family: ModelFamily, scheme: str | None = None, prefix: str | None = None
 ) -> Match:
     """
-    Find the model of a family among the names of a checkpoint.
-
-    Args:
-        scheme: Name of its scheme, if it is known.
-        prefix: Prefix of its names, if it is known.
+    Find the model of a family among the names of a checkpoint, under a scheme and a prefix if they are given.
 
     Raises:
-        CheckpointError: There is none, or more than one (AmbiguousMatchError), or two names are equal without wrappers.
+        CheckpointError: There is none, or more than one (AmbiguousMatchError), two names are equal without wrappers, or
+            the family has no such scheme.
     """
     if prefix and not prefix.endswith("."):
         prefix += "."
     cleaned, wrappers = without_wrapper_prefixes(names)
-    schemes = [family.schemes[scheme]] if scheme else [*family.schemes.values()]
+    schemes = [family.scheme(scheme)] if scheme is not None else [*family.schemes.values()]
     candidates = _candidates(cleaned, family, schemes, prefix)
     if not candidates:
         where = f" under the prefix {prefix!r}" if prefix is not None else ""
@@ -250,7 +313,13 @@ def match_names(
         listed = ", ".join(f"{own.name} under {where!r}" for _, _, own, where in rivals)
         option = " or --from-layout" if len(schemes) > 1 else ""
         raise AmbiguousMatchError(f"more than one {family.title}: {listed}; choose with --prefix{option}")
-    return _sort_names(cleaned, wrappers, family, *candidates[0][2:])
+    is_anchored, _, own_scheme, own_prefix = candidates[0]
+    match = Match(family, is_anchored, own_scheme, own_prefix, wrappers)
+    _sort_names(cleaned, match)
+    foreign = [name for name in match.unmapped if not is_lora(name)]
+    if len(foreign) > len(match.names):
+        raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
+    return match
 
 
 def _candidates(
@@ -269,107 +338,16 @@ def _candidates(
     return sorted(found.values(), key=lambda one: one[:2], reverse=True)
 
 
-def _sort_names(
-    cleaned: Mapping[str, str], wrappers: list[str], family: ModelFamily, scheme: NamingScheme, prefix: str
-) -> Match:
-    pattern, ignored = family.pattern(scheme), re.compile(scheme.ignored)
-    match = Match(family, scheme, prefix, {}, [], [], {}, wrappers)
+def _sort_names(cleaned: Mapping[str, str], match: Match) -> None:
+    """Add each name of a checkpoint, by its name without wrappers, to the list of the match that it belongs to."""
+    pattern, ignored = match.family.pattern(match.scheme), re.compile(match.scheme.ignored)
     for short, name in cleaned.items():
-        inside, first = short.removeprefix(prefix), short.split(".")[0]
-        if not short.startswith(prefix):
-            match.others[first] = match.others.get(first, 0) + 1
+        inside = short.removeprefix(match.prefix)
+        if not short.startswith(match.prefix):
+            match.others[short.split(".")[0]] += 1
         elif (own := pattern.fullmatch(inside)) and not own["prefix"]:
             match.names[inside] = name
         elif ignored.fullmatch(inside):
             match.dropped.append(name)
         else:
             match.unmapped.append(name)
-    foreign = [name for name in match.unmapped if not _is_adapter(name)]
-    if len(foreign) > len(match.names):
-        raise CheckpointError(f"no {family.title}: only {match.reason}; {', '.join(foreign[:3])}, ... do not")
-    return match
-
-
-def why_empty(shape: Sequence[int]) -> str:
-    return f"empty, shape {list(shape)}: saved under ZeRO-3 without gathering? Save the full tensor"
-
-
-def _is_adapter(name: str) -> bool:
-    return "lora_" in name or ".base_layer." in name
-
-
-@dataclass(frozen=True)
-class MatchedTensors:
-    """The tensors of a match, stored or of torch, by their names in the scheme."""
-
-    match: Match
-    tensors: Mapping[str, Any]
-
-    def name_problems(self) -> list[Problem]:
-        """Return empty tensors and names without a mapping."""
-        names, unknown = self.match.names, f"has no mapping in {self.match.scheme.title}"
-        adapter = "part of a LoRA adapter: merge it first (peft's merge_and_unload)"
-        empty = {name: tensor.shape for name, tensor in self.tensors.items() if not prod(tensor.shape)}
-        problems = [Problem("empty", names[name], why_empty(shape)) for name, shape in empty.items()]
-        return problems + [
-            Problem("unexpected", name, adapter if _is_adapter(name) else unknown) for name in self.match.unmapped
-        ]
-
-    def shape_problems(self, dimensions: Dimensions) -> list[Problem]:
-        """Return missing, unexpected and wrongly shaped tensors, compared with a model of these dimensions."""
-        expected = {spec.name: spec.shape for spec in tensor_specs(self.match.scheme, dimensions)}
-        problems, names = [], self.match.names
-        for name, shape in expected.items():
-            own = tuple(self.tensors[name].shape) if name in self.tensors else None
-            if own is None:
-                problems.append(Problem("missing", self.match.prefix + name, f"missing; expected shape {list(shape)}"))
-            elif prod(own) and own != shape:
-                problems.append(Problem("shape", names[name], f"expected shape {list(shape)}, got {list(own)}"))
-        what = f"not part of an {self.match.family.title} of these dimensions"
-        return problems + [Problem("unexpected", names[name], what) for name in self.tensors if name not in expected]
-
-    def dtype_problems(self) -> list[Problem]:
-        """Return tensors that are not floating point ("dtype") or not of the most frequent dtype ("mixed")."""
-        common = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
-        problems, most = [], f"{common} as in most of the {self.match.family.title}"
-        for name, tensor in self.tensors.items():
-            where, dtype = self.match.names[name], tensor.dtype
-            if dtype not in FLOAT_BITS:
-                problems.append(Problem("dtype", where, f"expected a floating point dtype, got {dtype}"))
-            elif dtype != common:
-                problems.append(Problem("mixed", where, f"expected {most}, got {dtype}: choose with --dtype"))
-        return problems
-
-    def required_shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Return the shape of a tensor, or raise CheckpointError if it is missing or has not `ndim` dimensions."""
-        where, title = self.match.prefix + name, self.match.family.title
-        if name not in self.tensors:
-            raise CheckpointError(f"{where}: missing; without it the dimensions of the {title} are unknown")
-        shape = tuple(self.tensors[name].shape)
-        if len(shape) != ndim:
-            raise CheckpointError(f"{where}: expected {ndim} dimensions, got shape {list(shape)}")
-        return shape
-
-    def count_blocks(self, module: str) -> int:
-        """Return the number of blocks, or raise CheckpointError for MAX_BLOCKS and more."""
-        start = self.match.scheme.names_of(module)[0].split("{}")[0]
-        pattern = re.compile(re.escape(start) + r"(\d+)\.")
-        last = max((int(block[1]) for block in map(pattern.match, self.tensors) if block), default=-1)
-        if last >= MAX_BLOCKS:
-            raise CheckpointError(f"{self.match.prefix}{start}{last}: expected a block index below {MAX_BLOCKS}")
-        return last + 1
-
-    def common_rows(self, module: str) -> int | None:
-        """Return the most frequent first dimension of a module's weights, so that a block that differs is reported."""
-        ends = self._endings(module, ".weight")
-        shapes = [tensor.shape for name, tensor in self.tensors.items() if name.endswith(ends)]
-        rows = Counter(shape[0] for shape in shapes if shape and prod(shape))
-        return rows.most_common(1)[0][0] if rows else None
-
-    def has(self, suffix: str, *modules: str) -> bool:
-        """Return whether any block has this parameter in one of these modules."""
-        ends = tuple(end for module in modules for end in self._endings(module, suffix))
-        return any(name.endswith(ends) for name in self.tensors)
-
-    def _endings(self, module: str, suffix: str) -> tuple[str, ...]:
-        return tuple(name.split("{}")[-1] + suffix for name in self.match.scheme.names_of(module))
