@@ -9,14 +9,15 @@ its parent; if the branch has moved, the Hub refuses it. Afterwards every hash i
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
-from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.hf_api import RepoFile
 
 from ..convert.export.card import write_model_card
 from ..convert.storage.errors import VerificationError
@@ -46,11 +47,9 @@ class PushError(ValueError):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file to publish: the Hub identifies large files by sha256, the others by git's name of the blob."""
-
     path: Path
-    sha256: str
-    blob: str
+    sha256: str  # by which the Hub identifies large files
+    blob: str  # git's name of the content, by which it identifies the others
 
     @classmethod
     def read(cls, path: Path) -> "LocalFile":
@@ -65,25 +64,19 @@ class LocalFile:
         return remote.lfs.sha256 == self.sha256 if remote.lfs else remote.blob_id == self.blob
 
 
+LocalFiles = Mapping[str, LocalFile]  # by their names in the repository
+
+
 @dataclass(frozen=True)
 class Published:
-    """
-    The result of a push.
+    """The result of a push."""
 
-    Attributes:
-        repo: OWNER/NAME.
-        commit: The one that holds the folder.
-        url: Of the repository, or of the pull request.
-        uploaded, deleted: Names of files; none if the repository had everything already.
-        tag: The one that was asked for.
-    """
-
-    repo: str
-    commit: str
-    url: str
-    uploaded: list[str] = field(default_factory=list)
-    deleted: list[str] = field(default_factory=list)
-    tag: str | None = None
+    repo: str  # OWNER/NAME
+    commit: str  # the one that holds the folder
+    url: str  # of the repository, or of the pull request
+    uploaded: list[str]  # names of files; none if the repository had everything already
+    deleted: list[str]
+    tag: str | None  # the one that was asked for
 
 
 @dataclass(frozen=True)
@@ -107,27 +100,32 @@ class Target:
     def url(self) -> str:
         return f"{self.api.endpoint}/{self.repo}"
 
-    def files(self, revision: str) -> dict[str, RepoFile]:
-        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
-        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    def commit(self, revision: str) -> str:
+        return self.api.model_info(self.repo, revision=revision).sha
 
-    def head(self) -> str:
-        return self.api.model_info(self.repo, revision=self.branch).sha
-
-    def info(self) -> ModelInfo | None:
+    def exists(self) -> bool:
         """
-        Return the repository; None if there is none.
-
         Raises:
             PushError: It is public and should be private.
         """
         try:
             info = self.api.model_info(self.repo)
         except errors.RepositoryNotFoundError:
-            return None
+            return False
         if self.private and not info.private:
             raise PushError(f"{self.repo}: it is public: make it private in its settings, or leave out --private")
-        return info
+        return True
+
+    def differences(self, local: LocalFiles, revision: str) -> dict[str, str]:
+        """Return name -> how a revision differs: files to upload, and of a model, those that the folder has not."""
+        tree, found = self.api.list_repo_tree(self.repo, recursive=True, revision=revision), {}
+        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        for name, file in local.items():
+            if name not in remote:
+                found[name] = "is missing"
+            elif not file.equals(remote[name]):
+                found[name] = "differs from the local file"
+        return found | {name: "was not deleted" for name in remote if name not in local and is_model_file(name)}
 
 
 def push_folder(
@@ -165,8 +163,10 @@ def push_folder(
     folder = Path(folder)
     check_folder(folder)
     target = Target(api or HfApi(), repo, branch or MAIN, create_pr, private, tag, revision_note)
-    check_target(target)
-    if write_model_card(folder, repo, tag or target.branch, _published_card(target)):
+    with _friendly_errors(target):
+        check_target(target)
+        published = _published_card(target)
+    if write_model_card(folder, repo, tag or target.branch, published):
         log("README.md: the folder's text below the mark replaces another text on the Hub")
     if problems := check_before_publish(folder, repo, log=log):
         raise PublishError(str(folder), problems)
@@ -174,26 +174,21 @@ def push_folder(
     return publish(target, folder, log)
 
 
-def _friendly_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors of the client into a PushError of one line that says what to do, without the token."""
-
-    @wraps(function)
-    def wrapped(target: Target, *arguments: Any) -> Any:
-        try:
-            return function(target, *arguments)
-        except (PushError, VerificationError):
-            raise
-        except CLIENT_ERRORS as error:
-            text = _explain(error, target)
-            for token in (target.api.token, get_token()):
-                text = text.replace(token, "(token)") if isinstance(token, str) and token else text
-            # Not from the error: a cause could repeat the Hub's answer, and the token with it.
-            raise PushError(f"{target.repo}: {TOKENS.sub('(token)', text)}") from None
-
-    return wrapped
+@contextmanager
+def _friendly_errors(target: Target) -> Iterator[None]:
+    """Turn errors of the client into a PushError of one line with the fix, without the token."""
+    try:
+        yield
+    except (PushError, VerificationError):
+        raise
+    except CLIENT_ERRORS as error:
+        text = _explain(error, target)
+        for token in (target.api.token, get_token()):
+            text = text.replace(token, "(token)") if isinstance(token, str) and token else text
+        # Not from the error: a cause could repeat the Hub's answer, and the token with it.
+        raise PushError(f"{target.repo}: {TOKENS.sub('(token)', text)}") from None
 
 
-@_friendly_errors
 def check_target(target: Target) -> None:
     """
     Check options and access, before any work.
@@ -205,21 +200,20 @@ def check_target(target: Target) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", target.repo):
         raise PushError(f"{target.repo}: expected the name of a repository, OWNER/NAME")
     if target.create_pr and (target.tag or target.private or target.branch != MAIN):
-        raise PushError(
-            f"{target.repo}: --create-pr goes with neither --branch, nor --tag, nor --private: leave these out"
-        )
+        what = "--create-pr goes with neither --branch, nor --tag, nor --private: leave these out"
+        raise PushError(f"{target.repo}: {what}")
     if target.user.get("auth", {}).get("accessToken", {}).get("role") == "read" and not target.create_pr:
         raise PushError(f"{target.repo}: {HTTP_HINTS[403]}")
     if target.private:
-        target.info()
+        target.exists()
 
 
-@_friendly_errors
 def _published_card(target: Target) -> str:
     """Return README.md as it is on the Hub, empty if there is none."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            path = target.api.hf_hub_download(target.repo, "README.md", revision=target.head(), local_dir=scratch)
+            revision = target.commit(target.branch)
+            path = target.api.hf_hub_download(target.repo, "README.md", revision=revision, local_dir=scratch)
             return Path(path).read_text(encoding="utf-8", errors="replace")
     except (errors.GatedRepoError, errors.LocalEntryNotFoundError):  # subclasses of those below
         raise
@@ -227,104 +221,83 @@ def _published_card(target: Target) -> str:
         return ""
 
 
-@_friendly_errors
 def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda line: None) -> Published:
     """Upload a folder without checking it; for push_folder."""
-    check_target(target)
-    local = {name: LocalFile.read(path) for name, path in published_files(folder).items()}
-    if not local:
-        raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
-    _prepare(target, local)
-    commit, url = target.head(), target.url
-    uploads, deletions = differences(local, target.files(commit))
-    if not uploads and not deletions:
-        log("the repository has all files already")
-    elif target.create_pr and (pull_request := _find_pull_request(target, local)):
-        log(f"{pull_request[1]} has all files already")
-        (commit, url), uploads, deletions = pull_request, [], []
-    else:
-        removed = f"; to delete, since the folder has no such file: {', '.join(deletions)}" if deletions else ""
-        log(f"files to upload: {len(uploads)}{removed}")
-        commit, url = _commit(target, local, commit, (uploads, deletions), log)
-    _compare(local, target.files(commit), f"{target.repo} at {commit}")
-    if target.tag:
-        target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
-    return Published(target.repo, commit, url, uploads, deletions, target.tag)
+    with _friendly_errors(target):
+        check_target(target)
+        local = {name: LocalFile.read(path) for name, path in published_files(folder).items()}
+        if not local:
+            raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
+        _prepare(target, local)
+        commit, url = target.commit(target.branch), target.url
+        changes = target.differences(local, commit)
+        if not changes:
+            log("the repository has all files already")
+        elif target.create_pr and (pull_request := _find_commit(target, local)):
+            (commit, url), changes = pull_request, {}
+            log(f"{url} has all files already")
+        uploads, deletions = (
+            [name for name in changes if name in local],
+            [name for name in changes if name not in local],
+        )
+        if changes:
+            commit, url = _commit(target, local, commit, uploads, deletions, log)
+        for name, how in target.differences(local, commit).items():
+            raise VerificationError(f"{target.repo} at {commit}: {name} {how}, by its hash: {RETRY_HINT}")
+        if target.tag:
+            target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
+        return Published(target.repo, commit, url, uploads, deletions, target.tag)
 
 
-def _prepare(target: Target, local: Mapping[str, LocalFile]) -> None:
+def _prepare(target: Target, local: LocalFiles) -> None:
     """
     Create repository and branch if they do not exist.
 
     Raises:
         PushError: The tag exists on other content.
     """
-    if target.info() is None and not target.create_pr:
+    if not target.exists() and not target.create_pr:
         target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
-        target.info()
+        target.exists()
     if target.branch != MAIN:
         target.api.create_branch(target.repo, branch=target.branch, exist_ok=True)
     tags = [ref.name for ref in target.api.list_repo_refs(target.repo).tags] if target.tag else []
-    if target.tag in tags and any(differences(local, target.files(target.tag))):
+    if target.tag in tags and target.differences(local, target.tag):
         raise PushError(f"{target.repo}: the tag {target.tag} is on other content: choose another --tag")
 
 
-def differences(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile]) -> tuple[list[str], list[str]]:
-    """Return what to upload, and files of a model in the repository that the folder no longer has."""
-    uploads = [name for name, file in local.items() if name not in remote or not file.equals(remote[name])]
-    return uploads, [name for name in remote if name not in local and is_model_file(name)]
-
-
-def _compare(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile], location: str) -> None:
-    uploads, deletions = differences(local, remote)
-    if wrong := [*uploads, *deletions]:
-        message = "is missing" if wrong[0] not in remote else "differs from the local file"
-        raise VerificationError(f"{location}: {wrong[0]} {message}, by its hash: {RETRY_HINT}")
-
-
 def _commit(
-    target: Target,
-    local: Mapping[str, LocalFile],
-    parent: str,
-    changes: tuple[list[str], list[str]],
-    log: Callable[[str], None],
+    target: Target, local: LocalFiles, parent: str, uploads: list[str], deletions: list[str], log: Callable[[str], None]
 ) -> tuple[str, str]:
     """Make the commit, or find it if the answer was lost; return it and where to look at it."""
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(local[name].path)) for name in changes[0]
-    ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in changes[1]]
+    removed = f"; to delete, since the folder has no such file: {', '.join(deletions)}" if deletions else ""
+    log(f"files to upload: {len(uploads)}{removed}")
+    operations = [*(CommitOperationAdd(name, str(local[name].path)) for name in uploads)]
+    operations += map(CommitOperationDelete, deletions)
     options = {"revision": target.branch, "create_pr": target.create_pr, "parent_commit": parent}
     options |= {"commit_message": COMMIT_TITLE, "commit_description": target.revision_note or ""}
     try:
         made = target.api.create_commit(target.repo, operations, **options)
     except CLIENT_ERRORS:
-        if (found := _find_unacknowledged_commit(target, local, parent)) is None:
-            raise
-        log("the Hub's answer was lost; the commit was found by its content")
-        return found
+        with suppress(OSError, errors.HTTPError):  # the first error is the one to report
+            if found := _find_commit(target, local):
+                log("the Hub's answer was lost; the commit was found by its content")
+                return found
+        raise
     return made.oid, made.pr_url or target.url
 
 
-def _find_unacknowledged_commit(target: Target, local: Mapping[str, LocalFile], parent: str) -> tuple[str, str] | None:
-    try:
-        if target.create_pr:
-            return _find_pull_request(target, local)
-        head = target.head()
-        if head != parent and not any(differences(local, target.files(head))):
-            return head, target.url
-    except (OSError, errors.HTTPError):  # the first error is the one to report
-        return None
-    return None
-
-
-def _find_pull_request(target: Target, local: Mapping[str, LocalFile]) -> tuple[str, str] | None:
-    """Return commit and address of an open pull request of the same author with the same content."""
-    options = {"discussion_type": "pull_request", "discussion_status": "open", "author": target.user["name"]}
-    for request in target.api.get_repo_discussions(target.repo, **options):
-        ref = f"refs/pr/{request.num}"
-        if not any(differences(local, target.files(ref))):
-            return target.api.model_info(target.repo, revision=ref).sha, f"{target.url}/discussions/{request.num}"
+def _find_commit(target: Target, local: LocalFiles) -> tuple[str, str] | None:
+    """Return commit and address of what has the same content: the branch, or an open pull request of this author."""
+    revisions = {target.branch: target.url}
+    if target.create_pr:
+        options = {"discussion_type": "pull_request", "discussion_status": "open", "author": target.user["name"]}
+        numbers = [request.num for request in target.api.get_repo_discussions(target.repo, **options)]
+        revisions = {f"refs/pr/{number}": f"{target.url}/discussions/{number}" for number in numbers}
+    for revision, url in revisions.items():
+        commit = target.commit(revision)
+        if not target.differences(local, commit):
+            return commit, url
     return None
 
 
