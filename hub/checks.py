@@ -52,28 +52,22 @@ def check_before_publish(
     check_folder(folder)
     config = read_json(folder / "config.json")
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
-    problems += [*card_problems(folder), *_checkpoint_problems(folder), *_verification_problems(folder)]
-    return list(dict.fromkeys([*problems, *_load_problems(folder, config, log)]))
+    problems += [*card_problems(folder), *_checkpoint_problems(folder), *_load_problems(folder, config, log)]
+    return list(dict.fromkeys(problems))
 
 
 def check_folder(folder: Path) -> None:
-    """
-    Raises:
-        CheckpointError: There is no such folder, or no config.json in it.
-    """
+    """Raise CheckpointError if there is no such folder, or no config.json in it."""
     if not (folder / "config.json").is_file():
         reason = "no config.json in it" if folder.is_dir() else "no such folder"
         raise CheckpointError(f"{folder}: {reason}: give a folder that `sailvit convert` or save_pretrained wrote")
 
 
-def _checkpoint_problems(folder: Path) -> list[Problem]:
+def _checkpoint_problems(folder: Path) -> Iterator[Problem]:
     try:
-        return inspect_checkpoint(folder, deep=True).problems
+        yield from inspect_checkpoint(folder, deep=True).problems
     except CheckpointError as error:
-        return [Problem("layout", "weights", str(error))]
-
-
-def _verification_problems(folder: Path) -> Iterator[Problem]:
+        yield Problem("layout", "weights", str(error))
     provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     if provenance and not provenance.get("verification"):
         yield Problem("tokens", PROVENANCE, "this conversion was not verified: convert again without --no-verify")

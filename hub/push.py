@@ -104,10 +104,7 @@ class Target:
         return self.api.model_info(self.repo, revision=revision).sha
 
     def exists(self) -> bool:
-        """
-        Raises:
-            PushError: It is public and should be private.
-        """
+        """Return whether there is such a repository; raise PushError if it is public and should be private."""
         try:
             info = self.api.model_info(self.repo)
         except errors.RepositoryNotFoundError:
@@ -164,7 +161,7 @@ def push_folder(
     check_folder(folder)
     target = Target(api or HfApi(), repo, branch or MAIN, create_pr, private, tag, revision_note)
     with _friendly_errors(target):
-        check_target(target)
+        _check_target(target)
         published = _published_card(target)
     if write_model_card(folder, repo, tag or target.branch, published):
         log("README.md: the folder's text below the mark replaces another text on the Hub")
@@ -189,14 +186,8 @@ def _friendly_errors(target: Target) -> Iterator[None]:
         raise PushError(f"{target.repo}: {TOKENS.sub('(token)', text)}") from None
 
 
-def check_target(target: Target) -> None:
-    """
-    Check options and access, before any work.
-
-    Raises:
-        PushError: Options exclude each other, not logged in, the token only reads, or the repository is public
-            and should be private.
-    """
+def _check_target(target: Target) -> None:
+    """Raise PushError where options or access do not allow the push, before any work."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", target.repo):
         raise PushError(f"{target.repo}: expected the name of a repository, OWNER/NAME")
     if target.create_pr and (target.tag or target.private or target.branch != MAIN):
@@ -210,21 +201,17 @@ def check_target(target: Target) -> None:
 
 def _published_card(target: Target) -> str:
     """Return README.md as it is on the Hub, empty if there is none."""
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            revision = target.commit(target.branch)
-            path = target.api.hf_hub_download(target.repo, "README.md", revision=revision, local_dir=scratch)
-            return Path(path).read_text(encoding="utf-8", errors="replace")
-    except (errors.GatedRepoError, errors.LocalEntryNotFoundError):  # subclasses of those below
-        raise
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
+    if not target.api.file_exists(target.repo, "README.md", revision=target.branch):
         return ""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = target.api.hf_hub_download(target.repo, "README.md", revision=target.branch, local_dir=scratch)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda line: None) -> Published:
     """Upload a folder without checking it; for push_folder."""
     with _friendly_errors(target):
-        check_target(target)
+        _check_target(target)
         local = {name: LocalFile.read(path) for name, path in published_files(folder).items()}
         if not local:
             raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
@@ -242,7 +229,8 @@ def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda li
         )
         if changes:
             commit, url = _commit(target, local, commit, uploads, deletions, log)
-        for name, how in target.differences(local, commit).items():
+        if wrong := target.differences(local, commit):
+            name, how = next(iter(wrong.items()))
             raise VerificationError(f"{target.repo} at {commit}: {name} {how}, by its hash: {RETRY_HINT}")
         if target.tag:
             target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
@@ -250,12 +238,7 @@ def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda li
 
 
 def _prepare(target: Target, local: LocalFiles) -> None:
-    """
-    Create repository and branch if they do not exist.
-
-    Raises:
-        PushError: The tag exists on other content.
-    """
+    """Create repository and branch if they do not exist; raise PushError if the tag exists on other content."""
     if not target.exists() and not target.create_pr:
         target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
         target.exists()

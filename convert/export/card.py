@@ -110,7 +110,7 @@ def write_model_card(folder: Path, name: str | None = None, revision: str = "mai
     if their_text and MARK not in published and OLD_MARK not in published:  # possibly of another model
         theirs = {}
     text = text or their_text
-    model, results = _Model(folder, {**theirs, **own}), read_results(folder)
+    model, results = _Model(folder, {**theirs, **own}), _read_results(folder)
     made = _metadata(model)
     tags = [tag for data in (made, own, theirs) for tag in data.get("tags") or [] if isinstance(data["tags"], list)]
     metadata = {**theirs, **own, **made, "tags": list(dict.fromkeys(tags))}
@@ -131,12 +131,7 @@ def _save(folder: Path, metadata: Mapping[str, Any], blocks: Iterable[str], text
 
 
 def _split_card(card: str, name: str) -> tuple[dict[str, Any], str]:
-    """
-    Return the YAML of a card and what a person wrote: all below the text of this package, or all of it without one.
-
-    Raises:
-        CheckpointError: The YAML is broken; the message names the card.
-    """
+    """Return the YAML of a card and what a person wrote: all below the text of this package, or all without one."""
     import yaml
 
     card = card.replace("\r\n", "\n")
@@ -185,13 +180,8 @@ def _common_licence(parts: list[Component]) -> dict[str, Any]:
     return licences[0] if is_common else {"license": "other", "license_name": "by-component"}
 
 
-def read_results(folder: Path) -> list[Any]:
-    """
-    Return the EvalResults of evaluation.json; none if there is no such file.
-
-    Raises:
-        CheckpointError: The file has another form.
-    """
+def _read_results(folder: Path) -> list[Any]:
+    """Return the EvalResults of evaluation.json; none if there is no such file."""
     from huggingface_hub import EvalResult
 
     path = folder / RESULTS
