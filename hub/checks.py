@@ -32,10 +32,7 @@ class PublishError(ValueError):
 
 
 def check_before_publish(
-    folder: str | Path,
-    repo: str | None = None,
-    *,
-    log: Callable[[str], None] = lambda line: None,
+    folder: str | Path, repo: str | None = None, *, log: Callable[[str], None] = lambda line: None
 ) -> list[Problem]:
     """
     Return all problems that block publishing a folder.
@@ -88,12 +85,13 @@ def _load_problems(folder: Path, config: dict[str, Any], log: Callable[[str], No
     name = "this package" if ours else here
     reference = {key.removeprefix("package."): outputs.pop(key) for key in [*outputs] if key.startswith("package.")}
     for what, expected in (reference or outputs).items():  # without a reference still a check for NaN
-        if outputs[what].shape != expected.shape:
-            shapes = f"expected shape {[*expected.shape]}, as by {name}, got {[*outputs[what].shape]}"
+        output = outputs[what]
+        if output.shape != expected.shape:
+            shapes = f"expected shape {[*expected.shape]}, as by {name}, got {[*output.shape]}"
             yield Problem("tokens", here, f"{what}: {shapes}: convert again")
             continue
-        difference = relative_difference(outputs[what], expected)
-        tolerance = HALF_TOLERANCE if outputs[what].dtype.itemsize == 2 else TOLERANCE
+        difference = relative_difference(output, expected)
+        tolerance = HALF_TOLERANCE if output.dtype.itemsize == 2 else TOLERANCE
         if not difference <= tolerance:
             message = f"{what} differ from those of {name} by {difference:.1e} (relative), expected at most {tolerance}"
             yield Problem("tokens", here, f"{message}: convert again")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -54,12 +55,8 @@ RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 def published_files(folder: Path) -> dict[str, Path]:
     """Return name in the repository -> path of all files in a folder that are published."""
-    code = code_files(folder)
-    return {
-        name: path
-        for name, path in _all_files(folder).items()
-        if name in CONFIGS or name in code or WEIGHTS.fullmatch(name) or OTHERS.fullmatch(name)
-    }
+    names, files = CONFIGS | code_files(folder), _all_files(folder).items()
+    return {name: path for name, path in files if name in names or WEIGHTS.fullmatch(name) or OTHERS.fullmatch(name)}
 
 
 def is_model_file(name: str) -> bool:
@@ -74,24 +71,18 @@ def _all_files(folder: Path) -> dict[str, Path]:
 
 def code_files(folder: Path) -> set[str]:
     """Return the Python files that the folder's configs name, and those that these import, present or not."""
-    left = set()
+    found: list[str] = []
     for file in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        try:
+        with suppress(CheckpointError):  # reported by file_problems
             auto_map = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
-        except CheckpointError:  # reported by file_problems
-            continue
-        for classes in auto_map.values() if isinstance(auto_map, Mapping) else ():
-            for name in classes if isinstance(classes, list) else [classes]:
-                if isinstance(name, str) and "--" not in name:
-                    left.add(f"{name.split('.')[0]}.py")
-    found: set[str] = set()
-    while left:
-        file = left.pop()
-        found.add(file)
+            for classes in auto_map.values() if isinstance(auto_map, Mapping) else ():
+                names = classes if isinstance(classes, list) else [classes]
+                found += [f"{name.split('.')[0]}.py" for name in names if isinstance(name, str) and "--" not in name]
+    for file in found:  # which grows
         if (folder / file).is_file():
             text = (folder / file).read_text(encoding="utf-8", errors="replace")
-            left |= {f"{name}.py" for name in RELATIVE_IMPORT.findall(text)} - found
-    return found
+            found += {f"{name}.py" for name in RELATIVE_IMPORT.findall(text)} - {*found}
+    return {*found}
 
 
 def file_problems(folder: Path, owner: str | None = None) -> list[Problem]:
@@ -130,11 +121,9 @@ def _wrong_file(name: str, path: Path, folder: Path, owner: str | None) -> Itera
 def _text_of(path: Path) -> str:
     """Return the text of a file; of weights their metadata."""
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "np") as file:
-                return json.dumps(file.metadata())
-        except SafetensorError:  # reported by inspect_checkpoint
-            return ""
+        with suppress(SafetensorError), safe_open(path, "np") as file:  # reported by inspect_checkpoint
+            return json.dumps(file.metadata())
+        return ""
     if path.stat().st_size > LONGEST_TEXT:
         return ""
     content = path.read_bytes()
@@ -165,8 +154,7 @@ def _leaks(name: str, text: str, owner: str | None) -> Iterator[tuple[str, str]]
 
 def _users() -> set[str]:
     """Return the names of the user of this machine, unless many machines have such a user."""
-    try:
+    names: set[str] = set()
+    with suppress(OSError, KeyError, ImportError, RuntimeError):
         names = {getpass.getuser(), Path.home().name}
-    except (OSError, KeyError, ImportError, RuntimeError):
-        return set()
     return {name for name in names if len(name) > 3} - COMMON_USERS

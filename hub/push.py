@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
 from huggingface_hub.hf_api import RepoFile
 
-from ..convert.export.card import write_model_card
+from ..convert.export.card import HUB_NAME, write_model_card
 from ..convert.storage.errors import VerificationError
 from ..convert.storage.tensors import CHUNK
 from .checks import PublishError, check_before_publish, check_folder
@@ -27,7 +27,6 @@ from .files import is_model_file, published_files
 
 
 MAIN = "main"
-COMMIT_TITLE = "Upload by sailvit"
 TOKENS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]+")
 CLIENT_ERRORS = (OSError, ValueError, RuntimeError, errors.HTTPError)
 RETRY_HINT = "run the same command again: what has arrived is not sent twice"
@@ -43,28 +42,6 @@ HTTP_HINTS = {
 
 class PushError(ValueError):
     """A push that failed, wholly or in part; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    path: Path
-    sha256: str  # by which the Hub identifies large files
-    blob: str  # git's name of the content, by which it identifies the others
-
-    @classmethod
-    def read(cls, path: Path) -> "LocalFile":
-        sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                sha256.update(chunk)
-                blob.update(chunk)
-        return cls(path, sha256.hexdigest(), blob.hexdigest())
-
-    def equals(self, remote: RepoFile) -> bool:
-        return remote.lfs.sha256 == self.sha256 if remote.lfs else remote.blob_id == self.blob
-
-
-LocalFiles = Mapping[str, LocalFile]  # by their names in the repository
 
 
 @dataclass(frozen=True)
@@ -113,15 +90,13 @@ class Target:
             raise PushError(f"{self.repo}: it is public: make it private in its settings, or leave out --private")
         return True
 
-    def differences(self, local: LocalFiles, revision: str) -> dict[str, str]:
+    def differences(self, local: Mapping[str, tuple[str, str]], revision: str) -> dict[str, str]:
         """Return name -> how a revision differs: files to upload, and of a model, those that the folder has not."""
-        tree, found = self.api.list_repo_tree(self.repo, recursive=True, revision=revision), {}
-        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        for name, file in local.items():
-            if name not in remote:
-                found[name] = "is missing"
-            elif not file.equals(remote[name]):
-                found[name] = "differs from the local file"
+        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        remote = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+        wrong = [name for name, hashes in local.items() if remote.get(name) not in hashes]
+        found = {name: "differs from the local file" if name in remote else "is missing" for name in wrong}
         return found | {name: "was not deleted" for name in remote if name not in local and is_model_file(name)}
 
 
@@ -188,7 +163,7 @@ def _friendly_errors(target: Target) -> Iterator[None]:
 
 def _check_target(target: Target) -> None:
     """Raise PushError where options or access do not allow the push, before any work."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", target.repo):
+    if not HUB_NAME.fullmatch(target.repo):
         raise PushError(f"{target.repo}: expected the name of a repository, OWNER/NAME")
     if target.create_pr and (target.tag or target.private or target.branch != MAIN):
         what = "--create-pr goes with neither --branch, nor --tag, nor --private: leave these out"
@@ -212,7 +187,8 @@ def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda li
     """Upload a folder without checking it; for push_folder."""
     with _friendly_errors(target):
         _check_target(target)
-        local = {name: LocalFile.read(path) for name, path in published_files(folder).items()}
+        files = published_files(folder)
+        local = {name: _hash(path) for name, path in files.items()}
         if not local:
             raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
         _prepare(target, local)
@@ -223,12 +199,14 @@ def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda li
         elif target.create_pr and (pull_request := _find_commit(target, local)):
             (commit, url), changes = pull_request, {}
             log(f"{url} has all files already")
-        uploads, deletions = (
-            [name for name in changes if name in local],
-            [name for name in changes if name not in local],
-        )
+        uploads = [name for name in changes if name in files]
+        deletions = [name for name in changes if name not in files]
         if changes:
-            commit, url = _commit(target, local, commit, uploads, deletions, log)
+            removed = f"; to delete, since the folder has no such file: {', '.join(deletions)}" if deletions else ""
+            log(f"files to upload: {len(uploads)}{removed}")
+            additions = [CommitOperationAdd(name, str(files[name])) for name in uploads]
+            operations = [*additions, *map(CommitOperationDelete, deletions)]
+            commit, url = _commit(target, local, commit, operations, log)
         if wrong := target.differences(local, commit):
             name, how = next(iter(wrong.items()))
             raise VerificationError(f"{target.repo} at {commit}: {name} {how}, by its hash: {RETRY_HINT}")
@@ -237,7 +215,17 @@ def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda li
         return Published(target.repo, commit, url, uploads, deletions, target.tag)
 
 
-def _prepare(target: Target, local: LocalFiles) -> None:
+def _hash(path: Path) -> tuple[str, str]:
+    """Return sha256, by which the Hub identifies large files, and git's name of the blob, for the others."""
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha256.update(chunk)
+            blob.update(chunk)
+    return sha256.hexdigest(), blob.hexdigest()
+
+
+def _prepare(target: Target, local: Mapping[str, tuple[str, str]]) -> None:
     """Create repository and branch if they do not exist; raise PushError if the tag exists on other content."""
     if not target.exists() and not target.create_pr:
         target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
@@ -250,15 +238,11 @@ def _prepare(target: Target, local: LocalFiles) -> None:
 
 
 def _commit(
-    target: Target, local: LocalFiles, parent: str, uploads: list[str], deletions: list[str], log: Callable[[str], None]
+    target: Target, local: Mapping[str, tuple[str, str]], parent: str, operations: list[Any], log: Callable[[str], None]
 ) -> tuple[str, str]:
     """Make the commit, or find it if the answer was lost; return it and where to look at it."""
-    removed = f"; to delete, since the folder has no such file: {', '.join(deletions)}" if deletions else ""
-    log(f"files to upload: {len(uploads)}{removed}")
-    operations = [*(CommitOperationAdd(name, str(local[name].path)) for name in uploads)]
-    operations += map(CommitOperationDelete, deletions)
     options = {"revision": target.branch, "create_pr": target.create_pr, "parent_commit": parent}
-    options |= {"commit_message": COMMIT_TITLE, "commit_description": target.revision_note or ""}
+    options |= {"commit_message": "Upload by sailvit", "commit_description": target.revision_note or ""}
     try:
         made = target.api.create_commit(target.repo, operations, **options)
     except CLIENT_ERRORS:
@@ -270,7 +254,7 @@ def _commit(
     return made.oid, made.pr_url or target.url
 
 
-def _find_commit(target: Target, local: LocalFiles) -> tuple[str, str] | None:
+def _find_commit(target: Target, local: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
     """Return commit and address of what has the same content: the branch, or an open pull request of this author."""
     revisions = {target.branch: target.url}
     if target.create_pr:
@@ -286,9 +270,8 @@ def _find_commit(target: Target, local: LocalFiles) -> tuple[str, str] | None:
 
 def _explain(error: BaseException, target: Target) -> str:
     wrappers = (RuntimeError, errors.LocalEntryNotFoundError)
-    while getattr(error, "response", None) is None and isinstance(error, wrappers) and error.__cause__:
+    while (response := getattr(error, "response", None)) is None and isinstance(error, wrappers) and error.__cause__:
         error = error.__cause__
-    response = getattr(error, "response", None)
     status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "not logged in: `hf auth login`, or set HF_TOKEN"

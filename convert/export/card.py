@@ -1,12 +1,13 @@
 """
-The model card, README.md. A conversion writes a first one, for a local folder; publishing writes another, which names
-the repository, pins a revision and shows what provenance.json, config.json and evaluation.json record. Both keep what a
-person wrote below MARK, and YAML entries of other origin.
+The model card, README.md: a first one of a conversion, for a local folder; and that of a published repository, which
+pins a revision and shows what provenance.json, config.json and evaluation.json record. The latter keeps what a person
+wrote below MARK, and YAML entries of other origin.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,15 @@ from .model_types import model_type_of
 
 MARK = "<!-- Written by sailvit up to this line. Text below it is kept. -->"
 OLD_MARK = "<!-- What stands above this line is written by `sailvit push`. What stands below it is kept. -->"
-OLD_COMPOSED = "The connector is fresh: it has to be trained before the model can say anything of a picture."
 # Up to where the text is of this package: of this version; of push, convert and compose of earlier ones.
 WRITTEN = (
     re.escape(MARK),
     re.escape(OLD_MARK),
     r"\A\s*# .*?`provenance\.json` says how, with the hashes of what was read and written\.",
-    re.escape(OLD_COMPOSED) + r".*?```python\n.*?\n```",
+    r"The connector is fresh: it has to be trained before the model can say anything.*?```python\n.*?\n```",
 )
 
-TEMPLATE = Path(__file__).with_name("card_template.md")  # of jinja2
+TEMPLATE = Path(__file__).with_name("card.md.jinja")  # of jinja2
 RESULTS = "evaluation.json"  # a list of maps, each with the arguments of huggingface_hub.EvalResult
 RESULT_FIELDS = "task_type, dataset_type, dataset_name, metric_type, metric_value"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -103,10 +103,9 @@ def write_model_card(folder: Path, name: str | None = None, revision: str = "mai
     """
     path, name = folder / "README.md", name or folder.resolve().name
     own, text = _split_card(path.read_text(encoding="utf-8") if path.exists() else "", str(path))
-    try:
+    theirs, their_text = {}, ""
+    with suppress(CheckpointError):  # a valid one replaces it
         theirs, their_text = _split_card(published, "README.md on the Hub")
-    except CheckpointError:  # a valid one replaces it
-        theirs, their_text = {}, ""
     if their_text and MARK not in published and OLD_MARK not in published:  # possibly of another model
         theirs = {}
     text = text or their_text
@@ -171,15 +170,6 @@ def _licence(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in LICENCE_KEYS if record.get(key)} if record.get("license") else {}
 
 
-def _common_licence(parts: list[Component]) -> dict[str, Any]:
-    """Return the licence for the YAML: that of all components, "by-component" if they differ, none if one has none."""
-    licences = [part.licence for part in parts]
-    if not all(licences):
-        return {}
-    is_common = all(licence == licences[0] for licence in licences)
-    return licences[0] if is_common else {"license": "other", "license_name": "by-component"}
-
-
 def _read_results(folder: Path) -> list[Any]:
     """Return the EvalResults of evaluation.json; none if there is no such file."""
     from huggingface_hub import EvalResult
@@ -196,7 +186,10 @@ def _read_results(folder: Path) -> list[Any]:
 
 def _metadata(model: _Model) -> dict[str, Any]:
     made: dict[str, Any] = {"library_name": model.type.library, "pipeline_tag": model.type.pipeline_tag}
-    made |= _common_licence(model.parts)
+    licences = [part.licence for part in model.parts]
+    if all(licences):
+        is_common = all(licence == licences[0] for licence in licences)
+        made |= licences[0] if is_common else {"license": "other", "license_name": "by-component"}
     made |= _base_models(list(dict.fromkeys(part.base for part in model.parts if part.base)))
     # The Hub knows finetune, merge, adapter and quantized; the same weights under other names are none of these.
     relation = "finetune" if model.training.to_json() else "merge" if len(model.parts) > 1 else None
@@ -215,15 +208,8 @@ def _render(model: _Model, name: str, revision: str, results: list[Any]) -> str:
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
-    template, training = environment.from_string(TEMPLATE.read_text(encoding="utf-8")), model.training.to_json()
-    tables = [(entry, *_table(training.pop(entry))) for entry in ("stages", "mean_of") if entry in training]
-    context = {"name": name, "revision": revision, "results": results, "NO_LICENCE": NO_LICENCE}
-    return template.render(context, model=model, training=training, tables=tables)
-
-
-def _table(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return [column.replace("_", " ") for column in columns], [[row.get(name, "") for name in columns] for row in rows]
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(model=model, name=name, revision=revision, results=results, NO_LICENCE=NO_LICENCE)
 
 
 def _cell(value: Any) -> str:
@@ -240,15 +226,14 @@ def _one_line(text: object) -> str:
 def card_problems(folder: Path) -> list[Problem]:
     """Return what is wrong with README.md in a folder; write_model_card, which `sailvit push` calls, corrects most."""
     path = folder / "README.md"
-    if not path.exists():
-        return [Problem("card", "README.md", "missing: write_model_card writes it")]
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     try:
         metadata, _ = _split_card(text, "README.md")
     except CheckpointError as error:
         return [Problem("card", "README.md", f"{str(error).partition(': ')[2]}: correct it by hand")]
     if not metadata:
-        return [Problem("card", "README.md", "has no YAML between two lines of ---: write_model_card writes it")]
+        what = "has no YAML between two lines of ---" if path.exists() else "missing"
+        return [Problem("card", "README.md", f"{what}: write_model_card writes it")]
     return [Problem(kind, "README.md", message) for kind, message in _wrong_entries(folder, metadata, text)]
 
 

@@ -60,9 +60,8 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path) -> "PreTrainedTokenizer
 
 def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
     """
-    Return tokenizer_config.json for a model that generates: with left padding, so that an answer follows its prompt,
-    with the placeholder as `image_token`, as transformers' own multimodal tokenizers have it, and without code of its
-    own, for which there must be a tokenizer.json. No id changes.
+    Return tokenizer_config.json for a model that generates: without code, padding left, so that an answer follows its
+    prompt, and with the placeholder as `image_token`, as transformers' own multimodal tokenizers have it. No id changes.
 
     Args:
         settings: As any release of transformers wrote them.
@@ -91,7 +90,7 @@ def mark_tokenizer(folder: Path, image_token: str | None = None) -> None:
     old = read_json(file) if file.exists() else {}
     if not old and (folder / "tokenizer.json").exists():
         old = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if (new := generation_settings(old, image_token)) != old or not file.exists():
+    if (new := generation_settings(old, image_token)) != old:
         write_json(file, new)
 
 
