@@ -61,7 +61,7 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path) -> "PreTrainedTokenizer
 def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
     """
     Return tokenizer_config.json for a model that generates: without code, padding left, so that an answer follows its
-    prompt, and with the placeholder as `image_token`, as transformers' own multimodal tokenizers have it. No id changes.
+    prompt, and with the placeholder as `image_token`, as transformers' own multimodal tokenizers do. No id changes.
 
     Args:
         settings: As any release of transformers wrote them.
