@@ -32,10 +32,7 @@ class PublishError(ValueError):
 
 
 def check_before_publish(
-    folder: str | Path,
-    repo: str | None = None,
-    *,
-    log: Callable[[str], None] = lambda line: None,
+    folder: str | Path, repo: str | None = None, *, log: Callable[[str], None] = lambda line: None
 ) -> list[Problem]:
     """
     Return all problems that block publishing a folder.
@@ -52,28 +49,22 @@ def check_before_publish(
     check_folder(folder)
     config = read_json(folder / "config.json")
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
-    problems += [*card_problems(folder), *_checkpoint_problems(folder), *_verification_problems(folder)]
-    return list(dict.fromkeys([*problems, *_load_problems(folder, config, log)]))
+    problems += [*card_problems(folder), *_checkpoint_problems(folder), *_load_problems(folder, config, log)]
+    return list(dict.fromkeys(problems))
 
 
 def check_folder(folder: Path) -> None:
-    """
-    Raises:
-        CheckpointError: There is no such folder, or no config.json in it.
-    """
+    """Raise CheckpointError if there is no such folder, or no config.json in it."""
     if not (folder / "config.json").is_file():
         reason = "no config.json in it" if folder.is_dir() else "no such folder"
         raise CheckpointError(f"{folder}: {reason}: give a folder that `sailvit convert` or save_pretrained wrote")
 
 
-def _checkpoint_problems(folder: Path) -> list[Problem]:
+def _checkpoint_problems(folder: Path) -> Iterator[Problem]:
     try:
-        return inspect_checkpoint(folder, deep=True).problems
+        yield from inspect_checkpoint(folder, deep=True).problems
     except CheckpointError as error:
-        return [Problem("layout", "weights", str(error))]
-
-
-def _verification_problems(folder: Path) -> Iterator[Problem]:
+        yield Problem("layout", "weights", str(error))
     provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     if provenance and not provenance.get("verification"):
         yield Problem("tokens", PROVENANCE, "this conversion was not verified: convert again without --no-verify")
@@ -94,12 +85,13 @@ def _load_problems(folder: Path, config: dict[str, Any], log: Callable[[str], No
     name = "this package" if ours else here
     reference = {key.removeprefix("package."): outputs.pop(key) for key in [*outputs] if key.startswith("package.")}
     for what, expected in (reference or outputs).items():  # without a reference still a check for NaN
-        if outputs[what].shape != expected.shape:
-            shapes = f"expected shape {[*expected.shape]}, as by {name}, got {[*outputs[what].shape]}"
+        output = outputs[what]
+        if output.shape != expected.shape:
+            shapes = f"expected shape {[*expected.shape]}, as by {name}, got {[*output.shape]}"
             yield Problem("tokens", here, f"{what}: {shapes}: convert again")
             continue
-        difference = relative_difference(outputs[what], expected)
-        tolerance = HALF_TOLERANCE if outputs[what].dtype.itemsize == 2 else TOLERANCE
+        difference = relative_difference(output, expected)
+        tolerance = HALF_TOLERANCE if output.dtype.itemsize == 2 else TOLERANCE
         if not difference <= tolerance:
             message = f"{what} differ from those of {name} by {difference:.1e} (relative), expected at most {tolerance}"
             yield Problem("tokens", here, f"{message}: convert again")

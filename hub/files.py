@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -54,12 +55,8 @@ RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 def published_files(folder: Path) -> dict[str, Path]:
     """Return name in the repository -> path of all files in a folder that are published."""
-    code = code_files(folder)
-    return {
-        name: path
-        for name, path in _all_files(folder).items()
-        if name in CONFIGS or name in code or WEIGHTS.fullmatch(name) or OTHERS.fullmatch(name)
-    }
+    names, files = CONFIGS | code_files(folder), _all_files(folder).items()
+    return {name: path for name, path in files if name in names or WEIGHTS.fullmatch(name) or OTHERS.fullmatch(name)}
 
 
 def is_model_file(name: str) -> bool:
@@ -74,24 +71,18 @@ def _all_files(folder: Path) -> dict[str, Path]:
 
 def code_files(folder: Path) -> set[str]:
     """Return the Python files that the folder's configs name, and those that these import, present or not."""
-    left = set()
+    found: list[str] = []
     for file in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        try:
+        with suppress(CheckpointError):  # reported by file_problems
             auto_map = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
-        except CheckpointError:  # reported by file_problems
-            continue
-        for classes in auto_map.values() if isinstance(auto_map, Mapping) else ():
-            for name in classes if isinstance(classes, list) else [classes]:
-                if isinstance(name, str) and "--" not in name:
-                    left.add(f"{name.split('.')[0]}.py")
-    found: set[str] = set()
-    while left:
-        file = left.pop()
-        found.add(file)
+            for classes in auto_map.values() if isinstance(auto_map, Mapping) else ():
+                names = classes if isinstance(classes, list) else [classes]
+                found += [f"{name.split('.')[0]}.py" for name in names if isinstance(name, str) and "--" not in name]
+    for file in found:  # which grows
         if (folder / file).is_file():
             text = (folder / file).read_text(encoding="utf-8", errors="replace")
-            left |= {f"{name}.py" for name in RELATIVE_IMPORT.findall(text)} - found
-    return found
+            found += {f"{name}.py" for name in RELATIVE_IMPORT.findall(text)} - {*found}
+    return {*found}
 
 
 def file_problems(folder: Path, owner: str | None = None) -> list[Problem]:
@@ -102,77 +93,68 @@ def file_problems(folder: Path, owner: str | None = None) -> list[Problem]:
         owner: The first part of the repository's name, which may be in the files.
     """
     published, code = published_files(folder), code_files(folder)
-    problems = [
-        Problem("stray", name, "not a file of a published model: remove it")
-        for name in _all_files(folder)
-        if name not in published
-    ]
+    strays = [name for name in _all_files(folder) if name not in published]
+    problems = [Problem("stray", name, "not a file of a published model: remove it") for name in strays]
     for file in sorted(code - published.keys()):
         problems.append(Problem("code", file, "missing, but auto_map or other code needs it: copy it from the package"))
     for name, path in published.items():
-        if not path.is_file():
-            problems.append(Problem("file", name, "a broken link: replace it by the file"))
-            continue
-        if path.is_symlink() and not _is_inside(path.resolve(), folder.resolve()):
-            problems.append(Problem("file", name, "a link to a file elsewhere: replace it by the file, or remove it"))
-        problems += [*_unreadable(name, path), *_leaks(name, _text_of(path), owner)]
+        wrong = _wrong_file(name, path, folder.resolve(), owner)
+        problems += [Problem(kind, name, message) for kind, message in wrong]
     return problems
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Return whether a file is in a folder, or in the blobs of a Hub cache, to which the files of snapshots link."""
-    return folder in path.parents or path.parent == folder.parents[1] / "blobs"
-
-
-def _unreadable(name: str, path: Path) -> Iterator[Problem]:
+def _wrong_file(name: str, path: Path, folder: Path, owner: str | None) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        yield "file", "a broken link: replace it by the file"
+        return
+    # The files of a snapshot in a Hub cache link to the blobs there.
+    if path.is_symlink() and not {folder, folder.parent.parent / "blobs"} & {*path.resolve().parents}:
+        yield "file", "a link to a file elsewhere: replace it by the file, or remove it"
     if name.endswith(".json") and name != RESULTS:
         try:
             read_json(path)
         except CheckpointError as error:
-            yield Problem("file", name, str(error).removeprefix(f"{path}: "))
+            yield "file", str(error).removeprefix(f"{path}: ")
+    yield from _leaks(name, _text_of(path), owner)
 
 
 def _text_of(path: Path) -> str:
     """Return the text of a file; of weights their metadata."""
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "np") as file:
-                return json.dumps(file.metadata())
-        except SafetensorError:  # reported by inspect_checkpoint
-            return ""
+        with suppress(SafetensorError), safe_open(path, "np") as file:  # reported by inspect_checkpoint
+            return json.dumps(file.metadata())
+        return ""
     if path.stat().st_size > LONGEST_TEXT:
         return ""
     content = path.read_bytes()
     return content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8"), errors="replace")
 
 
-def _leaks(name: str, text: str, owner: str | None) -> Iterator[Problem]:
+def _leaks(name: str, text: str, owner: str | None) -> Iterator[tuple[str, str]]:
     """Secrets, which are not repeated, local paths, and user names."""
     from huggingface_hub import get_token
 
     for what, pattern in SECRETS.items():
         if match := re.search(pattern, text):
             line = text.count("\n", 0, match.start()) + 1
-            yield Problem("secret", name, f"{what} in line {line}: remove and revoke it")
+            yield "secret", f"{what} in line {line}: remove and revoke it"
     if (token := get_token()) and len(token) > 7 and token in text:
-        yield Problem("secret", name, "the token that this machine has for the Hub: remove and revoke it")
+        yield "secret", "the token that this machine has for the Hub: remove and revoke it"
     if name in VOCABULARIES or name.endswith(IMAGES):
         return
-    paths = [match[0] for match in PATHS.finditer(text)]
-    paths += JSON_PATH.findall(text) if name.endswith((".json", ".safetensors")) else []
     home = str(Path.home())
-    paths += [home] if len(home) > 5 and home in text else []
+    paths = [match[0] for match in PATHS.finditer(text)] + ([home] if len(home) > 5 and home in text else [])
+    paths += JSON_PATH.findall(text) if name.endswith((".json", ".safetensors")) else []
     if paths:
-        yield Problem("path", name, f"names a local path, {min(paths, key=len)}: remove it")
+        yield "path", f"names a local path, {min(paths, key=len)}: remove it"
     for user in _users() - {owner}:
         if re.search(rf"(?<![\w-]){re.escape(user)}(?![\w-])", text):
-            yield Problem("user", name, f"names {user}, the user of this machine: remove it")
+            yield "user", f"names {user}, the user of this machine: remove it"
 
 
 def _users() -> set[str]:
     """Return the names of the user of this machine, unless many machines have such a user."""
-    try:
+    names: set[str] = set()
+    with suppress(OSError, KeyError, ImportError, RuntimeError):
         names = {getpass.getuser(), Path.home().name}
-    except (OSError, KeyError, ImportError, RuntimeError):
-        return set()
     return {name for name in names if len(name) > 3} - COMMON_USERS

@@ -9,16 +9,17 @@ its parent; if the branch has moved, the Hub refuses it. Afterwards every hash i
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
-from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.hf_api import RepoFile
 
-from ..convert.export.card import write_model_card
+from ..convert.export.card import HUB_NAME, write_model_card
 from ..convert.storage.errors import VerificationError
 from ..convert.storage.tensors import CHUNK
 from .checks import PublishError, check_before_publish, check_folder
@@ -26,7 +27,6 @@ from .files import is_model_file, published_files
 
 
 MAIN = "main"
-COMMIT_TITLE = "Upload by sailvit"
 TOKENS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]+")
 CLIENT_ERRORS = (OSError, ValueError, RuntimeError, errors.HTTPError)
 RETRY_HINT = "run the same command again: what has arrived is not sent twice"
@@ -45,45 +45,15 @@ class PushError(ValueError):
 
 
 @dataclass(frozen=True)
-class LocalFile:
-    """A file to publish: the Hub identifies large files by sha256, the others by git's name of the blob."""
-
-    path: Path
-    sha256: str
-    blob: str
-
-    @classmethod
-    def read(cls, path: Path) -> "LocalFile":
-        sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                sha256.update(chunk)
-                blob.update(chunk)
-        return cls(path, sha256.hexdigest(), blob.hexdigest())
-
-    def equals(self, remote: RepoFile) -> bool:
-        return remote.lfs.sha256 == self.sha256 if remote.lfs else remote.blob_id == self.blob
-
-
-@dataclass(frozen=True)
 class Published:
-    """
-    The result of a push.
+    """The result of a push."""
 
-    Attributes:
-        repo: OWNER/NAME.
-        commit: The one that holds the folder.
-        url: Of the repository, or of the pull request.
-        uploaded, deleted: Names of files; none if the repository had everything already.
-        tag: The one that was asked for.
-    """
-
-    repo: str
-    commit: str
-    url: str
-    uploaded: list[str] = field(default_factory=list)
-    deleted: list[str] = field(default_factory=list)
-    tag: str | None = None
+    repo: str  # OWNER/NAME
+    commit: str  # the one that holds the folder
+    url: str  # of the repository, or of the pull request
+    uploaded: list[str]  # names of files; none if the repository had everything already
+    deleted: list[str]
+    tag: str | None  # the one that was asked for
 
 
 @dataclass(frozen=True)
@@ -107,27 +77,27 @@ class Target:
     def url(self) -> str:
         return f"{self.api.endpoint}/{self.repo}"
 
-    def files(self, revision: str) -> dict[str, RepoFile]:
-        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
-        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    def commit(self, revision: str) -> str:
+        return self.api.model_info(self.repo, revision=revision).sha
 
-    def head(self) -> str:
-        return self.api.model_info(self.repo, revision=self.branch).sha
-
-    def info(self) -> ModelInfo | None:
-        """
-        Return the repository; None if there is none.
-
-        Raises:
-            PushError: It is public and should be private.
-        """
+    def exists(self) -> bool:
+        """Return whether there is such a repository; raise PushError if it is public and should be private."""
         try:
             info = self.api.model_info(self.repo)
         except errors.RepositoryNotFoundError:
-            return None
+            return False
         if self.private and not info.private:
             raise PushError(f"{self.repo}: it is public: make it private in its settings, or leave out --private")
-        return info
+        return True
+
+    def differences(self, local: Mapping[str, tuple[str, str]], revision: str) -> dict[str, str]:
+        """Return name -> how a revision differs: files to upload, and of a model, those that the folder has not."""
+        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        remote = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+        wrong = [name for name, hashes in local.items() if remote.get(name) not in hashes]
+        found = {name: "differs from the local file" if name in remote else "is missing" for name in wrong}
+        return found | {name: "was not deleted" for name in remote if name not in local and is_model_file(name)}
 
 
 def push_folder(
@@ -165,8 +135,10 @@ def push_folder(
     folder = Path(folder)
     check_folder(folder)
     target = Target(api or HfApi(), repo, branch or MAIN, create_pr, private, tag, revision_note)
-    check_target(target)
-    if write_model_card(folder, repo, tag or target.branch, _published_card(target)):
+    with _friendly_errors(target):
+        _check_target(target)
+        published = _published_card(target)
+    if write_model_card(folder, repo, tag or target.branch, published):
         log("README.md: the folder's text below the mark replaces another text on the Hub")
     if problems := check_before_publish(folder, repo, log=log):
         raise PublishError(str(folder), problems)
@@ -174,165 +146,132 @@ def push_folder(
     return publish(target, folder, log)
 
 
-def _friendly_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors of the client into a PushError of one line that says what to do, without the token."""
-
-    @wraps(function)
-    def wrapped(target: Target, *arguments: Any) -> Any:
-        try:
-            return function(target, *arguments)
-        except (PushError, VerificationError):
-            raise
-        except CLIENT_ERRORS as error:
-            text = _explain(error, target)
-            for token in (target.api.token, get_token()):
-                text = text.replace(token, "(token)") if isinstance(token, str) and token else text
-            # Not from the error: a cause could repeat the Hub's answer, and the token with it.
-            raise PushError(f"{target.repo}: {TOKENS.sub('(token)', text)}") from None
-
-    return wrapped
+@contextmanager
+def _friendly_errors(target: Target) -> Iterator[None]:
+    """Turn errors of the client into a PushError of one line with the fix, without the token."""
+    try:
+        yield
+    except (PushError, VerificationError):
+        raise
+    except CLIENT_ERRORS as error:
+        text = _explain(error, target)
+        for token in (target.api.token, get_token()):
+            text = text.replace(token, "(token)") if isinstance(token, str) and token else text
+        # Not from the error: a cause could repeat the Hub's answer, and the token with it.
+        raise PushError(f"{target.repo}: {TOKENS.sub('(token)', text)}") from None
 
 
-@_friendly_errors
-def check_target(target: Target) -> None:
-    """
-    Check options and access, before any work.
-
-    Raises:
-        PushError: Options exclude each other, not logged in, the token only reads, or the repository is public
-            and should be private.
-    """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", target.repo):
+def _check_target(target: Target) -> None:
+    """Raise PushError where options or access do not allow the push, before any work."""
+    if not HUB_NAME.fullmatch(target.repo):
         raise PushError(f"{target.repo}: expected the name of a repository, OWNER/NAME")
     if target.create_pr and (target.tag or target.private or target.branch != MAIN):
-        raise PushError(
-            f"{target.repo}: --create-pr goes with neither --branch, nor --tag, nor --private: leave these out"
-        )
+        what = "--create-pr goes with neither --branch, nor --tag, nor --private: leave these out"
+        raise PushError(f"{target.repo}: {what}")
     if target.user.get("auth", {}).get("accessToken", {}).get("role") == "read" and not target.create_pr:
         raise PushError(f"{target.repo}: {HTTP_HINTS[403]}")
     if target.private:
-        target.info()
+        target.exists()
 
 
-@_friendly_errors
 def _published_card(target: Target) -> str:
     """Return README.md as it is on the Hub, empty if there is none."""
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = target.api.hf_hub_download(target.repo, "README.md", revision=target.head(), local_dir=scratch)
-            return Path(path).read_text(encoding="utf-8", errors="replace")
-    except (errors.GatedRepoError, errors.LocalEntryNotFoundError):  # subclasses of those below
-        raise
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
+    if not target.api.file_exists(target.repo, "README.md", revision=target.branch):
         return ""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = target.api.hf_hub_download(target.repo, "README.md", revision=target.branch, local_dir=scratch)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-@_friendly_errors
 def publish(target: Target, folder: Path, log: Callable[[str], None] = lambda line: None) -> Published:
     """Upload a folder without checking it; for push_folder."""
-    check_target(target)
-    local = {name: LocalFile.read(path) for name, path in published_files(folder).items()}
-    if not local:
-        raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
-    _prepare(target, local)
-    commit, url = target.head(), target.url
-    uploads, deletions = differences(local, target.files(commit))
-    if not uploads and not deletions:
-        log("the repository has all files already")
-    elif target.create_pr and (pull_request := _find_pull_request(target, local)):
-        log(f"{pull_request[1]} has all files already")
-        (commit, url), uploads, deletions = pull_request, [], []
-    else:
-        removed = f"; to delete, since the folder has no such file: {', '.join(deletions)}" if deletions else ""
-        log(f"files to upload: {len(uploads)}{removed}")
-        commit, url = _commit(target, local, commit, (uploads, deletions), log)
-    _compare(local, target.files(commit), f"{target.repo} at {commit}")
-    if target.tag:
-        target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
-    return Published(target.repo, commit, url, uploads, deletions, target.tag)
+    with _friendly_errors(target):
+        _check_target(target)
+        files = published_files(folder)
+        local = {name: _hash(path) for name, path in files.items()}
+        if not local:
+            raise PushError(f"{folder}: nothing in it is published: give a folder with a model")
+        _prepare(target, local)
+        commit, url = target.commit(target.branch), target.url
+        changes = target.differences(local, commit)
+        if not changes:
+            log("the repository has all files already")
+        elif target.create_pr and (pull_request := _find_commit(target, local)):
+            (commit, url), changes = pull_request, {}
+            log(f"{url} has all files already")
+        uploads = [name for name in changes if name in files]
+        deletions = [name for name in changes if name not in files]
+        if changes:
+            removed = f"; to delete, since the folder has no such file: {', '.join(deletions)}" if deletions else ""
+            log(f"files to upload: {len(uploads)}{removed}")
+            additions = [CommitOperationAdd(name, str(files[name])) for name in uploads]
+            operations = [*additions, *map(CommitOperationDelete, deletions)]
+            commit, url = _commit(target, local, commit, operations, log)
+        if wrong := target.differences(local, commit):
+            name, how = next(iter(wrong.items()))
+            raise VerificationError(f"{target.repo} at {commit}: {name} {how}, by its hash: {RETRY_HINT}")
+        if target.tag:
+            target.api.create_tag(target.repo, tag=target.tag, revision=commit, exist_ok=True)
+        return Published(target.repo, commit, url, uploads, deletions, target.tag)
 
 
-def _prepare(target: Target, local: Mapping[str, LocalFile]) -> None:
-    """
-    Create repository and branch if they do not exist.
+def _hash(path: Path) -> tuple[str, str]:
+    """Return sha256, by which the Hub identifies large files, and git's name of the blob, for the others."""
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha256.update(chunk)
+            blob.update(chunk)
+    return sha256.hexdigest(), blob.hexdigest()
 
-    Raises:
-        PushError: The tag exists on other content.
-    """
-    if target.info() is None and not target.create_pr:
+
+def _prepare(target: Target, local: Mapping[str, tuple[str, str]]) -> None:
+    """Create repository and branch if they do not exist; raise PushError if the tag exists on other content."""
+    if not target.exists() and not target.create_pr:
         target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
-        target.info()
+        target.exists()
     if target.branch != MAIN:
         target.api.create_branch(target.repo, branch=target.branch, exist_ok=True)
     tags = [ref.name for ref in target.api.list_repo_refs(target.repo).tags] if target.tag else []
-    if target.tag in tags and any(differences(local, target.files(target.tag))):
+    if target.tag in tags and target.differences(local, target.tag):
         raise PushError(f"{target.repo}: the tag {target.tag} is on other content: choose another --tag")
 
 
-def differences(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile]) -> tuple[list[str], list[str]]:
-    """Return what to upload, and files of a model in the repository that the folder no longer has."""
-    uploads = [name for name, file in local.items() if name not in remote or not file.equals(remote[name])]
-    return uploads, [name for name in remote if name not in local and is_model_file(name)]
-
-
-def _compare(local: Mapping[str, LocalFile], remote: Mapping[str, RepoFile], location: str) -> None:
-    uploads, deletions = differences(local, remote)
-    if wrong := [*uploads, *deletions]:
-        message = "is missing" if wrong[0] not in remote else "differs from the local file"
-        raise VerificationError(f"{location}: {wrong[0]} {message}, by its hash: {RETRY_HINT}")
-
-
 def _commit(
-    target: Target,
-    local: Mapping[str, LocalFile],
-    parent: str,
-    changes: tuple[list[str], list[str]],
-    log: Callable[[str], None],
+    target: Target, local: Mapping[str, tuple[str, str]], parent: str, operations: list[Any], log: Callable[[str], None]
 ) -> tuple[str, str]:
     """Make the commit, or find it if the answer was lost; return it and where to look at it."""
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(local[name].path)) for name in changes[0]
-    ]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in changes[1]]
     options = {"revision": target.branch, "create_pr": target.create_pr, "parent_commit": parent}
-    options |= {"commit_message": COMMIT_TITLE, "commit_description": target.revision_note or ""}
+    options |= {"commit_message": "Upload by sailvit", "commit_description": target.revision_note or ""}
     try:
         made = target.api.create_commit(target.repo, operations, **options)
     except CLIENT_ERRORS:
-        if (found := _find_unacknowledged_commit(target, local, parent)) is None:
-            raise
-        log("the Hub's answer was lost; the commit was found by its content")
-        return found
+        with suppress(OSError, errors.HTTPError):  # the first error is the one to report
+            if found := _find_commit(target, local):
+                log("the Hub's answer was lost; the commit was found by its content")
+                return found
+        raise
     return made.oid, made.pr_url or target.url
 
 
-def _find_unacknowledged_commit(target: Target, local: Mapping[str, LocalFile], parent: str) -> tuple[str, str] | None:
-    try:
-        if target.create_pr:
-            return _find_pull_request(target, local)
-        head = target.head()
-        if head != parent and not any(differences(local, target.files(head))):
-            return head, target.url
-    except (OSError, errors.HTTPError):  # the first error is the one to report
-        return None
-    return None
-
-
-def _find_pull_request(target: Target, local: Mapping[str, LocalFile]) -> tuple[str, str] | None:
-    """Return commit and address of an open pull request of the same author with the same content."""
-    options = {"discussion_type": "pull_request", "discussion_status": "open", "author": target.user["name"]}
-    for request in target.api.get_repo_discussions(target.repo, **options):
-        ref = f"refs/pr/{request.num}"
-        if not any(differences(local, target.files(ref))):
-            return target.api.model_info(target.repo, revision=ref).sha, f"{target.url}/discussions/{request.num}"
+def _find_commit(target: Target, local: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
+    """Return commit and address of what has the same content: the branch, or an open pull request of this author."""
+    revisions = {target.branch: target.url}
+    if target.create_pr:
+        options = {"discussion_type": "pull_request", "discussion_status": "open", "author": target.user["name"]}
+        numbers = [request.num for request in target.api.get_repo_discussions(target.repo, **options)]
+        revisions = {f"refs/pr/{number}": f"{target.url}/discussions/{number}" for number in numbers}
+    for revision, url in revisions.items():
+        commit = target.commit(revision)
+        if not target.differences(local, commit):
+            return commit, url
     return None
 
 
 def _explain(error: BaseException, target: Target) -> str:
     wrappers = (RuntimeError, errors.LocalEntryNotFoundError)
-    while getattr(error, "response", None) is None and isinstance(error, wrappers) and error.__cause__:
+    while (response := getattr(error, "response", None)) is None and isinstance(error, wrappers) and error.__cause__:
         error = error.__cause__
-    response = getattr(error, "response", None)
     status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "not logged in: `hf auth login`, or set HF_TOKEN"

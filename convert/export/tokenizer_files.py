@@ -21,7 +21,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
-
 END_OF_TURN = "<|im_end|>"
 
 
@@ -35,13 +34,9 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     files = [file for file in TOKENIZER_FILES if file in checkpoint.source.files]
     for file in files:
         shutil.copyfile(checkpoint.source.path(file), folder / file)
-    config = checkpoint.document("tokenizer_config.json")
-    if "auto_map" in config:
-        if "tokenizer.json" not in files:
-            what = "the tokenizer is custom code (auto_map in tokenizer_config.json): add a tokenizer.json"
-            raise CheckpointError(f"{checkpoint.source.name}: {what}")
-        kept = {key: value for key, value in config.items() if key != "auto_map"}
-        write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if "auto_map" in checkpoint.document("tokenizer_config.json") and "tokenizer.json" not in files:
+        what = "the tokenizer is custom code (auto_map in tokenizer_config.json): add a tokenizer.json"
+        raise CheckpointError(f"{checkpoint.source.name}: {what}")
     if VOCABULARIES & {*files}:
         mark_tokenizer(folder)
     return files
@@ -65,14 +60,17 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path) -> "PreTrainedTokenizer
 
 def generation_settings(settings: Mapping[str, Any], image_token: str | None = None) -> dict[str, Any]:
     """
-    Return tokenizer_config.json for a model that generates: with left padding, so that an answer follows its prompt,
-    and with the placeholder as `image_token`, as transformers' own multimodal tokenizers have it. No id changes.
+    Return tokenizer_config.json for a model that generates: without code, padding left, so that an answer follows its
+    prompt, and with the placeholder as `image_token`, as transformers' own multimodal tokenizers do. No id changes.
 
     Args:
         settings: As any release of transformers wrote them.
         image_token: The placeholder of a visual token, if there is one.
     """
-    new = {**settings, "padding_side": "left"}
+    new = {key: value for key, value in settings.items() if key != "auto_map"}
+    if "auto_map" in settings or new.get("tokenizer_class") == "TokenizersBackend":  # its name in transformers >= 5
+        new["tokenizer_class"] = "PreTrainedTokenizerFast"
+    new["padding_side"] = "left"
     named, extra = dict(new.pop("model_specific_special_tokens", None) or {}), new.pop("extra_special_tokens", None)
     if isinstance(extra, list):  # transformers >= 5, and no other reads it
         listed = list(new.get("additional_special_tokens") or [])
@@ -83,8 +81,6 @@ def generation_settings(settings: Mapping[str, Any], image_token: str | None = N
         new["image_token"] = named["image_token"] = image_token
     if named:
         new["extra_special_tokens"] = named
-    if new.get("tokenizer_class") == "TokenizersBackend":  # the name of transformers >= 5
-        new["tokenizer_class"] = "PreTrainedTokenizerFast"
     return new
 
 
@@ -94,37 +90,28 @@ def mark_tokenizer(folder: Path, image_token: str | None = None) -> None:
     old = read_json(file) if file.exists() else {}
     if not old and (folder / "tokenizer.json").exists():
         old = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if (new := generation_settings(old, image_token)) != old or not file.exists():
+    if (new := generation_settings(old, image_token)) != old:
         write_json(file, new)
 
 
 def padding_notes(checkpoint: Checkpoint) -> list[str]:
-    if checkpoint.document("tokenizer_config.json").get("padding_side") != "right":
-        return []
-    return ["the source's tokenizer pads right, the output's pads left, as batched generation requires"]
+    note = "the source's tokenizer pads right, the output's pads left, as batched generation requires"
+    return [note] if checkpoint.document("tokenizer_config.json").get("padding_side") == "right" else []
 
 
-def token_ids(checkpoint: Checkpoint) -> dict[str, int]:
-    """
-    Return the ids of the special and added tokens of the source's tokenizer.
-
-    Raises:
-        CheckpointError: There is no tokenizer, or its files are invalid.
-    """
-    source = checkpoint.source
-    if not VOCABULARIES & {*source.files}:
+def _token_ids(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the ids of special and added tokens; raise CheckpointError if there is no tokenizer, or an invalid one."""
+    name = checkpoint.source.name
+    if not VOCABULARIES & {*checkpoint.source.files}:
         files = ", ".join(sorted(VOCABULARIES))
-        raise CheckpointError(
-            f"{source.name}: no tokenizer ({files}): give the folder, with the tokenizer's files in it"
-        )
+        raise CheckpointError(f"{name}: no tokenizer ({files}): give the folder, with the tokenizer's files in it")
     try:
-        entries = checkpoint.document("tokenizer.json").get("added_tokens", [])
-        added = {entry["content"]: entry["id"] for entry in entries}
+        added = checkpoint.document("tokenizer.json").get("added_tokens", [])
         decoder = checkpoint.document("tokenizer_config.json").get("added_tokens_decoder", {})
-        added |= {entry["content"]: int(index) for index, entry in decoder.items()}
-        return {**checkpoint.document("added_tokens.json"), **added}
+        ids = {**checkpoint.document("added_tokens.json"), **{entry["content"]: entry["id"] for entry in added}}
+        return ids | {entry["content"]: int(index) for index, entry in decoder.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source.name}: the tokenizer's added tokens cannot be read: {error}") from error
+        raise CheckpointError(f"{name}: the tokenizer's added tokens cannot be read: {error}") from error
 
 
 def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:
@@ -134,7 +121,7 @@ def find_image_token(checkpoint: Checkpoint, config: "SAILVLConfig") -> int:
     Raises:
         CheckpointError: The tokenizer lacks one of the tokens of an image, or the language model a row for it.
     """
-    name, tokens, rows = checkpoint.source.name, token_ids(checkpoint), config.text_config.vocab_size
+    name, tokens, rows = checkpoint.source.name, _token_ids(checkpoint), config.text_config.vocab_size
     for token in config.special_tokens:
         if token not in tokens:
             fix = "use the one that was published with the model; `sailvit compose` extends one for a new model"
@@ -149,7 +136,7 @@ def write_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the source's generation_config.json; without one, end of turn and padding as the tokenizer has them."""
     config = checkpoint.document("generation_config.json")
     if not config:
-        tokens, pad = token_ids(checkpoint), checkpoint.document("tokenizer_config.json").get("pad_token")
+        tokens, pad = _token_ids(checkpoint), checkpoint.document("tokenizer_config.json").get("pad_token")
         pad = pad.get("content") if isinstance(pad, Mapping) else pad
         config = {"eos_token_id": tokens.get(END_OF_TURN), "pad_token_id": tokens.get(pad, tokens.get(END_OF_TURN))}
         config = {key: value for key, value in config.items() if value is not None}
