@@ -638,7 +638,7 @@ DAMAGE = {
     "no language model": (config_with(llm_config=None), "has no section of a language model"),
     "no tokenizer": (without(*TOKENIZER), "no tokenizer .*: give the folder"),
     "no image tokens": (without_image_tokens, "the tokenizer has no <img>: use the one that was published"),
-    "small vocabulary": (llm_with(vocab_size=300), r"expected \[300, 64\] by config.json, got \[384, 64\]"),
+    "small vocabulary": (llm_with(vocab_size=300), r"expected shape \[300, 64\] by config.json, got \[384, 64\]"),
     "unknown language": (llm_with(model_type="gpt-17"), "'gpt-17' is not known .*--part vision"),
     "internlm2": (llm_with(model_type="internlm2"), "'internlm2' is not known .*convert it to Llama's names"),
     "ps_version": (config_with(ps_version="v1"), "ps_version 'v1' is not supported"),
@@ -648,7 +648,7 @@ DAMAGE = {
     ),
     "padded pictures": (config_with(pad2square=True), "pad2square is not supported: images are not padded"),
     "max tiles": (config_with(max_dynamic_patch=0), "max_tiles"),
-    "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; expected .64."),
+    "missing tensor": (tensors_with(NORM, lambda t: {}), f"{NORM}: missing; expected shape .64."),
     "too much": (
         tensors_with(NORM, lambda t: {NORM: t, "extra": t}),
         "extra: what config.json describes has no such tensor",

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.names import strip_wrapper_prefixes, text_fields, without_wrapper_prefixes
 from ..storage.tensors import is_same, torch_name
+from .checks import tensor_problems
 
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def component_problems(checkpoint: Checkpoint, part: str) -> list[Problem]:
         return problems
     found, source = find_component(checkpoint, part), checkpoint.source.name
     if part == "connector":
-        problems = [*_shape_problems(found, _connector_shapes(found))]
+        problems = _shape_problems(found, _connector_shapes(found))
     elif part == "all":
         problems = _model_problems(found, build_meta_model(read_config(checkpoint), source))
     else:
@@ -205,23 +206,10 @@ def _connector_shapes(connector: Component) -> dict[str, tuple[int, ...]]:
             "3.weight": (out, out), "3.bias": (out,)}  # fmt: skip
 
 
-def _shape_problems(found: Component, expected: Mapping[str, tuple[int, ...]]) -> Iterator[Problem]:
-    """Compare names and shapes; expected: name -> shape."""
-    for name, shape in expected.items():
-        if name not in found.names:
-            yield Problem("missing", found.prefix + name, f"missing; expected {list(shape)}")
-    for name, stored_name in found.names.items():
-        shape = found.checkpoint[stored_name].shape
-        if name not in expected:
-            is_adapter = "lora_" in name or ".base_layer." in name
-            adapter = "belongs to an adapter: merge it first (peft's merge_and_unload)"
-            what = adapter if is_adapter else "what config.json describes has no such tensor"
-            yield Problem("unexpected", stored_name, what)
-        elif not prod(shape):
-            what = f"empty, {list(shape)}: saved under ZeRO-3 without gathering it? Save it gathered"
-            yield Problem("empty", stored_name, what)
-        elif shape != expected[name]:
-            yield Problem("shape", stored_name, f"expected {list(expected[name])} by config.json, got {list(shape)}")
+def _shape_problems(found: Component, expected: Mapping[str, tuple[int, ...]]) -> list[Problem]:
+    tensors = {name: found.checkpoint[stored_name] for name, stored_name in found.names.items()}
+    foreign = "what config.json describes has no such tensor"
+    return tensor_problems(tensors, found.names, expected, found.prefix, foreign, " by config.json")
 
 
 def component_facts(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
