@@ -30,7 +30,7 @@ import numpy as np
 import PIL
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -300,6 +300,24 @@ class SAILViTImageProcessor(TorchvisionBackend):
             array = (array * (255 / options.max_value)).round().clamp(0, 255).byte()
         return Image.fromarray(array.cpu().numpy())
 
+    def image_size(self, image: Any, **kwargs: Any) -> tuple[int, int]:
+        """
+        Return (height, width) in pixels of an image of any type that `preprocess` takes, as it is cut into tiles.
+
+        Only the header of a file is read.
+
+        Raises:
+            ValueError: The image cannot be opened.
+        """
+        self.check_option_names(kwargs)
+        options = self._options(kwargs)
+        if isinstance(image, (str, Path)):
+            with open_image(image) as opened:
+                return _upright_size(opened, options)
+        if isinstance(image, Image.Image):
+            return _upright_size(image, options)
+        return tuple(_read_image(image, "image", options).shape[:2])
+
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
@@ -537,6 +555,12 @@ def _pil_to_array(image: Image.Image, name: str, options: SimpleNamespace) -> to
         array = _scale_to_8_bits(array, stored, used, 8, name)
     tensor = torch.from_numpy(array).reshape(image.height, image.width, -1)
     return _check_values(tensor.expand(-1, -1, 3), name, options)
+
+
+def _upright_size(image: Image.Image, options: SimpleNamespace) -> tuple[int, int]:
+    """Return (height, width) after the rotation that `do_exif_transpose` applies."""
+    is_rotated = options.do_exif_transpose and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.width, image.height) if is_rotated else (image.height, image.width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
