@@ -52,6 +52,8 @@ PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
 # A 16-bit image whose values need no more bits than this probably has a lower bit depth, and would be read too dark.
 SUSPECT_BITS = 14
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Pillow's error for images of more than 179 megapixels, and its warning from 89, where the caller makes it an error.
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Any other string is a path or base64.
 URL_SCHEMES = ("http://", "https://", "file://", "data:")
 # Boolean options; None, which transformers keeps if it is passed to the constructor, counts as False.
@@ -312,7 +314,8 @@ class SAILViTImageProcessor(TorchvisionBackend):
         self.check_option_names(kwargs)
         options = self._options(kwargs)
         if isinstance(image, (str, Path)):
-            with open_image(image) as opened:
+            ((name, source),) = _named_images(image)
+            with open_image(source, name) as opened:
                 return _upright_size(opened, options)
         if isinstance(image, Image.Image):
             return _upright_size(image, options)
@@ -511,7 +514,7 @@ def open_image(source: str | Path, name: str = "image") -> Image.Image:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return _open_bytes(response.read())
         return _open_file_or_base64(source)
-    except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, http.client.HTTPException, *BOMBS) as error:
         raise ValueError(f"{name}: cannot be opened as an image: {_shorten(str(error), 300)}") from error
 
 

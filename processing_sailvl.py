@@ -38,7 +38,15 @@ from .chat_sailvl import (
     token_id,
 )
 from .image_processing_sailvit import SAILViTImageProcessorKwargs
-from .video_sailvl import Frames, SAILVLVideosKwargs, check_video_options, count_frames, flatten_videos, group_frames, read_clips
+from .video_sailvl import (
+    Frames,
+    SAILVLVideosKwargs,
+    check_video_options,
+    count_frames,
+    flatten_videos,
+    group_frames,
+    read_clips,
+)
 
 
 TRANSFORMERS_VERSION = tuple(int(number) for number in version("transformers").split(".")[:2])
@@ -657,7 +665,7 @@ def _shift_spans(spans: list[tuple[int, int]], replacements: list[dict[str, Any]
 
 
 def _count_overlapping(tokens: Any, length: int, spans: list[list[int]]) -> int:
-    """Return how many `tokens`, an Encoding of a prompt of `length` characters, overlap with spans, which are in order."""
+    """Return how many `tokens`, an Encoding of a prompt of `length` characters, overlap with spans, given in order."""
 
     def first_token(start: int, end: int) -> int | None:
         found = (tokens.char_to_token(position) for position in range(start, end))

@@ -276,9 +276,7 @@ def _check_columns(source: Source, rows: Rows) -> None:
     names = rows.dataset.column_names
     if names != [TEXT] and not {*names} & {*FORMAT_KEYS}:
         got, known = ", ".join(names)[:200], " or ".join(FORMAT_KEYS)
-        raise ValueError(
-            f"source {source.name}: {rows.path}: expected one of {', '.join(FORMAT_KEYS)}, got columns {got}"
-        )
+        raise ValueError(f"source {source.name}: {rows.path}: expected a column {known}, got {got}")
 
 
 def _list_skipped(parts: Sequence[Part], lengths: Sequence[Lengths]) -> Iterator[Skipped]:

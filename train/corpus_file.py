@@ -168,8 +168,9 @@ def _meta_folder(annotation: str, meta: Path) -> Path:
 
 
 def _describe(error: ValidationError) -> str:
-    """Return the first problem: its field, what is expected, what was given."""
-    problem = error.errors(include_url=False, include_context=False)[0]
+    """Return the first problem, an unknown field before all others: its field, what is expected, what was given."""
+    problems = error.errors(include_url=False, include_context=False)
+    problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     *parents, last = [str(part) for part in problem["loc"]] or [""]
     location = ".".join([*parents, last])
     if problem["type"] == "extra_forbidden":

@@ -92,7 +92,7 @@ class SampleReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 counts = self.processor.count_tokens([s.messages for s in samples], **self.processor_options)
-        except (ValueError, TypeError, OSError, Image.DecompressionBombWarning) as error:
+        except (ValueError, TypeError, OSError) as error:
             if len(samples) == 1:
                 return [" ".join(str(error).split())]
             return [count for sample in samples for count in self.count([sample])]
