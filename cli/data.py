@@ -65,7 +65,7 @@ def run_check(options: argparse.Namespace) -> int:
     """
     from sailvit.train import Corpus, PackedBatches, check_corpus, describe, load_processor, tile_cost
 
-    _quiet_off_terminal()
+    _quiet_libraries()
     processor, config = load_processor(options.model)
     corpus = Corpus.from_yaml(
         options.corpus, processor, options.cache_dir, options.workers, max_bad_fraction=1, log=_log_to_stderr
@@ -91,7 +91,11 @@ def run_check(options: argparse.Namespace) -> int:
     return 2 if corpus.skipped else 0
 
 
-def _quiet_off_terminal() -> None:
+def _quiet_libraries() -> None:
+    """Leave out progress bars that are not on a terminal, and the retries of the Hub client, whose errors are raised."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
         from datasets import disable_progress_bars
 

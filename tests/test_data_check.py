@@ -1,9 +1,13 @@
 """`sailvit data check`: its report, exit codes, and samples as the model sees them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from fake_hub import put, serve_writable
 from PIL import Image
 from test_corpus import chat, write_corpus, write_lines, write_numbers
 from toy_sailvl import TILE, write_release
@@ -139,3 +143,38 @@ def test_a_processor_of_another_model_is_refused(file, field, value, check, tmp_
 def test_a_missing_corpus_is_one_line(check):
     code, _, error = check(corpus="nothing.yaml")
     assert code == 2 and "nothing.yaml" in error and error.count("\n") == 1
+
+
+def run_with_hub(folder: Path, model: Path, address: str) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own: the client reads the address of the Hub when it is imported."""
+    environment = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    write_corpus(folder, {"name": "chats", "path": "owner/chats", "split": "train"})
+    command = [sys.executable, "-m", "sailvit_cli", "data", "check", "corpus.yaml", "--model", str(model), "--json"]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub_is_read_by_name_and_split(tmp_path, model):
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 5), ("test", 1)):
+        turns = [{"role": "user", "content": split}, {"role": "assistant", "content": "a"}]
+        write_lines(tmp_path / "data" / f"{split}.jsonl", [{"messages": turns}] * count)
+    with serve_writable() as hub:
+        put(hub, "owner/chats", tmp_path / "data")
+        run = run_with_hub(tmp_path, model, hub.address)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["samples"] == 5
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub_without_network_is_one_line(tmp_path, model):
+    run = run_with_hub(tmp_path, model, "http://127.0.0.1:9")
+    assert run.returncode == 2 and run.stdout == ""
+    assert (
+        run.stderr.startswith("sailvit data: source chats: owner/chats, split train: ") and run.stderr.count("\n") == 1
+    )

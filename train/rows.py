@@ -18,6 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from .cache import content_hash, hash_of, locked, new_file
 from .corpus_file import Source
@@ -25,6 +27,7 @@ from .formats import BadSample
 
 
 BATCH_BYTES = 16 << 20  # of text in an Arrow batch
+HUB_TIMEOUT = 20.0  # seconds
 TEXT = "json"  # the column that holds a record of a JSON or JSONL file
 LINES = (".jsonl", ".jsonl.gz")
 
@@ -122,6 +125,8 @@ def _open_saved(path: Path, source: Source, cache_dir: Path) -> Rows:
 
 def _open_hub(source: Source) -> Rows:
     try:
+        if not HF_HUB_OFFLINE:  # one request: load_dataset would retry for a minute if the Hub cannot be reached
+            HfApi().dataset_info(source.path, timeout=HUB_TIMEOUT)
         dataset = load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # datasets raises its own and the Hub client's errors
         message = " ".join(str(error).split())[:300]
