@@ -15,7 +15,8 @@ with the images in `image` or `images` and the videos in `video` or `videos`, ea
 `SAILVLChat.chat` does. If a record has image or video parts, these alone count, and `<image>` in a text is text.
 
 The chat template writes a newline after every image and video, and `Image-1: ` before each of several images of a
-message. Where the text has these around a mark, they are left to the template; all other text is unchanged.
+message. Where the text has these around a mark, they are left to the template; all other text is unchanged. A record
+whose text contains a token of the prompt format, such as `<|im_end|>`, is a bad sample.
 """
 
 import re
@@ -26,13 +27,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..chat_sailvl import IMAGE, MEDIA_KEYS, VIDEO
+from ..chat_sailvl import END_OF_TURN, IMAGE, MEDIA_KEYS, VIDEO
 from .media import BadSample, ImageRoot, group_videos, list_keys, load_image, load_video, shorten
 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKS = {IMAGE: "image", VIDEO: "video"}
 MARK = re.compile("|".join(MARKS))
+RESERVED = re.compile("|".join(map(re.escape, ("<|im_start|>", END_OF_TURN, "<IMG_CONTEXT>", VIDEO))))
 FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("texts",))
 # Per-turn ratings of FineVision: relevance_ratings, ...
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")
@@ -121,6 +123,7 @@ def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
         _replace_marks(turns, is_video_only=bool(videos) and not images)
     _place(turns, "video", videos, options)
     _place(turns, "image", images, options)
+    _check_reserved(turns)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     return Sample(messages, _kind_of(fields, options))
 
@@ -232,6 +235,16 @@ def _check_order(turns: list[Turn]) -> None:
             raise BadSample(f"{turn.location}: the answer is empty")
     if dialogue[-1].role == "user":
         raise BadSample(f"{dialogue[-1].location}: the last user turn has no answer")
+
+
+def _check_reserved(turns: list[Turn]) -> None:
+    """Check that no text contains a token that would end a turn, or that the processor replaces."""
+    for turn in turns:
+        for part in turn.content:
+            if part["type"] == "text" and (match := RESERVED.search(part["text"])):
+                raise BadSample(
+                    f"{turn.location}: the text contains {match[0]}, a token of the prompt format: remove it"
+                )
 
 
 # Rated turns
@@ -347,7 +360,9 @@ def _place(turns: list[Turn], media_type: str, media: list[tuple[Any, str]], opt
         empty = [{"type": media_type} for _ in media]
         next(turn for turn in turns if turn.role == "user").content[:0] = empty
     if len(empty) != len(media):
-        raise BadSample(f"{len(empty)} <{media_type}> in the text, {len(media)} {media_type}s: expected as many")
+        raise BadSample(
+            f"{len(empty)} <{media_type}> in the messages, {len(media)} {media_type}s: expected one for each"
+        )
     for part, (entry, name) in zip(empty, media, strict=True):
         part[media_type] = _load(entry, media_type, name, options)
 
