@@ -183,7 +183,7 @@ def open_lazily(source: bytes | str | Path, name: str) -> Image.Image:
     except bombs as error:
         raise BadSample(f"{name}: {what}: {error}") from error
     except Exception as error:  # the plugins of Pillow raise nearly anything on a broken file
-        raise BadSample(f"{name}: {what} are not an image that Pillow can read") from error
+        raise BadSample(f"{name}: {what}: not an image that Pillow can read") from error
     return _check_size(image, name)
 
 
