@@ -22,7 +22,7 @@ import numpy as np
 from ..processing_sailvl import SAILVLProcessor
 from .cache import MappedArrays, hash_of, new_file, store_arrays
 from .corpus_file import CorpusFile, Source, expand_meta, read_corpus_file
-from .formats import FORMAT_KEYS, BadSample, FilteredSample, FormatOptions, Sample
+from .formats import FORMATS, BadSample, FilteredSample, FormatOptions, Sample
 from .lengths import COLUMNS, Lengths, SampleReader, compute_lengths
 from .mix import draw, scale_kinds
 from .rows import TEXT, Rows, open_rows
@@ -274,8 +274,8 @@ def _open_parts(
 
 def _check_columns(source: Source, rows: Rows) -> None:
     names = rows.dataset.column_names
-    if names != [TEXT] and not {*names} & {*FORMAT_KEYS}:
-        got, known = ", ".join(names)[:200], " or ".join(FORMAT_KEYS)
+    if names != [TEXT] and not any({*keys} <= {*names} for keys in FORMATS):
+        got, known = ", ".join(names)[:200], " or ".join(map(" + ".join, FORMATS))
         raise ValueError(f"source {source.name}: {rows.path}: expected a column {known}, got {got}")
 
 

@@ -11,7 +11,7 @@ import functools
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class SampleReader:
             raise record
         if record is None:
             raise FilteredSample("an empty line")
-        return parse_record(record, self.formats)
+        return replace(parse_record(record, self.formats), options=self.processor_options)
 
     def count(self, samples: list[Sample]) -> list[TokenCounts | str]:
         """Return the counts of samples, or the reason why one cannot be used."""
