@@ -419,7 +419,7 @@ WRONG = [
     ("sources: [{name: a, path: .}]", "is no folder of save_to_disk"),
     ("sources: [{name: a, path: empty.jsonl}]", "contains no records"),
     ("sources: [{name: a, path: bad.parquet}]", "not a valid parquet file"),
-    ("sources: [{name: a, path: other.parquet}]", "expected a column conversations or .*, got question"),
+    ("sources: [{name: a, path: other.parquet}]", "expected a column messages or .*, got question"),
     ("sources: [{name: a, path: broken.json}]", r"broken\.json: not JSON"),
     ("sources: [{name: a, path: number.json}]", "expected a list of records"),
     ("sources: [{name: a, path: meta.json}]", r"meta\.json: x: expected an object with annotation"),

@@ -681,3 +681,10 @@ def test_any_json_value_is_a_sample_or_a_bad_sample(record, min_rating):
         assert str(error) and "\n" not in str(error)
     else:
         assert sample.messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}])
+def test_an_answer_that_is_not_to_be_trained_is_refused(mark):
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", **mark}]
+    with pytest.raises(BadSample, match="every answer is trained"):
+        parse_record({"messages": turns}, FormatOptions())
