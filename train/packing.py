@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +114,21 @@ def _fill_packs(
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     room = [(max_tokens, max_tiles)] * num_packs
     heap = [(0.0, index) for index in range(num_packs)]  # (cost of the pack, its index)
+    shortest = list(accumulate((tokens[position] for position in reversed(order)), min))  # of the samples to come
     for position in order:
-        full = []
+        least, too_full = shortest.pop(), []
         while heap:
             load, index = heapq.heappop(heap)
             free_tokens, free_tiles = room[index][0] - tokens[position], room[index][1] - tiles[position]
             if free_tokens >= 0 and free_tiles >= 0:
                 break
-            full.append((load, index))
+            if room[index][0] >= least:  # else it has no room for any other sample, either
+                too_full.append((load, index))
         else:
             return None
         packs[index].append(position)
         room[index] = (free_tokens, free_tiles)
-        for entry in [*full, (load + costs[position], index)]:
+        for entry in [*too_full, (load + costs[position], index)]:
             heapq.heappush(heap, entry)
     return packs
 
@@ -224,7 +227,7 @@ class EpochOrder:
     def __init__(self, length: int, seed: int, cache_dir: str | Path, fingerprint: str):
         self.length, self.seed, self.cache_dir = length, seed, Path(cache_dir)
         key = hashlib.sha256(f"{fingerprint} {length} {seed}".encode()).hexdigest()[:16]
-        self._prefix = f"order-{key}-"
+        self._prefix = f"order-{key}"
         self._open: dict[int, np.ndarray] = {}  # epoch -> memory-mapped permutation, at most two
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,16 +243,22 @@ class EpochOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._open:
-            path = self.cache_dir / f"{self._prefix}{epoch}.npy"
-            order = self._load(path)
-            if order is None:
-                order = self._create(path, epoch)
-            self._open = {known: self._open[known] for known in self._open if abs(known - epoch) == 1}
-            self._open[epoch] = order
+            path = self.cache_dir / f"{self._prefix}-{epoch}.npy"
+            try:
+                order = self._load(path)
+                order = self._create(path, epoch) if order is None else order
+            except OSError as error:
+                megabytes = self.length * _index_dtype(self.length).itemsize / 1e6
+                raise OSError(
+                    f"{path}: cannot store the order of epoch {epoch}: {error.strerror or error}: expected a writable "
+                    f"folder with {megabytes:.0f} MB free; choose another cache folder"
+                ) from error
+            neighbours = {known: self._open[known] for known in self._open if abs(known - epoch) == 1}
+            self._open = {**neighbours, epoch: order}
         return self._open[epoch]
 
     def _load(self, path: Path) -> np.ndarray | None:
-        """Map a permutation; None if it does not exist or is not one of ours."""
+        """Map a permutation; None if it does not exist or is damaged."""
         try:
             order = np.load(path, mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):
@@ -257,28 +266,20 @@ class EpochOrder:
         return order if order.shape == (self.length,) and order.dtype == _index_dtype(self.length) else None
 
     def _create(self, path: Path, epoch: int) -> np.ndarray:
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.cache_dir / f"{self._prefix}lock"):
-                if (order := self._load(path)) is None:  # no other process wrote it in the meantime
-                    _write_atomically(path, permutation(self.length, self.seed, epoch))
-                    self._remove_before(epoch - 1)
-                    order = self._load(path)
-        except OSError as error:
-            megabytes = self.length * _index_dtype(self.length).itemsize / 1e6
-            reason = error.strerror or error
-            raise OSError(
-                f"{path}: cannot write the order of epoch {epoch}: {reason}; expected a writable folder with "
-                f"{megabytes:.0f} MB free: choose another cache folder"
-            ) from error
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.cache_dir / f"{self._prefix}.lock"):
+            if (order := self._load(path)) is None:  # no other process wrote it in the meantime
+                _write_atomically(path, permutation(self.length, self.seed, epoch))
+                self._remove_before(epoch - 1)
+                order = self._load(path)
         if order is None:
-            raise OSError(f"{path}: cannot be read after it was written: choose another cache folder")
+            raise OSError("damaged as soon as it was written")
         return order
 
     def _remove_before(self, epoch: int) -> None:
         """Remove the files of earlier epochs. A process that has one of them mapped can still read it."""
-        for path in self.cache_dir.glob(f"{self._prefix}*.npy"):
-            if int(path.stem.removeprefix(self._prefix)) < epoch:
+        for path in self.cache_dir.glob(f"{self._prefix}-*.npy"):
+            if int(path.stem.rpartition("-")[2]) < epoch:
                 path.unlink(missing_ok=True)
 
 
