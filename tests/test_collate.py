@@ -73,7 +73,7 @@ def test_a_sample_without_an_answer_is_a_bad_sample(processor):
 
 
 def test_a_pack_is_what_transformers_makes_of_the_samples(encoded):
-    features = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in encoded]
+    features = [{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in encoded]
     expected = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features, return_tensors="pt")
     inputs = collate(encoded, flash_attention=True).inputs
     assert expected.keys() == inputs.keys() - {"use_cache", "pixel_values"}

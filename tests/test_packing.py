@@ -157,7 +157,8 @@ def test_the_cost_of_a_tile_is_that_of_the_flops_that_torch_counts(vision, text)
     # one token attends to itself only: 4 * width of the heads per layer, which the formula leaves out
     attention = 4 * 2 * 4 * model.config.text_config.to_dict().get("head_dim", 16)
     token = count_flops(model.get_decoder(), lambda decoder: decoder(torch.zeros(1, 1, dtype=torch.long))) - attention
-    tolerance = 0.03 if vision.model_type == "internvl_vision" else 1e-6  # its class token is one of 65
+    # the class token of InternViT is one of 65; transformers < 5 computes angles of positions by a matrix product
+    tolerance = 0.03 if vision.model_type == "internvl_vision" else 1e-3
     assert tile_cost(config) == pytest.approx(tile / token, rel=tolerance)
 
 
