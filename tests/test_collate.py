@@ -6,8 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data._utils.pin_memory import pin_memory
 from toy_corpus import MemoryCorpus, component_gradients, make_corpus, make_model, make_processor, make_samples
 from transformers import DataCollatorWithFlattening
 
@@ -145,6 +147,11 @@ def test_with_a_cache_the_samples_of_a_pack_would_see_each_other(model, encoded)
     assert leakage(model.eval(), samples, "tokens", use_cache=True)[1] > 1e-2
 
 
+def test_other_attention_ignores_the_arguments_of_flash_attention(model, encoded):
+    plain, more = (model(**collate(encoded, flash_attention=flag).inputs) for flag in (False, True))
+    assert torch.equal(plain.logits, more.logits)
+
+
 # A pack without images, an empty pack
 
 
@@ -266,5 +273,16 @@ def test_a_pack_moves_to_a_device_and_pickles(encoded):
     moved = pack.to("meta")
     assert moved.inputs["pixel_values"].device.type == "meta" and moved.inputs["use_cache"] is False
     assert (moved.samples, moved.skipped, moved.num_labels) == (pack.samples, pack.skipped, pack.num_labels)
+    (sent,) = send_to_device([pack], "meta")  # as accelerate moves a batch
+    assert isinstance(sent, Pack) and sent.inputs["labels"].device.type == "meta"
     again = pickle.loads(pickle.dumps(pack))
     assert torch.equal(again.inputs["labels"], pack.inputs["labels"])
+
+
+def test_a_data_loader_pins_the_tensors_of_packs(encoded, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *args: pinned.append(tensor) or tensor)
+    pack = collate(encoded)
+    (result,) = pin_memory([pack])
+    assert isinstance(result, Pack)
+    assert len(pinned) == sum(isinstance(value, torch.Tensor) for value in pack.inputs.values())
