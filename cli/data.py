@@ -92,7 +92,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Leave out progress bars that are not on a terminal, and the retries of the Hub client, whose errors are raised."""
+    """Leave out progress bars that are not on a terminal, and retries of the Hub client, whose errors are raised."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()

@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import os
 import pickle
 from collections import Counter
 from itertools import pairwise
@@ -21,7 +20,8 @@ from transformers import InternVLVisionConfig, SiglipVisionConfig
 
 from sailvit import SAILViTConfig, SAILVLConfig, SAILVLForConditionalGeneration, SAILVLProcessor
 from sailvit.train.formats import BadSample
-from sailvit.train.packing import EpochOrder, PackedBatches, permutation, plan_step, tile_cost
+from sailvit.train.order import EpochOrder, permutation
+from sailvit.train.packing import PackedBatches, plan_step, tile_cost
 
 
 RANKS = [1, 2, 3, 8]
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path, monke
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(np, "save", fail)
     with pytest.raises(OSError, match="No space left on device: expected"):
         EpochOrder(10, 0, tmp_path, "corpus").samples(0, 5)
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["file"]
@@ -322,7 +322,7 @@ def test_a_resumed_run_has_the_packs_of_an_uninterrupted_one(processor, tmp_path
 
 def test_a_late_step_is_planned_without_the_epochs_before(processor, tmp_path, monkeypatch):
     created = []
-    monkeypatch.setattr("sailvit.train.packing.permutation", lambda *args: created.append(args) or permutation(*args))
+    monkeypatch.setattr("sailvit.train.order.permutation", lambda *args: created.append(args) or permutation(*args))
     batches = PackedBatches(lengths_only(processor, tmp_path, 100), 50, epochs=10**7)
     batches.plan(10**7)
     assert created == [(100, 0, 5 * 10**6)]

@@ -83,7 +83,7 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
     Raises:
         BadSample: An image or video cannot be read, or nothing is left to learn from.
     """
-    options = {"do_rescale": False, "do_normalize": False} if uint8_tiles else {}
+    options = {**sample.options, **({"do_rescale": False, "do_normalize": False} if uint8_tiles else {})}
     try:
         batch = processor.apply_chat_template(
             sample.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options

@@ -321,10 +321,10 @@ def _choose(content: CorpusFile, parts: Sequence[Part], rows: np.ndarray) -> np.
     chosen = []
     for source, begin, end in _spans(parts):
         entries = np.arange(np.searchsorted(rows, begin), np.searchsorted(rows, end))
-        generator = np.random.default_rng([content.seed, *source.name.encode()])
-        for factor in (source.fraction, source.repeat):
+        for index, factor in enumerate((source.fraction, source.repeat)):
             if len(entries) and factor != 1:
-                entries = draw(entries, max(1, round(factor * len(entries))), generator)
+                seed = [content.seed, index, *source.name.encode()]
+                entries = draw(entries, max(1, round(factor * len(entries))), seed)
         chosen.append(entries)
     return np.concatenate(chosen)
 
@@ -345,6 +345,8 @@ def _choose_kinds(content: CorpusFile, kinds: np.ndarray, chosen: np.ndarray, ki
     """Return the indices of the samples after the kinds are set to their shares."""
     counts = {name: int((kinds == index).sum()) for index, name in enumerate(kind_names)}
     wanted = scale_kinds({name: count for name, count in counts.items() if count}, content.kinds, content.total)
-    generator = np.random.default_rng([content.seed, 1])
-    drawn = [draw(chosen[kinds == kind_names.index(name)], count, generator) for name, count in wanted.items() if count]
+    drawn = []
+    for name, count in wanted.items():
+        if count:
+            drawn.append(draw(chosen[kinds == kind_names.index(name)], count, [content.seed, 2, *name.encode()]))
     return np.sort(np.concatenate(drawn))

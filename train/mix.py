@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples an epoch has: a part or a multiple of every source, and shares of kinds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .order import permutation
 
-def draw(entries: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+
+def draw(entries: np.ndarray, count: int, seed: Sequence[int]) -> np.ndarray:
     """Return `count` of the entries: each of them equally often, and a random part of them once more; sorted."""
     times, rest = divmod(count, len(entries))
-    part = np.sort(generator.permutation(len(entries))[:rest])
+    part = np.sort(permutation(len(entries), *seed)[:rest])
     return np.sort(np.concatenate([np.repeat(entries, times), entries[part]]), kind="stable")
 
 
