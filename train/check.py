@@ -18,6 +18,7 @@ from ..configuration_sailvl import SAILVLConfig
 from ..processing_sailvl import SAILVLProcessor
 from .collate import IGNORED, EncodedSample, encode_sample
 from .corpus import Corpus
+from .order import permutation
 from .packing import PackedBatches
 
 
@@ -84,9 +85,10 @@ def check_corpus(corpus: Corpus, batches: PackedBatches | None = None) -> Corpus
 
     Args:
         corpus: The corpus.
-        batches: Its batches, if their packing is to be reported.
+        batches: Its batches, if their packing is to be reported; then without the samples that are too long for a pack.
     """
     packing = {} if batches is None else {**batches.statistics(), "steps": len(batches)}
+    corpus = corpus if batches is None else batches.corpus
     total, answers, tiles = (int(array.sum(dtype=np.int64)) for array in (corpus.tokens, corpus.answers, corpus.tiles))
     return CorpusReport(
         samples=len(corpus),
@@ -94,7 +96,7 @@ def check_corpus(corpus: Corpus, batches: PackedBatches | None = None) -> Corpus
         kinds=corpus.count_kinds(),
         tokens={"total": total, "answers": answers, "longest": int(corpus.tokens.max())},
         tiles=tiles,
-        too_long=dict(corpus.too_long if batches is None else batches.corpus.too_long),
+        too_long={name: corpus.too_long.get(name, 0) for name in ("dropped", "truncated")},
         packing=packing,
     )
 
@@ -141,18 +143,27 @@ class ShownSample:
 
 def show_samples(corpus: Corpus, count: int, seed: int = 0) -> Iterator[ShownSample]:
     """
-    Yield random samples as the model sees them.
+    Yield different random samples as the model sees them.
 
     Raises:
         BadSample: An image cannot be decoded.
     """
-    indices = np.random.default_rng(seed).choice(len(corpus), min(count, len(corpus)), replace=False)
-    for index in map(int, indices):
+    for index in _different(corpus, count, seed):
         encoded = encode_sample(corpus[index], corpus.processor, uint8_tiles=True)
         source, number = corpus.locate(index)
         tiles = 0 if encoded.tiles is None else len(encoded.tiles)
         title = f"{source} {number}: {len(encoded.input_ids)} tokens, {tiles} tiles"
         yield ShownSample(title, mark_trained(encoded, corpus.processor), encoded.tiles)
+
+
+def _different(corpus: Corpus, count: int, seed: int) -> list[int]:
+    """Return random samples, none of which repeats another."""
+    chosen: dict[int, int] = {}  # row -> sample
+    for index in permutation(len(corpus), seed).tolist():
+        if len(chosen) == count:
+            break
+        chosen.setdefault(int(corpus.arrays["rows"][index]), index)
+    return [*chosen.values()]
 
 
 def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:

@@ -107,6 +107,8 @@ def read_corpus_file(path: str | Path) -> CorpusFile:
     """
     try:
         fields = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
