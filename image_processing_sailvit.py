@@ -30,7 +30,7 @@ import numpy as np
 import PIL
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -52,6 +52,8 @@ PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
 # A 16-bit image whose values need no more bits than this probably has a lower bit depth, and would be read too dark.
 SUSPECT_BITS = 14
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Pillow's error for images of more than 179 megapixels, and its warning from 89, where the caller makes it an error.
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Any other string is a path or base64.
 URL_SCHEMES = ("http://", "https://", "file://", "data:")
 # Boolean options; None, which transformers keeps if it is passed to the constructor, counts as False.
@@ -300,6 +302,25 @@ class SAILViTImageProcessor(TorchvisionBackend):
             array = (array * (255 / options.max_value)).round().clamp(0, 255).byte()
         return Image.fromarray(array.cpu().numpy())
 
+    def image_size(self, image: Any, **kwargs: Any) -> tuple[int, int]:
+        """
+        Return (height, width) in pixels of an image of any type that `preprocess` takes, as it is cut into tiles.
+
+        Only the header of a file is read.
+
+        Raises:
+            ValueError: The image cannot be opened.
+        """
+        self.check_option_names(kwargs)
+        options = self._options(kwargs)
+        if isinstance(image, (str, Path)):
+            ((name, source),) = _named_images(image)
+            with open_image(source, name) as opened:
+                return _upright_size(opened, options)
+        if isinstance(image, Image.Image):
+            return _upright_size(image, options)
+        return tuple(_read_image(image, "image", options).shape[:2])
+
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
@@ -493,7 +514,7 @@ def open_image(source: str | Path, name: str = "image") -> Image.Image:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return _open_bytes(response.read())
         return _open_file_or_base64(source)
-    except (OSError, ValueError, http.client.HTTPException, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, http.client.HTTPException, *BOMBS) as error:
         raise ValueError(f"{name}: cannot be opened as an image: {_shorten(str(error), 300)}") from error
 
 
@@ -537,6 +558,12 @@ def _pil_to_array(image: Image.Image, name: str, options: SimpleNamespace) -> to
         array = _scale_to_8_bits(array, stored, used, 8, name)
     tensor = torch.from_numpy(array).reshape(image.height, image.width, -1)
     return _check_values(tensor.expand(-1, -1, 3), name, options)
+
+
+def _upright_size(image: Image.Image, options: SimpleNamespace) -> tuple[int, int]:
+    """Return (height, width) after the rotation that `do_exif_transpose` applies."""
+    is_rotated = options.do_exif_transpose and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.width, image.height) if is_rotated else (image.height, image.width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -56,7 +56,15 @@ def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixin):
-    """Vision encoder, connector and language model, with `generate` of transformers and `chat` of the releases."""
+    """
+    Vision encoder, connector and language model, with `generate` of transformers and `chat` of the releases.
+
+    Attributes:
+        always_run_vision: Run vision encoder and connector in a forward pass without images, too, on one tile of zeros
+            whose output is multiplied by 0. It adds no token and changes neither logits nor loss; gradients of vision
+            encoder and connector are then 0 instead of missing. Switched on by trainers, since data-parallel ranks must
+            run the same modules in every step.
+    """
 
     config_class = SAILVLConfig
     main_input_name = "input_ids"
@@ -69,6 +77,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    always_run_vision = False
 
     def __init__(self, config: SAILVLConfig):
         super().__init__(config)
@@ -328,9 +337,18 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
-        if image_features is not None or _is_first_step(cache, inputs_embeds.shape[1]):
+        is_first = _is_first_step(cache, inputs_embeds.shape[1])
+        if image_features is None and is_first and self.always_run_vision:
+            inputs_embeds = inputs_embeds + self._zero_of_vision(inputs_embeds)
+        if image_features is not None or is_first:
             return self._with_visual_tokens(inputs_embeds, placeholders, image_features)
         return inputs_embeds
+
+    def _zero_of_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Return 0, computed from the visual tokens of a tile of zeros."""
+        tile = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, *self._tile_size())
+        features = self.get_image_features(tile)
+        return (0.0 * features).sum().to(inputs_embeds.device, inputs_embeds.dtype)  # a sum in fp16 may overflow
 
     def _supports_logits_to_keep(self) -> bool:
         return self.language_model._supports_logits_to_keep()

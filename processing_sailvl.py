@@ -20,7 +20,7 @@ from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -38,7 +38,15 @@ from .chat_sailvl import (
     token_id,
 )
 from .image_processing_sailvit import SAILViTImageProcessorKwargs
-from .video_sailvl import Frames, SAILVLVideosKwargs, check_video_options, flatten_videos, group_frames, read_clips
+from .video_sailvl import (
+    Frames,
+    SAILVLVideosKwargs,
+    check_video_options,
+    count_frames,
+    flatten_videos,
+    group_frames,
+    read_clips,
+)
 
 
 TRANSFORMERS_VERSION = tuple(int(number) for number in version("transformers").split(".")[:2])
@@ -72,6 +80,21 @@ class SAILVLProcessorKwargs(ProcessingKwargs, total=False):
     text_kwargs: SAILVLTextKwargs
     images_kwargs: SAILViTImageProcessorKwargs
     videos_kwargs: SAILVLVideosKwargs
+
+
+class TokenCounts(NamedTuple):
+    """
+    What a conversation is to the model.
+
+    Attributes:
+        tokens: Tokens S, visual tokens included.
+        answers: Tokens of the assistant's answers and their ends of turn, which `return_assistant_tokens_mask` marks.
+        tiles: Tiles n of all images and frames.
+    """
+
+    tokens: int
+    answers: int
+    tiles: int
 
 
 class SAILVLProcessor(ProcessorMixin):
@@ -309,8 +332,7 @@ class SAILVLProcessor(ProcessorMixin):
 
     def replace_video_token(self, video_inputs: Mapping[str, Any], video_idx: int, **kwargs: Any) -> str:
         """Return the text that replaces a video placeholder, from `num_frames` of `video_inputs`."""
-        frame = self.replace_image_token({"num_tiles": [1]}, 0)
-        return "\n".join(f"Frame-{number + 1}: {frame}" for number in range(video_inputs["num_frames"][video_idx]))
+        return _number_frames(self.replace_image_token({"num_tiles": [1]}, 0), video_inputs["num_frames"][video_idx])
 
     def _expand(
         self, prompts: list[str], replacements: Mapping[str, Iterator[tuple[str, torch.Tensor]]]
@@ -452,6 +474,75 @@ class SAILVLProcessor(ProcessorMixin):
             batch["assistant_masks"] = [_assistant_mask(*row) for row in offsets]
         return batch if return_dict else batch["input_ids"]
 
+    def count_tokens(
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> TokenCounts | list[TokenCounts]:
+        """
+        Count the tokens and tiles that `apply_chat_template(..., tokenize=True)` returns, without decoding pixels.
+
+        Of an image only the header is read; a video file is decoded only if its header does not suffice.
+
+        Args:
+            conversation: One or several conversations, with their images and videos.
+            kwargs: Options of `__call__`: max_tiles, num_frames, ...
+
+        Returns:
+            The counts of the conversation, or a list for several.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError, ImportError: As in `apply_chat_template`; but a file whose header
+                is valid is not known to be whole.
+        """
+        options = self._sort_options(kwargs)
+        check_conversations(conversation, required=MEDIA_KEYS)
+        chats, is_batch = split_batch(conversation)
+        chats = [_normalize_messages(getattr(chat, "messages", chat)) for chat in chats]
+        prompts, spans = render_jinja_template(
+            conversations=chats,
+            chat_template=self._get_template(chat_template),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        tiles = [self._count_tiles(chat, options) for chat in chats]
+        counts = self._count_prompts(prompts, spans, tiles, options)
+        return counts if is_batch else counts[0]
+
+    def _count_tiles(self, chat: list[dict[str, Any]], options: SimpleNamespace) -> tuple[list[int], list[int]]:
+        """Return the tiles of every image, and the frames of every video."""
+        processor = self.image_processor
+        images = _flatten_images(_collect_media(chat, "image"))
+        videos = flatten_videos(group_frames(_collect_media(chat, "video")))
+        sizes = [processor.image_size(image, **options.images) for image in images]
+        tiles = [processor.get_number_of_image_patches(*size, options.images) for size in sizes]
+        return tiles, [count_frames(video, options.videos) for video in videos]
+
+    def _count_prompts(
+        self,
+        prompts: list[str],
+        spans: list[list[tuple[int, int]]],
+        tiles: list[tuple[list[int], list[int]]],
+        options: SimpleNamespace,
+    ) -> list[TokenCounts]:
+        images, videos = zip(*tiles, strict=True)
+        self._check_count(prompts, self.image_token, "images", list(images))
+        self._check_count(prompts, self.video_token, "videos", list(videos))
+        frames = [_number_frames(self.image_token, number) for numbers in videos for number in numbers]
+        replacements = {self.image_token: ((self.image_token, None) for numbers in images for _ in numbers)}
+        replacements[self.video_token] = ((text, None) for text in frames)
+        expanded, offsets, _ = self._expand(prompts, replacements)
+        skipped = {"return_tensors", "padding", "truncation", "max_length", "return_offsets_mapping"}
+        skipped |= {"return_mm_token_type_ids", "return_text_replacement_offsets"}
+        text_options = {k: v for k, v in options.text.items() if k not in skipped}
+        encoded = self.tokenizer(expanded, **{**text_options, "return_attention_mask": False})
+        counts = []
+        for index, (image_tiles, video_frames) in enumerate(tiles):
+            number, total = len(image_tiles) + sum(video_frames), sum(image_tiles) + sum(video_frames)
+            tokens = len(encoded["input_ids"][index]) + self.image_seq_length * total + number  # start, end: 2 for 1
+            answers = _shift_spans(spans[index], offsets[index])
+            answers = _count_overlapping(encoded.encodings[index], len(expanded[index]), answers)
+            counts.append(TokenCounts(tokens, answers, total))
+        return counts
+
     def _get_template(self, chat_template: str | None) -> str:
         """Return the template with this name, else `chat_template` itself, else the default template."""
         templates = self.chat_template
@@ -562,10 +653,37 @@ def _assistant_mask(tokens: Any, replacements: list[dict[str, Any]], spans: list
         replacements: `text_replacement_offsets` of the prompt.
         spans: (start, end) of the assistant's text in the prompt before expansion.
     """
+    answers = _shift_spans(spans, replacements)
+    return [int(any(start < last and end > first for first, last in answers)) for start, end in tokens]
+
+
+def _shift_spans(spans: list[tuple[int, int]], replacements: list[dict[str, Any]]) -> list[list[int]]:
+    """Return the positions that spans of a prompt have after its placeholders were replaced."""
     ends = [0, *(replacement["span"][1] for replacement in replacements)]
     shifts = [0, *(replacement["new_span"][1] - replacement["span"][1] for replacement in replacements)]
-    answers = [[offset + shifts[bisect_right(ends, offset) - 1] for offset in span] for span in spans]
-    return [int(any(start < last and end > first for first, last in answers)) for start, end in tokens]
+    return [[offset + shifts[bisect_right(ends, offset) - 1] for offset in span] for span in spans]
+
+
+def _count_overlapping(tokens: Any, length: int, spans: list[list[int]]) -> int:
+    """Return how many `tokens`, an Encoding of a prompt of `length` characters, overlap with spans, given in order."""
+
+    def first_token(start: int, end: int) -> int | None:
+        found = (tokens.char_to_token(position) for position in range(start, end))
+        return next((token for token in found if token is not None), None)
+
+    count = counted = 0
+    for start, end in spans:
+        first, after = first_token(start, end), first_token(end, length)
+        if first is not None:
+            after = len(tokens) if after is None else after + (tokens.token_to_chars(after)[0] < end)
+            count += max(0, after - max(first, counted))
+            counted = after
+    return count
+
+
+def _number_frames(frame: str, count: int) -> str:
+    """Return the text of a video: `frame` on a line per frame."""
+    return "\n".join(f"Frame-{number}: {frame}" for number in range(1, count + 1))
 
 
 def _by_prompt(media: Any, flatten: Callable[[Any], list[Any]]) -> list[list[Any]]:
@@ -586,4 +704,4 @@ def _flatten_images(images: Any) -> list[Any]:
 
 SAILVLProcessor.register_for_auto_class()
 
-__all__ = ["SAILVLProcessor", "SAILVLProcessorKwargs"]
+__all__ = ["SAILVLProcessor", "SAILVLProcessorKwargs", "TokenCounts"]

@@ -162,6 +162,20 @@ def read_clips(videos: Sequence[Any], options: SimpleNamespace) -> list[Clip]:
     ]
 
 
+def count_frames(video: Any, options: SimpleNamespace) -> int:
+    """
+    Return the number of frames that `read_clips` samples from a video without video_metadata.
+
+    A file is decoded only if its header does not suffice. Errors are those of `read_clips`.
+    """
+    if isinstance(video, (str, Path)) and options.do_sample_frames is not False:
+        name = f"video ({str(video)[:120]})"
+        indices = _sample_by_header(_open_file(video, name), name, options)
+        if indices is not None:
+            return len(indices)
+    return len(_read_clip(video, "video", options, {}).frames)
+
+
 def _flatten_metadata(metadata: Any) -> list[Any]:
     """Flatten nested lists of metadata, keeping None entries."""
     if isinstance(metadata, (list, tuple)):
@@ -188,8 +202,7 @@ def _read_clip(video: Any, name: str, options: SimpleNamespace, given: dict[str,
     """Read a video file, or sample frames in memory; `given` is the video_metadata of the call."""
     if isinstance(video, (str, Path)):
         name = f"{name} ({str(video)[:120]})"
-        source = _open_source(str(video), name)
-        return _read_file(_open_animation(source) or _open_video(source, name), name, options, given)
+        return _read_file(_open_file(video, name), name, options, given)
     if isinstance(video, (bytes, bytearray, Mapping)) or not hasattr(video, "__getitem__"):
         raise TypeError(f"{name}: expected a path, a URL, or a sequence of frames, got {type(video).__name__}")
     if not len(video):
@@ -285,9 +298,8 @@ def _read_file(file: _VideoFile, name: str, options: SimpleNamespace, given: dic
             return list(range(total))
         return _sample(_Timestamps.at_rate(range(total), fps, total) if fps else times, name, options)
 
-    has_header = file.num_frames and (file.fps or fps or options.fps is None)
-    expected = _Timestamps.at_rate(range(file.num_frames), file.fps, file.num_frames)
-    times, images = _decode(file, set(sample(expected)) if has_header else set(), name)
+    expected = _sample_by_header(file, name, options, fps) or ()
+    times, images = _decode(file, set(expected), name)
     indices = sample(times)
     if not images.keys() >= set(indices):
         _, images = _decode(file, set(indices), name)
@@ -297,6 +309,18 @@ def _read_file(file: _VideoFile, name: str, options: SimpleNamespace, given: dic
     found["duration"] = total / found["fps"] if found["fps"] else None
     metadata = VideoMetadata(**{**found, **given, "frames_indices": indices})
     return Clip([images[index] for index in indices], metadata)
+
+
+def _sample_by_header(
+    file: _VideoFile, name: str, options: SimpleNamespace, fps: float | None = None
+) -> list[int] | None:
+    """Return the indices of the sampled frames according to the file header; None if it does not suffice."""
+    total = file.num_frames
+    if not total or not (file.fps or fps or options.fps is None):
+        return None
+    if options.do_sample_frames is False:
+        return list(range(total))
+    return _sample(_Timestamps.at_rate(range(total), fps or file.fps, total), name, options)
 
 
 def _decode(file: _VideoFile, indices: set[int], name: str) -> tuple[_Timestamps, dict[int, Image.Image]]:
@@ -320,6 +344,11 @@ def _decode(file: _VideoFile, indices: set[int], name: str) -> tuple[_Timestamps
     if file.fps and abs(end * file.fps / count - 1) < 0.01:  # the times are rounded, the frame rate is exact
         end = count / file.fps
     return _Timestamps(starts, end, file.tick), images
+
+
+def _open_file(video: str | Path, name: str) -> _VideoFile:
+    source = _open_source(str(video), name)
+    return _open_animation(source) or _open_video(source, name)
 
 
 def _open_source(video: str, name: str) -> str | io.BytesIO:
@@ -408,6 +437,7 @@ __all__ = [
     "Frames",
     "SAILVLVideosKwargs",
     "check_video_options",
+    "count_frames",
     "flatten_videos",
     "group_frames",
     "read_clips",

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import NoReturn
 
 
-FAMILIES = ("convert", "inspect", "encode", "push")  # files of this folder, in the order of `sailvit --help`
+FAMILIES = ("convert", "inspect", "encode", "data", "push")  # files of this folder, in the order of `sailvit --help`
 DESCRIPTION = """\
 Convert, inspect, run and publish the vision encoder SAILViT and the multimodal model SAIL-VL.
 

@@ -347,6 +347,10 @@ class _WritableHub(BaseHTTPRequestHandler):
             raise _Answer(404, "no such folder", "EntryNotFound")
         return self._commit(repo, revision)[1].tree()
 
+    def paths_info(self, repo: str, revision: str) -> list:
+        asked = parse_qs(self._body.decode())["paths"]
+        return [entry for entry in self._commit(repo, revision)[1].tree() if entry["path"] in asked]
+
     def list_refs(self, repo: str) -> dict:
         repository = self._repository(repo)
 
@@ -461,9 +465,10 @@ ROUTES = {
     "GET /api/whoami-v2": "whoami",
     "POST /api/repos/create": "create",
     "POST /api/validate-yaml": "validate",
-    rf"GET /api/models/{_REPO}": "about",
-    rf"GET /api/models/{_REPO}/revision/{_REVISION}": "about",
-    rf"GET /api/models/{_REPO}/tree/{_REVISION}(/(?P<path>.+))?": "tree",
+    rf"GET /api/(models|datasets)/{_REPO}": "about",
+    rf"GET /api/(models|datasets)/{_REPO}/revision/{_REVISION}": "about",
+    rf"GET /api/(models|datasets)/{_REPO}/tree/{_REVISION}(/(?P<path>.+))?": "tree",
+    rf"POST /api/(models|datasets)/{_REPO}/paths-info/{_REVISION}": "paths_info",
     rf"GET /api/models/{_REPO}/refs": "list_refs",
     rf"GET /api/models/{_REPO}/discussions": "list_discussions",
     rf"POST /api/models/{_REPO}/preupload/{_REVISION}": "preupload",
@@ -473,7 +478,7 @@ ROUTES = {
     rf"POST /{_REPO}\.git/info/lfs/objects/batch": "batch",
     "PUT /lfs/(?P<oid>[0-9a-f]{64})": "upload",
     "POST /lfs/verify": "verify",
-    rf"(GET|HEAD) /{_REPO}/resolve/{_REVISION}/(?P<path>.+)": "resolve",
+    rf"(GET|HEAD) /(datasets/)?{_REPO}/resolve/{_REVISION}/(?P<path>.+)": "resolve",
 }
 
 

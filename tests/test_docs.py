@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PHOTOGRAPH, ROOT, make_checkpoint
-from toy_sailvl import write_release, write_tokenizer
-from transformers import AutoTokenizer
+from conftest import ROOT, make_checkpoint
+from doc_pages import TRAINING, code_blocks, outputs, write_large_tiles, write_model, write_training_data
 
 import sailvit_cli
-from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel, SAILVLForConditionalGeneration, SAILVLProcessor
+from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
+from sailvit.train.corpus_file import CorpusFile, Source, read_corpus_file
 
 
 README = ROOT / "README.md"
@@ -37,11 +37,6 @@ SCORES = {
 
 def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
-
-
-def code_blocks(page: Path, language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [text for kind, text in blocks if kind == language]
 
 
 def prose(page: Path) -> str:
@@ -74,26 +69,23 @@ def workplace(tmp_path, folder, monkeypatch) -> Path:
     """A current directory with everything that the pages name, at toy size."""
     make_checkpoint(tmp_path / "sailvit-demo" / "aimv2-large-random")
     (tmp_path / "sailvit-demo" / "sailvit").symlink_to(folder)
-    (tmp_path / "examples").symlink_to(PHOTOGRAPH.parent)
-    model = SAILVLForConditionalGeneration.from_pretrained(write_release(tmp_path / "release"), image_token_id=309)
-    size = model.config.vision_config.image_size
-    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer"))
-    image_processor = SAILViTImageProcessor(size={"height": size, "width": size})
-    model.save_pretrained(tmp_path / "sail-vl")
-    SAILVLProcessor(image_processor, tokenizer, model.config.image_seq_length).save_pretrained(tmp_path / "sail-vl")
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new-vl").symlink_to(write_model(tmp_path / "sail-vl", tmp_path))
+    write_training_data(tmp_path, monkeypatch)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     return tmp_path
 
 
 def run_blocks(page: Path) -> dict:
-    """Run the Python of a page from top to bottom, in one namespace."""
+    """Run the Python of a page from top to bottom, in one namespace; test_neighbours.py runs other trainers."""
     scope: dict = {}
     for block in code_blocks(page, "python"):
+        if "Trainer(" in block:
+            continue
         exec(compile(block.replace("448, 448", f"{TILE}, {TILE}"), page_name(page), "exec"), scope)
     return scope
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on the workers of a DataLoader
 @pytest.mark.parametrize(
     "page",
     [
@@ -110,6 +102,7 @@ def test_python_runs_as_written(page, workplace, capsys):
         "docs/image-processing.md": check_image_processing,
         "docs/sail-vl.md": check_sailvl,
         "docs/converting.md": check_converting,
+        "docs/training.md": check_training,
     }.pop(page_name(page))
     check(scope, printed)
 
@@ -146,6 +139,17 @@ def check_converting(scope: dict, printed: str) -> None:
     assert "encoder.layers.0.attention.q_proj.weight" in scope["native"]
 
 
+def check_training(scope: dict, printed: str) -> None:
+    corpus, batches, losses = scope["corpus"], scope["batches"], scope["losses"]
+    assert len(corpus) == batches.samples_per_step and len(losses) == len(batches) == 8
+    assert losses == sorted(losses, reverse=True) and scope["skipped"] == []
+    assert printed.count("answer tokens") == 8 and f", {corpus.answers.sum()} answer tokens" in printed
+    before = SAILVLForConditionalGeneration.from_pretrained("new-vl").state_dict()
+    after = SAILVLForConditionalGeneration.from_pretrained("stage-1").state_dict()
+    changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"mlp1"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands_are_parsed(page):
     for command in shell_commands(page):
@@ -154,6 +158,33 @@ def test_commands_are_parsed(page):
                 command_parser().parse_args(command[1:])
             except SystemExit:
                 pytest.fail(f"{page_name(page)}: {shlex.join(command)}")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_data_check_prints_what_the_page_shows(number, tmp_path, monkeypatch, capsys):
+    write_large_tiles(tmp_path / "new-vl", tmp_path)
+    write_training_data(tmp_path, monkeypatch)
+    capsys.readouterr()
+    command, expected = outputs(TRAINING)[number]
+    code = sailvit_cli.main(shlex.split(command)[1:])
+    assert capsys.readouterr().out == expected
+    assert code == (2 if "skipped" in expected else 0)
+
+
+def test_corpus_files_of_the_page_are_valid(tmp_path):
+    blocks = code_blocks(TRAINING, "yaml")
+    assert len(blocks) == 3
+    for block in blocks:
+        (tmp_path / "corpus.yaml").write_text(block)
+        assert read_corpus_file(tmp_path / "corpus.yaml").sources
+
+
+def test_every_key_of_a_corpus_file_is_in_a_table():
+    tables = re.findall(r"\| key \|.*?\n\n", TRAINING.read_text(), flags=re.DOTALL)
+    rows = [re.findall(r"^\| (`[^|]+`) \|", table, flags=re.MULTILINE) for table in tables]
+    keys = [re.findall(r"`(\w+)`", " ".join(cells)) for cells in rows]
+    assert sorted(keys[0]) == sorted(Source.model_fields)
+    assert sorted(["sources", *keys[1]]) == sorted(CorpusFile.model_fields)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

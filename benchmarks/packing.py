@@ -1,0 +1,319 @@
+"""
+Benchmark of packing inside the optimizer step.
+
+Balance of a step of 512 samples against first-fit packing per rank and one sample per micro-step; time of planning;
+10 million rows: memory of a node and seconds to the first plan, in fresh processes; useful tokens per second of a
+training step at toy size against padded batches; tiles as uint8 through a DataLoader against float32.
+
+    python benchmarks/packing.py                          # everything
+    python benchmarks/packing.py balance rows             # some of it
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from timing import medians, print_ratios
+from torch.utils.data import DataLoader, Dataset
+
+from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILVLConfig, SAILVLForConditionalGeneration
+from sailvit.encode.demo import PHOTOGRAPH
+from sailvit.train.collate import EncodedSample, Pack, collate, normalize_tiles
+from sailvit.train.packing import PackedBatches, plan_step, tile_cost
+
+
+Plan = list[list[list[int]]]  # [rank][pack] -> samples
+
+SAMPLES, MAX_TOKENS = 512, 8192
+QWEN = {
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def long_tailed_mix(rng: np.random.Generator, count: int, tile_tokens: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and tiles of samples: 10% text only, else 1 to 9 tiles; log-normal answers."""
+    scale = tile_tokens / 256
+    tiles = np.where(rng.random(count) < 0.1, 0, rng.integers(1, 10, count))
+    text = (40 + rng.lognormal(math.log(120), 1, count).clip(1, 4000)) * scale
+    return (tile_tokens * tiles + text).astype(np.int32) + 2, tiles.astype(np.int32)
+
+
+# Balance
+
+
+def first_fit(tokens: np.ndarray, ranks: int) -> Plan:
+    """Pack the samples of every rank by themselves, each into the first pack with room."""
+    plan = []
+    for rank in range(ranks):
+        packs, room = [], []
+        for sample in range(rank, len(tokens), ranks):
+            index = next((i for i, free in enumerate(room) if free >= tokens[sample]), len(packs))
+            if index == len(packs):
+                packs.append([])
+                room.append(MAX_TOKENS)
+            packs[index].append(sample)
+            room[index] -= tokens[sample]
+        plan.append(packs)
+    most = max(map(len, plan))
+    return [packs + [[]] * (most - len(packs)) for packs in plan]
+
+
+def one_by_one(count: int, ranks: int) -> Plan:
+    return [[[sample] for sample in range(rank, count, ranks)] for rank in range(ranks)]
+
+
+def relative_time(plan: Plan, costs: np.ndarray) -> float:
+    """Return the time of a step whose micro-steps last as long as their slowest rank / time if no rank waited."""
+    loads = np.array([[costs[pack].sum() for pack in packs] for packs in plan])
+    return loads.max(0).sum() / (costs.sum() / len(plan))
+
+
+def balance(steps: int = 60) -> None:
+    cost = tile_cost(SAILVLConfig(SAILViTConfig.from_size("large"), QWEN))
+    print(f"\ncost of a tile, Large with a language model of 1.5B: {cost:.0f} tokens")
+    for ranks in (8, 64):
+        times, seconds, sizes = {"packed": [], "first-fit per rank": [], "one sample a micro-step": []}, [], []
+        for step in range(steps):
+            tokens, tiles = long_tailed_mix(np.random.default_rng(step), SAMPLES)
+            started = time.perf_counter()
+            plan = plan_step(tokens, tiles, ranks, MAX_TOKENS, None, cost)
+            seconds.append(time.perf_counter() - started)
+            sizes.append(len(plan[0]))
+            plans = (plan, first_fit(tokens, ranks), one_by_one(SAMPLES, ranks))
+            for name, candidate in zip(times, plans, strict=True):
+                times[name].append(relative_time(candidate, tokens + cost * tiles))
+        print(f"{ranks} ranks, {SAMPLES} samples, {MAX_TOKENS} tokens a pack: time of a step / ideal, {steps} steps")
+        for name, values in times.items():
+            print(f"{statistics.mean(values):6.3f}  (worst {max(values):.3f})  {name}")
+        milliseconds = f"{statistics.median(seconds) * 1e3:.1f} ms (worst {max(seconds) * 1e3:.1f})"
+        print(f"planning: {milliseconds} a step; {min(sizes)} to {max(sizes)} packs per rank")
+
+
+# Rows
+
+
+class LengthsOnly:
+    """A corpus of memory-mapped lengths in a folder, to plan with."""
+
+    def __init__(self, folder: Path):
+        self.tokens, self.tiles = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "tiles"))
+        self.processor = SimpleNamespace(image_seq_length=256)
+        self.cache_dir, self.fingerprint = folder / "cache", "rows"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def fit(self, max_tokens: int, max_tiles: int | None, too_long: str) -> "LengthsOnly":
+        return self
+
+
+def plan_once(folder: Path, rank: int, step: int) -> None:
+    """Run in a process of its own: plan one step and print the seconds that took, without imports."""
+    started = time.perf_counter()
+    batches = PackedBatches(LengthsOnly(folder), SAMPLES, ranks=2, rank=rank, epochs=2)
+    batches.plan(min(step, len(batches) - 1))
+    print(json.dumps(time.perf_counter() - started), flush=True)
+    sys.stdin.readline()  # stay in memory until the other process is done
+
+
+def proportional_megabytes(process: int) -> float:
+    """Return the memory of a process, with its share of what it shares; 0 if the process has ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0) * 1024 / 1e6
+
+
+def run_node(folder: Path, step: int) -> tuple[float, float, float]:
+    """Plan a step in two fresh processes; return peak MB together, seconds from start and seconds without imports."""
+    command = [sys.executable, __file__, "--plan-once", folder, "--step", step, "--rank"]
+    started, peak = time.perf_counter(), 0.0
+    processes = [
+        subprocess.Popen([str(part) for part in [*command, rank]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in processes:
+        os.set_blocking(process.stdout.fileno(), False)
+    outputs = [b""] * 2
+    while not all(outputs):
+        peak = max(peak, sum(proportional_megabytes(process.pid) for process in processes))
+        outputs = [output or process.stdout.read() or b"" for output, process in zip(outputs, processes, strict=True)]
+        if any(process.poll() for process in processes):
+            raise RuntimeError(f"{command} failed")
+        time.sleep(0.01)
+    elapsed = time.perf_counter() - started
+    for process in processes:
+        process.communicate(b"\n")
+    return peak, elapsed, max(map(float, outputs))
+
+
+def rows() -> None:
+    print("\ntwo processes of a node, fresh, with an empty cache; PSS of both together")
+    for count, steps in ((10_000, [0]), (10_000_000, [0, 35_000])):
+        for step in steps:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                for name, lengths in zip(
+                    ("tokens", "tiles"), long_tailed_mix(np.random.default_rng(0), count), strict=True
+                ):
+                    np.save(folder / f"{name}.npy", lengths)
+                peak, elapsed, planning = run_node(folder, step)
+                _, resumed, replanning = run_node(folder, step)
+            print(f"{count:,} rows, step {step:,}: {peak:.0f} MB")
+            for name, seconds in {"empty cache": (elapsed, planning), "later": (resumed, replanning)}.items():
+                print(f"    first plan after {seconds[0]:4.1f} s, without imports {seconds[1]:5.2f} s  {name}")
+
+
+# Useful tokens per second
+
+
+TILE_TOKENS = 16
+IMAGE_TOKEN = 1000
+
+
+def toy_model() -> SAILVLForConditionalGeneration:
+    """Return a model whose language model dominates, as in a SAIL-VL."""
+    vision = SAILViTConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1, image_size=112
+    )
+    text = {**QWEN, "vocab_size": 1024, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
+            "num_attention_heads": 6}  # fmt: skip
+    return SAILVLForConditionalGeneration(SAILVLConfig(vision, text, image_token_id=IMAGE_TOKEN)).train()
+
+
+def toy_samples(count: int) -> list[EncodedSample]:
+    tokens, tiles = long_tailed_mix(np.random.default_rng(0), count, TILE_TOKENS)
+    generator, samples = torch.Generator().manual_seed(0), []
+    for length, num_tiles in zip(tokens.tolist(), tiles.tolist(), strict=True):
+        visual = num_tiles * TILE_TOKENS
+        ids = torch.randint(0, 1000, (length,), generator=generator)
+        ids[:visual] = IMAGE_TOKEN
+        pixels = torch.randn(num_tiles, 3, 112, 112, generator=generator) if num_tiles else None
+        samples.append(EncodedSample(ids, ids.masked_fill(torch.arange(length) < visual + 2, -100), pixels))
+    return samples
+
+
+def padded(samples: list[EncodedSample], rows: int) -> list[dict[str, Any]]:
+    """Return batches of `rows` samples in their order, padded to the longest, with an attention mask."""
+    batches = []
+    for start in range(0, len(samples), rows):
+        batch = samples[start : start + rows]
+        pad = torch.nn.utils.rnn.pad_sequence
+        inputs = {
+            "input_ids": pad([s.input_ids for s in batch], batch_first=True),
+            "labels": pad([s.labels for s in batch], batch_first=True, padding_value=-100),
+            "attention_mask": pad([torch.ones_like(s.input_ids) for s in batch], batch_first=True),
+            "use_cache": False,
+        }
+        if tiles := [s.tiles for s in batch if s.tiles is not None]:
+            inputs["pixel_values"] = torch.cat(tiles)
+        batches.append(inputs)
+    return batches
+
+
+def packed(samples: list[EncodedSample], cost: float) -> list[dict[str, Any]]:
+    tokens, tiles = ([len(t) if t is not None else 0 for t in column] for column in
+                     ([s.input_ids for s in samples], [s.tiles for s in samples]))  # fmt: skip
+    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * TILE_TOKENS // 256, None, cost)
+    return [collate([samples[index] for index in pack]).inputs for pack in packs]
+
+
+def throughput(rounds: int = 9) -> None:
+    model, samples = toy_model(), toy_samples(32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    num_labels = torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
+
+    def train(batches: list[dict[str, Any]]) -> float:
+        optimizer.zero_grad()
+        for inputs in batches:
+            model(**inputs, num_items_in_batch=num_labels).loss.backward()
+        optimizer.step()
+
+    candidates = {"packed": packed(samples, tile_cost(model.config))}
+    candidates |= {f"padded, {size} rows": padded(samples, size) for size in (4, 8, 16)}
+    seconds = medians({name: lambda batches=batches: train(batches) for name, batches in candidates.items()}, rounds)
+    useful = sum(len(sample.input_ids) for sample in samples)
+    print(f"\na training step of {len(samples)} samples, {useful} useful tokens, {torch.get_num_threads()} threads")
+    for name, value in seconds.items():
+        positions = sum(batch["input_ids"].numel() for batch in candidates[name])
+        print(f"{useful / value:8.0f} useful tokens/s  {useful / positions:4.0%} of positions useful  {name}")
+    names = [name for name in candidates if name != "packed"]
+    print_ratios(
+        "useful tokens per second, packed / padded", {name: seconds[name] / seconds["packed"] for name in names}
+    )
+
+
+# Tiles through a DataLoader
+
+
+class Photos(Dataset):
+    """Packs of three photos each, as one step."""
+
+    def __init__(self, uint8_tiles: bool, packs: int):
+        self.processor, self.packs, self.uint8_tiles = SAILViTImageProcessor(), packs, uint8_tiles
+        self.options = {"do_rescale": False, "do_normalize": False} if uint8_tiles else {}
+
+    def __len__(self) -> int:
+        return self.packs
+
+    def __getitem__(self, index: int) -> Pack:
+        tiles = self.processor([str(PHOTOGRAPH)] * 3, **self.options)["pixel_values"]
+        tiles = tiles.to(torch.uint8) if self.uint8_tiles else tiles
+        ids = torch.zeros(len(tiles) * 256, dtype=torch.long)
+        return collate([EncodedSample(ids, ids, tiles)])
+
+
+def tiles(rounds: int = 7, packs: int = 8) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = {"float32": Photos(False, packs), "uint8": Photos(True, packs)}
+    sizes = {name: dataset[0].inputs["pixel_values"].nbytes for name, dataset in datasets.items()}
+    processor = SAILViTImageProcessor()
+
+    def consume(dataset: Photos) -> None:
+        for pack in DataLoader(dataset, batch_size=None, num_workers=1, pin_memory=device == "cuda"):
+            pixels = pack.to(device, non_blocking=True).inputs["pixel_values"]
+            if dataset.uint8_tiles:
+                normalize_tiles(pixels, processor)
+
+    seconds = medians({name: lambda dataset=dataset: consume(dataset) for name, dataset in datasets.items()}, rounds)
+    print(f"\ntiles from one worker to {device}, normalised")
+    for name, value in seconds.items():
+        print(f"{value / packs * 1e3:7.0f} ms and {sizes[name] / 1e6:5.1f} MB a pack  {name}")
+    print_ratios("speed, float32 = 1", {"uint8": seconds["float32"] / seconds["uint8"]})
+
+
+PARTS = {"balance": balance, "rows": rows, "throughput": throughput, "tiles": tiles}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)} (all)")
+    parser.add_argument("--plan-once", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--step", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"unknown parts {', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
+    if options.plan_once:
+        plan_once(options.plan_once, options.rank, options.step)
+        return
+    torch.manual_seed(0)
+    for name in options.parts or PARTS:
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()

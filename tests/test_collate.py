@@ -1,0 +1,288 @@
+"""Packs: labels, isolation of their samples, loss and gradients against one sample a row, samples that are left out."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data._utils.pin_memory import pin_memory
+from toy_corpus import MemoryCorpus, component_gradients, make_corpus, make_model, make_processor, make_samples
+from transformers import DataCollatorWithFlattening
+
+from sailvit import SAILVLForConditionalGeneration, SAILVLProcessor
+from sailvit.train.collate import EncodedSample, Pack, collate, encode_sample, normalize_tiles, read_pack
+from sailvit.train.formats import BadSample, Sample
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> SAILVLProcessor:
+    return make_processor(tmp_path_factory.mktemp("tokenizers") / "toy")
+
+
+@pytest.fixture(scope="module")
+def encoded(processor) -> list[EncodedSample]:
+    return [encode_sample(sample, processor) for sample in make_samples(8)]
+
+
+@pytest.fixture
+def model(processor) -> SAILVLForConditionalGeneration:
+    return make_model(processor)
+
+
+def sum_loss(model, pack: Pack, **options) -> torch.Tensor:
+    """Return the sum of the cross entropy over the labels of a pack, computed without the model's own loss."""
+    inputs = {**pack.inputs, **options}
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits
+    return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+
+
+# Labels
+
+
+def test_only_answers_and_their_end_of_turn_have_labels(processor):
+    turns = [("What is the total?", "The total is 42."), ("Describe the image.", "42")]
+    messages = [{"role": "system", "content": [{"type": "text", "text": "Answer with one word."}]}]
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    image = Image.new("RGB", (60, 60))
+    messages[1]["content"].insert(0, {"type": "image", "image": image})
+    sample = encode_sample(Sample(messages), processor)
+    expected = [token for _, answer in turns for token in processor.tokenizer(f"{answer}<|im_end|>").input_ids]
+    assert sample.labels[sample.labels != -100].tolist() == expected
+    assert torch.equal(sample.labels[sample.labels != -100], sample.input_ids[sample.labels != -100])
+    assert sample.tiles.shape == (1, 3, 56, 56)
+    assert (sample.input_ids == processor.image_token_id).sum() == processor.image_seq_length
+
+
+def test_the_first_token_of_a_sample_has_no_label():
+    sample = EncodedSample(torch.tensor([3, 4]), torch.tensor([3, 4]))
+    assert collate([sample, sample]).inputs["labels"].tolist() == [[-100, 4, -100, 4]]
+
+
+def test_a_sample_without_an_answer_is_a_bad_sample(processor):
+    question = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+    with pytest.raises(BadSample, match="expected an answer"):
+        encode_sample(Sample([question]), processor)
+
+
+# One row
+
+
+def test_a_pack_is_what_transformers_makes_of_the_samples(encoded):
+    features = [{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in encoded]
+    expected = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features, return_tensors="pt")
+    inputs = collate(encoded, flash_attention=True).inputs
+    assert expected.keys() == inputs.keys() - {"use_cache", "pixel_values"}
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(inputs[name], value) and inputs[name].dtype == value.dtype, name
+        else:
+            assert inputs[name] == value, name
+    assert torch.equal(inputs["pixel_values"], torch.cat([s.tiles for s in encoded if s.tiles is not None]))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pack_has_the_loss_and_gradients_of_one_sample_per_row(model, encoded, attention):
+    model.language_model.set_attn_implementation(attention)
+    num_labels = sum(int((sample.labels != -100).sum()) for sample in encoded)
+    model.zero_grad()
+    separate = 0.0
+    for sample in encoded:
+        loss = sum_loss(model, collate([sample])) / num_labels
+        loss.backward()
+        separate += loss.item()
+    expected = component_gradients(model)
+    model.zero_grad()
+    pack = collate(encoded)
+    loss = model(**pack.inputs).loss
+    loss.backward()
+    assert pack.num_labels == num_labels
+    assert abs(loss.item() - separate) <= 1e-6 * separate
+    for name, gradient in component_gradients(model).items():
+        cosine = F.cosine_similarity(gradient.double(), expected[name].double(), dim=0)
+        assert cosine >= 0.99999 and gradient.norm() > 0, name
+        torch.testing.assert_close(gradient.norm(), expected[name].norm(), rtol=1e-5, atol=0)
+
+
+def logits_of_samples(model, samples: list[EncodedSample], **options) -> list[torch.Tensor]:
+    inputs = {**collate(samples).inputs, **options}
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    return list(logits.split([len(sample.input_ids) for sample in samples]))
+
+
+def changed(sample: EncodedSample, what: str) -> EncodedSample:
+    if what == "pixels":
+        return EncodedSample(sample.input_ids, sample.labels, -sample.tiles)
+    ids = sample.input_ids.clone()
+    ids[2:5] = torch.tensor([10, 11, 12])
+    return EncodedSample(ids, sample.labels, sample.tiles)
+
+
+def leakage(model, encoded: list[EncodedSample], what: str, **options) -> tuple[float, float]:
+    """Return how much the logits of the changed sample move, and the most those of another sample do."""
+    before = logits_of_samples(model, encoded, **options)
+    after = logits_of_samples(model, [changed(encoded[0], what), *encoded[1:]], **options)
+    own, *others = [(first - second).abs().max().item() for first, second in zip(before, after, strict=True)]
+    return own, max(others)
+
+
+@pytest.mark.parametrize("what", ["pixels", "tokens"])
+def test_changing_one_sample_changes_no_other_sample_of_the_pack(model, encoded, what):
+    samples = [sample for sample in encoded if sample.tiles is not None]
+    own, others = leakage(model.eval(), samples, what)
+    assert own > 1e-2
+    assert others <= 1e-6
+
+
+def test_with_a_cache_the_samples_of_a_pack_would_see_each_other(model, encoded):
+    """The measurement of the test before this one finds leaks: transformers isolates no samples if a cache is used."""
+    samples = [sample for sample in encoded if sample.tiles is not None]
+    assert leakage(model.eval(), samples, "tokens", use_cache=True)[1] > 1e-2
+
+
+def test_other_attention_ignores_the_arguments_of_flash_attention(model, encoded):
+    plain, more = (model(**collate(encoded, flash_attention=flag).inputs) for flag in (False, True))
+    assert torch.equal(plain.logits, more.logits)
+
+
+# A pack without images, an empty pack
+
+
+def test_a_zero_tile_gives_zero_gradients_and_the_same_loss(model, encoded):
+    pack = collate([encoded[0], encoded[0]])
+    assert "pixel_values" not in pack.inputs
+    plain = model(**pack.inputs)
+    plain.loss.backward()
+    assert all(parameter.grad is None for parameter in model.vision_model.parameters())
+    expected = {name: p.grad.clone() for name, p in model.language_model.named_parameters()}
+    model.zero_grad()
+    model.always_run_vision = True
+    output = model(**pack.inputs)
+    output.loss.backward()
+    assert torch.equal(output.loss, plain.loss) and torch.equal(output.logits, plain.logits)
+    for part in (model.vision_model, model.mlp1):
+        assert all((parameter.grad == 0).all() for parameter in part.parameters())
+    for name, parameter in model.language_model.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+
+
+def test_a_pack_with_images_runs_no_zero_tile(model, encoded):
+    calls = []
+    model.vision_model.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    model.always_run_vision = True
+    model(**collate(encoded).inputs)
+    assert len(calls) == 1
+    assert len(calls[0].last_hidden_state) == sum(len(s.tiles) for s in encoded if s.tiles is not None)
+
+
+def test_generation_runs_the_zero_tile_in_its_first_step_only(model, processor):
+    calls = []
+    model.eval().vision_model.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    ids = processor.tokenizer("What is the total?", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert not calls
+    model.always_run_vision = True
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+def test_the_zero_tile_compiles_without_a_graph_break(model, encoded):
+    model.eval().always_run_vision = True
+    inputs = collate([encoded[0]]).inputs
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_an_empty_pack_is_a_token_without_loss_and_gradient(model):
+    model.always_run_vision = True
+    pack = collate([], pad_token_id=7)
+    assert pack.inputs["input_ids"].tolist() == [[7]] and pack.num_labels == 0 and pack.lengths == []
+    loss = model(**pack.inputs, num_items_in_batch=torch.tensor(5)).loss
+    loss.backward()
+    assert loss == 0
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+# Samples that are left out
+
+
+def test_samples_that_cannot_be_read_are_left_out_and_listed(processor, tmp_path):
+    samples = make_samples(5)
+    corpus = make_corpus(samples, processor, tmp_path)
+    broken = {"type": "image", "image": str(tmp_path / "missing.png")}
+    samples[1] = BadSample("source a, line 2: no answer")
+    samples[2] = Sample([{"role": "user", "content": [broken]}, samples[2].messages[1]])
+    samples[3] = samples[4]
+    pack = read_pack(corpus, [0, 1, 2, 3, 4])
+    assert pack.samples == [0, 4]
+    assert pack.lengths == corpus.tokens[[0, 4]].tolist()
+    assert [index for index, _ in pack.skipped] == [1, 2, 3]
+    reasons = [reason for _, reason in pack.skipped]
+    assert reasons[0] == "source a, line 2: no answer"
+    assert "no such file" in reasons[1]
+    assert f"expected {corpus.tokens[3]} tokens" in reasons[2] and f"got {corpus.tokens[4]}" in reasons[2]
+    expected = collate([encode_sample(samples[index], processor) for index in (0, 4)])
+    assert torch.equal(pack.inputs["input_ids"], expected.inputs["input_ids"])
+
+
+def test_a_pack_whose_samples_all_fail_is_empty(processor, tmp_path):
+    corpus = MemoryCorpus([BadSample("broken")], processor, tmp_path, [9], [0])
+    pack = read_pack(corpus, [0])
+    assert pack.inputs["input_ids"].tolist() == [[processor.tokenizer.pad_token_id]]
+    assert pack.samples == [] and pack.skipped == [(0, "broken")]
+
+
+# Tiles as uint8, devices
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_uint8_tiles_are_normalised_to_the_bit(processor, backend):
+    processor = copy.deepcopy(processor)
+    processor.image_processor.resize_backend = backend
+    for sample in make_samples(8, seed=1)[1:]:
+        expected = encode_sample(sample, processor).tiles
+        tiles = encode_sample(sample, processor, uint8_tiles=True).tiles
+        if expected is None:
+            assert tiles is None
+            continue
+        assert tiles.dtype == torch.uint8
+        assert torch.equal(normalize_tiles(tiles, processor.image_processor), expected)
+
+
+def test_a_float_image_as_uint8_is_a_bad_sample(processor):
+    image = Image.fromarray(np.full((60, 60), 100.5, np.float32))
+    messages = make_samples(1)[0].messages
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    assert encode_sample(Sample(messages), processor).tiles.dtype == torch.float32
+    with pytest.raises(BadSample):
+        encode_sample(Sample(messages), processor, uint8_tiles=True)
+
+
+def test_a_pack_moves_to_a_device_and_pickles(encoded):
+    pack = collate(encoded, range(8), [(9, "broken")])
+    moved = pack.to("meta")
+    assert moved.inputs["pixel_values"].device.type == "meta" and moved.inputs["use_cache"] is False
+    assert (moved.samples, moved.skipped, moved.num_labels) == (pack.samples, pack.skipped, pack.num_labels)
+    (sent,) = send_to_device([pack], "meta")  # as accelerate moves a batch
+    assert isinstance(sent, Pack) and sent.inputs["labels"].device.type == "meta"
+    again = pickle.loads(pickle.dumps(pack))
+    assert torch.equal(again.inputs["labels"], pack.inputs["labels"])
+
+
+def test_a_data_loader_pins_the_tensors_of_packs(encoded, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *args: pinned.append(tensor) or tensor)
+    pack = collate(encoded)
+    (result,) = pin_memory([pack])
+    assert isinstance(result, Pack)
+    assert len(pinned) == sum(isinstance(value, torch.Tensor) for value in pack.inputs.values())

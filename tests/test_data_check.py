@@ -1,0 +1,180 @@
+"""`sailvit data check`: its report, exit codes, and samples as the model sees them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_hub import put, serve_writable
+from PIL import Image
+from test_corpus import chat, write_corpus, write_lines, write_numbers
+from toy_sailvl import TILE, write_release
+
+from sailvit.convert import convert_checkpoint
+from sailvit_cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data-check")
+    convert_checkpoint(write_release(folder / "release", smallest=True), folder / "vl", verify=False)
+    return folder / "vl"
+
+
+@pytest.fixture
+def check(tmp_path, model, capsys, monkeypatch):
+    """Run the command in tmp_path; return its exit code and what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(*arguments: str, corpus: str = "corpus.yaml") -> tuple[int, str, str]:
+        options = ["--model", str(model), "--cache-dir", "cache", *arguments]
+        code = main(["data", "check", corpus, *options])
+        return code, *capsys.readouterr()
+
+    return check
+
+
+def write_mix(folder: Path, *bad: str) -> Path:
+    (folder / "images").mkdir()
+    Image.new("RGB", (112, 56)).save(folder / "images" / "wide.png")
+    captions = [chat("<image>\nWhat?", "The total is 42.", image="wide.png")] * 4
+    write_lines(folder / "captions.jsonl", [*captions, *bad])
+    sources = [{"path": "captions.jsonl", "image_root": "images", "kind": "caption"}]
+    return write_corpus(folder, *sources, write_numbers(folder, "text", 6) | {"kind": "text"})
+
+
+def test_the_json_report_counts_what_the_model_will_see(check, tmp_path):
+    write_mix(tmp_path, "{broken")
+    code, output, _ = check("--json", "--skipped", "skipped.jsonl")
+    report = json.loads(output)
+    assert code == 2
+    assert report["samples"] == 10 and report["kinds"] == {"caption": 4, "text": 6} and report["tiles"] == 4 * 3
+    assert [(entry["source"], entry["line"]) for entry in report["skipped"]] == [("captions", 5)]
+    assert report["skipped"] == [json.loads(line) for line in Path("skipped.jsonl").read_text().splitlines()]
+    assert report["tokens"].keys() == {"total", "answers", "longest"} and "steps" not in report
+    assert report["tokens"]["total"] > report["tokens"]["answers"] > report["samples"]
+
+
+def test_packing_is_reported_for_a_batch_size(check, tmp_path):
+    write_mix(tmp_path)
+    options = ("--samples-per-step", "4", "--max-tokens-per-pack", "450", "--ranks", "2")
+    code, output, _ = check("--json", *options)
+    report = json.loads(output)
+    assert code == 0 and report["steps"] == 3 and report["skipped"] == []
+    assert report["packs_per_rank"].keys() == {"min", "mean", "max"}
+    assert 0 < report["fill"] <= 1 <= report["balance"]
+    code, output, _ = check(*options)
+    assert code == 0 and "steps     3" in output and "balance   a step takes 1." in output
+
+
+def test_long_samples_are_reported(check, tmp_path):
+    write_mix(tmp_path)
+    longest = json.loads(check("--json")[1])["tokens"]["longest"]
+    limits = ("--samples-per-step", "4", "--max-tokens-per-pack", str(longest - 1))
+    code, output, _ = check("--json", *limits)
+    assert code == 0 and json.loads(output)["too_long"] == {"dropped": 4, "truncated": 0}
+    code, _, error = check(*limits, "--too-long", "fail")
+    assert code == 2 and f"4 of 10 samples do not fit into a pack of {longest - 1} tokens" in error
+
+
+def test_bad_samples_are_listed_and_exit_with_2(check, tmp_path):
+    write_mix(tmp_path, *["{broken"] * 12)
+    code, output, _ = check()
+    assert code == 2
+    assert output.count("not JSON") == 10 and "and 2 more: --skipped FILE writes all of them" in output
+
+
+def test_shown_samples_mark_trained_tokens_and_draw_tiles(check, tmp_path):
+    write_mix(tmp_path)
+    code, output, _ = check("--show", "10", "--figures", "drawn")
+    shown = output.split("\n--- ")[1:]
+    assert code == 0 and len(shown) == 10
+    with_image = [text for text in shown if text.startswith("captions")]
+    assert len(with_image) == 4
+    visual = f"<img><IMG_CONTEXT> x {3 * TILE.count('<IMG_CONTEXT>')} </img>\nWhat?<|im_end|>"
+    assert all(f"{visual}<|im_start|>assistant\n⟦The total is 42.<|im_end|>⟧" in text for text in with_image)
+    drawn = [*Path("drawn").iterdir()]
+    assert len(drawn) == 4
+    for file in drawn:
+        with Image.open(file) as sheet:
+            assert sheet.size == (3 * (56 + 4) + 4, 56 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples-per-step", "0"], "expected a positive integer, got '0'"),
+        (["--ranks", "x"], "expected a positive integer, got 'x'"),
+        (["--too-long", "cut"], "invalid choice: 'cut'"),
+    ],
+)
+def test_wrong_options_are_usage_errors(arguments, message, check, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check(*arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_model_without_language_model_is_refused(check, tmp_path, model):
+    write_mix(tmp_path)
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text('{"model_type": "sailvit"}')
+    code, _, error = check("--model", "tower")
+    assert code == 2 and "expected a SAIL-VL, got model_type 'sailvit'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"), [("config.json", "vocab_size", 300), ("processor_config.json", "image_seq_length", 5)]
+)
+def test_a_processor_of_another_model_is_refused(file, field, value, check, tmp_path, model):
+    write_mix(tmp_path)
+    (tmp_path / "other").mkdir()
+    for source in model.iterdir():
+        (tmp_path / "other" / source.name).write_bytes(source.read_bytes())
+    config = json.loads((model / file).read_text())
+    (config["text_config"] if field == "vocab_size" else config)[field] = value
+    (tmp_path / "other" / file).write_text(json.dumps(config))
+    code, _, error = check("--model", "other")
+    assert code == 2 and error.count("\n") == 1
+    assert f"{field} is {value} in the processor" in error or f"the model embeds {value}" in error
+
+
+def test_a_missing_corpus_is_one_line(check):
+    code, _, error = check(corpus="nothing.yaml")
+    assert code == 2 and "nothing.yaml" in error and error.count("\n") == 1
+
+
+def run_with_hub(folder: Path, model: Path, address: str) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own: the client reads the address of the Hub when it is imported."""
+    environment = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    write_corpus(folder, {"name": "chats", "path": "owner/chats", "split": "train"})
+    command = [sys.executable, "-m", "sailvit_cli", "data", "check", "corpus.yaml", "--model", str(model), "--json"]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub_is_read_by_name_and_split(tmp_path, model):
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 5), ("test", 1)):
+        turns = [{"role": "user", "content": split}, {"role": "assistant", "content": "a"}]
+        write_lines(tmp_path / "data" / f"{split}.jsonl", [{"messages": turns}] * count)
+    with serve_writable() as hub:
+        put(hub, "owner/chats", tmp_path / "data")
+        run = run_with_hub(tmp_path, model, hub.address)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["samples"] == 5
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub_without_network_is_one_line(tmp_path, model):
+    run = run_with_hub(tmp_path, model, "http://127.0.0.1:9")
+    assert run.returncode == 2 and run.stdout == ""
+    assert (
+        run.stderr.startswith("sailvit data: source chats: owner/chats, split train: ") and run.stderr.count("\n") == 1
+    )

@@ -1,0 +1,57 @@
+"""From files to the tensors of a training step: a corpus in packed batches."""
+
+import pytest
+import torch
+from PIL import Image
+from test_corpus import chat, processor, tokenizer, write_corpus, write_lines  # noqa: F401, fixtures
+from torch.utils.data import DataLoader
+
+from sailvit.train import Corpus, PackedBatches
+
+
+@pytest.fixture
+def corpus(tmp_path, processor) -> Corpus:  # noqa: F811
+    for number, size in enumerate([(112, 56), (56, 224), (300, 300)]):
+        Image.new("RGB", size, (number * 80, 90, 200)).save(tmp_path / f"{number}.jpg")
+    captions = [chat("<image>\nWhat?", "a" * (number % 9 + 1), image=f"{number % 3}.jpg") for number in range(12)]
+    write_lines(tmp_path / "captions.jsonl", captions)
+    turns = [{"from": role, "value": f"{role} {number}"} for number in range(20) for role in ("human", "gpt")]
+    write_lines(tmp_path / "text.jsonl", [{"conversations": turns}] * 3)
+    sources = [{"path": "captions.jsonl", "max_tiles": 2}, {"path": "text.jsonl"}]
+    return Corpus.from_yaml(write_corpus(tmp_path, *sources), processor, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lengths_options_and_truncation_agree_with_the_tensors(corpus, workers):
+    batches = PackedBatches(corpus, 6, max_tokens_per_pack=400, too_long="truncate")
+    assert batches.corpus.too_long == {"dropped": 0, "truncated": 3}
+    loader = DataLoader(batches, batch_size=None, num_workers=workers)
+    packs = [pack for step in loader for pack in step]
+    assert [pack.skipped for pack in packs if pack.skipped] == []
+    samples = [index for pack in packs for index in pack.samples]
+    assert sorted(samples) == list(range(15))
+    for pack in packs:
+        assert pack.inputs["input_ids"].shape[1] == sum(pack.lengths) <= 400
+        tiles = pack.inputs["pixel_values"].shape[0] if "pixel_values" in pack.inputs else 0
+        assert tiles == batches.corpus.tiles[pack.samples].sum()
+        assert pack.num_labels == batches.corpus.answers[pack.samples].sum()
+    assert set(corpus.tiles[:12].tolist()) == {1, 3}  # two tiles and a thumbnail at most, by the option of the source
+
+
+def test_an_image_that_breaks_later_is_skipped_and_named(corpus, tmp_path):
+    whole = (tmp_path / "2.jpg").read_bytes()
+    (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "1.jpg").unlink()
+    packs = [pack for step in DataLoader(PackedBatches(corpus, 6), batch_size=None) for pack in step]
+    skipped = [corpus.skip(index, reason) for pack in packs for index, reason in pack.skipped]
+    assert sorted(entry.location["line"] for entry in skipped) == [2, 3, 5, 6, 8, 9, 11, 12]
+    assert all("1.jpg" in entry.reason or "2.jpg" in entry.reason for entry in skipped)
+    assert sum(len(pack.samples) for pack in packs) == 7
+
+
+def test_a_changed_image_is_noticed_when_it_is_read(corpus, tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.jpg")
+    packs = [pack for step in DataLoader(PackedBatches(corpus, 15), batch_size=None) for pack in step]
+    reasons = [reason for pack in packs for _, reason in pack.skipped]
+    assert len(reasons) == 4 and all("a file changed since" in reason for reason in reasons)
+    assert torch.equal(packs[0].inputs["position_ids"][0, :3], torch.arange(3))

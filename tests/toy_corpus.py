@@ -1,0 +1,109 @@
+"""A corpus in memory, and toy samples with text, images and videos of various sizes."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import randomize
+from PIL import Image
+from toy_sailvl import LANGUAGE, load_tokenizer
+
+from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILVLConfig, SAILVLForConditionalGeneration, SAILVLProcessor
+from sailvit.train.collate import encode_sample
+from sailvit.train.formats import BadSample, Sample
+
+
+WORDS = ["What is the total?", "Describe the image.", "Answer with one word.", "The total is 42."]
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+}
+
+
+class MemoryCorpus:
+    """
+    A sequence of samples with their lengths, with the interface of `sailvit.train.corpus.Corpus`.
+
+    A sample may be a BadSample, which is raised when it is read.
+    """
+
+    def __init__(self, samples, processor, cache_dir: Path, tokens, tiles):
+        self._samples, self.processor, self.cache_dir = samples, processor, Path(cache_dir)
+        self.tokens, self.tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
+        self.fingerprint = hashlib.sha256(self.tokens.tobytes() + self.tiles.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Sample:
+        if isinstance(sample := self._samples[index], BadSample):
+            raise sample
+        return sample
+
+    def fit(self, max_tokens: int, max_tiles: int | None, too_long: str) -> "MemoryCorpus":
+        if too_long == "truncate":
+            raise NotImplementedError
+        fits = (self.tokens <= max_tokens) & (max_tiles is None or self.tiles <= max_tiles)
+        if too_long == "fail" and not fits.all():
+            raise ValueError("a sample does not fit into a pack")
+        kept = np.flatnonzero(fits)
+        samples = [self._samples[index] for index in kept]
+        return MemoryCorpus(samples, self.processor, self.cache_dir, self.tokens[kept], self.tiles[kept])
+
+
+def make_processor(folder: Path) -> SAILVLProcessor:
+    tokenizer = load_tokenizer(folder)
+    return SAILVLProcessor(SAILViTImageProcessor(size=56, max_tiles=4), tokenizer, image_seq_length=4)
+
+
+def make_model(processor: SAILVLProcessor, text: dict | None = None, vision: dict | None = None):
+    """Return a toy SAIL-VL with random weights that fits the toy processor, in training mode."""
+    text = {"model_type": "qwen2", **LANGUAGE, "vocab_size": len(processor.tokenizer), **(text or {})}
+    vision = SAILViTConfig(**{**VISION, **(vision or {})})
+    config = SAILVLConfig(vision, text, image_token_id=processor.image_token_id)
+    return randomize(SAILVLForConditionalGeneration(config)).train()
+
+
+def make_image(rng: np.random.Generator) -> Image.Image:
+    height, width = rng.integers(20, 200, 2)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_sample(rng: np.random.Generator, images: int = 0, frames: int = 0, turns: int = 1) -> Sample:
+    """Return a conversation of random questions and answers, with images and a video in the first question."""
+    messages = []
+    for turn in range(turns):
+        content = [{"type": "image", "image": make_image(rng)} for _ in range(images if turn == 0 else 0)]
+        if frames and turn == 0:
+            content.append({"type": "video", "video": [make_image(rng) for _ in range(frames)]})
+        content.append({"type": "text", "text": " ".join(rng.choice(WORDS, rng.integers(1, 3)))})
+        answer = " ".join(rng.choice(WORDS, rng.integers(1, 6)))
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return Sample(messages)
+
+
+def make_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Return samples with 0 to 2 images each, some with a video, some with two turns."""
+    rng = np.random.default_rng(seed)
+    return [make_sample(rng, index % 3, 2 * (index % 4 == 3), 1 + index % 2) for index in range(count)]
+
+
+def make_corpus(samples: list[Sample], processor: SAILVLProcessor, cache_dir: Path) -> MemoryCorpus:
+    """Return a corpus with the lengths of the samples."""
+    encoded = [encode_sample(sample, processor) for sample in samples]
+    tiles = [0 if sample.tiles is None else len(sample.tiles) for sample in encoded]
+    return MemoryCorpus(samples, processor, cache_dir, [len(sample.input_ids) for sample in encoded], tiles)
+
+
+def component_gradients(model: SAILVLForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Return the gradient of each component as one vector."""
+    parts = {"vision": model.vision_model, "connector": model.mlp1, "language": model.language_model}
+    return {
+        name: torch.cat([parameter.grad.flatten() for parameter in part.parameters()]).clone()
+        for name, part in parts.items()
+    }

@@ -1,0 +1,180 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a corpus contains, and its samples as the model sees them: `sailvit data check`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+from transformers import AutoConfig, AutoProcessor
+
+from ..configuration_sailvl import SAILVLConfig
+from ..processing_sailvl import SAILVLProcessor
+from .collate import IGNORED, EncodedSample, encode_sample
+from .corpus import Corpus
+from .order import permutation
+from .packing import PackedBatches
+
+
+TRAINED = ("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}")
+TILES_PER_ROW = 8
+
+
+def load_processor(path: str | Path) -> tuple[SAILVLProcessor, SAILVLConfig]:
+    """
+    Return the processor and the config of a SAIL-VL folder or Hub name.
+
+    Raises:
+        ValueError: It is no SAIL-VL, or its tokenizer and model do not belong together.
+        OSError: There is no such folder.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "sailvl":
+        fix = "build one with `sailvit compose --vision VISION --language LANGUAGE OUT`"
+        raise ValueError(f"{path}: expected a SAIL-VL, got model_type {config.model_type!r}: {fix}")
+    processor = AutoProcessor.from_pretrained(path)
+    vocabulary, rows = len(processor.tokenizer), config.text_config.vocab_size
+    if vocabulary > rows:
+        raise ValueError(f"{path}: the tokenizer has {vocabulary} tokens, the model embeds {rows}: use its tokenizer")
+    for name in ("image_token_id", "image_seq_length"):
+        ours, model = getattr(processor, name), getattr(config, name)
+        if ours != model:
+            raise ValueError(f"{path}: {name} is {ours} in the processor, {model} in config.json: use its processor")
+    return processor, config
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """
+    What a corpus contains.
+
+    Attributes:
+        samples: Samples of an epoch.
+        skipped: The bad samples: {source, path, line or index, reason}.
+        kinds: Kind -> samples.
+        tokens: {total, answers, longest}; visual tokens are included in total and longest.
+        tiles: Tiles of an epoch.
+        too_long: What was done to samples longer than a pack: {dropped, truncated}.
+        packing: Statistics of packed batches, if they were asked for.
+    """
+
+    samples: int
+    skipped: list[dict[str, Any]]
+    kinds: dict[str, int]
+    tokens: dict[str, int]
+    tiles: int
+    too_long: dict[str, int]
+    packing: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as one flat JSON object."""
+        fields = asdict(self)
+        packing = fields.pop("packing")
+        return fields | packing
+
+
+def check_corpus(corpus: Corpus, batches: PackedBatches | None = None) -> CorpusReport:
+    """
+    Return what a corpus contains.
+
+    Args:
+        corpus: The corpus.
+        batches: Its batches, if their packing is to be reported; then without the samples that are too long for a pack.
+    """
+    packing = {} if batches is None else {**batches.statistics(), "steps": len(batches)}
+    corpus = corpus if batches is None else batches.corpus
+    total, answers, tiles = (int(array.sum(dtype=np.int64)) for array in (corpus.tokens, corpus.answers, corpus.tiles))
+    return CorpusReport(
+        samples=len(corpus),
+        skipped=[entry.to_dict() for entry in corpus.skipped],
+        kinds=corpus.count_kinds(),
+        tokens={"total": total, "answers": answers, "longest": int(corpus.tokens.max())},
+        tiles=tiles,
+        too_long={name: corpus.too_long.get(name, 0) for name in ("dropped", "truncated")},
+        packing=packing,
+    )
+
+
+def describe(report: CorpusReport) -> str:
+    """Return a report as lines of text."""
+    kinds = ", ".join(f"{name} {count:,} ({count / report.samples:.1%})" for name, count in report.kinds.items())
+    tokens = report.tokens
+    lines = {
+        "samples": f"{report.samples:,} in an epoch",
+        "kinds": kinds,
+        "tokens": f"{tokens['total']:,}, of answers {tokens['answers']:,}; longest sample {tokens['longest']:,}",
+        "tiles": f"{report.tiles:,}",
+        "too long": ", ".join(f"{name} {count:,}" for name, count in report.too_long.items() if count),
+    }
+    if packing := report.packing:
+        packs = packing["packs_per_rank"]
+        lines |= {
+            "steps": f"{packing['steps']:,}",
+            "packs": f"{packs['min']} to {packs['max']} per rank and step, mean {packs['mean']:.2f}",
+            "fill": f"{packing['fill']:.1%} of the tokens of all packs are used",
+            "balance": f"a step takes {packing['balance']:.3f} times as long as if all ranks were always busy",
+        }
+    lines["bad"] = f"{len(report.skipped):,} samples are skipped" if report.skipped else "none"
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items() if text)
+
+
+# Samples as the model sees them
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample as the model sees it: where it is from, its text with the trained tokens marked, and its tiles."""
+
+    title: str
+    text: str
+    tiles: torch.Tensor | None  # (n, 3, h, w) uint8
+
+    def draw(self, path: str | Path) -> None:
+        """Write the tiles to a PNG, row by row in the order of the model."""
+        sheet = make_grid(self.tiles, nrow=min(TILES_PER_ROW, len(self.tiles)), padding=4, pad_value=255)
+        to_pil_image(sheet).save(path)
+
+
+def show_samples(corpus: Corpus, count: int, seed: int = 0) -> Iterator[ShownSample]:
+    """
+    Yield different random samples as the model sees them.
+
+    Raises:
+        BadSample: An image cannot be decoded.
+    """
+    for index in _different(corpus, count, seed):
+        encoded = encode_sample(corpus[index], corpus.processor, uint8_tiles=True)
+        source, number = corpus.locate(index)
+        tiles = 0 if encoded.tiles is None else len(encoded.tiles)
+        title = f"{source} {number}: {len(encoded.input_ids)} tokens, {tiles} tiles"
+        yield ShownSample(title, mark_trained(encoded, corpus.processor), encoded.tiles)
+
+
+def _different(corpus: Corpus, count: int, seed: int) -> list[int]:
+    """Return random samples, none of which repeats another."""
+    chosen: dict[int, int] = {}  # row -> sample
+    for index in permutation(len(corpus), seed).tolist():
+        if len(chosen) == count:
+            break
+        chosen.setdefault(int(corpus.arrays["rows"][index]), index)
+    return [*chosen.values()]
+
+
+def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:
+    """Return the text of a sample, trained tokens in white square brackets, equal visual tokens counted."""
+    is_trained = encoded.labels != IGNORED
+    edges = (is_trained.diff().nonzero().flatten() + 1).tolist()
+    text = ""
+    for begin, end in zip([0, *edges], [*edges, len(is_trained)], strict=True):
+        part = processor.tokenizer.decode(encoded.input_ids[begin:end])
+        text += part.join(TRAINED) if is_trained[begin] else part
+    token = re.escape(processor.image_token)
+    return re.sub(
+        f"(?:{token})+", lambda run: f"{processor.image_token} x {run[0].count(processor.image_token)} ", text
+    )

@@ -1,0 +1,182 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Batches: samples -> tokens, labels and tiles -> packs, each one row of tensors that `model(**pack.inputs)` takes.
+
+Shapes: S tokens of a sample or a pack, n tiles, h and w the height and width of a tile in pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..image_processing_sailvit import SAILViTImageProcessor
+from ..processing_sailvl import SAILVLProcessor
+from .formats import BadSample, Sample
+
+
+if TYPE_CHECKING:
+    from .corpus import Corpus
+
+IGNORED = -100  # the label of a position without loss, in torch and transformers
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """
+    Tokens, labels and tiles of a sample.
+
+    Attributes:
+        input_ids: (S,) int64, visual tokens included.
+        labels: (S,) int64: the token at positions of answers and their end of turn, else -100.
+        tiles: (n, 3, h, w), float32 pixel_values or uint8; None without images.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    tiles: torch.Tensor | None = None
+
+
+@dataclass
+class Pack:
+    """
+    Samples of one micro-step of one rank, in one row.
+
+    Attributes:
+        inputs: Arguments of the model: input_ids, labels, position_ids (1, S), use_cache=False, and pixel_values
+            (n, 3, h, w) if there are tiles.
+        samples: Corpus indices of its samples.
+        lengths: Tokens of each of them.
+        skipped: (corpus index, reason) of the samples that were left out.
+        num_labels: Positions with a label.
+    """
+
+    inputs: dict[str, Any]
+    samples: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    num_labels: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
+        """Return the pack with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Pack":
+        """Return the pack with its tensors in pinned memory; `DataLoader(pin_memory=True)` calls it."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Pack":
+        inputs = self.inputs.items()
+        return replace(self, inputs={k: function(v) if isinstance(v, torch.Tensor) else v for k, v in inputs})
+
+
+def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool = False) -> EncodedSample:
+    """
+    Turn a sample into tokens, labels and tiles. Only answers of the assistant and their end of turn have a label.
+
+    Args:
+        uint8_tiles: Return the tiles as uint8, before they are rescaled and normalised; see `normalize_tiles`.
+
+    Raises:
+        BadSample: An image or video cannot be read, or nothing is left to learn from.
+    """
+    options = {**sample.options, **({"do_rescale": False, "do_normalize": False} if uint8_tiles else {})}
+    try:
+        batch = processor.apply_chat_template(
+            sample.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise BadSample(str(error)) from error
+    ids, mask = (torch.tensor(batch[name][0]) for name in ("input_ids", "assistant_masks"))
+    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels[:1] = IGNORED  # its prediction would come from the sample before it in the pack
+    if (labels == IGNORED).all():
+        raise BadSample("expected an answer of the assistant, got none")
+    tiles = batch.get("pixel_values")
+    return EncodedSample(ids, labels, tiles.to(torch.uint8) if uint8_tiles and tiles is not None else tiles)
+
+
+def normalize_tiles(tiles: torch.Tensor, image_processor: SAILViTImageProcessor) -> torch.Tensor:
+    """
+    Return uint8 tiles as float32 pixel_values (n, 3, h, w), on their device.
+
+    The result is equal, to the bit, to what the image processor returns if it normalises the tiles itself.
+    """
+    return image_processor(tiles, do_tile=False, return_tensors="pt")["pixel_values"]
+
+
+def collate(
+    encoded: Sequence[EncodedSample],
+    samples: Sequence[int] = (),
+    skipped: Sequence[tuple[int, str]] = (),
+    pad_token_id: int = 0,
+    flash_attention: bool = False,
+) -> Pack:
+    """
+    Concatenate samples to a pack.
+
+    Attention keeps the samples apart: sdpa and eager attention of transformers by position_ids that restart at each
+    sample, without an attention mask and with use_cache=False; FlashAttention by the boundaries of the samples.
+
+    Without samples the pack is one padding token without a label: its loss is 0 if num_items_in_batch is passed to the
+    model, and not a number (a mean over nothing) if it is not.
+
+    Args:
+        samples: Corpus indices of `encoded`.
+        skipped: (corpus index, reason) of samples that belong to the pack but could not be read.
+        flash_attention: Add cu_seq_lens_q, cu_seq_lens_k (samples + 1) int32 and max_length_q, max_length_k.
+    """
+    rows = list(encoded) or [EncodedSample(torch.tensor([pad_token_id]), torch.tensor([IGNORED]))]
+    lengths = [len(row.input_ids) for row in rows]
+    inputs = {
+        "input_ids": torch.cat([row.input_ids for row in rows])[None],
+        "labels": torch.cat([row.labels for row in rows])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "use_cache": False,
+    }
+    inputs["labels"][0, [0, *accumulate(lengths[:-1])]] = IGNORED
+    tiles = [row.tiles for row in rows if row.tiles is not None]
+    if tiles:
+        inputs["pixel_values"] = torch.cat(tiles)
+    if flash_attention:
+        boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    num_labels = int((inputs["labels"] != IGNORED).sum())
+    return Pack(inputs, list(samples), lengths if encoded else [], list(skipped), num_labels)
+
+
+def read_pack(
+    corpus: "Corpus", indices: Sequence[int], uint8_tiles: bool = False, flash_attention: bool = False
+) -> Pack:
+    """
+    Read samples of a corpus and return their pack.
+
+    A sample that cannot be read, or whose tokens or tiles are not those that it was planned with, is left out and
+    listed in `skipped`.
+    """
+    encoded, samples, skipped = [], [], []
+    for index in indices:
+        try:
+            sample = encode_sample(corpus[index], corpus.processor, uint8_tiles)
+            _check_lengths(sample, int(corpus.tokens[index]), int(corpus.tiles[index]))
+        except BadSample as error:
+            skipped.append((index, str(error)))
+            continue
+        encoded.append(sample)
+        samples.append(index)
+    tokenizer = corpus.processor.tokenizer
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return collate(encoded, samples, skipped, pad_token_id, flash_attention)
+
+
+def _check_lengths(sample: EncodedSample, tokens: int, tiles: int) -> None:
+    got = (len(sample.input_ids), 0 if sample.tiles is None else len(sample.tiles))
+    if got != (tokens, tiles):
+        raise BadSample(
+            f"expected {tokens} tokens and {tiles} tiles, as measured before, got {got[0]} and {got[1]}: a file "
+            "changed since; measure the lengths again"
+        )

@@ -1,0 +1,352 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The samples of a training mix, with their lengths.
+
+    corpus.yaml -> sources -> rows of files -> lengths of every row -> mix: the samples of an epoch
+
+Everything that grows with the number of samples is memory-mapped from the cache and shared by the processes of a node.
+"""
+
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..processing_sailvl import SAILVLProcessor
+from .cache import MappedArrays, hash_of, new_file, store_arrays
+from .corpus_file import CorpusFile, Source, expand_meta, read_corpus_file
+from .formats import FORMATS, BadSample, FilteredSample, FormatOptions, Sample
+from .lengths import COLUMNS, Lengths, SampleReader, compute_lengths
+from .mix import draw, scale_kinds
+from .rows import TEXT, Rows, open_rows
+
+
+UNKNOWN = "unknown"  # the kind of samples that neither their record nor corpus.yaml gives a kind
+TOO_LONG = ("drop", "truncate", "fail")
+
+
+class TooManyBadSamplesError(ValueError):
+    """More samples are bad than `max_bad_fraction` allows."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A bad sample, which is left out: its source, file, line (from 1) or index (from 0), and the reason."""
+
+    source: str
+    path: str
+    location: Mapping[str, int]
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"source": self.source, "path": self.path, **self.location, "reason": self.reason}
+
+    def __str__(self) -> str:
+        ((name, number),) = self.location.items()
+        return f"{self.source}: {self.path}, {name} {number}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file, as a part of the corpus; `start` is the number of its first row."""
+
+    source: Source
+    rows: Rows
+    reader: SampleReader
+    start: int
+
+    def kind_of(self, record_kind: str) -> str:
+        return self.source.kind or record_kind or UNKNOWN
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus(Sequence):
+    """
+    The samples of an epoch, each with its lengths. `corpus[index]` reads a sample.
+
+    Attributes:
+        processor: The processor that the lengths are computed with.
+        parts: The files.
+        arrays: tokens, answers, tiles (samples,) int32; rows (samples,) int64, numbered over all files; kinds
+            (samples,) int32; turns (samples,) int32, the messages that a sample is truncated to, 0 for all.
+        kind_names: The kinds, in the order of `kinds`.
+        skipped: The bad samples of all files.
+        fingerprint: Changes with the samples, their order and their lengths.
+        cache_dir: The cache.
+        too_long: What `fit` did to samples that are too long, and to how many: {"dropped": 3}.
+    """
+
+    processor: SAILVLProcessor
+    parts: tuple[Part, ...]
+    arrays: MappedArrays
+    kind_names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    fingerprint: str
+    cache_dir: Path
+    too_long: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(
+        cls,
+        path: str | Path,
+        processor: SAILVLProcessor,
+        cache_dir: str | Path | None = None,
+        num_proc: int | None = None,
+        max_bad_fraction: float | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> "Corpus":
+        """
+        Read a corpus.yaml, and compute the lengths of its samples where they are not in the cache.
+
+        Args:
+            path: The file.
+            processor: The processor of the model to train.
+            cache_dir: Default: `sailvit` in the cache of the datasets library.
+            num_proc: Processes that compute lengths. Default: 1.
+            max_bad_fraction: Default: that of the file.
+            log: Called with each progress message.
+
+        Raises:
+            ValueError: A field of the file, a source or its format is wrong.
+            TooManyBadSamplesError: More samples are bad than `max_bad_fraction` allows.
+            OSError: A file cannot be read, or the cache cannot be written.
+        """
+        content = read_corpus_file(path)
+        cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "sailvit")
+        parts = list(_open_parts(content, Path(path).parent, processor, cache, log))
+        lengths = [compute_lengths(part.rows, part.reader, cache, num_proc) for part in parts]
+        skipped = tuple(_list_skipped(parts, lengths))
+        total = sum(int(np.count_nonzero(one.tokens)) for one in lengths) + len(skipped)
+        _check_bad(skipped, total, content.max_bad_fraction if max_bad_fraction is None else max_bad_fraction)
+        named = zip(parts, lengths, strict=True)
+        kinds = tuple(sorted({part.kind_of(name) for part, one in named for name in one.kind_names}))
+        fingerprint = hash_of([content.model_dump(), [one.fingerprint for one in lengths]])
+        arrays = store_arrays(_folder(cache, fingerprint), lambda: _mix(content, parts, lengths, kinds))
+        return cls(processor, tuple(parts), arrays, kinds, skipped, fingerprint, cache)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.arrays["tokens"]
+
+    @property
+    def answers(self) -> np.ndarray:
+        return self.arrays["answers"]
+
+    @property
+    def tiles(self) -> np.ndarray:
+        return self.arrays["tiles"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Sample:
+        """
+        Return a sample; its images are not decoded.
+
+        Raises:
+            BadSample: It cannot be read: its images were removed since the lengths were computed.
+            IndexError: There is no such sample.
+        """
+        part, row = self._find(index)
+        try:
+            sample = part.reader.read(part.rows.record(row))
+        except FilteredSample as error:  # files in use were changed
+            raise BadSample(str(error)) from error
+        turns = int(self.arrays["turns"][index])
+        return replace(sample, messages=sample.messages[:turns]) if turns else sample
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Return the source of a sample, and its line (from 1) or index (from 0) there."""
+        part, row = self._find(index)
+        return part.source.name, next(iter(part.rows.location(row).values()))
+
+    def skip(self, index: int, reason: str) -> Skipped:
+        """Return the entry of skipped.jsonl for a sample that turns out to be bad when it is read."""
+        part, row = self._find(index)
+        return Skipped(part.source.name, part.rows.path, part.rows.location(row), reason)
+
+    def write_skipped(self, path: str | Path) -> None:
+        """Write the bad samples to a JSONL file."""
+        with new_file(Path(path)) as temporary:
+            temporary.write_text("".join(json.dumps(entry.to_dict()) + "\n" for entry in self.skipped), "utf-8")
+
+    def count_kinds(self) -> dict[str, int]:
+        """Return the number of samples of every kind."""
+        counts = np.bincount(self.arrays["kinds"], minlength=len(self.kind_names))
+        return {name: int(count) for name, count in zip(self.kind_names, counts, strict=True) if count}
+
+    def fit(self, max_tokens: int, max_tiles: int | None = None, too_long: str = "drop") -> "Corpus":
+        """
+        Return the corpus whose samples all fit into a pack.
+
+        Args:
+            max_tokens: Tokens of a pack.
+            max_tiles: Tiles of a pack; None: any number.
+            too_long: "drop" leaves samples that are too long out; "truncate" removes turns from their end, and drops a
+                sample whose first turn is too long; "fail" raises an error.
+
+        Raises:
+            ValueError: A sample is too long and `too_long` is "fail", or no sample is left.
+        """
+        if too_long not in TOO_LONG:
+            raise ValueError(f"too_long: expected one of {', '.join(TOO_LONG)}, got {too_long!r}")
+        limit = np.iinfo(np.int32).max if max_tiles is None else max_tiles
+        excess = np.flatnonzero((self.tokens > max_tokens) | (self.tiles > limit))
+        if not len(excess):
+            return self
+        if too_long == "fail":
+            raise ValueError(self._describe_excess(excess, max_tokens, max_tiles))
+        shorter = self._truncate(excess, max_tokens, limit) if too_long == "truncate" else {}
+        if len(excess) - len(shorter) == len(self):
+            raise ValueError(self._describe_excess(excess, max_tokens, max_tiles))
+        fingerprint = hash_of([self.fingerprint, max_tokens, max_tiles, too_long])
+        arrays = store_arrays(_folder(self.cache_dir, fingerprint), lambda: self._without(excess, shorter))
+        done = {"dropped": len(excess) - len(shorter), "truncated": len(shorter)}
+        return replace(self, arrays=arrays, fingerprint=fingerprint, too_long=done)
+
+    def _find(self, index: int) -> tuple[Part, int]:
+        row = int(self.arrays["rows"][index])
+        part = self.parts[bisect_right(self.parts, row, key=lambda part: part.start) - 1]
+        return part, row - part.start
+
+    def _describe_excess(self, excess: np.ndarray, max_tokens: int, max_tiles: int | None) -> str:
+        first = int(excess[0])
+        source, number = self.locate(first)
+        got = f"{self.tokens[first]} tokens, {self.tiles[first]} tiles"
+        limit = f"{max_tokens} tokens" + ("" if max_tiles is None else f", {max_tiles} tiles")
+        return (
+            f"{len(excess)} of {len(self)} samples do not fit into a pack of {limit}: the first is {source} {number}, "
+            f"{got}; raise max_tokens_per_pack, lower max_tiles, or pass too_long='truncate' or 'drop'"
+        )
+
+    def _truncate(self, excess: np.ndarray, max_tokens: int, max_tiles: int) -> dict[int, tuple[int, int, int, int]]:
+        """Return index -> (messages, tokens, answers, tiles) of the samples that fit with fewer turns."""
+        shorter = {}
+        for index in map(int, excess):
+            reader, messages = self._find(index)[0].reader, self[index].messages
+            for end in range(len(messages) - 2, 1, -2):
+                counts = reader.count([Sample(messages[:end])])[0]
+                if not isinstance(counts, str) and counts.tokens <= max_tokens and counts.tiles <= max_tiles:
+                    shorter[index] = (end, *counts)
+                    break
+        return shorter
+
+    def _without(self, excess: np.ndarray, shorter: Mapping[int, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        names = ("turns", *COLUMNS)
+        arrays = {name: np.array(self.arrays[name]) for name in (*names, "rows", "kinds")}
+        for index, values in shorter.items():
+            for name, value in zip(names, values, strict=True):
+                arrays[name][index] = value
+        keep = np.ones(len(self), bool)
+        keep[[index for index in excess if index not in shorter]] = False
+        return {name: array[keep] for name, array in arrays.items()}
+
+
+def _folder(cache: Path, fingerprint: str) -> Path:
+    return cache / "corpora" / fingerprint
+
+
+def _open_parts(
+    content: CorpusFile, folder: Path, processor: SAILVLProcessor, cache: Path, log: Callable[[str], None]
+) -> Iterator[Part]:
+    start = 0
+    for source, base in expand_meta(content.sources, folder):
+        root = base / source.image_root if source.image_root else None
+        options = {name: getattr(source, name) for name in ("max_tiles", "num_frames")}
+        options = {name: value for name, value in options.items() if value is not None}
+        for rows in open_rows(source, base, cache):
+            _check_columns(source, rows)
+            image_root = root or (Path(rows.path).parent if Path(rows.path).exists() else None)
+            formats = FormatOptions(
+                image_root, source.allow_outside, min_rating=source.min_rating, num_frames=source.num_frames
+            )
+            log(f"{source.name}: {rows.path}, {len(rows):,} rows")
+            yield Part(source, rows, SampleReader(processor, formats, options), start)
+            start += len(rows)
+
+
+def _check_columns(source: Source, rows: Rows) -> None:
+    names = rows.dataset.column_names
+    if names != [TEXT] and not any({*keys} <= {*names} for keys in FORMATS):
+        got, known = ", ".join(names)[:200], " or ".join(map(" + ".join, FORMATS))
+        raise ValueError(f"source {source.name}: {rows.path}: expected a column {known}, got {got}")
+
+
+def _list_skipped(parts: Sequence[Part], lengths: Sequence[Lengths]) -> Iterator[Skipped]:
+    for part, one in zip(parts, lengths, strict=True):
+        for row, reason in one.skipped:
+            yield Skipped(part.source.name, part.rows.path, part.rows.location(row), reason)
+
+
+def _check_bad(skipped: Sequence[Skipped], total: int, most: float) -> None:
+    if len(skipped) > most * total:
+        reasons = "; ".join(map(str, skipped[:10]))
+        raise TooManyBadSamplesError(
+            f"{len(skipped)} of {total} samples are bad, more than max_bad_fraction {most:g}: {reasons}"
+        )
+    if not total - len(skipped):
+        raise ValueError("the sources have no samples")
+
+
+def _mix(
+    content: CorpusFile, parts: Sequence[Part], lengths: Sequence[Lengths], kind_names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return the arrays of the samples of an epoch."""
+    index_of = {name: index for index, name in enumerate(kind_names)}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "rows", "kinds")}
+    for part, one in zip(parts, lengths, strict=True):
+        used = np.flatnonzero(one.tokens)
+        for name in COLUMNS:
+            columns[name].append(getattr(one, name)[used])
+        columns["rows"].append(used + part.start)
+        kinds = np.array([index_of[part.kind_of(name)] for name in one.kind_names], np.int32)
+        columns["kinds"].append(kinds[one.kinds[used]])
+    table = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    chosen = _choose(content, parts, table["rows"])
+    if content.kinds:
+        chosen = _choose_kinds(content, table["kinds"][chosen], chosen, kind_names)
+    table = {name: array[chosen] for name, array in table.items()}
+    return {**table, "turns": np.zeros(len(chosen), np.int32)}
+
+
+def _choose(content: CorpusFile, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
+    """Return the indices of the samples after `fraction` and `repeat` of every source."""
+    chosen = []
+    for source, begin, end in _spans(parts):
+        entries = np.arange(np.searchsorted(rows, begin), np.searchsorted(rows, end))
+        for index, factor in enumerate((source.fraction, source.repeat)):
+            if len(entries) and factor != 1:
+                seed = [content.seed, index, *source.name.encode()]
+                entries = draw(entries, max(1, round(factor * len(entries))), seed)
+        chosen.append(entries)
+    return np.concatenate(chosen)
+
+
+def _spans(parts: Sequence[Part]) -> Iterator[tuple[Source, int, int]]:
+    """Yield every source with its first row and the row after its last one."""
+    counts = Counter()
+    for part in parts:
+        counts[part.source.name] += len(part.rows)
+    sources = {part.source.name: part.source for part in parts}
+    end = 0
+    for name, count in counts.items():
+        end += count
+        yield sources[name], end - count, end
+
+
+def _choose_kinds(content: CorpusFile, kinds: np.ndarray, chosen: np.ndarray, kind_names: Sequence[str]) -> np.ndarray:
+    """Return the indices of the samples after the kinds are set to their shares."""
+    counts = {name: int((kinds == index).sum()) for index, name in enumerate(kind_names)}
+    wanted = scale_kinds({name: count for name, count in counts.items() if count}, content.kinds, content.total)
+    drawn = []
+    for name, count in wanted.items():
+        if count:
+            drawn.append(draw(chosen[kinds == kind_names.index(name)], count, [content.seed, 2, *name.encode()]))
+    return np.sort(np.concatenate(drawn))

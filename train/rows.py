@@ -1,0 +1,205 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Files of records -> rows that are memory-mapped.
+
+JSON, JSONL and parquet files are written to the cache as Arrow files, once per content. A line of JSONL is stored as it
+is and parsed when it is read, so that a bad line is one bad sample.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+from .cache import content_hash, hash_of, locked, new_file
+from .corpus_file import Source
+from .formats import BadSample
+
+
+BATCH_BYTES = 16 << 20  # of text in an Arrow batch
+HUB_TIMEOUT = 20.0  # seconds
+TEXT = "json"  # the column that holds a record of a JSON or JSONL file
+LINES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """
+    The records of one file or data set.
+
+    Attributes:
+        path: The file, the folder or the name on the Hub.
+        dataset: The rows, in Arrow format.
+        fingerprint: Changes with the content.
+        is_lines: Whether a row is a line of a file.
+    """
+
+    path: str
+    dataset: Dataset
+    fingerprint: str
+    is_lines: bool = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def record(self, row: int) -> Mapping[str, Any] | BadSample | None:
+        """Return the record of a row, as `read_records` yields it."""
+        return next(read_records(self.dataset.with_format("arrow")[row : row + 1]))
+
+    def location(self, row: int) -> dict[str, int]:
+        """Return the line (from 1) or the index (from 0) of a row, under that name."""
+        return {"line": row + 1} if self.is_lines else {"index": row}
+
+
+def read_records(table: pa.Table) -> Iterator[Mapping[str, Any] | BadSample | None]:
+    """Yield the record of every row of a part of `Rows.dataset`; the error of a bad one; None for an empty line."""
+    yield from map(parse_json, table[TEXT].to_pylist()) if table.column_names == [TEXT] else table.to_pylist()
+
+
+def parse_json(line: bytes) -> Mapping[str, Any] | BadSample | None:
+    """Return the record of a line of JSONL; an error if it is none; None for an empty line."""
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadSample(f"not JSON: {error}")
+    if not isinstance(record, dict):
+        return BadSample(f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def open_rows(source: Source, folder: Path, cache_dir: Path) -> list[Rows]:
+    """
+    Return the rows of a source, file by file.
+
+    Args:
+        source: The source.
+        folder: Folder that a relative path starts from.
+        cache_dir: Where Arrow files are written.
+
+    Raises:
+        ValueError: Nothing matches the path, or a file is not of a known format.
+        OSError: A file cannot be read, or the cache cannot be written.
+    """
+    path = folder / source.path
+    if path.is_dir():
+        return [_open_saved(path, source, cache_dir)]
+    names = sorted(glob(str(path), recursive=True))  # noqa: PTH207, Path.glob takes no absolute pattern
+    files = [Path(name) for name in names if Path(name).is_file()]
+    if path.is_file():
+        files = [path]
+    if files:
+        return [_open_file(file, cache_dir) for file in files]
+    if source.split:
+        return [_open_hub(source)]
+    raise ValueError(f"source {source.name}: {path} matches no file (for a data set on the Hub, give its split, too)")
+
+
+def _open_saved(path: Path, source: Source, cache_dir: Path) -> Rows:
+    """Open a folder that `save_to_disk` of datasets wrote."""
+    try:
+        dataset = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"source {source.name}: {path} is no folder of save_to_disk: give a pattern of files, as in {path}/*.jsonl"
+        ) from error
+    if isinstance(dataset, DatasetDict):
+        if source.split not in dataset:
+            raise ValueError(f"source {source.name}: expected a split of {', '.join(dataset)}, got {source.split}")
+        dataset = dataset[source.split]
+    files = sorted({entry["filename"] for entry in dataset.cache_files})
+    hashes = [content_hash(Path(file), cache_dir) for file in files]
+    return Rows(str(path), dataset, hash_of([hashes, source.split]))
+
+
+def _open_hub(source: Source) -> Rows:
+    try:
+        if not HF_HUB_OFFLINE:  # one request: load_dataset would retry for a minute if the Hub cannot be reached
+            HfApi().dataset_info(source.path, timeout=HUB_TIMEOUT)
+        dataset = load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:  # datasets raises its own and the Hub client's errors
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(f"source {source.name}: {source.path}, split {source.split}: {message}") from error
+    return Rows(source.path, dataset, dataset._fingerprint)
+
+
+def _open_file(file: Path, cache_dir: Path) -> Rows:
+    name = file.name.lower()
+    if name.endswith(LINES):
+        return _cached(file, cache_dir, _read_lines, is_lines=True)
+    if name.endswith(".json"):
+        return _cached(file, cache_dir, _read_array)
+    if name.endswith(".parquet"):
+        return _cached(file, cache_dir, _read_parquet)
+    raise ValueError(f"{file}: expected a .json, {', '.join(LINES)} or .parquet file")
+
+
+def _cached(
+    file: Path, cache_dir: Path, read: Callable[[Path], Iterable[pa.RecordBatch]], is_lines: bool = False
+) -> Rows:
+    """Return the rows of a file, from its Arrow file in the cache, which is written if it does not exist."""
+    fingerprint = content_hash(file, cache_dir)
+    arrow = cache_dir / "rows" / f"{fingerprint}{'-lines' if is_lines else ''}.arrow"
+    with locked(arrow):
+        if not arrow.exists():
+            _write_arrow(arrow, read(file), file)
+    return Rows(str(file), Dataset.from_file(str(arrow)), fingerprint, is_lines)
+
+
+def _write_arrow(target: Path, batches: Iterable[pa.RecordBatch], file: Path) -> None:
+    with new_file(target) as temporary:
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
+            raise ValueError(f"{file}: contains no records")
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+            writer.write_batch(first)
+            for batch in iterator:
+                writer.write_batch(batch)
+
+
+def _read_lines(file: Path) -> Iterator[pa.RecordBatch]:
+    lines, size = [], 0
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        for line in stream:
+            lines.append(line)
+            size += len(line)
+            if size > BATCH_BYTES:
+                yield _text_batch(lines)
+                lines, size = [], 0
+    if lines:
+        yield _text_batch(lines)
+
+
+def _read_array(file: Path) -> Iterator[pa.RecordBatch]:
+    """Read the list of records of a JSON file, which has to fit into memory."""
+    try:
+        records = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{file}: expected a list of records or InternVL's meta JSON, got {type(records).__name__}")
+    for start in range(0, len(records), 1000):
+        yield _text_batch([json.dumps(record).encode() for record in records[start : start + 1000]])
+
+
+def _text_batch(lines: list[bytes]) -> pa.RecordBatch:
+    return pa.record_batch({TEXT: pa.array(lines, pa.large_binary())})
+
+
+def _read_parquet(file: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=100)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a valid parquet file: {' '.join(str(error).split())}") from error
