@@ -1,9 +1,10 @@
 """
 Benchmark of packing inside the optimizer step.
 
-Balance of a step of 512 samples against first-fit packing per rank and one sample per micro-step; time of planning;
-10 million rows: memory of a node and seconds to the first plan, in fresh processes; useful tokens per second of a
-training step at toy size against padded batches; tiles as uint8 through a DataLoader against float32.
+Loss and gradients of a packed step against one sample a row. Balance of a step of 512 samples against first-fit packing
+per rank and one sample per micro-step; time of planning. 10 million rows: memory of a node and seconds to the first
+plan, in fresh processes. Useful tokens per second of a training step at toy size against padded batches. Tiles as uint8
+through a DataLoader against float32. Lengths, see lengths.py.
 
     python benchmarks/packing.py                          # everything
     python benchmarks/packing.py balance rows             # some of it
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lengths
 import numpy as np
 import torch
 from timing import medians, print_ratios
@@ -231,6 +233,33 @@ def packed(samples: list[EncodedSample], cost: float) -> list[dict[str, Any]]:
     return [collate([samples[index] for index in pack]).inputs for pack in packs]
 
 
+COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
+
+
+def gradients(model: SAILVLForConditionalGeneration, batches: list[dict[str, Any]], labels: torch.Tensor) -> Any:
+    """Return the loss of a step and the gradient of every component."""
+    model.zero_grad()
+    total = 0.0
+    for inputs in batches:
+        loss = model(**inputs, num_items_in_batch=labels).loss
+        loss.backward()
+        total += loss.item()
+    parts = {name: getattr(model, attribute) for name, attribute in COMPONENTS.items()}
+    flat = {name: torch.cat([p.grad.flatten() for p in part.parameters()]).double() for name, part in parts.items()}
+    return total, flat
+
+
+def agreement() -> None:
+    model, samples = toy_model(), toy_samples(32)
+    labels = torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
+    separate, expected = gradients(model, [collate([sample]).inputs for sample in samples], labels)
+    loss, found = gradients(model, packed(samples, tile_cost(model.config)), labels)
+    print(f"\nloss of a packed step, relative difference to one sample a row: {abs(loss - separate) / separate:.1e}")
+    for name, gradient in found.items():
+        cosine = torch.nn.functional.cosine_similarity(gradient, expected[name], dim=0)
+        print(f"gradient of {name}: 1 - cosine {1 - cosine.item():.1e}")
+
+
 def throughput(rounds: int = 9) -> None:
     model, samples = toy_model(), toy_samples(32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -295,7 +324,10 @@ def tiles(rounds: int = 7, packs: int = 8) -> None:
     print_ratios("speed, float32 = 1", {"uint8": seconds["float32"] / seconds["uint8"]})
 
 
-PARTS = {"balance": balance, "rows": rows, "throughput": throughput, "tiles": tiles}
+PARTS = {
+    "agreement": agreement, "balance": balance, "rows": rows, "throughput": throughput, "tiles": tiles,
+    "lengths": lengths.main,
+}  # fmt: skip
 
 
 def main() -> None:
