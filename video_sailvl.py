@@ -389,7 +389,9 @@ def _open_animation(source: str | io.BytesIO) -> _VideoFile | None:
             num_frames = _count_frames(image) - skipped
             if image.format == "MPEG":  # Pillow identifies MPEG files, but does not decode them
                 return None
-    except OSError:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(source)[:120]}: {error}") from error
+    except Exception:  # Pillow's plugins raise nearly anything on a file that they do not know
         return None
 
     def decode() -> Iterator[_DecodedFrame]:

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again when it exits
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"sailvit {options.verb}: {_one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -30,7 +30,6 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument(
         "--workers", type=positive_integer, default=1, metavar="N", help="processes that count tokens; default: 1"
     )
-    _add_packing(data.add_argument_group("packing"))
     group = data.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print JSON")
     group.add_argument("--skipped", type=Path, metavar="FILE", help="write the bad samples and their reasons as JSONL")
@@ -40,6 +39,8 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument(
         "--figures", type=Path, metavar="DIR", help="write the tiles of shown samples; default: samples/"
     )
+
+    _add_packing(data.add_argument_group("packing"))
 
 
 def _add_packing(group: Group) -> None:
@@ -68,10 +69,16 @@ def run_check(options: argparse.Namespace) -> int:
     _quiet_libraries()
     processor, config = load_processor(options.model)
     corpus = Corpus.from_yaml(
-        options.corpus, processor, options.cache_dir, options.workers, max_bad_fraction=1, log=_log_to_stderr
+        options.corpus,
+        processor,
+        options.cache_dir,
+        options.workers,
+        max_bad_fraction=1,
+        recheck=True,
+        log=_log_to_stderr,
     )
     batches = None
-    if options.samples_per_step:
+    if options.samples_per_step and len(corpus):
         batches = PackedBatches(
             corpus,
             options.samples_per_step,
@@ -87,7 +94,7 @@ def run_check(options: argparse.Namespace) -> int:
     print(json.dumps(report.to_dict(), indent=2) if options.json else describe(report))
     if not options.json:
         _print_skipped(corpus)
-    _show(corpus, options)
+    _show(batches.corpus if batches else corpus, options)
     return 2 if corpus.skipped else 0
 
 

@@ -6,10 +6,16 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given
@@ -19,6 +25,7 @@ from toy_sailvl import load_tokenizer
 
 from sailvit import SAILViTImageProcessor, SAILVLProcessor
 from sailvit.train import Corpus, TooManyBadSamplesError
+from sailvit.train import corpus as corpus_module
 from sailvit.train import lengths as lengths_module
 from sailvit.train.mix import draw, scale_kinds
 
@@ -175,13 +182,15 @@ def test_lengths_are_computed_once(load, tmp_path, counted):
     assert counted == [3, 4]
 
 
-def test_a_changed_file_is_noticed_even_with_its_old_size_and_time(load, tmp_path, counted):
+def test_a_changed_file_is_noticed_even_with_its_old_size_and_time(load, tmp_path, counted, monkeypatch):
+    monkeypatch.setattr("sailvit.train.cache.SETTLED_SECONDS", -1)  # hashes of new files are kept, too
     write_lines(tmp_path / "a.jsonl", [chat("first")])
     write_lines(tmp_path / "b.jsonl", [chat("other")])
     os.utime(tmp_path / "a.jsonl", (1, 1))
     load({"path": "*.jsonl"})
     write_lines(tmp_path / "a.jsonl", [chat("fifth")])
     os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert len([*(tmp_path / "cache" / "hashes").glob("*.json")]) == 2
     assert questions(load({"path": "*.jsonl"})) == ["fifth", "other"]
     assert counted == [1, 1, 1]
 
@@ -208,11 +217,27 @@ def _with_token(tokenizer, token: str):
     return changed
 
 
+@contextmanager
+def counting_maps() -> Iterator[list[int]]:
+    """Note the processes of every Dataset.map."""
+    processes, run = [], datasets.Dataset.map
+
+    def note(self, *arguments, **options):
+        processes.append(options["num_proc"])
+        return run(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.Dataset, "map", note)
+        yield processes
+
+
 def test_processes_count_like_one(load, tmp_path, processor):
     write_lines(tmp_path / "a.jsonl", [chat("why " * (number % 50)) for number in range(1, 1300)])
-    one, two = load({"path": "a.jsonl"}), None
+    one = load({"path": "a.jsonl"})
     shutil.rmtree(tmp_path / "cache")
-    two = load({"path": "a.jsonl"}, num_proc=2)
+    with counting_maps() as processes:
+        two = load({"path": "a.jsonl"}, num_proc=2)
+    assert processes == [2]
     assert np.array_equal(one.tokens, two.tokens) and one.fingerprint == two.fingerprint
 
 
@@ -242,6 +267,66 @@ def test_a_pickle_of_a_corpus_does_not_contain_its_samples(load, tmp_path):
     content = pickle.dumps(corpus)
     assert len(content) < 100_000 + len(pickle.dumps(corpus.processor))
     assert pickle.loads(content)[1999] == corpus[1999]
+
+
+def test_a_changed_meta_json_is_noticed(load, tmp_path):
+    write_numbers(tmp_path, "a", 10)
+    for repeat, length in ((1, 10), (3, 30), (0.5, 5)):
+        (tmp_path / "meta.json").write_text(json.dumps({"a": {"annotation": "a.jsonl", "repeat_time": repeat}}))
+        assert len(load({"path": "meta.json"})) == length
+
+
+def test_images_that_arrive_later_are_used_after_a_recheck(load, tmp_path):
+    write_lines(tmp_path / "a.jsonl", [chat("<image>\nWhat?", image="a.png", kind="ocr"), chat()])
+    before = load({"path": "a.jsonl"}, max_bad_fraction=0.5)
+    Image.new("RGB", (112, 56)).save(tmp_path / "a.png")
+    assert len(load({"path": "a.jsonl"}, max_bad_fraction=0.5)) == 1
+    after = load({"path": "a.jsonl"})  # too many are bad, so they are looked at again
+    assert after.tiles.tolist() == [3, 0] and after.skipped == () and after.count_kinds() == {"ocr": 1, "unknown": 1}
+    assert before.fingerprint != after.fingerprint
+
+
+def test_relative_folders_of_two_projects_are_two_folders(tmp_path, processor, monkeypatch):
+    tiles = []
+    for project, size in (("one", (56, 56)), ("two", (112, 56))):
+        (tmp_path / project / "images").mkdir(parents=True)
+        Image.new("RGB", size).save(tmp_path / project / "images" / "a.png")
+        write_lines(tmp_path / project / "a.jsonl", [chat("<image>\nWhat?", image="a.png")])
+        write_corpus(tmp_path / project, {"path": "a.jsonl", "image_root": "images"})
+        monkeypatch.chdir(tmp_path / project)
+        tiles += Corpus.from_yaml("corpus.yaml", processor, tmp_path / "cache").tiles.tolist()
+    assert tiles == [1, 3]
+
+
+def test_an_absolute_annotation_leaves_the_image_root_with_the_meta_json(load, tmp_path):
+    (tmp_path / "sub" / "images").mkdir(parents=True)
+    Image.new("RGB", (56, 56)).save(tmp_path / "sub" / "images" / "a.png")
+    file = write_lines(tmp_path / "a.jsonl", [chat("<image>\nWhat?", image="a.png")])
+    (tmp_path / "sub" / "meta.json").write_text(json.dumps({"a": {"annotation": str(file), "root": "images"}}))
+    assert load({"path": "sub/meta.json"}).tiles.tolist() == [1]
+
+
+def test_the_tokenizer_is_hashed_once_and_few_files_are_open_at_a_time(load, tmp_path, monkeypatch):
+    for number in range(90):
+        write_lines(tmp_path / f"part{number:02}.jsonl", [chat(f"{number}")])
+    calls, run = [], corpus_module.hash_processor
+    monkeypatch.setattr(corpus_module, "hash_processor", lambda processor: calls.append(1) or run(processor))
+    before = len([*Path("/proc/self/fd").iterdir()]) if sys.platform == "linux" else 0
+    corpus = load({"path": "part*.jsonl"})
+    assert questions(corpus) == [str(number) for number in range(90)]
+    assert calls == [1]
+    if sys.platform == "linux":
+        assert len([*Path("/proc/self/fd").iterdir()]) - before < 80
+
+
+def test_what_a_killed_process_left_is_removed(load, tmp_path):
+    write_lines(tmp_path / "a.jsonl", [chat()])
+    folder = load({"path": "a.jsonl"}).arrays.folder
+    rest = folder.with_name(f".{folder.name}.0badcafe")
+    rest.mkdir()
+    (rest / "tokens.npy").touch()
+    load({"path": "a.jsonl"})
+    assert folder.exists() and not rest.exists()
 
 
 # Mixing
@@ -344,9 +429,6 @@ def test_an_image_that_is_a_bomb_or_broken_is_a_bad_sample(load, tmp_path):
 
 
 def _png_header(width: int, height: int) -> bytes:
-    import struct
-    import zlib
-
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + checksum + b"\0\0\0\0IEND\xaeB`\x82"
@@ -363,6 +445,68 @@ def test_a_link_out_of_the_image_root_needs_allow_outside(load, tmp_path):
     assert len(load(source | {"allow_outside": True})) == 2
 
 
+PLAYLISTS = {
+    "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n../secret.mp4\n#EXT-X-ENDLIST\n",
+    "list.txt": "ffconcat version 1.0\nfile ../secret.mp4\n",
+    "list.mpd": '<?xml version="1.0"?><MPD><BaseURL>../secret.mp4</BaseURL></MPD>',
+}
+
+
+@pytest.mark.parametrize("name", PLAYLISTS)
+def test_a_playlist_may_lead_out_of_the_image_root_and_is_refused(name, load, tmp_path):
+    (tmp_path / name).write_text(PLAYLISTS[name])
+    write_lines(tmp_path / "a.jsonl", [chat("<video>\nWhat?", video=name), chat()])
+    (entry,) = load({"path": "a.jsonl"}, max_bad_fraction=1).skipped
+    assert "is a list of other files" in entry.reason
+
+
+def test_a_file_that_breaks_a_decoder_is_one_bad_sample(load, tmp_path):
+    (tmp_path / "bomb.mp4").write_bytes(_png_header(40_000, 40_000))
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
+    pixel_format = struct.pack("<II4sIIIII", 32, 4, b"ZZZZ", 0, 0, 0, 0, 0)
+    dds = struct.pack("<4sIIIIIII44x", b"DDS ", 124, 0x1007, 4, 4, 0, 0, 0) + pixel_format
+    (tmp_path / "texture.png").write_bytes(dds + bytes(200))
+    records = [chat("<video>\nWhat?", video=name) for name in ("bomb.mp4", "noise.mp4")]
+    records += [chat("<image>\nWhat?", image="texture.png"), chat("a", kind="\ud800"), chat()]
+    write_lines(tmp_path / "a.jsonl", records)
+    corpus = load({"path": "a.jsonl"}, max_bad_fraction=1)
+    assert len(corpus) == 1
+    assert [entry.location["line"] for entry in corpus.skipped] == [1, 2, 3, 4]
+
+
+def test_an_image_that_cannot_be_fetched_is_a_bad_sample(load, tmp_path):
+    url = "http://127.0.0.1:9/image.png"
+    write_lines(tmp_path / "a.jsonl", [chat("<image>\nWhat?", image=url), chat()])
+    (entry,) = load({"path": "a.jsonl"}, max_bad_fraction=1).skipped
+    assert url in entry.reason and "refused" in entry.reason
+
+
+def test_videos_without_pyav_are_one_error_not_bad_samples(load, tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
+    write_lines(tmp_path / "a.jsonl", [chat("<video>\nWhat?", video="clip.mp4"), chat()])
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="pip install av"):
+        load({"path": "a.jsonl"}, max_bad_fraction=1)
+
+
+@pytest.mark.parametrize("damage", ["gzip", "deep", "lines", "saved"])
+def test_a_damaged_file_is_named(damage, load, tmp_path):
+    whole = gzip.compress("\n".join([json.dumps(chat(f"{number}")) for number in range(500)]).encode())
+    (tmp_path / "gzip.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "lines.json").write_text("\n".join([json.dumps(chat())] * 2))
+    datasets.Dataset.from_list([chat()]).select([]).save_to_disk(str(tmp_path / "saved"))
+    path, message = {
+        "gzip": ("gzip.jsonl.gz", "truncated or corrupt"),
+        "deep": ("deep.json", "not JSON"),
+        "lines": ("lines.json", r"name a file with one record per line \.jsonl"),
+        "saved": ("saved", "contains no records"),
+    }[damage]
+    with pytest.raises(ValueError, match=message) as error:
+        load({"path": path})
+    assert str(tmp_path / path) in str(error.value)
+
+
 # Long samples
 
 
@@ -375,7 +519,7 @@ def long_corpus(load, tmp_path) -> Corpus:
     return load({"path": "a.jsonl"})
 
 
-def test_long_samples_are_dropped_or_truncated_by_turns(long_corpus, processor):
+def test_long_samples_are_dropped_or_truncated_by_turns(long_corpus, processor, counted):
     limit = int(long_corpus.tokens[0]) + 5
     dropped = long_corpus.fit(limit, too_long="drop")
     assert len(dropped) == 1 and dropped.too_long == {"dropped": 2, "truncated": 0}
@@ -384,6 +528,8 @@ def test_long_samples_are_dropped_or_truncated_by_turns(long_corpus, processor):
     assert [len(sample.messages) for sample in truncated] == [2, 2]
     counts = processor.count_tokens([sample.messages for sample in truncated])
     assert [count.tokens for count in counts] == truncated.tokens.tolist()
+    counted.clear()
+    assert long_corpus.fit(limit, too_long="truncate").too_long == truncated.too_long and counted == []
     assert long_corpus.fit(10_000) is long_corpus
 
 
@@ -412,6 +558,8 @@ WRONG = [
     ("sources: [{name: a, path: a.jsonl, fraction: .nan}]", r"sources\.0\.fraction: .*finite"),
     ("sources: [{name: a, path: a.jsonl, repeat: 0}]", r"sources\.0\.repeat: .*greater than 0, got 0"),
     ("sources: [{name: a, path: a.jsonl}, {name: a, path: b.jsonl}]", "the source name 'a' is given twice"),
+    ("sources: [{name: m, path: good.json}, {name: m/x, path: a.jsonl}]", "the source name 'm/x' is given twice"),
+    ("sources: [{name: a, path: a.jsonl, max_tiles: 100000}]", r"sources\.0\.max_tiles: .*equal to 1024"),
     ("sources: [{name: a, path: a.jsonl, subset: x}]", "subset needs split"),
     ("sources: [{name: a, path: a.jsonl, min_rating: {beauty: 3}}]", "beauty"),
     ("sources: [{name: a, path: none.jsonl}]", r"none\.jsonl matches no file"),
@@ -424,8 +572,8 @@ WRONG = [
     ("sources: [{name: a, path: number.json}]", "expected a list of records"),
     ("sources: [{name: a, path: meta.json}]", r"meta\.json: x: expected an object with annotation"),
     (A + "kinds: {ocr: 0.5}", "no source has samples of kind 'ocr'; the kinds are unknown"),
-    (A + "kinds: {unknown: 0.5}", r"the shares add up to 0\.5: raise them to 1"),
-    (A + "kinds: {a: 1.5}", r"kinds\.a: .*less than 1, got 1\.5"),
+    (A + "kinds: {unknown: 0.5}", r"the shares add up to 0\.5: expected 1, no other kind is left"),
+    (A + "kinds: {a: 1.5}", r"kinds\.a: .*equal to 1, got 1\.5"),
     (A + "kinds: {a: 0.6, b: 0.6}", r"shares of kinds add up to 1\.2"),
     (A + "total: 5", "total needs kinds"),
     ("[1]", "expected a mapping with sources, got list"),
@@ -442,6 +590,7 @@ def test_a_wrong_corpus_file_is_one_clear_error(text, message, tmp_path, process
     (tmp_path / "broken.json").write_text("[")
     (tmp_path / "number.json").write_text("3")
     (tmp_path / "meta.json").write_text('{"x": {"root": "."}}')
+    (tmp_path / "good.json").write_text('{"x": {"annotation": "a.jsonl"}}')
     (tmp_path / "corpus.yaml").write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         Corpus.from_yaml(tmp_path / "corpus.yaml", processor, tmp_path / "cache")
@@ -470,10 +619,11 @@ def test_a_full_disk_leaves_nothing_half_written(load, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        with pytest.raises(OSError, match="No space left on device"):
-            load({"path": "a.jsonl"})
-    files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
-    assert [file.parent.name for file in files] == ["rows"]
+    for module, name, left in ((pa.ipc, "new_stream", []), (np, "save", ["rows"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(OSError, match="No space left on device"):
+                load({"path": "a.jsonl"})
+        files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
+        assert [file.parent.name for file in files] == left
     assert len(load({"path": "a.jsonl"})) == 1

@@ -86,6 +86,16 @@ def test_bad_samples_are_listed_and_exit_with_2(check, tmp_path):
     assert output.count("not JSON") == 10 and "and 2 more: --skipped FILE writes all of them" in output
 
 
+def test_a_mix_of_bad_samples_only_is_reported_too(check, tmp_path):
+    write_lines(tmp_path / "a.jsonl", [chat("<image>\nWhat?", image="missing.png")] * 3)
+    write_corpus(tmp_path, {"path": "a.jsonl"})
+    code, output, _ = check("--json", "--skipped", "skipped.jsonl", "--samples-per-step", "2", "--show", "1")
+    report = json.loads(output)
+    assert code == 2 and report["samples"] == 0 and len(report["skipped"]) == 3
+    assert len(Path("skipped.jsonl").read_text().splitlines()) == 3
+    assert check()[0] == 2
+
+
 def test_shown_samples_mark_trained_tokens_and_draw_tiles(check, tmp_path):
     write_mix(tmp_path)
     code, output, _ = check("--show", "10", "--figures", "drawn")

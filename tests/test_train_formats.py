@@ -152,7 +152,6 @@ def test_the_kind_is_that_of_the_options_or_the_record():
     assert [parse_record(record, OPTIONS).kind for record in swift] == KINDS
     assert parse_record(llava("Why?", "So.", kind="ocr"), OPTIONS).kind == "ocr"
     assert parse_record(llava("Why?", "So."), OPTIONS).kind is None
-    assert parse_record(swift[0], FormatOptions(CORPORA, kind="ocr")).kind == "ocr"
 
 
 def test_keys_that_are_none_do_not_count():
@@ -628,7 +627,7 @@ BAD_RECORDS = {
         r"conversations\[1\]: the text contains <IMG_CONTEXT>",
     ),
     "a video in an answer": (llava("Why?", "<video>"), r"conversations\[1\]: the text contains <video>"),
-    "a kind that is a number": (llava("Why?", "So.", kind=3), "kind: expected a string, got int"),
+    "a kind that is a number": (llava("Why?", "So.", kind=3), "kind: expected a string as text, got int"),
     "a system message that is a list": (llava("Why?", "So.", system=["a"]), "system: expected a string as text"),
 }
 

@@ -11,9 +11,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import xxhash
@@ -35,26 +36,27 @@ def content_hash(file: Path, cache_dir: Path) -> str:
     It is computed once for a file and its time stamps. These include that of the last change of status, which cannot be
     set: a new content of equal size under an old modification time is noticed.
     """
-    stat = file.stat()
-    signature = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     memo = cache_dir / "hashes" / f"{hash_of(str(file.resolve()))}.json"
-    if memo.exists():
-        known = json.loads(memo.read_text())
-        if known["signature"] == signature:
-            return known["hash"]
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
-        with new_file(memo) as temporary:
-            temporary.write_text(json.dumps({"signature": signature, "hash": digest.hexdigest()}))
-    return digest.hexdigest()
+    with locked(memo):
+        stat = file.stat()
+        signature = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        with suppress(OSError, ValueError, KeyError):  # no memo, or a damaged one
+            known = json.loads(memo.read_text())
+            if known["signature"] == signature:
+                return known["hash"]
+        digest = xxhash.xxh3_128()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
+            with new_file(memo) as temporary:
+                temporary.write_text(json.dumps({"signature": signature, "hash": digest.hexdigest()}))
+        return digest.hexdigest()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time create `path`."""
+    """Let one process at a time create `path`; remove what a process that was killed left of it."""
     lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,8 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{path.parent}: the cache cannot be written: {error.strerror or error}") from error
     try:
+        for rest in path.parent.glob(f".{path.name}*"):
+            _remove(rest)
         yield
     finally:
         lock.release()
@@ -70,15 +74,22 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Yield the path of a temporary file or folder that replaces `target` at the end, or is removed after an error."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.replace(target)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 class MappedArrays:
@@ -86,13 +97,20 @@ class MappedArrays:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+        self._arrays = {file.stem: _map_array(file) for file in folder.glob("*.npy")}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
     def __reduce__(self) -> tuple[type["MappedArrays"], tuple[Path]]:
         return MappedArrays, (self.folder,)
+
+
+def _map_array(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r")
+    except ValueError:  # an empty file region cannot be mapped
+        return np.load(file)
 
 
 def store_arrays(folder: Path, compute: Callable[[], Mapping[str, np.ndarray]]) -> MappedArrays:

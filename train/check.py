@@ -94,7 +94,7 @@ def check_corpus(corpus: Corpus, batches: PackedBatches | None = None) -> Corpus
         samples=len(corpus),
         skipped=[entry.to_dict() for entry in corpus.skipped],
         kinds=corpus.count_kinds(),
-        tokens={"total": total, "answers": answers, "longest": int(corpus.tokens.max())},
+        tokens={"total": total, "answers": answers, "longest": int(corpus.tokens.max(initial=0))},
         tiles=tiles,
         too_long={name: corpus.too_long.get(name, 0) for name in ("dropped", "truncated")},
         packing=packing,
@@ -158,12 +158,14 @@ def show_samples(corpus: Corpus, count: int, seed: int = 0) -> Iterator[ShownSam
 
 def _different(corpus: Corpus, count: int, seed: int) -> list[int]:
     """Return random samples, none of which repeats another."""
-    chosen: dict[int, int] = {}  # row -> sample
-    for index in permutation(len(corpus), seed).tolist():
-        if len(chosen) == count:
-            break
-        chosen.setdefault(int(corpus.arrays["rows"][index]), index)
-    return [*chosen.values()]
+    if not (count and len(corpus)):
+        return []
+    if len(corpus) < 100_000:
+        order = permutation(len(corpus), seed)
+    else:
+        order = np.random.default_rng(seed).integers(len(corpus), size=2 * count)
+    chosen = {int(corpus.arrays["rows"][index]): index for index in order.tolist()}
+    return [*chosen.values()][:count]
 
 
 def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:

@@ -88,8 +88,10 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
         batch = processor.apply_chat_template(
             sample.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )
-    except (ValueError, OSError, TypeError) as error:
-        raise BadSample(str(error)) from error
+    except ImportError:  # of PyAV, which all videos need
+        raise
+    except Exception as error:  # decoders raise nearly anything on a broken file
+        raise BadSample(" ".join(str(error).split()) or type(error).__name__) from error
     ids, mask = (torch.tensor(batch[name][0]) for name in ("input_ids", "assistant_masks"))
     labels = ids.masked_fill(mask == 0, IGNORED)
     labels[:1] = IGNORED  # its prediction would come from the sample before it in the pack

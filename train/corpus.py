@@ -10,9 +10,9 @@ Everything that grows with the number of samples is memory-mapped from the cache
 
 import json
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from ..processing_sailvl import SAILVLProcessor
 from .cache import MappedArrays, hash_of, new_file, store_arrays
 from .corpus_file import CorpusFile, Source, expand_meta, read_corpus_file
 from .formats import FORMATS, BadSample, FilteredSample, FormatOptions, Sample
-from .lengths import COLUMNS, Lengths, SampleReader, compute_lengths
+from .lengths import COLUMNS, Lengths, SampleReader, hash_processor, measure, remeasure_skipped
 from .mix import draw, scale_kinds
-from .rows import TEXT, Rows, open_rows
+from .rows import Rows, open_rows
 
 
 UNKNOWN = "unknown"  # the kind of samples that neither their record nor corpus.yaml gives a kind
@@ -54,8 +54,8 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The rows of one file, as a part of the corpus; `start` is the number of its first row."""
+class SourceFile:
+    """The rows of one file of a source; `start` is the number of its first row in the corpus."""
 
     source: Source
     rows: Rows
@@ -66,14 +66,14 @@ class Part:
         return self.source.kind or record_kind or UNKNOWN
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Corpus(Sequence):
     """
     The samples of an epoch, each with its lengths. `corpus[index]` reads a sample.
 
     Attributes:
         processor: The processor that the lengths are computed with.
-        parts: The files.
+        files: The files of all sources.
         arrays: tokens, answers, tiles (samples,) int32; rows (samples,) int64, numbered over all files; kinds
             (samples,) int32; turns (samples,) int32, the messages that a sample is truncated to, 0 for all.
         kind_names: The kinds, in the order of `kinds`.
@@ -84,7 +84,7 @@ class Corpus(Sequence):
     """
 
     processor: SAILVLProcessor
-    parts: tuple[Part, ...]
+    files: tuple[SourceFile, ...]
     arrays: MappedArrays
     kind_names: tuple[str, ...]
     skipped: tuple[Skipped, ...]
@@ -100,6 +100,7 @@ class Corpus(Sequence):
         cache_dir: str | Path | None = None,
         num_proc: int | None = None,
         max_bad_fraction: float | None = None,
+        recheck: bool = False,
         log: Callable[[str], None] = lambda line: None,
     ) -> "Corpus":
         """
@@ -111,25 +112,35 @@ class Corpus(Sequence):
             cache_dir: Default: `sailvit` in the cache of the datasets library.
             num_proc: Processes that compute lengths. Default: 1.
             max_bad_fraction: Default: that of the file.
+            recheck: Look again at samples that were bad before; this is always done if they are too many.
             log: Called with each progress message.
 
         Raises:
             ValueError: A field of the file, a source or its format is wrong.
             TooManyBadSamplesError: More samples are bad than `max_bad_fraction` allows.
             OSError: A file cannot be read, or the cache cannot be written.
+            ImportError: There is a video file, and PyAV is not installed.
         """
         content = read_corpus_file(path)
         cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "sailvit")
-        parts = list(_open_parts(content, Path(path).parent, processor, cache, log))
-        lengths = [compute_lengths(part.rows, part.reader, cache, num_proc) for part in parts]
-        skipped = tuple(_list_skipped(parts, lengths))
-        total = sum(int(np.count_nonzero(one.tokens)) for one in lengths) + len(skipped)
-        _check_bad(skipped, total, content.max_bad_fraction if max_bad_fraction is None else max_bad_fraction)
-        named = zip(parts, lengths, strict=True)
-        kinds = tuple(sorted({part.kind_of(name) for part, one in named for name in one.kind_names}))
-        fingerprint = hash_of([content.model_dump(), [one.fingerprint for one in lengths]])
-        arrays = store_arrays(_folder(cache, fingerprint), lambda: _mix(content, parts, lengths, kinds))
-        return cls(processor, tuple(parts), arrays, kinds, skipped, fingerprint, cache)
+        most = content.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
+        files = list(_open_files(content, Path(path).parent, processor, cache, log))
+        lengths = [measure(file.rows, file.reader, cache, num_proc) for file in files]
+        if recheck or _are_too_many(lengths, most):
+            pairs = zip(files, lengths, strict=True)
+            lengths = [remeasure_skipped(one, file.rows, file.reader) for file, one in pairs]
+        skipped = tuple(_list_skipped(files, lengths))
+        if _are_too_many(lengths, most):
+            raise TooManyBadSamplesError(_describe_bad(skipped, lengths, most))
+        if not sum(_count_bad(lengths)):
+            raise ValueError(f"{path}: its sources have no samples")
+        pairs = zip(files, lengths, strict=True)
+        kinds = tuple(sorted({file.kind_of(name) for file, one in pairs for name in one.kind_names}))
+        described = [[file.source.model_dump(), file.rows.length] for file in files]
+        mix = [content.kinds, content.total, content.seed]
+        fingerprint = hash_of([described, mix, [one.digest for one in lengths]])
+        arrays = store_arrays(_folder(cache, fingerprint), lambda: _mix(content, files, lengths, kinds))
+        return cls(processor, tuple(files), arrays, kinds, skipped, fingerprint, cache)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -154,9 +165,9 @@ class Corpus(Sequence):
             BadSample: It cannot be read: its images were removed since the lengths were computed.
             IndexError: There is no such sample.
         """
-        part, row = self._find(index)
+        file, row = self._find(index)
         try:
-            sample = part.reader.read(part.rows.record(row))
+            sample = file.reader.read(file.rows.record(row))
         except FilteredSample as error:  # files in use were changed
             raise BadSample(str(error)) from error
         turns = int(self.arrays["turns"][index])
@@ -164,13 +175,13 @@ class Corpus(Sequence):
 
     def locate(self, index: int) -> tuple[str, int]:
         """Return the source of a sample, and its line (from 1) or index (from 0) there."""
-        part, row = self._find(index)
-        return part.source.name, next(iter(part.rows.location(row).values()))
+        file, row = self._find(index)
+        return file.source.name, next(iter(file.rows.location(row).values()))
 
     def skip(self, index: int, reason: str) -> Skipped:
         """Return the entry of skipped.jsonl for a sample that turns out to be bad when it is read."""
-        part, row = self._find(index)
-        return Skipped(part.source.name, part.rows.path, part.rows.location(row), reason)
+        file, row = self._find(index)
+        return Skipped(file.source.name, file.rows.path, file.rows.location(row), reason)
 
     def write_skipped(self, path: str | Path) -> None:
         """Write the bad samples to a JSONL file."""
@@ -203,18 +214,25 @@ class Corpus(Sequence):
             return self
         if too_long == "fail":
             raise ValueError(self._describe_excess(excess, max_tokens, max_tiles))
-        shorter = self._truncate(excess, max_tokens, limit) if too_long == "truncate" else {}
-        if len(excess) - len(shorter) == len(self):
-            raise ValueError(self._describe_excess(excess, max_tokens, max_tiles))
         fingerprint = hash_of([self.fingerprint, max_tokens, max_tiles, too_long])
-        arrays = store_arrays(_folder(self.cache_dir, fingerprint), lambda: self._without(excess, shorter))
-        done = {"dropped": len(excess) - len(shorter), "truncated": len(shorter)}
+
+        def compute() -> dict[str, np.ndarray]:
+            return self._without(excess, self._truncate(excess, max_tokens, limit) if too_long == "truncate" else {})
+
+        arrays = store_arrays(_folder(self.cache_dir, fingerprint), compute)
+        dropped, truncated = len(self) - len(arrays["tokens"]), np.count_nonzero(arrays["turns"])
+        if dropped == len(self):
+            raise ValueError(self._describe_excess(excess, max_tokens, max_tiles))
+        done = {"dropped": dropped, "truncated": int(truncated)}
         return replace(self, arrays=arrays, fingerprint=fingerprint, too_long=done)
 
-    def _find(self, index: int) -> tuple[Part, int]:
+    def __repr__(self) -> str:
+        return f"Corpus({len(self)} samples of {len(self.files)} files)"
+
+    def _find(self, index: int) -> tuple[SourceFile, int]:
         row = int(self.arrays["rows"][index])
-        part = self.parts[bisect_right(self.parts, row, key=lambda part: part.start) - 1]
-        return part, row - part.start
+        file = self.files[bisect_right(self.files, row, key=lambda file: file.start) - 1]
+        return file, row - file.start
 
     def _describe_excess(self, excess: np.ndarray, max_tokens: int, max_tiles: int | None) -> str:
         first = int(excess[0])
@@ -253,73 +271,86 @@ def _folder(cache: Path, fingerprint: str) -> Path:
     return cache / "corpora" / fingerprint
 
 
-def _open_parts(
+def _open_files(
     content: CorpusFile, folder: Path, processor: SAILVLProcessor, cache: Path, log: Callable[[str], None]
-) -> Iterator[Part]:
-    start = 0
+) -> Iterator[SourceFile]:
+    start, processor_hash = 0, hash_processor(processor)
     for source, base in expand_meta(content.sources, folder):
-        root = base / source.image_root if source.image_root else None
         options = {name: getattr(source, name) for name in ("max_tiles", "num_frames")}
         options = {name: value for name, value in options.items() if value is not None}
         for rows in open_rows(source, base, cache):
             _check_columns(source, rows)
-            image_root = root or (Path(rows.path).parent if Path(rows.path).exists() else None)
             formats = FormatOptions(
-                image_root, source.allow_outside, min_rating=source.min_rating, num_frames=source.num_frames
+                base / source.image_root if source.image_root else _folder_of(rows),
+                source.allow_outside,
+                min_rating=source.min_rating,
+                num_frames=source.num_frames,
             )
-            log(f"{source.name}: {rows.path}, {len(rows):,} rows")
-            yield Part(source, rows, SampleReader(processor, formats, options), start)
-            start += len(rows)
+            log(f"{source.name}: {rows.path}, {rows.length:,} rows")
+            yield SourceFile(source, rows, SampleReader(processor, processor_hash, formats, options), start)
+            start += rows.length
+
+
+def _folder_of(rows: Rows) -> Path | None:
+    """Return the folder that a file is in; None for a data set on the Hub."""
+    return Path(rows.path).parent if Path(rows.path).exists() else None
 
 
 def _check_columns(source: Source, rows: Rows) -> None:
     names = rows.dataset.column_names
-    if names != [TEXT] and not any({*keys} <= {*names} for keys in FORMATS):
+    if not rows.is_json and not any({*keys} <= {*names} for keys in FORMATS):
         got, known = ", ".join(names)[:200], " or ".join(map(" + ".join, FORMATS))
         raise ValueError(f"source {source.name}: {rows.path}: expected a column {known}, got {got}")
 
 
-def _list_skipped(parts: Sequence[Part], lengths: Sequence[Lengths]) -> Iterator[Skipped]:
-    for part, one in zip(parts, lengths, strict=True):
+def _list_skipped(files: Sequence[SourceFile], lengths: Sequence[Lengths]) -> Iterator[Skipped]:
+    for file, one in zip(files, lengths, strict=True):
         for row, reason in one.skipped:
-            yield Skipped(part.source.name, part.rows.path, part.rows.location(row), reason)
+            yield Skipped(file.source.name, file.rows.path, file.rows.location(row), reason)
 
 
-def _check_bad(skipped: Sequence[Skipped], total: int, most: float) -> None:
-    if len(skipped) > most * total:
-        reasons = "; ".join(map(str, skipped[:10]))
-        raise TooManyBadSamplesError(
-            f"{len(skipped)} of {total} samples are bad, more than max_bad_fraction {most:g}: {reasons}"
-        )
-    if not total - len(skipped):
-        raise ValueError("the sources have no samples")
+def _count_bad(lengths: Sequence[Lengths]) -> tuple[int, int]:
+    """Return the number of bad samples, and of all."""
+    bad = sum(len(one.skipped) for one in lengths)
+    return bad, bad + sum(one.num_used for one in lengths)
+
+
+def _are_too_many(lengths: Sequence[Lengths], most: float) -> bool:
+    bad, total = _count_bad(lengths)
+    return bad > most * total
+
+
+def _describe_bad(skipped: Sequence[Skipped], lengths: Sequence[Lengths], most: float) -> str:
+    bad, total = _count_bad(lengths)
+    reasons = "; ".join(map(str, skipped[:10]))
+    return f"{bad} of {total} samples are bad, more than max_bad_fraction {most:g}: {reasons}"
 
 
 def _mix(
-    content: CorpusFile, parts: Sequence[Part], lengths: Sequence[Lengths], kind_names: Sequence[str]
+    content: CorpusFile, files: Sequence[SourceFile], lengths: Sequence[Lengths], kind_names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Return the arrays of the samples of an epoch."""
     index_of = {name: index for index, name in enumerate(kind_names)}
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "rows", "kinds")}
-    for part, one in zip(parts, lengths, strict=True):
-        used = np.flatnonzero(one.tokens)
+    for file, one in zip(files, lengths, strict=True):
+        used = np.flatnonzero(one.column("tokens"))
         for name in COLUMNS:
-            columns[name].append(getattr(one, name)[used])
-        columns["rows"].append(used + part.start)
-        kinds = np.array([index_of[part.kind_of(name)] for name in one.kind_names], np.int32)
-        columns["kinds"].append(kinds[one.kinds[used]])
+            columns[name].append(one.column(name)[used])
+        columns["rows"].append(used + file.start)
+        kinds = np.array([index_of[file.kind_of(name)] for name in one.kind_names], np.int32)
+        columns["kinds"].append(kinds[one.column("kinds")[used]])
     table = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-    chosen = _choose(content, parts, table["rows"])
+    chosen = _choose(content, files, table["rows"])
     if content.kinds:
         chosen = _choose_kinds(content, table["kinds"][chosen], chosen, kind_names)
     table = {name: array[chosen] for name, array in table.items()}
     return {**table, "turns": np.zeros(len(chosen), np.int32)}
 
 
-def _choose(content: CorpusFile, parts: Sequence[Part], rows: np.ndarray) -> np.ndarray:
+def _choose(content: CorpusFile, files: Sequence[SourceFile], rows: np.ndarray) -> np.ndarray:
     """Return the indices of the samples after `fraction` and `repeat` of every source."""
     chosen = []
-    for source, begin, end in _spans(parts):
+    for source, begin, end in _spans(files):
         entries = np.arange(np.searchsorted(rows, begin), np.searchsorted(rows, end))
         for index, factor in enumerate((source.fraction, source.repeat)):
             if len(entries) and factor != 1:
@@ -329,16 +360,11 @@ def _choose(content: CorpusFile, parts: Sequence[Part], rows: np.ndarray) -> np.
     return np.concatenate(chosen)
 
 
-def _spans(parts: Sequence[Part]) -> Iterator[tuple[Source, int, int]]:
+def _spans(files: Sequence[SourceFile]) -> Iterator[tuple[Source, int, int]]:
     """Yield every source with its first row and the row after its last one."""
-    counts = Counter()
-    for part in parts:
-        counts[part.source.name] += len(part.rows)
-    sources = {part.source.name: part.source for part in parts}
-    end = 0
-    for name, count in counts.items():
-        end += count
-        yield sources[name], end - count, end
+    for _, group in groupby(files, key=lambda file: file.source.name):
+        own = [*group]
+        yield own[0].source, own[0].start, own[-1].start + own[-1].rows.length
 
 
 def _choose_kinds(content: CorpusFile, kinds: np.ndarray, chosen: np.ndarray, kind_names: Sequence[str]) -> np.ndarray:

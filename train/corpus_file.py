@@ -19,8 +19,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..image_processing_sailvit import MAX_TILES_LIMIT
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Strict(BaseModel):
@@ -54,9 +56,9 @@ class Source(_Strict):
     allow_outside: bool = False
     kind: str | None = Field(None, min_length=1)
     fraction: float = Field(1, gt=0, le=1)
-    repeat: float = Field(1, gt=0)
+    repeat: float = Field(1, gt=0, le=1000)
     min_rating: float | dict[str, float] | None = None
-    max_tiles: int | None = Field(None, ge=1)
+    max_tiles: int | None = Field(None, ge=1, le=MAX_TILES_LIMIT)
     num_frames: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -81,7 +83,7 @@ class CorpusFile(_Strict):
 
     sources: list[Source] = Field(min_length=1)
     kinds: dict[str, Share] = {}
-    total: int | None = Field(None, ge=1)
+    total: int | None = Field(None, ge=1, le=10**10)
     seed: int = Field(0, ge=0)
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
 
@@ -109,7 +111,7 @@ def read_corpus_file(path: str | Path) -> CorpusFile:
         fields = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: expected a mapping with sources, got {type(fields).__name__}")
@@ -126,8 +128,18 @@ def expand_meta(sources: Iterable[Source], folder: Path) -> Iterator[tuple[Sourc
     `repeat_time` below 1 is a random part of the samples; InternVL itself takes the first lines.
 
     Raises:
-        ValueError: An entry of a meta JSON lacks its annotation file, or its fields are out of range.
+        ValueError: An entry of a meta JSON lacks its annotation file, or its fields are out of range; two sources have
+            the same name.
     """
+    names: set[str] = set()
+    for source, base in _expand(sources, folder):
+        if source.name in names:
+            raise ValueError(f"the source name {source.name!r} is given twice: an entry of a meta JSON has it, too")
+        names.add(source.name)
+        yield source, base
+
+
+def _expand(sources: Iterable[Source], folder: Path) -> Iterator[tuple[Source, Path]]:
     for source in sources:
         entries = _read_meta(folder / source.path)
         if entries is None:
@@ -147,10 +159,16 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
     with path.open("rb") as file:
         if file.read(1024).lstrip()[:1] != b"{":  # a list of records is not parsed here: it may be large
             return None
+    return read_json(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises ValueError if it is none."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        hint = ": name a file with one record per line .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{path}: not JSON: {error}{hint}") from error
 
 
 def _meta_source(source: Source, name: str, entry: Mapping[str, Any], location: str) -> Source:
@@ -166,7 +184,8 @@ def _meta_source(source: Source, name: str, entry: Mapping[str, Any], location: 
 
 def _meta_folder(annotation: str, meta: Path) -> Path:
     """Return the working folder if the path of an annotation starts there, as in InternVL, else the meta file's."""
-    return Path() if Path(annotation).exists() else meta.parent
+    is_here = not Path(annotation).is_absolute() and Path(annotation).exists()
+    return Path() if is_here else meta.parent
 
 
 def _describe(error: ValidationError) -> str:

@@ -72,7 +72,6 @@ class FormatOptions:
     Attributes:
         image_root: The folder that paths are relative to, and that files must be in.
         allow_outside: Accept files outside of `image_root`.
-        kind: Kind of all samples. Default: `kind` or `channel` of the record.
         min_rating: Drop the turns of rated `texts` with a rating below this number, or below the number given for a
             rating, {"relevance": 4}. A turn whose rating is None is kept.
         num_frames: Take at most this many frames of a video that is a list of frames.
@@ -83,7 +82,6 @@ class FormatOptions:
 
     image_root: Path | None = None
     allow_outside: bool = False
-    kind: str | None = None
     min_rating: float | Mapping[str, float] | None = None
     num_frames: int | None = None
 
@@ -127,14 +125,12 @@ def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
     _place(turns, "image", images, options)
     _check_reserved(turns)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return Sample(messages, _kind_of(fields, options))
+    return Sample(messages, _kind_of(fields))
 
 
-def _kind_of(fields: Mapping[str, Any], options: FormatOptions) -> str | None:
-    kind = options.kind or fields.get("kind") or fields.get("channel") or None
-    if not isinstance(kind, (str, type(None))):
-        raise BadSample(f"kind: expected a string, got {type(kind).__name__}")
-    return kind
+def _kind_of(fields: Mapping[str, Any]) -> str | None:
+    kind = fields.get("kind") or fields.get("channel")
+    return _text_part(kind, "kind")["text"] if kind else None
 
 
 # Turns

@@ -4,11 +4,12 @@
 Tokens and tiles of every sample, from the tokenizer and the headers of images, without decoding pixels.
 
 They are computed once and cached under a hash of what they depend on: the content of the file, the tokenizer, the chat
-template, the tiling options, and the options of the source. A change of an image file is not noticed.
+template, the tiling options, and the options of the source. A change of an image file is noticed when it is read.
 """
 
 import functools
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, Features, Value
 from PIL import Image
 
@@ -28,10 +30,10 @@ from .rows import Rows, read_records
 
 BATCH_SIZE = 200
 ROWS_PER_PROCESS = 500  # fewer rows than this are not worth starting a process for
-UNKNOWN = ""  # the kind of a sample whose record names none
+NO_KIND = ""  # the kind of a sample whose record names none
 # Options of the image processor that decide on the number of tiles.
 TILING_OPTIONS = ("do_tile", "min_tiles", "max_tiles", "use_thumbnail", "msac", "size", "do_exif_transpose")
-COLUMNS = {"tokens": np.int32, "answers": np.int32, "tiles": np.int32}
+COLUMNS = ("tokens", "answers", "tiles")
 FEATURES = Features({**{name: Value("int32") for name in COLUMNS}, "kind": Value("string"), "reason": Value("string")})
 VERSION = 1  # raise it when the counts of the same sample change
 
@@ -42,19 +44,22 @@ class Lengths:
     Tokens and tiles of every row of a file.
 
     Attributes:
-        tokens, answers, tiles: (rows,) int32, as in TokenCounts; memory-mapped; 0 for rows that are not used.
-        kinds: (rows,) indices into `kind_names`, the kinds that the records name; memory-mapped.
+        folder: Where the arrays are.
+        kind_names: The kinds that the records name, in the order of their numbers.
         skipped: Row and reason of every bad sample.
-        fingerprint: Changes with everything that the lengths depend on.
+        num_used: Rows that are samples and can be used.
+        digest: A hash of all of it.
     """
 
-    tokens: np.ndarray
-    answers: np.ndarray
-    tiles: np.ndarray
-    kinds: np.ndarray
+    folder: Path
     kind_names: list[str]
     skipped: list[tuple[int, str]]
-    fingerprint: str
+    num_used: int
+    digest: str
+
+    def column(self, name: str) -> np.ndarray:
+        """Return tokens, answers, tiles (rows,) int32, 0 for rows that are not used, or kinds (rows,) int32."""
+        return np.load(self.folder / f"{name}.npy")
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,13 @@ class SampleReader:
 
     Attributes:
         processor: Tokenizes the samples.
+        processor_hash: `hash_processor` of it.
         formats: How the records are read.
         processor_options: Options of the processor for these samples: max_tiles, num_frames.
     """
 
     processor: SAILVLProcessor
+    processor_hash: str
     formats: FormatOptions
     processor_options: Mapping[str, Any]
 
@@ -92,29 +99,34 @@ class SampleReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 counts = self.processor.count_tokens([s.messages for s in samples], **self.processor_options)
-        except (ValueError, TypeError, OSError) as error:
+        except ImportError:  # of PyAV, which all videos need
+            raise
+        except Exception as error:  # decoders raise nearly anything on a broken file
             if len(samples) == 1:
-                return [" ".join(str(error).split())]
+                return [" ".join(str(error).split()) or type(error).__name__]
             return [count for sample in samples for count in self.count([sample])]
         return [count if count.answers else "no token of an answer" for count in counts]
 
-    def fingerprint(self) -> str:
-        processor = self.processor
-        tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
-        described = {
-            "version": VERSION,
-            "tokenizer": {key: tokenizer[key] for key in tokenizer.keys() - {"padding", "truncation"}},
-            "special_tokens": processor.tokenizer.special_tokens_map,
-            "chat_template": processor.chat_template,
-            "image_seq_length": processor.image_seq_length,
-            "tiling": {name: getattr(processor.image_processor, name) for name in TILING_OPTIONS},
-            "processor_options": dict(self.processor_options),
-            "formats": {name: value for name, value in asdict(self.formats).items() if name != "kind"},
-        }
-        return hash_of(described)
+    def hash(self) -> str:
+        """Return a hash of all that the counts of a record depend on."""
+        formats = {**asdict(self.formats), "image_root": str(Path(self.formats.image_root or "").resolve())}
+        return hash_of([VERSION, self.processor_hash, dict(self.processor_options), formats])
 
 
-def compute_lengths(rows: Rows, reader: SampleReader, cache_dir: Path, num_proc: int | None = None) -> Lengths:
+def hash_processor(processor: SAILVLProcessor) -> str:
+    """Return a hash of tokenizer, chat template and tiling options."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    described = {
+        "tokenizer": {key: tokenizer[key] for key in tokenizer.keys() - {"padding", "truncation"}},
+        "special_tokens": processor.tokenizer.special_tokens_map,
+        "chat_template": processor.chat_template,
+        "image_seq_length": processor.image_seq_length,
+        "tiling": {name: getattr(processor.image_processor, name) for name in TILING_OPTIONS},
+    }
+    return hash_of(described)
+
+
+def measure(rows: Rows, reader: SampleReader, cache_dir: Path, num_proc: int | None = None) -> Lengths:
     """
     Return the lengths of all rows, from the cache if they are there.
 
@@ -126,28 +138,50 @@ def compute_lengths(rows: Rows, reader: SampleReader, cache_dir: Path, num_proc:
 
     Raises:
         OSError: The cache cannot be written.
+        ImportError: There is a video file, and PyAV is not installed.
     """
-    fingerprint = hash_of([rows.fingerprint, rows.is_lines, reader.fingerprint()])
+    fingerprint = hash_of([rows.fingerprint, rows.is_lines, reader.hash()])
     folder = cache_dir / "lengths" / fingerprint
     with locked(folder):
         if not folder.exists():
             with new_file(folder) as temporary:
                 temporary.mkdir()
                 counted = _count_rows(rows, reader, fingerprint, temporary / "counted.arrow", num_proc)
-                _write_lengths(counted.data, temporary)
+                _save_table(temporary, counted.data)
                 del counted  # closes its files
                 for file in temporary.glob("counted*"):
                     file.unlink()
-    facts = json.loads((folder / "facts.json").read_text())
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*COLUMNS, "kinds")}
-    skipped = [(row, reason) for row, reason in facts["skipped"]]
-    return Lengths(**arrays, kind_names=facts["kind_names"], skipped=skipped, fingerprint=fingerprint)
+        return _load(folder)
+
+
+def remeasure_skipped(lengths: Lengths, rows: Rows, reader: SampleReader) -> Lengths:
+    """Return the lengths after another look at the bad samples, whose images may be there by now."""
+    indices = [row for row, _ in lengths.skipped]
+    found: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for start in range(0, len(indices), BATCH_SIZE):
+        table = rows.dataset.select(indices[start : start + BATCH_SIZE])[:]
+        for name, values in _count_table(table, rows.is_json, reader).items():
+            found[name] += values
+    if found["reason"] == [reason for _, reason in lengths.skipped]:
+        return lengths
+    names = list(dict.fromkeys([*lengths.kind_names, *found["kind"]]))
+    columns = {name: lengths.column(name) for name in (*COLUMNS, "kinds")}
+    for name in COLUMNS:
+        columns[name][indices] = found[name]
+    columns["kinds"][indices] = [names.index(kind) for kind in found["kind"]]
+    skipped = [(row, reason) for row, reason in zip(indices, found["reason"], strict=True) if reason]
+    with locked(lengths.folder):
+        with new_file(lengths.folder) as temporary:
+            temporary.mkdir()
+            _save(temporary, columns, names, skipped)
+            shutil.rmtree(lengths.folder)
+        return _load(lengths.folder)
 
 
 def _count_rows(rows: Rows, reader: SampleReader, fingerprint: str, file: Path, num_proc: int | None) -> Dataset:
-    processes = min(num_proc or 1, 1 + len(rows) // ROWS_PER_PROCESS)
-    return rows.dataset.with_format("arrow").map(
-        functools.partial(_count_table, reader=reader),
+    processes = min(num_proc or 1, 1 + rows.length // ROWS_PER_PROCESS)
+    return rows.dataset.map(
+        functools.partial(_count_table, is_json=rows.is_json, reader=reader),
         batched=True,
         batch_size=BATCH_SIZE,
         remove_columns=rows.dataset.column_names,
@@ -159,21 +193,36 @@ def _count_rows(rows: Rows, reader: SampleReader, fingerprint: str, file: Path, 
     )
 
 
-def _write_lengths(table: Any, folder: Path) -> None:
-    """Write columns of FEATURES as the files that `compute_lengths` reads."""
-    for name in COLUMNS:
-        np.save(folder / f"{name}.npy", table[name].to_numpy())
+def _save_table(folder: Path, table: Any) -> None:
+    """Save columns of FEATURES."""
     kinds = table["kind"].combine_chunks().dictionary_encode()
-    np.save(folder / "kinds.npy", kinds.indices.to_numpy(zero_copy_only=False).astype(np.int32))
+    columns = {name: table[name].to_numpy() for name in COLUMNS}
+    columns["kinds"] = kinds.indices.to_numpy(zero_copy_only=False).astype(np.int32)
     skipped = [(row, reason) for row, reason in enumerate(table["reason"].to_pylist()) if reason]
-    (folder / "facts.json").write_text(json.dumps({"kind_names": kinds.dictionary.to_pylist(), "skipped": skipped}))
+    _save(folder, columns, kinds.dictionary.to_pylist(), skipped)
 
 
-def _count_table(table: pa.Table, reader: SampleReader) -> dict[str, list[Any]]:
+def _save(
+    folder: Path, columns: Mapping[str, np.ndarray], kind_names: list[str], skipped: list[tuple[int, str]]
+) -> None:
+    digest = xxhash.xxh3_128(json.dumps([kind_names, skipped]).encode())
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", column)
+        digest.update(np.ascontiguousarray(column))
+    facts = {"kind_names": kind_names, "skipped": skipped, "num_used": int(np.count_nonzero(columns["tokens"]))}
+    (folder / "facts.json").write_text(json.dumps({**facts, "digest": digest.hexdigest()}))
+
+
+def _load(folder: Path) -> Lengths:
+    facts = json.loads((folder / "facts.json").read_text())
+    return Lengths(folder, **{**facts, "skipped": [(row, reason) for row, reason in facts["skipped"]]})
+
+
+def _count_table(table: pa.Table, is_json: bool, reader: SampleReader) -> dict[str, list[Any]]:
     """Return the columns of FEATURES for some rows."""
     results: list[TokenCounts | str] = []
     samples: dict[int, Sample] = {}
-    for record in read_records(table):
+    for record in read_records(table, is_json):
         result: TokenCounts | str = ""
         try:
             samples[len(results)] = reader.read(record)
@@ -186,5 +235,5 @@ def _count_table(table: pa.Table, reader: SampleReader) -> dict[str, list[Any]]:
         results[index] = count
     counts = [TokenCounts(0, 0, 0) if isinstance(result, str) else result for result in results]
     columns = dict(zip(COLUMNS, map(list, zip(*counts, strict=True)), strict=True))
-    kinds = [(samples[index].kind or UNKNOWN) if index in samples else UNKNOWN for index in range(len(results))]
+    kinds = [(samples[index].kind or NO_KIND) if index in samples else NO_KIND for index in range(len(results))]
     return {**columns, "kind": kinds, "reason": [result if isinstance(result, str) else "" for result in results]}

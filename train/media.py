@@ -27,6 +27,7 @@ from ..video_sailvl import FRAME_SUFFIXES
 
 LONGEST_PATH = 4096  # PATH_MAX of Linux: a longer string can only be base64
 REMOTE_SCHEMES = ("http://", "https://")
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<", b"v=0")  # the beginnings of HLS, concat, DASH and IMF, SDP
 
 
 class BadSample(ValueError):  # noqa: N818
@@ -133,7 +134,18 @@ def load_video(video: Any, name: str, root: ImageRoot, num_frames: int | None = 
         return "data:application/octet-stream;base64," + base64.b64encode(video).decode()
     if not isinstance(video, str):
         raise BadSample(f"{name}: expected a path, a URL, bytes or a list of frames, got {_type_name(video)}")
-    return video if _scheme(video, name) in (*REMOTE_SCHEMES, "data:") else root.find(video, name)
+    if _scheme(video, name) in (*REMOTE_SCHEMES, "data:"):
+        return video
+    path = root.find(video, name)
+    if not root.allow_outside and _is_playlist(path):
+        raise BadSample(f"{name}: {shorten(video)} is a list of other files: give a video file, or allow_outside: true")
+    return path
+
+
+def _is_playlist(path: str) -> bool:
+    """Return whether FFmpeg would read a file as a list of other files, which may be outside of the root."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(PLAYLISTS)
 
 
 def _load_frames(frames: list[Any], name: str, root: ImageRoot, num_frames: int | None) -> list[Any]:

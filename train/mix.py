@@ -37,7 +37,8 @@ def scale_kinds(counts: Mapping[str, int], shares: Mapping[str, float], total: i
     others = {kind: count for kind, count in counts.items() if kind not in shares}
     left = 1 - sum(shares.values())
     if bool(others) != (left > 1e-9):
-        fix = f"lower the shares, so that {', '.join(sorted(others))} get samples" if others else "raise them to 1"
+        left_out = ", ".join(sorted(others))
+        fix = f"lower them, so that {left_out} get samples" if others else "expected 1, no other kind is left"
         raise ValueError(f"kinds: the shares add up to {1 - left:g}: {fix}")
     factor = left * total / max(1, sum(others.values()))
     exact = {kind: shares[kind] * total if kind in shares else factor * count for kind, count in counts.items()}

@@ -14,7 +14,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,10 @@ from torch.utils.data import Dataset
 from ..configuration_sailvl import SAILVLConfig
 from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .collate import Pack, read_pack
+from .corpus import TOO_LONG, Corpus
 from .order import EpochOrder
 
 
-if TYPE_CHECKING:
-    from .corpus import Corpus
-
-TOO_LONG = ("drop", "truncate", "fail")
 # Steps that `PackedBatches.statistics` plans by default, evenly spaced.
 STATISTICS_STEPS = 200
 
@@ -232,7 +229,7 @@ class PackedBatches(Dataset):
 
     def __init__(
         self,
-        corpus: "Corpus",
+        corpus: Corpus,
         samples_per_step: int,
         max_tokens_per_pack: int = 8192,
         max_tiles_per_pack: int | None = None,

@@ -9,8 +9,10 @@ is and parsed when it is read, so that a bad line is one bad sample.
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from .cache import content_hash, hash_of, locked, new_file
-from .corpus_file import Source
+from .corpus_file import Source, read_json
 from .formats import BadSample
 
 
 BATCH_BYTES = 16 << 20  # of text in an Arrow batch
 HUB_TIMEOUT = 20.0  # seconds
+OPEN_FILES = 64  # Arrow files that a process has open
 TEXT = "json"  # the column that holds a record of a JSON or JSONL file
 LINES = (".jsonl", ".jsonl.gz")
 
@@ -39,31 +42,44 @@ class Rows:
 
     Attributes:
         path: The file, the folder or the name on the Hub.
-        dataset: The rows, in Arrow format.
+        source: An Arrow file, which is opened when it is needed, or a data set in Arrow format.
         fingerprint: Changes with the content.
+        is_json: Whether a row is the text of a JSON object, in the column TEXT.
         is_lines: Whether a row is a line of a file.
     """
 
     path: str
-    dataset: Dataset
+    source: Dataset | Path
     fingerprint: str
+    is_json: bool = False
     is_lines: bool = False
 
-    def __len__(self) -> int:
+    @cached_property
+    def length(self) -> int:
         return len(self.dataset)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows, in Arrow format."""
+        return _open_arrow(self.source) if isinstance(self.source, Path) else self.source
 
     def record(self, row: int) -> Mapping[str, Any] | BadSample | None:
         """Return the record of a row, as `read_records` yields it."""
-        return next(read_records(self.dataset.with_format("arrow")[row : row + 1]))
+        return next(read_records(self.dataset[row : row + 1], self.is_json))
 
     def location(self, row: int) -> dict[str, int]:
         """Return the line (from 1) or the index (from 0) of a row, under that name."""
         return {"line": row + 1} if self.is_lines else {"index": row}
 
 
-def read_records(table: pa.Table) -> Iterator[Mapping[str, Any] | BadSample | None]:
+@lru_cache(maxsize=OPEN_FILES)
+def _open_arrow(path: Path) -> Dataset:
+    return Dataset.from_file(str(path)).with_format("arrow")
+
+
+def read_records(table: pa.Table, is_json: bool) -> Iterator[Mapping[str, Any] | BadSample | None]:
     """Yield the record of every row of a part of `Rows.dataset`; the error of a bad one; None for an empty line."""
-    yield from map(parse_json, table[TEXT].to_pylist()) if table.column_names == [TEXT] else table.to_pylist()
+    yield from map(parse_json, table[TEXT].to_pylist()) if is_json else table.to_pylist()
 
 
 def parse_json(line: bytes) -> Mapping[str, Any] | BadSample | None:
@@ -114,13 +130,15 @@ def _open_saved(path: Path, source: Source, cache_dir: Path) -> Rows:
         raise ValueError(
             f"source {source.name}: {path} is no folder of save_to_disk: give a pattern of files, as in {path}/*.jsonl"
         ) from error
+    except IndexError as error:  # datasets cannot open a folder without rows
+        raise ValueError(f"source {source.name}: {path} contains no records") from error
     if isinstance(dataset, DatasetDict):
         if source.split not in dataset:
             raise ValueError(f"source {source.name}: expected a split of {', '.join(dataset)}, got {source.split}")
         dataset = dataset[source.split]
     files = sorted({entry["filename"] for entry in dataset.cache_files})
     hashes = [content_hash(Path(file), cache_dir) for file in files]
-    return Rows(str(path), dataset, hash_of([hashes, source.split]))
+    return _loaded(str(path), dataset, hash_of([hashes, source.split]))
 
 
 def _open_hub(source: Source) -> Rows:
@@ -131,22 +149,32 @@ def _open_hub(source: Source) -> Rows:
     except Exception as error:  # datasets raises its own and the Hub client's errors
         message = " ".join(str(error).split())[:300]
         raise ValueError(f"source {source.name}: {source.path}, split {source.split}: {message}") from error
-    return Rows(source.path, dataset, dataset._fingerprint)
+    return _loaded(source.path, dataset, dataset._fingerprint)
+
+
+def _loaded(path: str, dataset: Dataset, fingerprint: str) -> Rows:
+    if not len(dataset):
+        raise ValueError(f"{path}: contains no records")
+    return Rows(path, dataset.with_format("arrow"), fingerprint)
 
 
 def _open_file(file: Path, cache_dir: Path) -> Rows:
     name = file.name.lower()
     if name.endswith(LINES):
-        return _cached(file, cache_dir, _read_lines, is_lines=True)
+        return _cached(file, cache_dir, _read_lines, is_json=True, is_lines=True)
     if name.endswith(".json"):
-        return _cached(file, cache_dir, _read_array)
+        return _cached(file, cache_dir, _read_array, is_json=True)
     if name.endswith(".parquet"):
         return _cached(file, cache_dir, _read_parquet)
     raise ValueError(f"{file}: expected a .json, {', '.join(LINES)} or .parquet file")
 
 
 def _cached(
-    file: Path, cache_dir: Path, read: Callable[[Path], Iterable[pa.RecordBatch]], is_lines: bool = False
+    file: Path,
+    cache_dir: Path,
+    read: Callable[[Path], Iterable[pa.RecordBatch]],
+    is_json: bool = False,
+    is_lines: bool = False,
 ) -> Rows:
     """Return the rows of a file, from its Arrow file in the cache, which is written if it does not exist."""
     fingerprint = content_hash(file, cache_dir)
@@ -154,7 +182,7 @@ def _cached(
     with locked(arrow):
         if not arrow.exists():
             _write_arrow(arrow, read(file), file)
-    return Rows(str(file), Dataset.from_file(str(arrow)), fingerprint, is_lines)
+    return Rows(str(file), arrow, fingerprint, is_json, is_lines)
 
 
 def _write_arrow(target: Path, batches: Iterable[pa.RecordBatch], file: Path) -> None:
@@ -171,23 +199,23 @@ def _write_arrow(target: Path, batches: Iterable[pa.RecordBatch], file: Path) ->
 
 def _read_lines(file: Path) -> Iterator[pa.RecordBatch]:
     lines, size = [], 0
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        for line in stream:
-            lines.append(line)
-            size += len(line)
-            if size > BATCH_BYTES:
-                yield _text_batch(lines)
-                lines, size = [], 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            for line in stream:
+                lines.append(line)
+                size += len(line)
+                if size > BATCH_BYTES:
+                    yield _text_batch(lines)
+                    lines, size = [], 0
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file}: truncated or corrupt: {error}") from error
     if lines:
         yield _text_batch(lines)
 
 
 def _read_array(file: Path) -> Iterator[pa.RecordBatch]:
     """Read the list of records of a JSON file, which has to fit into memory."""
-    try:
-        records = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
+    records = read_json(file)
     if not isinstance(records, list):
         raise ValueError(f"{file}: expected a list of records or InternVL's meta JSON, got {type(records).__name__}")
     for start in range(0, len(records), 1000):
