@@ -150,7 +150,7 @@ def internvit_config(
 
 
 def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
-    """Raises CheckpointError if there is no whole InternViT, or config.json contradicts it or is not supported."""
+    """Return its conversion; raise CheckpointError if it is not complete, or not what config.json describes."""
     match, original = read_source(checkpoint, INTERNVIT, options.prefix)
     dimensions = _infer_dimensions(match)
     config, problems = internvit_config(dimensions, original)

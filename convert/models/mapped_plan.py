@@ -61,7 +61,13 @@ class MappedPlan(ConversionPlan):
 def find_model(
     checkpoint: Checkpoint, family: ModelFamily, scheme: str | None = None, prefix: str | None = None
 ) -> Match:
-    """match_names, with the tensors of a checkpoint; only the files that hold them are opened, and must be whole."""
+    """
+    Return the model of a family in a checkpoint, with its tensors; only the files that hold them are opened. `scheme`,
+    a key of the family's, and `prefix`, of the names, are detected by default.
+
+    Raises:
+        CheckpointError: There is no such model or scheme, more than one model, or a file of it is missing or corrupt.
+    """
     try:
         match = match_names(checkpoint.weight_map, family, scheme, prefix)
     except CheckpointError as error:

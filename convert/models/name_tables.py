@@ -17,7 +17,7 @@ from typing import Any
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.names import without_wrapper_prefixes
+from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS
 from .checks import is_lora, tensor_problems, unexpected_tensor
 
@@ -104,11 +104,17 @@ class ModelFamily:
         return re.compile(rf"(?P<prefix>(?:.*?\.)??)(?:(?P<anchor>{anchors})|{others})")
 
     def is_in(self, names: Iterable[str]) -> bool:
-        """Return whether a checkpoint contains a model of this family, or several, under any prefix."""
+        """Return whether one of the family's anchors is among the names, under any prefix."""
+        patterns, cleaned = [*map(self.pattern, self.schemes.values())], map(strip_wrapper_prefixes, names)
+        return any((match := pattern.fullmatch(name)) and match["anchor"] for name in cleaned for pattern in patterns)
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Return whether match_names finds a model of this family, perhaps without its anchors, or several."""
         try:
-            return match_names(names, self).is_anchored
+            match_names(names, self)
         except CheckpointError as error:
             return isinstance(error, AmbiguousMatchError)
+        return True
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,6 @@ class Match:
     A model among the names of a checkpoint, and its tensors.
 
     Attributes:
-        is_anchored: Whether one of the family's anchors is among the names.
         names: Name in the scheme, without prefix and wrappers -> name in the checkpoint.
         dropped: Names that the scheme drops.
         unmapped: Names under the prefix that the scheme does not have.
@@ -199,7 +204,6 @@ class Match:
     """
 
     family: ModelFamily
-    is_anchored: bool
     scheme: NamingScheme
     prefix: str
     wrappers: list[str]
@@ -313,8 +317,7 @@ def match_names(
         listed = ", ".join(f"{own.name} under {where!r}" for _, _, own, where in rivals)
         option = " or --from-layout" if len(schemes) > 1 else ""
         raise AmbiguousMatchError(f"more than one {family.title}: {listed}; choose with --prefix{option}")
-    is_anchored, _, own_scheme, own_prefix = candidates[0]
-    match = Match(family, is_anchored, own_scheme, own_prefix, wrappers)
+    match = Match(family, *candidates[0][2:], wrappers)
     _sort_names(cleaned, match)
     foreign = [name for name in match.unmapped if not is_lora(name)]
     if len(foreign) > len(match.names):

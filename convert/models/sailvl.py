@@ -48,8 +48,11 @@ if TYPE_CHECKING:
 
 def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
     """Return tensors as they are stored, but for name and dtype; names: written name -> name in the checkpoint."""
-    stored = {name: (checkpoint[stored_name], stored_name) for name, stored_name in names.items()}
-    return [NewTensor(name, dtype, one[0].shape, partial(cast_stream, *one, dtype)) for name, one in stored.items()]
+    tensors = []
+    for name, stored_name in names.items():
+        stored = checkpoint[stored_name]
+        tensors.append(NewTensor(name, dtype, stored.shape, partial(cast_stream, stored, stored_name, dtype)))
+    return tensors
 
 
 @dataclass(kw_only=True)
@@ -160,7 +163,7 @@ class SAILVLPlan(ConversionPlan):
 
 
 def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
-    """Raises CheckpointError if the checkpoint is no complete SAIL-VL, or an option does not fit it."""
+    """Return its conversion; raise CheckpointError if it is no complete SAIL-VL, or an option does not fit it."""
     source, found = checkpoint.source.name, find_component(checkpoint, "all")
     names = found.names
     raise_if_any(component_problems(checkpoint, "all"), source)
@@ -325,7 +328,7 @@ class ComponentPlan(ConversionPlan):
 
 
 def plan_component(checkpoint: Checkpoint, options: Options, part: str) -> ComponentPlan:
-    """Raises CheckpointError if the component is not complete, contradicts config.json, or transformers lacks it."""
+    """Return its conversion; raise CheckpointError if it is incomplete, contradicts config.json, or has no class."""
     source, found = checkpoint.source.name, find_component(checkpoint, part)
     raise_if_any(component_problems(checkpoint, part), source)
     config, title = {}, "the connector"

@@ -143,13 +143,12 @@ def _match_names(trained: Checkpoint, base: Checkpoint) -> dict[str, str]:
     own = {strip_wrapper_prefixes(name): name for name in trained.weight_map}
     others = {strip_wrapper_prefixes(name): name for name in base.weight_map}
 
-    def count_shared(prefixes: tuple[str, str]) -> int:
-        one, two = ({name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-                    for prefix, names in zip(prefixes, (own, others), strict=True))  # fmt: skip
-        return len(one & two)
-
-    prefix, other = max(product(MODEL_PREFIXES, repeat=2), key=count_shared)
-    if not count_shared((prefix, other)):
+    prefix, other, most = "", "", 0
+    for one, two in product(MODEL_PREFIXES, repeat=2):
+        shared = sum(name.startswith(one) and two + name.removeprefix(one) in others for name in own)
+        if shared > most:
+            prefix, other, most = one, two, shared
+    if not most:
         raise CheckpointError(f"{base.source.name}: it has no name of {trained.source.name}: it cannot be its base")
     names = {prefix + short.removeprefix(other): name for short, name in others.items() if short.startswith(other)}
     return {own.get(short, short): name for short, name in names.items()}

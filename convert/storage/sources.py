@@ -44,7 +44,7 @@ HEADER_BLOCK = 1 << 17  # bytes of one range request, where only headers are rea
 HUB_ERRORS = {
     "GatedRepoError": "access is granted on request: ask for it on the model's page, then `hf auth login`",
     "RepositoryNotFoundError": "no such folder here, and no such model on the Hub (private ones need `hf auth login`)",
-    "RevisionNotFoundError": "no revision REVISION on the Hub",
+    "RevisionNotFoundError": "no revision {revision!r} on the Hub",
     "OfflineModeIsEnabled": "no such folder here, and the Hub cannot be reached (offline)",
     "LocalEntryNotFoundError": "no such folder here, and the Hub cannot be reached (offline)",
 }
@@ -259,5 +259,8 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         what = f"no such folder here, and the Hub does not answer: {first_line(error)}"
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             what = "the Hub denies access to this token, or to no token: `hf auth login`"
-        hints = (hint for kind, hint in HUB_ERRORS.items() if isinstance(error, getattr(errors, kind)))
-        raise CheckpointError(f"{name}: {next(hints, what).replace('REVISION', repr(revision))}") from error
+        for kind, hint in HUB_ERRORS.items():
+            if isinstance(error, getattr(errors, kind)):
+                what = hint.format(revision=revision)
+                break
+        raise CheckpointError(f"{name}: {what}") from error
