@@ -48,15 +48,10 @@ SPECIAL_TOKENS = (
 
 @dataclass
 class Composition:
-    """
-    The result of compose_model.
+    """The result of compose_model."""
 
-    Attributes:
-        notes: Messages about what was detected, added or assumed.
-        verification: Counts of tiles and placeholders of a test image, from a clean process; None if not verified.
-    """
-
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # messages about what was detected, added or assumed
+    # Counts of tiles and placeholders of a test image, from a clean process; None if not verified.
     verification: dict[str, Any] | None = None
 
 

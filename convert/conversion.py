@@ -14,7 +14,7 @@ from .export.provenance import save_record
 from .plan import SHARD_SIZE, ConversionPlan, Options
 from .storage.files import hash_file
 from .storage.output_folder import check_free, new_folder
-from .storage.sources import PROVENANCE, check_separate, find_source, licence_of, public_name
+from .storage.sources import PROVENANCE, check_separate, describe_source, find_source
 from .storage.tensors import torch_name
 from .storage.training_run import open_checkpoint
 
@@ -90,8 +90,7 @@ def _write_provenance(
 ) -> None:
     """Write provenance.json; files: file of the source -> its bytes and sha256; digests: written tensor -> sha256."""
     checkpoint, details, training = plan.checkpoint, plan.provenance(), plan.checkpoint.training_metadata
-    source = {"name": public_name(checkpoint.source), "revision": checkpoint.source.revision}
-    source |= {**details.pop("source", {}), **licence_of(checkpoint.source), "files": files}
+    source = {**describe_source(checkpoint.source), **details.pop("source", {}), "files": files}
     if before := checkpoint.document(PROVENANCE).get("source"):
         source["source"] = before
     content = {"source": source, **({"training": training} if training else {}), "options": options.provenance()}

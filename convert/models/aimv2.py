@@ -89,7 +89,10 @@ class AIMv2Plan(MappedPlan):
 
 
 def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
-    """Return its conversion; raise CheckpointError if no whole encoder is there, or the options do not fit it."""
+    """
+    Return the conversion of an AIMv2. Raises CheckpointError if there is no whole one, or it cannot be written with these
+    options.
+    """
     layout = AIMV2.scheme("sailvit" if options.to_layout is None else options.to_layout)
     tower = find_aimv2(checkpoint, options.from_layout, options.prefix)
     dtype = checked_dtype(checkpoint, tower.match, tower.problems, options)

@@ -11,8 +11,7 @@ from ..storage.files import is_number
 from ..storage.tensors import is_same
 from .checks import UNSEEN, config_problems, contradictions, head_problems, invalid_values, is_integer
 from .internlm2_tokenizer import find_tokenizer
-from .internvl_common import InternVLPlan, check_source, read_source
-from .mapped_plan import match_notes
+from .mapped_plan import InternVLPlan, check_source, match_notes, read_source
 from .name_tables import Dimensions, Match, ModelFamily, NamingScheme
 
 
@@ -164,7 +163,10 @@ def _rope_scaling(declared: Any) -> dict[str, Any] | None:
 
 
 def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
-    """Return its conversion; raise CheckpointError if it is not complete, or not what config.json describes."""
+    """
+    Return the conversion of an InternLM2. Raises CheckpointError if there is no whole one, or config.json contradicts it or
+    is not supported.
+    """
     match, original = read_source(checkpoint, INTERNLM2, options.prefix)
     dimensions, problems = _infer_dimensions(match, original)
     if dimensions.tie_word_embeddings:

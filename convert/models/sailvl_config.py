@@ -78,25 +78,16 @@ def vision_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Component:
-    """
-    A component of a SAIL-VL, in it or in a folder of its own, or all of them.
-
-    Attributes:
-        part: One of PARTS.
-        config: Its section of config.json; all of it for a connector, all components, or in a folder of its own.
-        names: Name without the prefix -> name in the checkpoint.
-        prefix: Prefix in the checkpoint.
-        wrappers: Name segments that wrappers such as torch.compile added.
-        others: Names that are not of a SAIL-VL.
-    """
+    """A component of a SAIL-VL, in it or in a folder of its own, or all of them."""
 
     checkpoint: Checkpoint
-    part: str
+    part: str  # one of PARTS
+    # Its section of config.json; all of it for a connector, all components, or in a folder of its own.
     config: Mapping[str, Any] = field(repr=False)
-    names: dict[str, str]
-    prefix: str
-    wrappers: list[str]
-    others: list[str]
+    names: dict[str, str]  # name without the prefix -> name in the checkpoint
+    prefix: str  # in the checkpoint
+    wrappers: list[str]  # name segments that wrappers such as torch.compile added
+    others: list[str]  # names that are not of a SAIL-VL
 
     @property
     def matrix_shape(self) -> tuple[int | None, int | None]:

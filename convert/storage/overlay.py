@@ -11,7 +11,7 @@ import numpy as np
 from .checkpoint import TRAINER_STATE, Checkpoint
 from .errors import CheckpointError
 from .names import find_ends, is_tied, strip_wrapper_prefixes
-from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, licence_of, public_name
+from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, describe_source
 from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, ComputedTensor, StoredTensor, cast, read_bytes, rounds_to, spans
 
 
@@ -128,9 +128,7 @@ class Overlay(CompositeCheckpoint):
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Name, revision, licence and training_metadata, for the provenance.json of what is made of it."""
-    source = checkpoint.source
-    name = {"name": public_name(source), "revision": source.revision}
-    return name | licence_of(source) | checkpoint.training_metadata
+    return describe_source(checkpoint.source) | checkpoint.training_metadata
 
 
 def origin_of_base(base: Checkpoint) -> dict[str, Any]:

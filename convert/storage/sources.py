@@ -38,6 +38,8 @@ ENGINE_ENTRIES = (ZERO_PATTERN, DCP_METADATA)
 # Files next to the folder that a training framework wrote its shards into.
 ROOT_MARKERS = ("latest", "trainer_state.json", "config.json", ADAPTER)
 
+LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card
+
 HEADER_BLOCK = 1 << 17  # bytes of one range request, where only headers are read
 
 # Errors of huggingface_hub, the more special ones first.
@@ -173,6 +175,11 @@ def without_local_path(name: str) -> str:
     return Path(name).resolve().name if is_path else name
 
 
+def describe_source(source: Source) -> dict[str, Any]:
+    """Name, revision and licence of a source, for provenance.json."""
+    return {"name": public_name(source), "revision": source.revision, **licence_of(source)}
+
+
 def licence_of(source: Source) -> dict[str, Any]:
     """The licence fields of the source's model card."""
     from huggingface_hub import ModelCard
@@ -183,7 +190,7 @@ def licence_of(source: Source) -> dict[str, Any]:
         data = ModelCard.load(source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
     except ValueError:  # no YAML
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return {key: data[key] for key in LICENCE_KEYS if data.get(key)}
 
 
 def weight_files(source: Source) -> list[str]:
