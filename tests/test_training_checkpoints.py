@@ -902,6 +902,7 @@ def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
         ({"use_dora": True}, "with use_dora"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"lora_alpha": "much"}, "not a number"),
+        ({"lora_alpha": 10**400}, "not a number"),
         ({"lora_alpha": float("nan")}, "not a number"),
         ({"alpha_pattern": {"up": 3}}, r"with alpha_pattern: merge it with peft"),
         ({"fan_in_fan_out": True}, r"with fan_in_fan_out: merge it with peft"),
