@@ -164,8 +164,8 @@ def _rope_scaling(declared: Any) -> dict[str, Any] | None:
 
 def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
     """
-    Return the conversion of an InternLM2. Raises CheckpointError if there is no whole one, or config.json contradicts it
-    or is not supported.
+    Return the conversion of an InternLM2. Raises CheckpointError if there is no whole one, or config.json contradicts
+    it or is not supported.
     """
     match, original = read_source(checkpoint, INTERNLM2, options.prefix)
     dimensions, problems = _infer_dimensions(match, original)

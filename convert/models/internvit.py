@@ -150,8 +150,8 @@ def internvit_config(
 
 def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
     """
-    Return the conversion of an InternViT. Raises CheckpointError if there is no whole one, or config.json contradicts it
-    or is not supported.
+    Return the conversion of an InternViT. Raises CheckpointError if there is no whole one, or config.json contradicts
+    it or is not supported.
     """
     match, original = read_source(checkpoint, INTERNVIT, options.prefix)
     dimensions = _infer_dimensions(match)
