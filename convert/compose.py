@@ -35,6 +35,9 @@ from .storage.tensors import TORCH_DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What from_pretrained raises for files that it cannot load.
+LOADING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # The special tokens of SAIL-VL's prompts, in the order in which its releases added them to Qwen2.5's tokenizer.
 SPECIAL_TOKENS = (
@@ -45,15 +48,10 @@ SPECIAL_TOKENS = (
 
 @dataclass
 class Composition:
-    """
-    The result of compose_model.
+    """The result of compose_model."""
 
-    Attributes:
-        notes: Messages about what was detected, added or assumed.
-        verification: Counts of tiles and placeholders of a test image, from a clean process; None if not verified.
-    """
-
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # messages about what was detected, added or assumed
+    # Counts of tiles and placeholders of a test image, from a clean process; None if not verified.
     verification: dict[str, Any] | None = None
 
 
@@ -144,7 +142,7 @@ def _location(checkpoint: Checkpoint) -> dict[str, Any]:
 def _load(auto_class: Any, checkpoint: Checkpoint, what: str, **options: Any) -> "PreTrainedModel":
     """Load a model strictly; raises CheckpointError if that fails."""
     name = checkpoint.source.name
-    with transformers_errors(f"{name}: {what} does not load"):
+    with transformers_errors(f"{name}: {what} does not load", LOADING_ERRORS):
         model, report = auto_class.from_pretrained(**_location(checkpoint), output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report.get(kind) or [])):
@@ -197,7 +195,7 @@ def _load_vision(vision: str | Path, dtype: str, scratch: Path) -> Component:
         model = _load(auto_class, written, "the vision encoder", dtype=dtype)
         return Component(checkpoint, read_files(plan.checkpoint), fields, model)
     name = checkpoint.source.name
-    with transformers_errors(f"{name}: not a known vision encoder"):
+    with transformers_errors(f"{name}: not a known vision encoder", LOADING_ERRORS):
         config = AutoConfig.from_pretrained(**_location(checkpoint))
     config = getattr(config, "vision_config", config)
     if not all(hasattr(config, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")):
@@ -213,7 +211,7 @@ def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) ->
     folder.mkdir()
     tokenizer = load_tokenizer(checkpoint, folder)
     if not (folder / "tokenizer.json").exists():
-        with transformers_errors(f"{checkpoint.source.name}: the tokenizer does not load"):
+        with transformers_errors(f"{checkpoint.source.name}: the tokenizer does not load", LOADING_ERRORS):
             tokenizer.save_pretrained(folder)
             read_json(folder / "tokenizer.json")
     mark_tokenizer(folder, IMAGE_TOKEN)
@@ -228,7 +226,10 @@ def _extend_tokenizer(checkpoint: Checkpoint, folder: Path, notes: list[str]) ->
 
 
 def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
-    """Write special tokens and their ids into a tokenizer's files, as every release of transformers reads them."""
+    """
+    Write special tokens and their ids into a tokenizer's files, as every release of transformers reads them. The folder
+    has tokenizer.json and tokenizer_config.json.
+    """
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     content = read_json(folder / "tokenizer.json")
     content["added_tokens"] += [{"id": index, "content": token, **flags} for token, index in added.items()]

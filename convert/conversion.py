@@ -14,7 +14,7 @@ from .export.provenance import save_record
 from .plan import SHARD_SIZE, ConversionPlan, Options
 from .storage.files import hash_file
 from .storage.output_folder import check_free, new_folder
-from .storage.sources import PROVENANCE, check_separate, find_source, licence_of, public_name
+from .storage.sources import PROVENANCE, check_separate, describe_source, find_source
 from .storage.tensors import torch_name
 from .storage.training_run import open_checkpoint
 
@@ -51,8 +51,7 @@ def convert_checkpoint(
     Args (those that are not named here are documented in Options):
         source: File, folder or name on the Hub.
         out: The new folder; it is complete or does not exist.
-        base: The model that training started from: frozen or bf16-rounded parameters are taken from it, and an adapter
-            is merged into it.
+        base: The model before the training: frozen or bf16-rounded parameters are its, an adapter is merged into it.
         average: More checkpoints of the same run; the mean of all is converted.
         revision: Branch, tag or commit of a name on the Hub.
         trust_pickle: Skip objects of unknown classes in torch.save files; otherwise they are refused.
@@ -66,16 +65,17 @@ def convert_checkpoint(
     """
     base, inserted = (None if path is None else str(path) for path in (base, insert_vision))
     options = Options(part, to_layout, from_layout, prefix, image_size, dtype, max_shard_size, inserted, link)
-    average = [*map(str, average)]
+    options.check()
+    out, average = Path(out), [*map(str, average)]
     checkpoint = open_checkpoint(str(source), revision, base=base, average=average, trust_pickle=trust_pickle)
     local = [find_source(inserted)[0]] if inserted and Path(inserted).exists() else []
-    check_separate(Path(out), [*checkpoint.sources, *local])
-    check_free(Path(out), overwrite)
+    check_separate(out, [*checkpoint.sources, *local])
+    check_free(out, overwrite)
     plan = plan_conversion(checkpoint, options)
+    logged = len(plan.notes)
     for note in plan.notes:
         log(note)
-    logged = len(plan.notes)
-    with new_folder(Path(out), overwrite) as folder, _hash_sources(plan) as hashes:
+    with new_folder(out, overwrite) as folder, _hash_sources(plan) as hashes:
         digests = plan.write_weights(folder, SHARD_SIZE if max_shard_size is None else max_shard_size, on_progress)
         for note in plan.notes[logged:]:
             log(note)
@@ -85,10 +85,12 @@ def convert_checkpoint(
     return plan
 
 
-def _write_provenance(folder: Path, plan: ConversionPlan, options: Options, files: dict, digests: dict) -> None:
+def _write_provenance(
+    folder: Path, plan: ConversionPlan, options: Options, files: dict[str, dict[str, Any]], digests: dict[str, str]
+) -> None:
+    """Write provenance.json; files: file of the source -> its bytes and sha256; digests: written tensor -> sha256."""
     checkpoint, details, training = plan.checkpoint, plan.provenance(), plan.checkpoint.training_metadata
-    source = {"name": public_name(checkpoint.source), "revision": checkpoint.source.revision}
-    source |= {**details.pop("source", {}), **licence_of(checkpoint.source), "files": files}
+    source = {**describe_source(checkpoint.source), **details.pop("source", {}), "files": files}
     if before := checkpoint.document(PROVENANCE).get("source"):
         source["source"] = before
     content = {"source": source, **({"training": training} if training else {}), "options": options.provenance()}

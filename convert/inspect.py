@@ -1,5 +1,6 @@
 """Inspect a checkpoint: format, contents, integrity, from headers only; with `deep`, from the data too."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -97,11 +98,16 @@ def inspect_checkpoint(
     """
     origin, entry = find_source(str(source), revision, headers_only=not deep)
     checkpoint, report = FileCheckpoint(origin, entry, trust_pickle), Report(str(source), origin.revision, deep=deep)
-    checks = [
-        *(_check_weight_files, _check_extra_files, _check_code, lambda _, checkpoint: read_image_settings(checkpoint)),
-        *(_check_provenance, partial(_check_architectures, from_layout=from_layout, prefix=prefix)),
-        *([partial(_check_values, on_progress=on_progress)] if deep else []),
+    checks: list[Callable[[Report, FileCheckpoint], object]] = [
+        _check_weight_files,
+        _check_extra_files,
+        _check_code,
+        lambda _, checkpoint: read_image_settings(checkpoint),
+        _check_provenance,
+        partial(_check_architectures, from_layout=from_layout, prefix=prefix),
     ]
+    if deep:
+        checks.append(partial(_check_values, on_progress=on_progress))
     for check in checks:
         with report.collect_errors():
             check(report, checkpoint)
@@ -175,7 +181,7 @@ def _check_aimv2(report: Report, checkpoint: Checkpoint, from_layout: str | None
     report.heads, report.others, report.wrappers = match.dropped, dict(match.others), match.wrappers
     report.size, report.fields = size_name(tower.dimensions), tower.fields
     report.parameters = sum(prod(tensor.shape) for tensor in tower.tensors.values())
-    report.dtypes = {torch_name(dtype): count for dtype, count in tower.dtypes.items()}
+    report.dtypes = dict(Counter(torch_name(tensor.dtype) for tensor in tower.tensors.values()))
     is_mixed = checkpoint.entry.endswith(ENGINE_ENTRIES)  # fp32 master weights besides rounded frozen ones
     report.problems += [problem for problem in tower.problems if not (is_mixed and problem.kind == "mixed")]
     size = checkpoint.document("preprocessor_config.json").get("size")

@@ -37,8 +37,8 @@ class Options:
     # writes into a hard link in place changes the source too.
     link: bool = False
 
-    def __post_init__(self) -> None:
-        """Raise CheckpointError if a value is out of range."""
+    def check(self) -> None:
+        """Raise CheckpointError if a value that the user gave is out of range; a dtype found later may be any."""
         check_choice("part", self.part, PARTS)
         check_choice("dtype", self.dtype, DTYPES)
         if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):

@@ -108,7 +108,8 @@ def _wrong_file(name: str, path: Path, folder: Path, owner: str | None) -> Itera
         yield "file", "a broken link: replace it by the file"
         return
     # The files of a snapshot in a Hub cache link to the blobs there.
-    if path.is_symlink() and not {folder, folder.parent.parent / "blobs"} & {*path.resolve().parents}:
+    target = path.resolve()
+    if path.is_symlink() and folder not in target.parents and target.parent != folder.parent.parent / "blobs":
         yield "file", "a link to a file elsewhere: replace it by the file, or remove it"
     if name.endswith(".json") and name != RESULTS:
         try:

@@ -81,7 +81,7 @@ class Target:
         return self.api.model_info(self.repo, revision=revision).sha
 
     def exists(self) -> bool:
-        """Return whether there is such a repository; raise PushError if it is public and should be private."""
+        """Return whether the repository exists; raises PushError if it does, and is public with `private`."""
         try:
             info = self.api.model_info(self.repo)
         except errors.RepositoryNotFoundError:
@@ -171,7 +171,7 @@ def _check_target(target: Target) -> None:
     if target.user.get("auth", {}).get("accessToken", {}).get("role") == "read" and not target.create_pr:
         raise PushError(f"{target.repo}: {HTTP_HINTS[403]}")
     if target.private:
-        target.exists()
+        target.exists()  # raises if it is public
 
 
 def _published_card(target: Target) -> str:
@@ -229,7 +229,7 @@ def _prepare(target: Target, local: Mapping[str, tuple[str, str]]) -> None:
     """Create repository and branch if they do not exist; raise PushError if the tag exists on other content."""
     if not target.exists() and not target.create_pr:
         target.api.create_repo(target.repo, private=target.private or None, exist_ok=True)
-        target.exists()
+        target.exists()  # raises if another process created it, public
     if target.branch != MAIN:
         target.api.create_branch(target.repo, branch=target.branch, exist_ok=True)
     tags = [ref.name for ref in target.api.list_repo_refs(target.repo).tags] if target.tag else []

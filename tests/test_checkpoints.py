@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +125,22 @@ assert tensors.keys() == {{"model.a", "model.b"}} and sum(map(len, tensors["mode
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_tensor_is_found_behind_a_local_header_of_another_length(tmp_path):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for member in old.infolist():
+            content, member.extra = old.read(member), b"\x99\x99\x08\x00" + b"x" * 8
+            new.writestr(member, content)
+    (stored,) = read_pickle(tmp_path / "b.pt").values()
+    assert b"".join(map(bytes, stored.chunks())) == torch.arange(4.0).numpy().tobytes()
+    content = (tmp_path / "b.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+        start = next(info.header_offset for info in archive.infolist() if info.filename.endswith("data/0"))
+    (tmp_path / "c.pt").write_bytes(content[:start] + b"XX" + content[start + 2 :])
+    with pytest.raises(CheckpointError, match=r"c\.pt: .*data/0 is truncated"):
+        read_pickle(tmp_path / "c.pt")
 
 
 def test_harmless_objects_are_skipped_and_tensors_with_a_conjugate_bit_are_refused(tmp_path):

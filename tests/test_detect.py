@@ -56,6 +56,8 @@ def test_an_aimv2_is_recognised_in_every_layout(layout):
         (["mlp1.0.weight", "mlp1.1.weight"], {}, CONNECTOR),
         (["vision_model." + VIT], {}, INTERNVIT),
         ([WQKV], {}, INTERNLM2),
+        ([WQKV, *(f"vit.{name}.weight" for name in "abc")], QWEN_CONFIG, INTERNLM2),  # to be refused by name
+        ([name for name in AIMV2_NAMES["sailvit"] if "patchifier.proj" not in name], {}, AIMV2),
         (
             ["model.norm.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"],
             QWEN_CONFIG,

@@ -139,6 +139,17 @@ def test_secrets_local_paths_and_strays_are_reported(tower, monkeypatch, change,
     assert "a1B2" not in str(found[0])
 
 
+def test_links_lead_to_the_blobs_of_a_hub_cache_but_not_below(tower, tmp_path):
+    blobs, folder = tmp_path / "model" / "blobs", tmp_path / "model" / "snapshots" / "abc"
+    (blobs / "inner").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for file, name in {"one": "NOTICE", "inner/two": "LICENSE"}.items():
+        (blobs / file).write_text("text")
+        (folder / name).symlink_to(blobs / file)
+    links = [problem.location for problem in file_problems(folder) if "a link to a file elsewhere" in problem.message]
+    assert links == ["LICENSE"]
+
+
 def test_urls_and_placeholders_are_no_local_paths(tower, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "owner")
     text = "https://host/data/x, a/home/b, n/a, and/or, owner/tower, 1/2, `/v1`, ~/data, #!/usr/bin/env python\n"

@@ -544,6 +544,7 @@ BAD_LM = {
     "config tied": (with_config(tie_word_embeddings=True), {}, r"output\.weight: expected the values of model\.tok"),
     "config rotation": (with_config(rope_scaling={"type": "yarn", "factor": 2.0}), {}, "rope_scaling: expected .*yarn"),
     "config base": (with_config(rope_theta="big"), {}, "rope_theta: expected a number above 1, got 'big'"),
+    "config huge base": (with_config(rope_theta=10**400), {}, "rope_theta: expected a number above 1, got 1000"),
     "config ids": (with_config(pad_token_id=96), {}, "pad_token_id: expected .* size 96, got 96"),
     "config positions": (with_config(max_position_embeddings=0), {}, "max_position_embeddings: expected .* got 0"),
     "config no map": (with_config(llm_config=[]), {}, r"llm_config in config\.json: expected a JSON object, got \[\]"),

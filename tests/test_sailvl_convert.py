@@ -672,6 +672,18 @@ def test_an_incomplete_release_is_refused_with_the_fix(release, tmp_path, damage
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
 
+def test_an_empty_tensor_of_no_model_is_reported_once(release):
+    change_tensors(release, lambda all: {**all, "language_model.extra": torch.zeros(0)})
+    problems = [problem for problem in inspect_checkpoint(release).problems if "extra" in problem.location]
+    assert [problem.kind for problem in problems] == ["unexpected"]
+
+
+def test_an_error_of_this_package_is_not_taken_for_a_bad_image_setting(release, tmp_path, monkeypatch):
+    monkeypatch.setattr("sailvit.image_processing_sailvit.SAILViTImageProcessor.__init__", lambda *_, **__: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        convert(release, tmp_path / "out")
+
+
 def test_nan_is_found_where_weights_are_written_anew(release, tmp_path):
     change_tensors(release, lambda all: {**all, NORM: all[NORM] * float("nan")})
     with pytest.raises(CheckpointError, match=f"{NORM} holds NaN"):

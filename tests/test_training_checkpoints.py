@@ -583,6 +583,14 @@ def change_metadata(folder: Path, change) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def add_empty_shard(metadata, name: str, file: str) -> None:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    offsets, sizes = torch.Size([6, 0]), torch.Size([0, 4])
+    metadata.state_dict_metadata[name].chunks.append(dcp_metadata.ChunkStorageMetadata(offsets, sizes))
+    metadata.storage_data[dcp_metadata.MetadataIndex(name, offsets)] = _StorageInfo(file, 0, 8)
+
+
 @pytest.mark.parametrize("file", ["../secret.distcp", "/etc/passwd", "a/../../b", "..\\a"])
 def test_metadata_that_leave_their_folder_are_refused(tmp_path, file):
     folder = write_boxes(tmp_path / "run", {"a": (torch.randn(4), [[]])})
@@ -627,6 +635,9 @@ def test_boxes_that_are_missing_overlap_or_are_cut_are_named(tmp_path):
     for broken in (hole, twice):
         with pytest.raises(CheckpointError, match=r"model\.a: its shards do not make \[6, 4\]"):
             opened(broken).weight_map  # noqa: B018
+    empty = folder("empty")
+    change_metadata(empty, lambda m: add_empty_shard(m, "model.a", "__7_0.distcp"))
+    assert read(opened(empty)["a"]).shape == (6, 4)  # without the file, which has nothing of it
     cut, foreign = folder("cut"), folder("foreign")
     os.truncate(cut / "__2_0.distcp", 100)
     with pytest.raises(CheckpointError, match=r"__2_0\.distcp"):
@@ -818,6 +829,19 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path, options):
     assert checkpoint.default_dtype() == "float32"
 
 
+def test_an_encoder_of_doubles_with_an_adapter_stays_one_of_doubles(tmp_path):
+    base = write_base(tmp_path / "base", {name: tensor.double() for name, tensor in tower_tensors("").items()})
+    (tmp_path / "adapter").mkdir()
+    name, width = "base_model.model.trunk.blocks.0.attn.proj.lora_{}.weight", TINY_SHAPE.hidden_size
+    matrices = {name.format("A"): torch.ones(2, width), name.format("B"): torch.ones(width, 2)}
+    save_file(matrices, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    plan = convert_checkpoint(tmp_path / "adapter", tmp_path / "out", base=base, verify=False)
+    assert plan.dtype == "F64"
+    with pytest.raises(CheckpointError, match="dtype: expected one of float32, bfloat16, float16, got 'float64'"):
+        convert_checkpoint(base, tmp_path / "other", dtype="float64")
+
+
 @pytest.mark.parametrize(("target", "message"), [("embed", "LoRA on embeddings"), ("patches", "is no linear layer")])
 def test_lora_on_other_layers_is_refused(tmp_path, target, message):
     base, adapter, _ = save_adapter(tmp_path, target_modules=["up", target])
@@ -878,6 +902,7 @@ def test_the_base_of_an_adapter_is_named_or_asked_for(tmp_path):
         ({"use_dora": True}, "with use_dora"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"lora_alpha": "much"}, "not a number"),
+        ({"lora_alpha": 10**400}, "not a number"),
         ({"lora_alpha": float("nan")}, "not a number"),
         ({"alpha_pattern": {"up": 3}}, r"with alpha_pattern: merge it with peft"),
         ({"fan_in_fan_out": True}, r"with fan_in_fan_out: merge it with peft"),

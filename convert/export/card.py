@@ -15,7 +15,7 @@ from typing import Any
 from ..storage.errors import CheckpointError, Problem
 from ..storage.files import read_json
 from ..storage.output_folder import final_name
-from ..storage.sources import PROVENANCE, Source, licence_of, public_name
+from ..storage.sources import LICENCE_KEYS, PROVENANCE, Source, licence_of, public_name
 from ..storage.training_record import read_training
 from .model_types import model_type_of
 
@@ -33,7 +33,6 @@ WRITTEN = (
 TEMPLATE = Path(__file__).with_name("card.md.jinja")  # of jinja2
 RESULTS = "evaluation.json"  # a list of maps, each with the arguments of huggingface_hub.EvalResult
 RESULT_FIELDS = "task_type, dataset_type, dataset_name, metric_type, metric_value"
-LICENCE_KEYS = ("license", "license_name", "license_link")
 NO_LICENCE = "no licence is stated"
 FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

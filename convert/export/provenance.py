@@ -10,7 +10,7 @@ from typing import Any
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.files import hash_file
-from ..storage.sources import PROVENANCE, licence_of, public_name
+from ..storage.sources import PROVENANCE, describe_source
 
 
 RECORDED_SUFFIXES = (".py", ".json", ".jinja", ".txt", ".model")
@@ -36,9 +36,8 @@ def save_record(folder: Path, content: Mapping[str, Any], kept: Mapping[str, Any
 
 def source_provenance(checkpoint: Checkpoint, files: Iterable[str]) -> dict[str, Any]:
     """Return the entries about one of several sources, with the hashes of the files that were read."""
-    source = checkpoint.source
-    hashes = {file: {"sha256": hash_file(source.path(file))} for file in files}
-    return {"name": public_name(source), "revision": source.revision, **licence_of(source), "files": hashes}
+    hashes = {file: {"sha256": hash_file(checkpoint.source.path(file))} for file in files}
+    return {**describe_source(checkpoint.source), "files": hashes}
 
 
 def read_files(checkpoint: Checkpoint) -> list[str]:

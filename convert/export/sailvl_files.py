@@ -50,12 +50,17 @@ def portable(fields: Fields) -> dict[str, Any]:
     return kept
 
 
+CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError)  # of transformers' classes, for a configuration
+
+
 @contextmanager
-def transformers_errors(message: str, fix: str = "") -> Iterator[None]:
-    """Turn an exception of transformers into a CheckpointError in one line."""
+def transformers_errors(
+    message: str, kinds: tuple[type[Exception], ...] = CONFIG_ERRORS, fix: str = ""
+) -> Iterator[None]:
+    """Turn an exception of these kinds into a CheckpointError in one line; others are bugs of this package."""
     try:
         yield
-    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except kinds as error:
         raise CheckpointError(f"{message}: {first_line(error)}{fix}") from error
 
 
@@ -138,7 +143,7 @@ def build_processor(
     tokens = dict(zip(("image_start_token", "image_token", "image_end_token"), config.special_tokens, strict=True))
     tokens |= {"image_seq_length": config.image_seq_length, "chat_template": template}
     settings = {**_image_settings(images, config), **options}
-    with transformers_errors(where):
+    with transformers_errors(where, (TypeError, ValueError)):
         return SAILVLProcessor(SAILViTImageProcessor(**settings), tokenizer, **tokens)
 
 

@@ -89,7 +89,10 @@ class AIMv2Plan(MappedPlan):
 
 
 def plan_aimv2(checkpoint: Checkpoint, options: Options) -> AIMv2Plan:
-    """Raises CheckpointError if there is no whole vision encoder, or it cannot be written with these options."""
+    """
+    Return the conversion of an AIMv2. Raises CheckpointError if there is no whole one, or the options do not allow to
+    write it.
+    """
     layout = AIMV2.scheme("sailvit" if options.to_layout is None else options.to_layout)
     tower = find_aimv2(checkpoint, options.from_layout, options.prefix)
     dtype = checked_dtype(checkpoint, tower.match, tower.problems, options)

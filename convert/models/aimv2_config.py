@@ -1,7 +1,6 @@
 """The configuration of an AIMv2 encoder, from its tensors and config.json, and where they contradict each other."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isqrt, prod
@@ -172,11 +171,6 @@ class Tower:
     @property
     def tensors(self) -> dict[str, StoredTensor]:
         return self.match.tensors
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """Dtype -> number of tensors."""
-        return dict(Counter(tensor.dtype for tensor in self.tensors.values()))
 
 
 def find_aimv2(checkpoint: Checkpoint, layout: str | None = None, prefix: str | None = None) -> Tower:

@@ -96,7 +96,7 @@ class AIMv2Dimensions(Dimensions):
 LARGEST = AIMv2Dimensions(1, 1, 1, 1, 1, 1, qkv_bias=True, use_bias=True)
 AIMV2 = ModelFamily("AIMv2 encoder", "vision", LAYOUTS, (PATCHES,), LARGEST)
 
-is_aimv2 = AIMV2.is_in
+is_aimv2 = AIMV2.fits
 
 
 def plan_layout(

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite
 from typing import Any
 
 from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import Problem, raise_if_any
+from ..storage.files import is_number
 from ..storage.tensors import is_same
 from .checks import UNSEEN, config_problems, contradictions, head_problems, invalid_values, is_integer
 from .internlm2_tokenizer import find_tokenizer
-from .internvl_common import InternVLPlan, check_source, read_source
-from .mapped_plan import match_notes
+from .mapped_plan import InternVLPlan, check_source, match_notes, read_source
 from .name_tables import Dimensions, Match, ModelFamily, NamingScheme
 
 
@@ -138,15 +137,11 @@ def llama_config(dimensions: InternLM2Dimensions, original: Mapping[str, Any]) -
         *invalid_values(original, ("rms_norm_eps", "initializer_range")),
         *_token_id_problems(original, dimensions.vocab_size),
         *config_problems("max_position_embeddings", is_integer(positions), "a positive integer", positions),
-        *config_problems("rope_theta", _is_number(theta) and theta > 1, "a number above 1", theta),
+        *config_problems("rope_theta", is_number(theta) and theta > 1, "a number above 1", theta),
         *config_problems("rope_scaling", bool(scaling) or declared is None, expected, declared),
     ]
     config = {"architectures": [CONVERTED.name], "model_type": "llama", **asdict(dimensions), **fields}
     return {**config, "mlp_bias": False, "rope_scaling": scaling, "use_cache": True}, problems
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
 
 
 def _token_id_problems(original: Mapping[str, Any], vocabulary: int) -> list[Problem]:
@@ -163,12 +158,15 @@ def _rope_scaling(declared: Any) -> dict[str, Any] | None:
     """Return InternLM2's rotary scaling as transformers 4 and 5 read it; None for none, or for others."""
     fields = declared if isinstance(declared, Mapping) else {}
     kind, factor = fields.get("rope_type", fields.get("type")), fields.get("factor")
-    is_supported = kind in ("dynamic", "linear") and _is_number(factor) and factor >= 1
+    is_supported = kind in ("dynamic", "linear") and is_number(factor) and factor >= 1
     return {"rope_type": kind, "factor": float(factor)} if is_supported else None
 
 
 def plan_internlm2(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
-    """Raises CheckpointError if there is no whole InternLM2, or config.json contradicts it or is not supported."""
+    """
+    Return the conversion of an InternLM2. Raises CheckpointError if there is no whole one, or config.json contradicts
+    it or is not supported.
+    """
     match, original = read_source(checkpoint, INTERNLM2, options.prefix)
     dimensions, problems = _infer_dimensions(match, original)
     if dimensions.tie_word_embeddings:

@@ -10,8 +10,7 @@ from ..plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from .checks import config_problems, contradictions, head_problems, invalid_values
-from .internvl_common import InternVLPlan, check_source, read_source
-from .mapped_plan import image_notes, match_notes
+from .mapped_plan import InternVLPlan, check_source, image_notes, match_notes, read_source
 from .name_tables import Dimensions, Match, ModelFamily, NamingScheme
 
 
@@ -150,7 +149,10 @@ def internvit_config(
 
 
 def plan_internvit(checkpoint: Checkpoint, options: Options) -> InternVLPlan:
-    """Raises CheckpointError if there is no whole InternViT, or config.json contradicts it or is not supported."""
+    """
+    Return the conversion of an InternViT. Raises CheckpointError if there is no whole one, or config.json contradicts
+    it or is not supported.
+    """
     match, original = read_source(checkpoint, INTERNVIT, options.prefix)
     dimensions = _infer_dimensions(match)
     config, problems = internvit_config(dimensions, original)

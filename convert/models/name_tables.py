@@ -17,7 +17,7 @@ from typing import Any
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.names import without_wrapper_prefixes
+from ..storage.names import strip_wrapper_prefixes, without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS
 from .checks import is_lora, tensor_problems, unexpected_tensor
 
@@ -44,25 +44,16 @@ class Dimensions(ABC):
 
 @dataclass(frozen=True)
 class NamingScheme:
-    """
-    The names under which a model is stored.
+    """The names under which a model is stored."""
 
-    Attributes:
-        name: A key, as on the command line; the title is for messages.
-        modules: Canonical module -> its name in the scheme, or the names that share its rows.
-        prefix: Prefix of the names that are written. Any prefix is read.
-        ignored: Regular expression of names that belong to the scheme and are dropped: heads, buffers.
-        squeezed: Canonical modules whose tensors are stored without their first dimension, which is 1.
-        has_sincos: Whether position embeddings may be absent, to be computed.
-    """
-
-    name: str
-    title: str
+    name: str  # a key, as on the command line
+    title: str  # for messages
+    # Canonical module -> its name in the scheme, or the names that share its rows.
     modules: Mapping[str, str | tuple[str, ...]] = field(repr=False)
-    prefix: str = ""
-    ignored: str = r"(?!)"
-    squeezed: tuple[str, ...] = ()
-    has_sincos: bool = True
+    prefix: str = ""  # of the names that are written; any prefix is read
+    ignored: str = r"(?!)"  # regular expression of names that belong to the scheme and are dropped: heads, buffers
+    squeezed: tuple[str, ...] = ()  # canonical modules whose tensors are stored without their first dimension, 1
+    has_sincos: bool = True  # whether position embeddings may be absent, to be computed
 
     def names_of(self, module: str) -> tuple[str, ...]:
         names = self.modules[module]
@@ -71,21 +62,13 @@ class NamingScheme:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """
-    Models whose tensors follow from the same Dimensions.
-
-    Attributes:
-        component: The part of a multimodal model that it can be, one of plan.PARTS.
-        schemes: The naming schemes in which it is recognised, by name.
-        anchors: Canonical modules whose names no other family has.
-        largest: Dimensions with every optional parameter.
-    """
+    """Models whose tensors follow from the same Dimensions."""
 
     title: str
-    component: str
-    schemes: Mapping[str, NamingScheme] = field(repr=False)
-    anchors: tuple[str, ...] = field(repr=False)
-    largest: Dimensions = field(repr=False)
+    component: str  # the part of a multimodal model that it can be, one of plan.PARTS
+    schemes: Mapping[str, NamingScheme] = field(repr=False)  # in which it is recognised, by name
+    anchors: tuple[str, ...] = field(repr=False)  # canonical modules whose names no other family has
+    largest: Dimensions = field(repr=False)  # with every optional parameter
 
     def scheme(self, name: str) -> NamingScheme:
         """Raises CheckpointError if no scheme has this name."""
@@ -104,11 +87,17 @@ class ModelFamily:
         return re.compile(rf"(?P<prefix>(?:.*?\.)??)(?:(?P<anchor>{anchors})|{others})")
 
     def is_in(self, names: Iterable[str]) -> bool:
-        """Return whether a checkpoint contains a model of this family, or several, under any prefix."""
+        """Return whether one of the family's anchors is among the names, under any prefix."""
+        patterns, cleaned = [*map(self.pattern, self.schemes.values())], map(strip_wrapper_prefixes, names)
+        return any((match := pattern.fullmatch(name)) and match["anchor"] for name in cleaned for pattern in patterns)
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Return whether match_names finds a model of this family, perhaps without its anchors, or several."""
         try:
-            return match_names(names, self).is_anchored
+            match_names(names, self)
         except CheckpointError as error:
             return isinstance(error, AmbiguousMatchError)
+        return True
 
 
 @dataclass(frozen=True)
@@ -185,29 +174,17 @@ class AmbiguousMatchError(CheckpointError):
 
 @dataclass(frozen=True)
 class Match:
-    """
-    A model among the names of a checkpoint, and its tensors.
-
-    Attributes:
-        is_anchored: Whether one of the family's anchors is among the names.
-        names: Name in the scheme, without prefix and wrappers -> name in the checkpoint.
-        dropped: Names that the scheme drops.
-        unmapped: Names under the prefix that the scheme does not have.
-        others: First segments of the names outside the prefix -> their number.
-        wrappers: Segments that were removed from the names.
-        tensors: Name in the scheme -> tensor, stored or of torch, once they are read.
-    """
+    """A model among the names of a checkpoint, and its tensors."""
 
     family: ModelFamily
-    is_anchored: bool
     scheme: NamingScheme
-    prefix: str
-    wrappers: list[str]
-    names: dict[str, str] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
-    unmapped: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    tensors: dict[str, Any] = field(default_factory=dict, repr=False)
+    prefix: str  # of the names in the checkpoint
+    wrappers: list[str]  # segments that were removed from the names
+    names: dict[str, str] = field(default_factory=dict)  # name in the scheme, without prefix -> in the checkpoint
+    dropped: list[str] = field(default_factory=list)  # names that the scheme drops
+    unmapped: list[str] = field(default_factory=list)  # names under the prefix that the scheme does not have
+    others: Counter[str] = field(default_factory=Counter)  # first segments of the names outside the prefix
+    tensors: dict[str, Any] = field(default_factory=dict, repr=False)  # name in the scheme -> stored, or of torch
 
     @property
     def reason(self) -> str:
@@ -313,8 +290,7 @@ def match_names(
         listed = ", ".join(f"{own.name} under {where!r}" for _, _, own, where in rivals)
         option = " or --from-layout" if len(schemes) > 1 else ""
         raise AmbiguousMatchError(f"more than one {family.title}: {listed}; choose with --prefix{option}")
-    is_anchored, _, own_scheme, own_prefix = candidates[0]
-    match = Match(family, is_anchored, own_scheme, own_prefix, wrappers)
+    match = Match(family, *candidates[0][2:], wrappers)
     _sort_names(cleaned, match)
     foreign = [name for name in match.unmapped if not is_lora(name)]
     if len(foreign) > len(match.names):

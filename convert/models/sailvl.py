@@ -48,30 +48,24 @@ if TYPE_CHECKING:
 
 def renamed_tensors(checkpoint: Checkpoint, names: Mapping[str, str], dtype: str) -> list[NewTensor]:
     """Return tensors as they are stored, but for name and dtype; names: written name -> name in the checkpoint."""
-    stored = {name: (checkpoint[stored_name], stored_name) for name, stored_name in names.items()}
-    return [NewTensor(name, dtype, one[0].shape, partial(cast_stream, *one, dtype)) for name, one in stored.items()]
+    tensors = []
+    for name, stored_name in names.items():
+        stored = checkpoint[stored_name]
+        tensors.append(NewTensor(name, dtype, stored.shape, partial(cast_stream, stored, stored_name, dtype)))
+    return tensors
 
 
 @dataclass(kw_only=True)
 class SAILVLPlan(ConversionPlan):
-    """
-    Writes all of a SAIL-VL.
+    """Writes all of a SAIL-VL."""
 
-    Attributes:
-        names: Written name -> name in the checkpoint, without a replaced vision encoder.
-        vision: The vision encoder that replaces the source's.
-        link: Whether unchanged files may be hard links.
-        placed: Written name of an unchanged file -> REFLINKED, LINKED or COPIED.
-        copied: Bytes of unchanged files that were copied.
-    """
-
-    names: dict[str, str]
+    names: dict[str, str]  # written name -> name in the checkpoint, without a replaced vision encoder
     config: "SAILVLConfig"
     processor: "SAILVLProcessor"
-    vision: AIMv2Plan | None = None
-    link: bool = False
-    placed: dict[str, str] = field(default_factory=dict)
-    copied: int = 0
+    vision: AIMv2Plan | None = None  # the vision encoder that replaces the source's
+    link: bool = False  # whether unchanged files may be hard links
+    placed: dict[str, str] = field(default_factory=dict)  # name of an unchanged file -> REFLINKED, LINKED or COPIED
+    copied: int = 0  # bytes of unchanged files that were copied
 
     def tensors(self) -> list[NewTensor]:
         inserted = self.vision.tensors() if self.vision else []
@@ -160,7 +154,7 @@ class SAILVLPlan(ConversionPlan):
 
 
 def plan_sailvl(checkpoint: Checkpoint, options: Options) -> SAILVLPlan:
-    """Raises CheckpointError if the checkpoint is no complete SAIL-VL, or an option does not fit it."""
+    """Return the conversion of a SAIL-VL; raises CheckpointError if it is not whole, or an option does not fit it."""
     source, found = checkpoint.source.name, find_component(checkpoint, "all")
     names = found.names
     raise_if_any(component_problems(checkpoint, "all"), source)
@@ -325,7 +319,10 @@ class ComponentPlan(ConversionPlan):
 
 
 def plan_component(checkpoint: Checkpoint, options: Options, part: str) -> ComponentPlan:
-    """Raises CheckpointError if the component is not complete, contradicts config.json, or transformers lacks it."""
+    """
+    Return the conversion of a component. Raises CheckpointError if it is not complete, contradicts config.json, or
+    transformers lacks it.
+    """
     source, found = checkpoint.source.name, find_component(checkpoint, part)
     raise_if_any(component_problems(checkpoint, part), source)
     config, title = {}, "the connector"

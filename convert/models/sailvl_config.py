@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..export.sailvl_files import portable, transformers_errors
 from ..storage.checkpoint import Checkpoint
@@ -28,25 +28,37 @@ COMPONENT_NAME = re.compile(r"(?P<prefix>(?:.*?\.)??)(?:vision_model|mlp1|langua
 VISION_FIELDS = {"hidden_size", "num_hidden_layers", "image_size", "patch_size"}
 
 
-def _match_names(names: Iterable[str]) -> tuple[dict[str, str], str, list[str], list[str]]:
-    """Return name in a SAIL-VL -> name in the checkpoint, their prefix there, wrapper segments, and the other names."""
+class _Names(NamedTuple):
+    """The names of a checkpoint, seen as those of a SAIL-VL."""
+
+    stored: dict[str, str]  # name in a SAIL-VL -> name in the checkpoint
+    prefix: str  # in the checkpoint
+    wrappers: list[str]  # name segments that wrappers such as torch.compile added
+    others: list[str]  # names in the checkpoint without the prefix
+
+
+def _match_names(names: Iterable[str]) -> _Names:
     cleaned, wrappers = without_wrapper_prefixes(names)
     prefixes = Counter(match["prefix"] for short in cleaned if (match := COMPONENT_NAME.match(short)))
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
     stored = {short.removeprefix(prefix): name for short, name in cleaned.items() if short.startswith(prefix)}
-    return stored, prefix, wrappers, [name for short, name in cleaned.items() if not short.startswith(prefix)]
+    others = [name for short, name in cleaned.items() if not short.startswith(prefix)]
+    return _Names(stored, prefix, wrappers, others)
 
 
 def is_sailvl(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     """Whether there are names of a language model, and of a connector unless config.json has the model type."""
-    components = {name.split(".")[0] for name in _match_names(names)[0]}
+    components = {name.split(".")[0] for name in _match_names(names).stored}
     return "language_model" in components and (
         "mlp1" in components or config.get("model_type") in ("sailvl", "internvl_chat")
     )
 
 
 def is_component(names: Collection[str], config: Mapping[str, Any], part: str) -> bool:
-    """Whether there is a SAIL-VL, or one component alone; of vision encoders only if it is no AIMv2."""
+    """
+    Return whether there is a SAIL-VL, or the component alone: a connector by its names, others by config.json. A vision
+    encoder that is an AIMv2 is none, neither alone nor in a SAIL-VL.
+    """
     is_whole = is_sailvl(names, config)
     if part == "connector":
         return is_whole or (bool(names) and all(strip_wrapper_prefixes(name).startswith(CONNECTOR) for name in names))
@@ -66,25 +78,16 @@ def vision_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Component:
-    """
-    A component of a SAIL-VL, in it or in a folder of its own, or all of them.
-
-    Attributes:
-        part: One of PARTS.
-        config: Its section of config.json; all of it for a connector, all components, or in a folder of its own.
-        names: Name without the prefix -> name in the checkpoint.
-        prefix: Prefix in the checkpoint.
-        wrappers: Name segments that wrappers such as torch.compile added.
-        others: Names that are not of a SAIL-VL.
-    """
+    """A component of a SAIL-VL, in it or in a folder of its own, or all of them."""
 
     checkpoint: Checkpoint
-    part: str
+    part: str  # one of PARTS
+    # Its section of config.json; all of it for a connector, all components, or in a folder of its own.
     config: Mapping[str, Any] = field(repr=False)
-    names: dict[str, str]
-    prefix: str
-    wrappers: list[str]
-    others: list[str]
+    names: dict[str, str]  # name without the prefix -> name in the checkpoint
+    prefix: str  # in the checkpoint
+    wrappers: list[str]  # name segments that wrappers such as torch.compile added
+    others: list[str]  # names that are not of a SAIL-VL
 
     @property
     def matrix_shape(self) -> tuple[int | None, int | None]:
@@ -95,13 +98,13 @@ class Component:
 
 def find_component(checkpoint: Checkpoint, part: str) -> Component:
     """Return one component, or all of them; raises CheckpointError if two names are the same without wrappers."""
-    config, (stored, prefix, *rest) = checkpoint.document("config.json"), _match_names(checkpoint.weight_map)
+    config, found = checkpoint.document("config.json"), _match_names(checkpoint.weight_map)
     is_alone = part != "connector" and not is_sailvl(checkpoint.weight_map, config)
     inner = "" if is_alone else PREFIXES[part]
     if inner in (VISION, LANGUAGE):
         config = vision_fields(config) if inner == VISION else text_fields(config)
-    names = {name.removeprefix(inner): stored[name] for name in stored if name.startswith(inner)}
-    return Component(checkpoint, part, config, names, prefix + inner, *rest)
+    names = {name.removeprefix(inner): stored for name, stored in found.stored.items() if name.startswith(inner)}
+    return Component(checkpoint, part, config, names, found.prefix + inner, found.wrappers, found.others)
 
 
 def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
@@ -113,7 +116,7 @@ def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
         what = "has no section of a language model" if fields else "is missing"
         fix = "put the model's config.json next to the weights, or convert with --base"
         raise CheckpointError(f"{where} {what}: {fix}")
-    with transformers_errors(where, " (--part vision, connector or language converts one component)"):
+    with transformers_errors(where, fix=" (--part vision, connector or language converts one component)"):
         return SAILVLConfig.from_dict({**fields, **changes, "model_type": SAILVLConfig.model_type})
 
 

@@ -1,17 +1,16 @@
 """Checkpoints: named tensors and the JSON files next to them, read on demand; checks of their values."""
 
 import hashlib
-import math
 import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from .deepspeed_zero import MASTERS, read_zero
 from .errors import CheckpointError, Problem, raise_if_any
-from .files import read_index, read_json
+from .files import is_number, read_index, read_json
 from .safetensors_io import DOWNLOAD, read_safetensors
 from .sources import ADAPTER, DCP_METADATA, ENGINE_ENTRIES, PROVENANCE, ZERO_PATTERN, Source, without_local_path
 from .tensors import StoredTensor, is_finite
@@ -78,6 +77,13 @@ class Checkpoint(ABC):
         return problems
 
 
+class EngineFiles(NamedTuple):
+    """The tensors in the shards of a training framework, by name, and metadata of the training."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, Any]
+
+
 class FileCheckpoint(Checkpoint):
     """A checkpoint in one source; weight files are opened when one of their tensors is asked for."""
 
@@ -93,18 +99,18 @@ class FileCheckpoint(Checkpoint):
         return dict.fromkeys(self.open(self.entry), self.entry)
 
     @cached_property
-    def engine_files(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-        """Tensors and metadata in the shards of a training framework; nothing for other entries."""
+    def engine_files(self) -> EngineFiles:
+        """What the shards of a training framework hold; nothing for other entries."""
         with unpickling_errors(f"{self.source.name}/{self.entry}"):
             for suffix, read in ((ZERO_PATTERN, read_zero), (DCP_METADATA, read_dcp)):
                 if self.entry.endswith(suffix):
-                    return read(self.source, self.entry.removesuffix(suffix), self.trust_pickle)
-        return {}, {}
+                    return EngineFiles(*read(self.source, self.entry.removesuffix(suffix), self.trust_pickle))
+        return EngineFiles({}, {})
 
     def open(self, file: str) -> dict[str, StoredTensor]:
         if file not in self.opened:
             if file.endswith(ENGINE_ENTRIES):
-                self.opened[file] = self.engine_files[0]
+                self.opened[file] = self.engine_files.tensors
             elif file.endswith(".safetensors"):
                 self.opened[file] = read_safetensors(self.source.path(file), self.source.open_remote(file))
             else:
@@ -132,7 +138,7 @@ class FileCheckpoint(Checkpoint):
 
     def default_dtype(self, names: Collection[str] = ()) -> str | None:
         """float32, where fp32 master weights are next to rounded frozen parameters."""
-        tensors = self.engine_files[0]
+        tensors = self.engine_files.tensors
         dtypes = {tensors[name].dtype for name in names or tensors if name in tensors}
         return "float32" if "F32" in dtypes and dtypes <= {"F32", "BF16", "F16"} and len(dtypes) > 1 else None
 
@@ -140,12 +146,14 @@ class FileCheckpoint(Checkpoint):
     def training_metadata(self) -> dict[str, Any]:
         """From the engine's files, trainer_state.json, and training.json or an earlier provenance.json."""
         metadata = read_training(self.document)
-        metadata |= {key: value for key, value in self.engine_files[1].items() if key != MASTERS and _is_plain(value)}
+        metadata |= {
+            key: value for key, value in self.engine_files.metadata.items() if key != MASTERS and _is_plain(value)
+        }
         if state := self.document(TRAINER_STATE):
             metadata.setdefault("engine", "transformers Trainer")
         for key, its_key in {"step": "global_step", "epoch": "epoch", "tokens_seen": "num_input_tokens_seen"}.items():
             value = state.get(its_key)
-            if type(value) in (int, float) and math.isfinite(value) and (value or key != "tokens_seen"):
+            if is_number(value) and (value or key != "tokens_seen"):
                 metadata[key] = value
         base_of_adapter = self.document(ADAPTER).get("base_model_name_or_path")
         base = base_of_adapter or self.document("config.json").get("_name_or_path")

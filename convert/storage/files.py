@@ -35,6 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number; no integer beyond those that a float can represent."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

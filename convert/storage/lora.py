@@ -11,6 +11,7 @@ import numpy as np
 from .checkpoint import Checkpoint, FileCheckpoint
 from .deepspeed_zero import MASTERS
 from .errors import CheckpointError
+from .files import is_number
 from .names import find_ends, is_tied, strip_wrapper_prefixes
 from .overlay import CompositeCheckpoint, origin_of_base
 from .sources import ADAPTER
@@ -108,12 +109,12 @@ class MergedLoRA(AdaptedModel):
         super().__init__({"": adapter, "base/": base})
         self.adapter, self.base, self.config = adapter, base, adapter.document(ADAPTER)
         self.hint = f"is {base.source.name} the base?"
-        for problem in _config_problems(self.config):
+        if problem := next(_config_problems(self.config), None):
             raise self.error(problem)
         ends = find_ends(base.weight_map)
         tied = {ends.embeddings, ends.head} if ends and is_tied(base.document("config.json")) else set()
         self._base_names = {strip_wrapper_prefixes(name): name for name in [*base.weight_map, *tied]}
-        trained = adapter.engine_files[1].get(MASTERS, adapter.weight_map)  # without frozen tensors of the base
+        trained = adapter.engine_files.metadata.get(MASTERS, adapter.weight_map)  # without frozen tensors of the base
         targets = self.parse(name for name in adapter.weight_map if name in trained)
         self.prefix = self._find_prefix([target for target, _ in targets.values()])
         for name, (target, role) in targets.items():
@@ -238,5 +239,5 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         fix = "save it with path_initial_model_for_weight_conversion"
         yield f"an adapter with init_lora_weights {init}, which changes the base: {fix}"
     alpha = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if not is_number(alpha):
         yield f"{ADAPTER}: lora_alpha is {alpha!r}, not a number"

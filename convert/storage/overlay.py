@@ -11,7 +11,7 @@ import numpy as np
 from .checkpoint import TRAINER_STATE, Checkpoint
 from .errors import CheckpointError
 from .names import find_ends, is_tied, strip_wrapper_prefixes
-from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, licence_of, public_name
+from .sources import ADAPTER, DCP_METADATA, PROVENANCE, WEIGHT_SUFFIXES, Source, describe_source
 from .tensors import CHUNK, FLOAT_BITS, ITEM_SIZES, ComputedTensor, StoredTensor, cast, read_bytes, rounds_to, spans
 
 
@@ -128,9 +128,7 @@ class Overlay(CompositeCheckpoint):
 
 def origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Name, revision, licence and training_metadata, for the provenance.json of what is made of it."""
-    source = checkpoint.source
-    name = {"name": public_name(source), "revision": source.revision}
-    return name | licence_of(source) | checkpoint.training_metadata
+    return describe_source(checkpoint.source) | checkpoint.training_metadata
 
 
 def origin_of_base(base: Checkpoint) -> dict[str, Any]:
@@ -143,13 +141,12 @@ def _match_names(trained: Checkpoint, base: Checkpoint) -> dict[str, str]:
     own = {strip_wrapper_prefixes(name): name for name in trained.weight_map}
     others = {strip_wrapper_prefixes(name): name for name in base.weight_map}
 
-    def count_shared(prefixes: tuple[str, str]) -> int:
-        one, two = ({name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-                    for prefix, names in zip(prefixes, (own, others), strict=True))  # fmt: skip
-        return len(one & two)
-
-    prefix, other = max(product(MODEL_PREFIXES, repeat=2), key=count_shared)
-    if not count_shared((prefix, other)):
+    prefix, other, most = "", "", 0
+    for one, two in product(MODEL_PREFIXES, repeat=2):
+        shared = sum(name.startswith(one) and two + name.removeprefix(one) in others for name in own)
+        if shared > most:
+            prefix, other, most = one, two, shared
+    if not most:
         raise CheckpointError(f"{base.source.name}: it has no name of {trained.source.name}: it cannot be its base")
     names = {prefix + short.removeprefix(other): name for short, name in others.items() if short.startswith(other)}
     return {own.get(short, short): name for short, name in names.items()}

@@ -103,10 +103,10 @@ def write_weights(
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         synced = []
         for file, names in shards.items():
-            tensors = sorted((by_name[name] for name in names), key=lambda each: -ITEM_SIZES[each.dtype])  # aligns each
+            ordered = sorted((by_name[name] for name in names), key=lambda each: -ITEM_SIZES[each.dtype])  # aligns each
             with (folder / file).open("wb") as written:
-                written.write(safetensors_header(tensors))
-                digests |= {each.name: _write_tensor(written, each, hashing, on_progress) for each in tensors}
+                written.write(safetensors_header(ordered))
+                digests |= {each.name: _write_tensor(written, each, hashing, on_progress) for each in ordered}
             synced.append(syncing.submit(sync, folder / file))
         for done in synced:
             done.result()
@@ -118,7 +118,10 @@ def write_weights(
 
 
 def split_in_shards(tensors: Mapping[str, NewTensor], max_shard_size: int | str) -> dict[str, list[str]]:
-    """Map file names to tensor names, as huggingface_hub splits them; raises a CheckpointError if that is no size."""
+    """
+    Map file names to tensor names, as huggingface_hub splits them. Raises a CheckpointError if `max_shard_size` is no
+    positive number of bytes, nor a size such as "5GB".
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
 
     try:

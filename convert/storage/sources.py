@@ -38,13 +38,15 @@ ENGINE_ENTRIES = (ZERO_PATTERN, DCP_METADATA)
 # Files next to the folder that a training framework wrote its shards into.
 ROOT_MARKERS = ("latest", "trainer_state.json", "config.json", ADAPTER)
 
+LICENCE_KEYS = ("license", "license_name", "license_link")  # of a model card
+
 HEADER_BLOCK = 1 << 17  # bytes of one range request, where only headers are read
 
 # Errors of huggingface_hub, the more special ones first.
 HUB_ERRORS = {
     "GatedRepoError": "access is granted on request: ask for it on the model's page, then `hf auth login`",
     "RepositoryNotFoundError": "no such folder here, and no such model on the Hub (private ones need `hf auth login`)",
-    "RevisionNotFoundError": "no revision REVISION on the Hub",
+    "RevisionNotFoundError": "no revision {revision!r} on the Hub",
     "OfflineModeIsEnabled": "no such folder here, and the Hub cannot be reached (offline)",
     "LocalEntryNotFoundError": "no such folder here, and the Hub cannot be reached (offline)",
 }
@@ -173,6 +175,11 @@ def without_local_path(name: str) -> str:
     return Path(name).resolve().name if is_path else name
 
 
+def describe_source(source: Source) -> dict[str, Any]:
+    """Name, revision and licence of a source, for provenance.json."""
+    return {"name": public_name(source), "revision": source.revision, **licence_of(source)}
+
+
 def licence_of(source: Source) -> dict[str, Any]:
     """The licence fields of the source's model card."""
     from huggingface_hub import ModelCard
@@ -183,7 +190,7 @@ def licence_of(source: Source) -> dict[str, Any]:
         data = ModelCard.load(source.path("README.md"), ignore_metadata_errors=True).data.to_dict()
     except ValueError:  # no YAML
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return {key: data[key] for key in LICENCE_KEYS if data.get(key)}
 
 
 def weight_files(source: Source) -> list[str]:
@@ -259,5 +266,8 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         what = f"no such folder here, and the Hub does not answer: {first_line(error)}"
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             what = "the Hub denies access to this token, or to no token: `hf auth login`"
-        hints = (hint for kind, hint in HUB_ERRORS.items() if isinstance(error, getattr(errors, kind)))
-        raise CheckpointError(f"{name}: {next(hints, what).replace('REVISION', repr(revision))}") from error
+        for kind, hint in HUB_ERRORS.items():
+            if isinstance(error, getattr(errors, kind)):
+                what = hint.format(revision=revision)
+                break
+        raise CheckpointError(f"{name}: {what}") from error

@@ -158,8 +158,8 @@ def cast_stream(
     tensor: StoredTensor, name: str, dtype: str, start: int = 0, stop: int | None = None
 ) -> Iterator[np.ndarray]:
     """
-    Yield the bytes of elements `start` to `stop` of a stored tensor in another dtype. Raises a CheckpointError with its
-    name in the checkpoint if a value is NaN, infinite, or out of range of `dtype`.
+    Yield the bytes of elements `start` to `stop` of a stored tensor in another dtype; `name` is its name in the
+    checkpoint, for the message. Raises a CheckpointError if a value is NaN, infinite, or out of range of `dtype`.
     """
     for chunk in tensor.chunks(start, stop):
         if not is_finite(chunk, tensor.dtype):

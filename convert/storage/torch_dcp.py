@@ -50,7 +50,8 @@ def read_dcp(source: Source, folder: str, trust: bool) -> tuple[dict[str, Stored
     }
     names = _model_entries(path, entries, state.get("planner_data") or {})
     tensors = {n: _sharded_tensor(path, entry, entries[entry].state, positions, trust) for n, entry in names.items()}
-    files = {file for (entry, _), (file, _, _) in positions.items() if entry in names.values()}
+    chunks = ((entry, chunk.state) for entry in names.values() for chunk in entries[entry].state["chunks"])
+    files = {positions[entry, tuple(one["offsets"])][0] for entry, one in chunks if math.prod(one["sizes"])}
     for file in sorted(files):
         source.path(folder + file)  # downloads it, or names it if it is missing
     ranks = {match[1] for file in files if (match := re.match(r"__(\d+)_", file))}

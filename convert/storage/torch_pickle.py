@@ -46,11 +46,16 @@ IGNORED_GLOBALS = {
 # The beginning of a file of torch before 1.6: its magic number, pickled.
 BEFORE_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: magic number, bytes of its name and of its extra field
+
 NO_TORCH_FILE = "not a file of torch.save, or a broken one: copy or download it again"
 
 
 def read_pickle(path: Path, trust: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of a file of torch.save, by the dotted names of nested dictionaries; others as of read_saved."""
+    """
+    The tensors of a file of torch.save, by the dotted names of nested dictionaries; other objects are skipped. Raises a
+    CheckpointError as read_saved does, and if there is no tensor, or two have one name.
+    """
     tensors: dict[str, StoredTensor] = {}
     _flatten(read_saved(path, trust=trust), "", path, tensors)
     if not tensors:
@@ -73,12 +78,12 @@ def read_saved(path: Path, trust: bool = False, start: int = 0, length: int | No
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise CheckpointError(f"{path}: its numbers are big-endian: save it on another machine")
             content = io.BytesIO(archive.read(members["data.pkl"]))
-            locate = cache(lambda key: _locate(archive, file, members[f"data/{key}"]))
+            locate = cache(lambda key: _locate(file, members[f"data/{key}"]))
             return _Unpickler(content, path, trust, locate).load()
 
 
 def read_opaque(path: Path, trust: bool = False) -> Any:
-    """The object in a plain pickle, with an OpaqueObject for every object; see read_saved."""
+    """The object in a plain pickle without tensors, with an OpaqueObject for every object; errors as of read_saved."""
     with unpickling_errors(path), path.open("rb") as file:
         return _Unpickler(file, path, trust).load()
 
@@ -172,11 +177,12 @@ class FileSlice(io.BufferedReader):
         return super().read(rest if count is None or count < 0 else min(count, rest))
 
 
-def _locate(archive: zipfile.ZipFile, file: FileSlice, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where in its file the data of a member begins, and its bytes."""
-    with archive.open(member):  # reads the local header, whose length the directory does not have
-        begin = file.tell()
-    if begin + member.file_size > file.length:
+def _locate(file: FileSlice, member: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where in its file the data of a member begins, after its local header (4.3.7 of APPNOTE.TXT), and its bytes."""
+    file.seek(member.header_offset)
+    magic, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    begin = member.header_offset + LOCAL_HEADER.size + name + extra
+    if magic != zipfile.stringFileHeader or begin + member.file_size > file.length:
         raise pickle.UnpicklingError(f"{member.filename} is truncated")
     return file.start + begin, member.file_size
 
