@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .arguments import Group, Verbs, add_verb, count, positive_integer
+from .arguments import Group, Verbs, add_verb, count, pick, positive_integer
 from .progress import log
 
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sailvit.train import Corpus
 
 REASONS = 10  # bad samples that are printed
+FIGURES = Path("samples")
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -26,7 +27,7 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument(
         "--model", required=True, metavar="M", help="the SAIL-VL to train: a folder or a name on the Hub"
     )
-    group.add_argument("--cache-dir", type=Path, metavar="DIR", help="default: in the cache of the datasets library")
+    group.add_argument("--cache-dir", type=_folder, metavar="DIR", help="default: in the cache of the datasets library")
     group.add_argument(
         "--workers", type=positive_integer, default=1, metavar="N", help="processes that count tokens; default: 1"
     )
@@ -37,23 +38,26 @@ def add_verbs(verbs: Verbs) -> None:
         "--show", type=count, default=0, metavar="N", help="print N random samples as the model sees them"
     )
     group.add_argument(
-        "--figures", type=Path, metavar="DIR", help="write the tiles of shown samples; default: samples/"
+        "--figures", type=_folder, metavar="DIR", help="write the tiles of shown samples; default: samples/"
     )
-
+    group.add_argument("--overwrite", action="store_true", help="replace existing files of --skipped and --figures")
     _add_packing(data.add_argument_group("packing"))
 
 
 def _add_packing(group: Group) -> None:
     group.add_argument("--samples-per-step", type=positive_integer, metavar="N", help="of all ranks together")
-    group.add_argument("--max-tokens-per-pack", type=positive_integer, default=8192, metavar="T", help="default: 8192")
+    group.add_argument("--max-tokens-per-pack", type=positive_integer, metavar="T", help="default: 8192")
     group.add_argument("--max-tiles-per-pack", type=positive_integer, metavar="T", help="default: any number")
-    group.add_argument("--ranks", type=positive_integer, default=1, metavar="R", help="processes; default: 1")
+    group.add_argument("--ranks", type=positive_integer, metavar="R", help="processes; default: 1")
     group.add_argument(
-        "--too-long",
-        choices=("drop", "truncate", "fail"),
-        default="drop",
-        help="samples longer than a pack; default: drop",
+        "--too-long", choices=("drop", "truncate", "fail"), help="samples longer than a pack; default: drop"
     )
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a folder, got an empty string")
+    return Path(text)
 
 
 def run_check(options: argparse.Namespace) -> int:
@@ -66,6 +70,8 @@ def run_check(options: argparse.Namespace) -> int:
     """
     from sailvit.train import Corpus, PackedBatches, check_corpus, describe, load_processor, tile_cost
 
+    packing = _packing_options(options)
+    _check_output(options)
     _quiet_libraries()
     processor, config = load_processor(options.model)
     corpus = Corpus.from_yaml(
@@ -77,25 +83,32 @@ def run_check(options: argparse.Namespace) -> int:
         recheck=True,
         log=_log_to_stderr,
     )
-    batches = None
-    if options.samples_per_step and len(corpus):
-        batches = PackedBatches(
-            corpus,
-            options.samples_per_step,
-            options.max_tokens_per_pack,
-            options.max_tiles_per_pack,
-            ranks=options.ranks,
-            too_long=options.too_long,
-            tile_cost=tile_cost(config),
-        )
+    batches = PackedBatches(corpus, **packing, tile_cost=tile_cost(config)) if packing and len(corpus) else None
     if options.skipped:
-        corpus.write_skipped(options.skipped)
+        corpus.write_skipped(options.skipped, options.overwrite)
     report = check_corpus(corpus, batches)
     print(json.dumps(report.to_dict(), indent=2) if options.json else describe(report))
     if not options.json:
         _print_skipped(corpus)
-    _show(batches.corpus if batches else corpus, options)
-    return 2 if corpus.skipped else 0
+    shown_are_good = _show(batches.corpus if batches else corpus, options)
+    return 0 if shown_are_good and not corpus.skipped else 2
+
+
+def _packing_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("samples_per_step", "max_tokens_per_pack", "max_tiles_per_pack", "ranks", "too_long")
+    given = {name: value for name, value in pick(options, names).items() if value is not None}
+    if given and "samples_per_step" not in given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --samples-per-step")
+    return given
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    if options.figures and not options.show:
+        raise ValueError("--figures needs --show")
+    first = (options.figures or FIGURES) / "sample-1.png"
+    for path in [*([options.skipped] if options.skipped else []), *([first] if options.show else [])]:
+        if path.exists() and not options.overwrite:
+            raise ValueError(f"{path} exists: give another name, or --overwrite")
 
 
 def _quiet_libraries() -> None:
@@ -120,14 +133,18 @@ def _print_skipped(corpus: "Corpus") -> None:
         log(f"  and {len(corpus.skipped) - REASONS} more: --skipped FILE writes all of them")
 
 
-def _show(corpus: "Corpus", options: argparse.Namespace) -> None:
+def _show(corpus: "Corpus", options: argparse.Namespace) -> bool:
+    """Print samples and draw their tiles; return whether all of them could be read."""
     from sailvit.train import show_samples
 
-    folder = options.figures or Path("samples")
+    folder, bad = options.figures or FIGURES, 0
     output = sys.stderr if options.json else sys.stdout
     for number, sample in enumerate(show_samples(corpus, options.show), start=1):
-        print(f"\n--- {sample.title}; trained tokens are in \u27e6\u27e7", sample.text, sep="\n", file=output)
+        bad += sample.is_bad
+        note = "" if sample.is_bad else "; trained tokens are in \u27e6\u27e7"
+        print(f"\n--- {sample.title}{note}", sample.text, sep="\n", file=output)
         if sample.tiles is not None:
             folder.mkdir(parents=True, exist_ok=True)
             sample.draw(folder / f"sample-{number}.png")
             print(f"tiles: {folder / f'sample-{number}.png'}", file=output)
+    return not bad

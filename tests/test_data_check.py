@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,57 @@ def test_a_mix_of_bad_samples_only_is_reported_too(check, tmp_path):
     assert check()[0] == 2
 
 
+def test_existing_files_are_kept_without_overwrite(check, tmp_path):
+    write_mix(tmp_path)
+    before = (tmp_path / "corpus.yaml").read_text()
+    code, _, error = check("--skipped", "corpus.yaml")
+    assert code == 2 and error == "sailvit data: corpus.yaml exists: give another name, or --overwrite\n"
+    assert (tmp_path / "corpus.yaml").read_text() == before
+    assert check("--show", "9", "--figures", "drawn")[0] == 0
+    assert check("--show", "9", "--figures", "drawn")[0] == 2
+    assert check("--show", "9", "--figures", "drawn", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--too-long", "fail"], "--too-long needs --samples-per-step"),
+        (["--ranks", "2"], "--ranks needs --samples-per-step"),
+        (["--figures", "drawn"], "--figures needs --show"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments, message, check, tmp_path):
+    write_mix(tmp_path)
+    code, _, error = check(*arguments)
+    assert code == 2 and error == f"sailvit data: {message}\n"
+
+
+def test_a_shown_sample_that_cannot_be_decoded_is_named(check, tmp_path):
+    write_mix(tmp_path)
+    whole = (tmp_path / "images" / "wide.png").read_bytes()
+    (tmp_path / "images" / "wide.png").write_bytes(whole[:60])
+    code, output, _ = check("--show", "10", "--figures", "drawn")
+    shown = output.split("\n--- ")[1:]
+    assert code == 2 and len(shown) == 10
+    assert sum("cannot be read: " in text and "wide.png" in text for text in shown) == 4
+
+
+def test_shown_text_cannot_control_the_terminal(check, tmp_path):
+    write_lines(tmp_path / "a.jsonl", [chat("\x1b[31mred\x00", "caf\u00e9")])
+    write_corpus(tmp_path, {"path": "a.jsonl"})
+    code, output, _ = check("--show", "1")
+    assert code == 0 and "\\x1b[31mred\\x00" in output and "\x1b" not in output
+
+
+@pytest.mark.parametrize("name", ["nope", "./nope", "vl/config.json"])
+def test_a_model_that_is_no_folder_is_one_line(name, check, tmp_path):
+    write_mix(tmp_path)
+    (tmp_path / "vl").mkdir()
+    (tmp_path / "vl" / "config.json").write_text("{}")
+    code, _, error = check("--model", name)
+    assert code == 2 and name in error and error.count("\n") == 1
+
+
 def test_shown_samples_mark_trained_tokens_and_draw_tiles(check, tmp_path):
     write_mix(tmp_path)
     code, output, _ = check("--show", "10", "--figures", "drawn")
@@ -118,6 +171,7 @@ def test_shown_samples_mark_trained_tokens_and_draw_tiles(check, tmp_path):
         (["--samples-per-step", "0"], "expected a positive integer, got '0'"),
         (["--ranks", "x"], "expected a positive integer, got 'x'"),
         (["--too-long", "cut"], "invalid choice: 'cut'"),
+        (["--cache-dir", ""], "expected a folder, got an empty string"),
     ],
 )
 def test_wrong_options_are_usage_errors(arguments, message, check, capsys):
@@ -188,3 +242,18 @@ def test_a_data_set_on_the_hub_without_network_is_one_line(tmp_path, model):
     assert (
         run.stderr.startswith("sailvit data: source chats: owner/chats, split train: ") and run.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_is_one_line(workers, tmp_path, model):
+    write_numbers(tmp_path, "a", 60_000)
+    write_corpus(tmp_path, {"path": "a.jsonl"})
+    command = [sys.executable, "-m", "sailvit_cli", "data", "check", "corpus.yaml", "--model", str(model)]
+    command += ["--cache-dir", "cache", "--workers", workers]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert run.stderr.readline() == "a: a.jsonl, 60,000 rows\n"
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    _, error = run.communicate(timeout=120)
+    assert (run.returncode, error) == (130, "sailvit data: interrupted\n")

@@ -203,7 +203,7 @@ def test_a_prompt_has_the_tokens_of_the_chat_api(case, processor):
 
 
 PLAIN_TEXT = st.text(max_size=8).filter(lambda text: "<" not in text) | st.sampled_from(
-    ["\n", "\n\n", " ", "Image-1: ", "\nImage-2: ", "Image-2: ", "<image", "image>", "\r\n", "<img>"]
+    ["\n", "\n\n", " ", "Image-1: ", "\nImage-2: ", "Image-2: ", "<image", "image>", "\r\n", "<b>"]
 )
 
 
@@ -687,3 +687,28 @@ def test_an_answer_that_is_not_to_be_trained_is_refused(mark):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", **mark}]
     with pytest.raises(BadSample, match="every answer is trained"):
         parse_record({"messages": turns}, FormatOptions())
+
+
+@pytest.mark.parametrize("token", ["<img>", "</img>", "<|endoftext|>"])
+def test_special_tokens_of_the_prompt_format_are_refused_in_texts(token):
+    with pytest.raises(BadSample, match=re.escape(token)):
+        parse_record(llava("Why?", f"So {token}."), OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        llava("Why?", "So.", objects={"bbox": [[1, 2, 3, 4]]}),
+        llava("Why?", "So.", tools=[{"name": "search"}]),
+        llava("Why?", "So.", messages=[{"role": "user", "content": "Why?"}]),
+        {
+            "messages": [
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So.", "reasoning_content": "Hm."},
+            ]
+        },
+    ],
+)
+def test_what_would_be_left_out_silently_is_refused(record):
+    with pytest.raises(BadSample, match=r"not supported|several formats"):
+        parse_record(record, OPTIONS)

@@ -6,6 +6,7 @@ Files in the cache: each is named after a hash of all that it depends on, writte
 Large arrays are memory-mapped, so that the processes of a node share them.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -52,6 +53,18 @@ def content_hash(file: Path, cache_dir: Path) -> str:
             with new_file(memo) as temporary:
                 temporary.write_text(json.dumps({"signature": signature, "hash": digest.hexdigest()}))
         return digest.hexdigest()
+
+
+@contextmanager
+def cache_errors(cache_dir: Path) -> Iterator[None]:
+    """Turn errors of a full or read-only disk into one that names the cache and the fix."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        what = f"the cache cannot be written: {os.strerror(error.errno)}: choose another (--cache-dir, cache_dir)"
+        raise OSError(error.errno, f"{cache_dir}: {what}") from error
 
 
 @contextmanager

@@ -15,9 +15,11 @@ from torchvision.utils import make_grid
 from transformers import AutoConfig, AutoProcessor
 
 from ..configuration_sailvl import SAILVLConfig
+from ..convert.storage.sources import check_name, find_source
 from ..processing_sailvl import SAILVLProcessor
 from .collate import IGNORED, EncodedSample, encode_sample
 from .corpus import Corpus
+from .formats import BadSample
 from .order import permutation
 from .packing import PackedBatches
 
@@ -31,9 +33,13 @@ def load_processor(path: str | Path) -> tuple[SAILVLProcessor, SAILVLConfig]:
     Return the processor and the config of a SAIL-VL folder or Hub name.
 
     Raises:
-        ValueError: It is no SAIL-VL, or its tokenizer and model do not belong together.
-        OSError: There is no such folder.
+        ValueError: There is no such folder or name, it is no SAIL-VL, or its tokenizer and model do not match.
     """
+    check_name(str(path))
+    if Path(path).is_file():
+        raise ValueError(f"{path}: expected the folder of a SAIL-VL, got a file")
+    if not Path(path).exists():
+        find_source(str(path))  # one request; transformers would retry for half a minute if the Hub is unreachable
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "sailvl":
         fix = "build one with `sailvit compose --vision VISION --language LANGUAGE OUT`"
@@ -129,11 +135,18 @@ def describe(report: CorpusReport) -> str:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample as the model sees it: where it is from, its text with the trained tokens marked, and its tiles."""
+    """
+    A sample as the model sees it: where it is from, its text with the trained tokens marked, and its tiles.
+
+    Attributes:
+        tiles: (n, 3, h, w) uint8; None without images.
+        is_bad: The sample cannot be read; `text` is the reason.
+    """
 
     title: str
     text: str
-    tiles: torch.Tensor | None  # (n, 3, h, w) uint8
+    tiles: torch.Tensor | None
+    is_bad: bool = False
 
     def draw(self, path: str | Path) -> None:
         """Write the tiles to a PNG, row by row in the order of the model."""
@@ -144,13 +157,14 @@ class ShownSample:
 def show_samples(corpus: Corpus, count: int, seed: int = 0) -> Iterator[ShownSample]:
     """
     Yield different random samples as the model sees them.
-
-    Raises:
-        BadSample: An image cannot be decoded.
     """
     for index in _different(corpus, count, seed):
-        encoded = encode_sample(corpus[index], corpus.processor, uint8_tiles=True)
         source, number = corpus.locate(index)
+        try:
+            encoded = encode_sample(corpus[index], corpus.processor, uint8_tiles=True)
+        except BadSample as error:
+            yield ShownSample(f"{source} {number}", f"cannot be read: {error}", None, is_bad=True)
+            continue
         tiles = 0 if encoded.tiles is None else len(encoded.tiles)
         title = f"{source} {number}: {len(encoded.input_ids)} tokens, {tiles} tiles"
         yield ShownSample(title, mark_trained(encoded, corpus.processor), encoded.tiles)
@@ -176,6 +190,7 @@ def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:
     for begin, end in zip([0, *edges], [*edges, len(is_trained)], strict=True):
         part = processor.tokenizer.decode(encoded.input_ids[begin:end])
         text += part.join(TRAINED) if is_trained[begin] else part
+    text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # no terminal codes
     token = re.escape(processor.image_token)
     return re.sub(
         f"(?:{token})+", lambda run: f"{processor.image_token} x {run[0].count(processor.image_token)} ", text

@@ -179,6 +179,6 @@ def _check_lengths(sample: EncodedSample, tokens: int, tiles: int) -> None:
     got = (len(sample.input_ids), 0 if sample.tiles is None else len(sample.tiles))
     if got != (tokens, tiles):
         raise BadSample(
-            f"expected {tokens} tokens and {tiles} tiles, as measured before, got {got[0]} and {got[1]}: a file "
-            "changed since; measure the lengths again"
+            f"expected {tokens} tokens and {tiles} tiles, as measured from headers, got {got[0]} and {got[1]}: a file "
+            "changed since, or a video has fewer frames than its header says"
         )

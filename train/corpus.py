@@ -20,8 +20,8 @@ import datasets
 import numpy as np
 
 from ..processing_sailvl import SAILVLProcessor
-from .cache import MappedArrays, hash_of, new_file, store_arrays
-from .corpus_file import CorpusFile, Source, expand_meta, read_corpus_file
+from .cache import MappedArrays, cache_errors, hash_of, store_arrays
+from .corpus_file import MOST_REPEATS, CorpusFile, Source, expand_meta, read_corpus_file
 from .formats import FORMATS, BadSample, FilteredSample, FormatOptions, Sample
 from .lengths import COLUMNS, Lengths, SampleReader, hash_processor, measure, remeasure_skipped
 from .mix import draw, scale_kinds
@@ -124,8 +124,9 @@ class Corpus(Sequence):
         content = read_corpus_file(path)
         cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "sailvit")
         most = content.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-        files = list(_open_files(content, Path(path).parent, processor, cache, log))
-        lengths = [measure(file.rows, file.reader, cache, num_proc) for file in files]
+        with cache_errors(cache):
+            files = list(_open_files(content, Path(path).parent, processor, cache, log))
+            lengths = [measure(file.rows, file.reader, cache, num_proc) for file in files]
         if recheck or _are_too_many(lengths, most):
             pairs = zip(files, lengths, strict=True)
             lengths = [remeasure_skipped(one, file.rows, file.reader) for file, one in pairs]
@@ -133,13 +134,14 @@ class Corpus(Sequence):
         if _are_too_many(lengths, most):
             raise TooManyBadSamplesError(_describe_bad(skipped, lengths, most))
         if not sum(_count_bad(lengths)):
-            raise ValueError(f"{path}: its sources have no samples")
+            raise ValueError(f"{path}: its sources have no samples: they are empty, or min_rating leaves none")
         pairs = zip(files, lengths, strict=True)
         kinds = tuple(sorted({file.kind_of(name) for file, one in pairs for name in one.kind_names}))
         described = [[file.source.model_dump(), file.rows.length] for file in files]
         mix = [content.kinds, content.total, content.seed]
         fingerprint = hash_of([described, mix, [one.digest for one in lengths]])
-        arrays = store_arrays(_folder(cache, fingerprint), lambda: _mix(content, files, lengths, kinds))
+        with cache_errors(cache):
+            arrays = store_arrays(_folder(cache, fingerprint), lambda: _mix(content, files, lengths, kinds))
         return cls(processor, tuple(files), arrays, kinds, skipped, fingerprint, cache)
 
     @property
@@ -183,10 +185,11 @@ class Corpus(Sequence):
         file, row = self._find(index)
         return Skipped(file.source.name, file.rows.path, file.rows.location(row), reason)
 
-    def write_skipped(self, path: str | Path) -> None:
-        """Write the bad samples to a JSONL file."""
-        with new_file(Path(path)) as temporary:
-            temporary.write_text("".join(json.dumps(entry.to_dict()) + "\n" for entry in self.skipped), "utf-8")
+    def write_skipped(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the bad samples to a JSONL file; raises FileExistsError if it exists, unless it may be replaced."""
+        lines = "".join(json.dumps(entry.to_dict()) + "\n" for entry in self.skipped)
+        with Path(path).open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(lines)
 
     def count_kinds(self) -> dict[str, int]:
         """Return the number of samples of every kind."""
@@ -280,15 +283,19 @@ def _open_files(
         options = {name: value for name, value in options.items() if value is not None}
         for rows in open_rows(source, base, cache):
             _check_columns(source, rows)
-            formats = FormatOptions(
-                base / source.image_root if source.image_root else _folder_of(rows),
-                source.allow_outside,
-                min_rating=source.min_rating,
-                num_frames=source.num_frames,
-            )
+            formats = _format_options(source, base / source.image_root if source.image_root else _folder_of(rows))
             log(f"{source.name}: {rows.path}, {rows.length:,} rows")
             yield SourceFile(source, rows, SampleReader(processor, processor_hash, formats, options), start)
             start += rows.length
+
+
+def _format_options(source: Source, image_root: Path | None) -> FormatOptions:
+    try:
+        return FormatOptions(
+            image_root, source.allow_outside, min_rating=source.min_rating, num_frames=source.num_frames
+        )
+    except ValueError as error:
+        raise ValueError(f"source {source.name}: {error}") from error
 
 
 def _folder_of(rows: Rows) -> Path | None:
@@ -369,6 +376,8 @@ def _spans(files: Sequence[SourceFile]) -> Iterator[tuple[Source, int, int]]:
 
 def _choose_kinds(content: CorpusFile, kinds: np.ndarray, chosen: np.ndarray, kind_names: Sequence[str]) -> np.ndarray:
     """Return the indices of the samples after the kinds are set to their shares."""
+    if (content.total or 0) > MOST_REPEATS * len(chosen):
+        raise ValueError(f"total: expected at most {MOST_REPEATS} times the {len(chosen)} samples, got {content.total}")
     counts = {name: int((kinds == index).sum()) for index, name in enumerate(kind_names)}
     wanted = scale_kinds({name: count for name, count in counts.items() if count}, content.kinds, content.total)
     drawn = []

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..image_processing_sailvit import MAX_TILES_LIMIT
 
 
+MOST_REPEATS = 1000  # of a sample in an epoch, to catch mistakes
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -56,7 +57,7 @@ class Source(_Strict):
     allow_outside: bool = False
     kind: str | None = Field(None, min_length=1)
     fraction: float = Field(1, gt=0, le=1)
-    repeat: float = Field(1, gt=0, le=1000)
+    repeat: float = Field(1, gt=0, le=MOST_REPEATS)
     min_rating: float | dict[str, float] | None = None
     max_tiles: int | None = Field(None, ge=1, le=MAX_TILES_LIMIT)
     num_frames: int | None = Field(None, ge=1)

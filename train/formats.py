@@ -20,7 +20,7 @@ whose text contains a token of the prompt format, such as `<|im_end|>`, is a bad
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -34,7 +34,10 @@ from .media import BadSample, ImageRoot, group_videos, list_keys, load_image, lo
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKS = {IMAGE: "image", VIDEO: "video"}
 MARK = re.compile("|".join(MARKS))
-RESERVED = re.compile("|".join(map(re.escape, ("<|im_start|>", END_OF_TURN, "<IMG_CONTEXT>", VIDEO))))
+RESERVED_TOKENS = ("<|im_start|>", END_OF_TURN, "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>", VIDEO)
+RESERVED = re.compile("|".join(map(re.escape, RESERVED_TOKENS)))
+# Keys of records and messages that other frameworks train with.
+UNSUPPORTED = ("objects", "tools", "tool_calls", "reasoning_content")
 FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("texts",))
 # Per-turn ratings of FineVision: relevance_ratings, ...
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")
@@ -137,16 +140,25 @@ def _kind_of(fields: Mapping[str, Any]) -> str | None:
 
 
 def _read_turns(fields: Mapping[str, Any], options: FormatOptions) -> list[Turn]:
-    keys = next((keys for keys in FORMATS if fields.keys() >= set(keys)), None)
-    if keys is None:
+    formats = [keys for keys in FORMATS if fields.keys() >= set(keys)]
+    if len(formats) != 1:
         known = ", ".join(map(" + ".join, FORMATS))
-        raise BadSample(f"unknown format: expected the keys of one of {known}; got {list_keys(fields)}")
+        what = "several formats" if formats else "unknown format"
+        raise BadSample(f"{what}: expected the keys of one of {known}; got {list_keys(fields)}")
+    (keys,) = formats
+    _refuse(fields, UNSUPPORTED, "the record")
     if keys == ("texts",):
         return _read_texts(fields, options)
     if options.min_rating is not None:
         raise BadSample(f"min_rating: only texts have ratings, the record has {' + '.join(keys)}")
     turns = [turn for key in keys for turn in _read_messages(fields[key], key, options)]
     return [*_read_system(fields), *turns]
+
+
+def _refuse(fields: Mapping[str, Any], keys: Iterable[str], location: str) -> None:
+    """Raise BadSample for keys that other frameworks train with and this one would silently leave out."""
+    if found := [key for key in keys if fields.get(key)]:
+        raise BadSample(f"{location}: {found[0]} is not supported: write it into the texts, or remove it")
 
 
 def _read_system(fields: Mapping[str, Any]) -> list[Turn]:
@@ -167,6 +179,7 @@ def _read_messages(messages: Any, key: str, options: FormatOptions) -> list[Turn
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise BadSample(f"{location}: expected one of the roles {', '.join(ROLES)}, got {shorten(str(name))}")
+        _refuse(message, UNSUPPORTED, location)
         if role == "assistant" and (message.get("loss") is False or message.get("weight") == 0):
             raise BadSample(f"{location}: loss: false (or weight: 0) is not supported: every answer is trained")
         turns.append(Turn(role, _read_content(content, role, location, options), location))

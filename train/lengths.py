@@ -9,9 +9,13 @@ template, the tiling options, and the options of the source. A change of an imag
 
 import functools
 import json
+import os
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,17 +184,45 @@ def remeasure_skipped(lengths: Lengths, rows: Rows, reader: SampleReader) -> Len
 
 def _count_rows(rows: Rows, reader: SampleReader, fingerprint: str, file: Path, num_proc: int | None) -> Dataset:
     processes = min(num_proc or 1, 1 + rows.length // ROWS_PER_PROCESS)
-    return rows.dataset.map(
-        functools.partial(_count_table, is_json=rows.is_json, reader=reader),
-        batched=True,
-        batch_size=BATCH_SIZE,
-        remove_columns=rows.dataset.column_names,
-        features=FEATURES,
-        num_proc=processes if processes > 1 else None,
-        cache_file_name=str(file),
-        new_fingerprint=fingerprint,
-        desc=Path(rows.path).name,
-    )
+    with _interrupts_to_this_process():
+        return rows.dataset.map(
+            functools.partial(_count_table, is_json=rows.is_json, reader=reader),
+            batched=True,
+            batch_size=BATCH_SIZE,
+            remove_columns=rows.dataset.column_names,
+            features=FEATURES,
+            num_proc=processes if processes > 1 else None,
+            cache_file_name=str(file),
+            new_fingerprint=fingerprint,
+            desc=Path(rows.path).name,
+        )
+
+
+@contextmanager
+def _interrupts_to_this_process() -> Iterator[None]:
+    """Let processes that are started meanwhile ignore Ctrl-C: this one ends them, without a traceback of each."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    was_interrupted = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal was_interrupted
+        was_interrupted = True
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+
+    own = os.getpid()
+    if is_main:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:  # datasets waits for its processes, and raises what it meets
+        if was_interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _save_table(folder: Path, table: Any) -> None:

@@ -115,6 +115,8 @@ def open_rows(source: Source, folder: Path, cache_dir: Path) -> list[Rows]:
     files = [Path(name) for name in names if Path(name).is_file()]
     if path.is_file():
         files = [path]
+    if files and source.split:
+        raise ValueError(f"source {source.name}: {path} is a file: split is for folders of save_to_disk and the Hub")
     if files:
         return [_open_file(file, cache_dir) for file in files]
     if source.split:
