@@ -143,22 +143,24 @@ def test_a_file_extends_a_recipe_or_another_file(tmp_path):
     write(tmp_path, "extends: stage2\nlearning_rate:\n  vision: 1e-5  # mine\n  connector: 3e-5\n", "parent.yaml")
     recipe = load_recipe(write(tmp_path, "extends: parent.yaml\nmax_steps: 7\n", "child.yaml"))
     assert (recipe.name, recipe.max_steps, recipe.samples_per_step) == ("child", 7, 512)
-    assert [recipe.learning_rate_of(component) for component in recipe.trainable] == [1e-5, 3e-5]
+    assert recipe.learning_rate == {"vision": 1e-5, "connector": 3e-5}
 
 
 def test_an_override_of_one_rate_keeps_those_of_the_other_components():
     overrides = ["learning_rate.vision=1e-6", "trainable=[language, vision]"]
     assert load_recipe("stage1", overrides).learning_rate == {"language": 2e-4, "vision": 1e-6}
     recipe = load_recipe("stage3", ["learning_rate=1", "learning_rate.vision=2", "learning_rate.vision=3"])
-    assert [recipe.learning_rate_of(component) for component in ALL] == [3, 1, 1]
+    assert recipe.learning_rate == {"vision": 3, "connector": 1, "language": 1}
     assert load_recipe("stage3", ["learning_rate.vision=2", "learning_rate=1"]).learning_rate == 1
 
 
-def test_added_tokens_may_have_a_rate_of_their_own():
-    rates = "learning_rate={connector: 2e-4, language: 1e-5}"
-    assert load_recipe("stage1", [rates, "train_added_tokens=true"]).learning_rate_of("language") == 1e-5
-    with pytest.raises(ValueError, match=r"learning_rate\.language: language is not trained"):
-        load_recipe("stage1", [rates])
+def test_added_tokens_have_the_rate_of_the_language_model():
+    rates = {"connector": 2e-4, "language": 1e-5}
+    overrides = [f"learning_rate={rates}", "train_added_tokens=true"]
+    assert load_recipe("stage1", overrides).learning_rate == rates
+    for wrong in (overrides[:1], [*overrides, "learning_rate={connector: 1}"]):
+        with pytest.raises(ValueError, match=r"learning_rate\.language: (language is not trained|missing, but lang)"):
+            load_recipe("stage1", wrong)
 
 
 TEXT = st.text().filter(
@@ -216,8 +218,9 @@ def test_whatever_is_typed_is_a_recipe_or_an_error_of_one_line(pairs):
         ("learning_rate=fast", "learning_rate: expected a valid number, got 'fast'"),
         ("learning_rate.vison=1", "learning_rate.vison: expected 'vision', 'connector' or 'language', got 'vison'"),
         ("learning_rate.language=1", "learning_rate.language: language is not trained: add it to trainable"),
-        ("learning_rate={vision: 1}", "learning_rate.connector: missing, but connector is in trainable"),
+        ("learning_rate={vision: 1}", "learning_rate.connector: missing, but connector is trained"),
         ("lora.language.r=8", "lora.language: language is not trained: add it to trainable"),
+        ("trainable=language lora.language.r=8 train_added_tokens=true", "train_added_tokens: LoRA keeps .*"),
         ("lora.vision.rank=8", "lora.vision.rank: unknown field; expected one of r, alpha, dropout"),
         ("lora.connector.r=8", "lora.connector: expected 'vision' or 'language', got 'connector'"),
         (
@@ -233,7 +236,7 @@ def test_whatever_is_typed_is_a_recipe_or_an_error_of_one_line(pairs):
     ],
 )
 def test_a_wrong_override_is_an_error_that_names_it(override, message):
-    overrides = override.split(" ") if " min_" in override else [override]
+    overrides = re.split(r" (?=[\w.]+=)", override)
     pattern = message if message.endswith(".*") else re.escape(message)
     with pytest.raises(ValueError, match=pattern + "$") as error:
         load_recipe("stage2", overrides)

@@ -89,7 +89,7 @@ class Recipe(Strict):
         learning_rate: Peak learning rate, of all trained components or by component.
         samples_per_step: Samples of an optimizer step, all ranks together: the global batch.
         epochs: Passes over the corpus; may be a fraction.
-        max_steps: Stop after this many steps, in place of `epochs`; the learning rate ends there.
+        max_steps: The most steps; the learning rate ends there.
         max_tokens_per_pack, max_tiles_per_pack: The most tokens (visual tokens included) and tiles of a pack.
         packing: False for one sample per pack.
         too_long: What to do with a sample longer than a pack.
@@ -105,7 +105,8 @@ class Recipe(Strict):
         min_learning_rate_ratio: Where the cosine ends, as a part of the peak.
         gradient_checkpointing: Recompute activations in the backward pass, of all or of one component.
         lora: Component -> an adapter that is trained in place of its weights.
-        train_added_tokens: Train the embeddings of the special tokens that SAIL-VL adds, though `language` is frozen.
+        train_added_tokens: Train the embeddings of the special tokens that SAIL-VL adds, though `language` is frozen,
+            at its learning rate.
         attn_implementation: As in `from_pretrained`; default: what transformers chooses.
         save_steps, save_total_limit: Steps between checkpoints; how many are kept.
         logging_steps, report_to: Steps between log entries; integrations of transformers.
@@ -162,6 +163,8 @@ class Recipe(Strict):
         frozen = [component for component in self.lora if component not in self.trainable]
         if frozen:
             raise ValueError(f"lora.{frozen[0]}: {frozen[0]} is not trained: add it to trainable")
+        if self.train_added_tokens and "language" in self.lora:
+            raise ValueError("train_added_tokens: LoRA keeps the embeddings frozen: train them in a stage before it")
         if self.min_learning_rate_ratio and self.lr_scheduler_type != "cosine":
             raise ValueError(f"min_learning_rate_ratio: expected 0 with lr_scheduler_type {self.lr_scheduler_type}")
         if sum((self.kinds or {}).values()) > 1 + 1e-9:
@@ -169,17 +172,13 @@ class Recipe(Strict):
         return self
 
     def _check_rates(self, rates: Mapping[Component, float]) -> None:
-        missing = [component for component in self.trainable if component not in rates]
-        if missing:
-            raise ValueError(f"learning_rate.{missing[0]}: missing, but {missing[0]} is in trainable")
-        used = {*self.trainable} | ({"language"} if self.train_added_tokens else set())
-        unused = [component for component in rates if component not in used]
-        if unused:
-            raise ValueError(f"learning_rate.{unused[0]}: {unused[0]} is not trained: add it to trainable")
-
-    def learning_rate_of(self, component: Component) -> float:
-        """Return the peak learning rate of a component that is trained."""
-        return self.learning_rate[component] if isinstance(self.learning_rate, dict) else self.learning_rate
+        """Raise an error if a component that is trained has no rate, or another has one."""
+        trained = {*self.trainable} | ({"language"} if self.train_added_tokens else set())
+        for component in get_args(Component):
+            if component in trained and component not in rates:
+                raise ValueError(f"learning_rate.{component}: missing, but {component} is trained")
+            if component in rates and component not in trained:
+                raise ValueError(f"learning_rate.{component}: {component} is not trained: add it to trainable")
 
 
 # Field -> where its default comes from. InternVL2.5: internvl_chat/shell/internvl2.5 of OpenGVLab/InternVL; LLaVA-1.5:
