@@ -1,7 +1,9 @@
 """Recipes of training: the paper's values, files, overrides, errors; what they do without torch is tested here."""
 
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import TrainingArguments
 from sailvit.train import Recipe, describe_recipe, list_recipes, load_recipe
 from sailvit.train.foreign_settings import FOREIGN_SETTINGS
 from sailvit.train.recipe import FOLDER, SOURCES, TEXT_FIELDS, LoRA, parse_override
+from sailvit_cli import main
 
 
 CONNECTOR, REFINED, ALL = ["connector"], ["vision", "connector"], ["vision", "connector", "language"]
@@ -305,3 +308,38 @@ def test_a_setting_of_another_framework_is_answered_with_ours(name):
 def test_the_known_spellings_of_other_frameworks(name, ours):
     with pytest.raises(ValueError, match=re.escape(ours)):
         load_recipe("stage1", [f"{name}=1"])
+
+
+def test_the_command_prints_recipes_and_their_values(capsys, monkeypatch):
+    assert main(["train", "--list"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert dict(lines) == list_recipes()
+    assert main(["train", "stage1", "seed=1", "--print-config", "max_steps=3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == describe_recipe("stage1", ["seed=1", "max_steps=3"]) + "\n"
+    monkeypatch.setattr(sys, "argv", ["sailvit.train", "stage1", "--print-config", "seed=1", "max_steps=3"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("sailvit.train", run_name="__main__")
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stage1", "freeze_vit=true", "--print-config"], "sailvit train: recipe stage1: freeze_vit: unknown field; "),
+        (["stage1", "--print-config", "max_steps"], "sailvit train: expected key=value, such as max_steps=100, got "),
+        (["--print-config"], "sailvit train: expected --list, or STAGE and --print-config; "),
+        (["stage1", "max_steps=3"], "sailvit train: expected --list, or STAGE and --print-config; "),
+        (["stage1", "--list"], "sailvit train: expected --list alone, got stage1"),
+    ],
+)
+def test_wrong_usage_of_the_command_is_one_line(words, message, capsys):
+    assert main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+def test_an_unknown_option_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "stage1", "--max_steps", "3"])
+    assert "sailvit train: unrecognized arguments: --max_steps" in capsys.readouterr().err
