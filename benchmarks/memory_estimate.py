@@ -19,7 +19,7 @@ import torch
 
 from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
 from sailvit.train.flops import MODULES, meta_model
-from sailvit.train.memory import PackShape, enable_checkpointing, memory_of_rank
+from sailvit.train.memory import PackShape, enable_checkpointing, memory_of_engines
 
 
 SMALL_VISION = {
@@ -54,7 +54,7 @@ def estimated_bytes(name: str, precision: str) -> float:
     shape = SHAPES[name]
     model = meta_model(make_config(shape), shape["trainable"])
     pack, checkpointed = PackShape(*shape["pack"]), shape.get("checkpointed", ())
-    return memory_of_rank(model, "single", 1, pack, precision, checkpointed).total
+    return memory_of_engines(model, ["single"], 1, pack, precision, checkpointed)["single"].total
 
 
 def measured_bytes(name: str, precision: str) -> float:

@@ -73,35 +73,43 @@ class Memory:
         return {**asdict(self), "total": self.total}
 
 
-def memory_of_rank(
+def memory_of_engines(
     model: SAILVLForConditionalGeneration,
-    engine: str,
+    engines: Collection[str],
     ranks: int,
     pack: PackShape,
     precision: str = "bfloat16",
     checkpointed: Collection[str] = (),
-    is_packed: bool = True,
-) -> Memory:
+    is_masked: bool = True,
+) -> dict[str, Memory]:
     """
-    Return the memory of a rank in a step of several packs, after the first step.
+    Return engine -> memory of a rank, in a step of several packs after the first step.
 
     Args:
         model: On the meta device; `requires_grad` of its parameters decides what is trained.
         ranks: Over which the engine shards.
         precision: "bfloat16" for mixed precision, or "float32".
         checkpointed: Components under gradient checkpointing: vision, language.
-        is_packed: Pass a mask that keeps the samples of a pack apart, as sdpa and eager attention need it. Ignored by
-            FlashAttention.
+        is_masked: A mask keeps the samples of a pack apart, as sdpa and eager attention need it.
 
     Raises:
         ValueError: The engine or precision is unknown, or a single process has several ranks.
     """
-    states = memory_of_states(model, engine, ranks, precision)
-    computed = precision if precision == "float32" or engine != "single" else "autocast"
-    arguments = (computed, checkpointed, is_packed)
-    activations = peak_of_pack(model, PackShape(pack.tokens, pack.tiles, 1), *arguments)
-    total = peak_of_pack(model, pack, *arguments)
-    return Memory(**states, activations=activations, logits=total - activations)
+    states = {engine: memory_of_states(model, engine, ranks, precision) for engine in engines}
+    one_answer, peaks = PackShape(pack.tokens, pack.tiles, 1), {}
+    for computed in {_computed(engine, precision) for engine in engines}:
+        arguments = (computed, checkpointed, is_masked)
+        peaks[computed] = [peak_of_pack(model, shape, *arguments) for shape in (one_answer, pack)]
+    memory = {}
+    for engine in engines:
+        activations, total = peaks[_computed(engine, precision)]
+        memory[engine] = Memory(**states[engine], activations=activations, logits=total - activations)
+    return memory
+
+
+def _computed(engine: str, precision: str) -> str:
+    """Return the precision of `peak_of_pack`: sharding engines compute on weights that are bfloat16 already."""
+    return "autocast" if (engine, precision) == ("single", "bfloat16") else precision
 
 
 def memory_of_states(
@@ -158,7 +166,7 @@ def peak_of_pack(
     pack: PackShape,
     precision: str,
     checkpointed: Collection[str] = (),
-    is_packed: bool = True,
+    is_masked: bool = True,
 ) -> int:
     """
     Return the peak of bytes in forward and backward pass, without weights, their gradients and buffers.
@@ -176,7 +184,7 @@ def peak_of_pack(
         live = LiveBytes([*model.parameters(), *model.buffers(), *gradients])
         with live:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-                loss = _loss(model, pack, is_packed)
+                loss = _loss(model, pack, is_masked)
             loss.backward()
     return live.peak
 
@@ -205,7 +213,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _loss(model: SAILVLForConditionalGeneration, pack: PackShape, is_packed: bool) -> torch.Tensor:
+def _loss(model: SAILVLForConditionalGeneration, pack: PackShape, is_masked: bool) -> torch.Tensor:
     """
     Run the model as `forward` does, without its checks of values, which fake tensors do not have.
 
@@ -218,7 +226,6 @@ def _loss(model: SAILVLForConditionalGeneration, pack: PackShape, is_packed: boo
         tiles = torch.empty(pack.tiles, channels, rows * height, columns * width)
         visual = model.get_image_features(tiles).flatten(0, 1).to(embeds.dtype)
         embeds = embeds.masked_scatter(torch.empty(1, pack.tokens, 1, dtype=torch.bool), visual)
-    is_masked = is_packed and "flash" not in (model.config._attn_implementation or "")
     logits = model.language_model(
         inputs_embeds=embeds,
         attention_mask=torch.empty(1, 1, pack.tokens, pack.tokens, dtype=torch.bool) if is_masked else None,
