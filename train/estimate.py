@@ -230,6 +230,30 @@ class Plan:
         return self.stage_flops.model / (self.mfu * CARDS[self.card].bfloat16_flops * self.ranks) / 3600
 
     @property
+    def step_seconds(self) -> float | None:
+        """Seconds of an optimizer step."""
+        return None if self.hours is None else 3600 * self.hours / self.steps
+
+    @property
+    def received_per_step(self) -> float:
+        """
+        Bytes that a rank receives in a step, in rings: weights gathered before forward and backward of every pack
+        (ZeRO-3, FSDP2) or after the optimizer (ZeRO-2), gradients reduced after every pack.
+        """
+        total, trained = map(sum, zip(*self.parameters.values(), strict=True))
+        width = 4 if self.settings.precision == "float32" else 2
+        gathered = {"single": 0, "zero2": trained}.get(self.settings.engine, 2 * self.packs_per_rank * total)
+        reduced = 0 if self.settings.engine == "single" else self.packs_per_rank * trained
+        return width * (gathered + reduced) * (1 - 1 / self.ranks)
+
+    def on_ranks(self, ranks: int, engine: str | None = None) -> "Plan":
+        """Return the plan for another number of ranks, and another engine; activations stay as they are."""
+        settings = replace(self.settings, engine=engine or self.settings.engine)
+        states = {name: memory_of_states(self.model, name, ranks, settings.precision) for name in self.memory}
+        memory = {name: replace(memory, **states[name]) for name, memory in self.memory.items()}
+        return replace(self, ranks=ranks, settings=settings, memory=memory)
+
+    @property
     def _samples_seen(self) -> int:
         if self.settings.max_steps is not None or self.samples is None:
             return self.settings.max_steps * self.settings.samples_per_step
@@ -366,6 +390,17 @@ def make_plan(
     )
 
 
+def index_bytes(samples: int) -> dict[str, int]:
+    """
+    Return the bytes of what a node keeps about the samples of an epoch, shared by its processes.
+
+    `arrays`: lengths, rows, kinds and turns (Corpus.arrays), on disk, memory-mapped. `order`: the permutation of an
+    epoch, on disk, memory-mapped. `sorting`: memory of the one process that computes a permutation, while it does.
+    """
+    order = 4 if samples <= 2**31 else 8
+    return {"arrays": 28 * samples, "order": order * samples, "sorting": 16 * samples}
+
+
 def _check_arguments(card: str | None, ranks: int, mfu: float, samples: int | None) -> None:
     if card is not None and card not in CARDS:
         raise ValueError(f"card: expected one of {', '.join(CARDS)}, got {card!r}")
@@ -389,10 +424,8 @@ def _memory(
     pack: PackShape,
     engines: tuple[str, ...] | None = None,
 ) -> dict[str, Memory]:
-    """Return engine -> memory of a rank; by default of all engines that can run on `ranks`."""
-    engines = engines or (ENGINES if ranks == 1 else ENGINES[1:])
-    if settings.engine not in ENGINES or (settings.engine == "single" and ranks > 1):
-        memory_of_states(model, settings.engine, ranks)  # raises
+    """Return engine -> memory of a rank; by default of the chosen engine, and on several ranks of all that shard."""
+    engines = engines or tuple(dict.fromkeys([settings.engine, *(ENGINES[1:] if ranks > 1 else ())]))
     return memory_of_engines(
         model,
         engines,

@@ -40,6 +40,20 @@ class PackShape:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """
+    Bytes in forward and backward pass, without weights and their gradients.
+
+    Attributes:
+        activations: Peak without logits.
+        logits: What logits, their copies and gradients add to the peak, if they are there at the same time.
+    """
+
+    activations: int
+    logits: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """
     Bytes on a rank.
@@ -49,8 +63,7 @@ class Memory:
         gradients: Of all trained parameters, which stay between the packs of a step.
         optimizer: Both moments of Adam; also the float32 master weights of ZeRO.
         gathered: Weights that a sharding engine gathers from all ranks, and buffers for gradients.
-        activations: Peak of everything else in forward and backward pass, for one supervised position.
-        logits: What all supervised positions add to that peak.
+        activations, logits: As in `Peak`.
     """
 
     weights: float
@@ -96,15 +109,11 @@ def memory_of_engines(
         ValueError: The engine or precision is unknown, or a single process has several ranks.
     """
     states = {engine: memory_of_states(model, engine, ranks, precision) for engine in engines}
-    one_answer, peaks = PackShape(pack.tokens, pack.tiles, 1), {}
-    for computed in {_computed(engine, precision) for engine in engines}:
-        arguments = (computed, checkpointed, is_masked)
-        peaks[computed] = [peak_of_pack(model, shape, *arguments) for shape in (one_answer, pack)]
-    memory = {}
-    for engine in engines:
-        activations, total = peaks[_computed(engine, precision)]
-        memory[engine] = Memory(**states[engine], activations=activations, logits=total - activations)
-    return memory
+    precisions = {engine: _computed(engine, precision) for engine in engines}
+    peaks = {
+        computed: peak_of_pack(model, pack, computed, checkpointed, is_masked) for computed in {*precisions.values()}
+    }
+    return {engine: Memory(**states[engine], **asdict(peaks[precisions[engine]])) for engine in engines}
 
 
 def _computed(engine: str, precision: str) -> str:
@@ -167,9 +176,9 @@ def peak_of_pack(
     precision: str,
     checkpointed: Collection[str] = (),
     is_masked: bool = True,
-) -> int:
+) -> Peak:
     """
-    Return the peak of bytes in forward and backward pass, without weights, their gradients and buffers.
+    Return the peak of forward and backward pass.
 
     Args:
         precision: "float32", "bfloat16" (weights, too), or "autocast": float32 weights, bfloat16 products.
@@ -181,12 +190,12 @@ def peak_of_pack(
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        live = LiveBytes([*model.parameters(), *model.buffers(), *gradients])
+        live = LiveBytes([*model.parameters(), *model.buffers(), *gradients], model.config.text_config.vocab_size)
         with live:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
                 loss = _loss(model, pack, is_masked)
             loss.backward()
-    return live.peak
+    return Peak(live.peak_without_logits, live.peak - live.peak_without_logits)
 
 
 def enable_checkpointing(model: SAILVLForConditionalGeneration, components: Collection[str]) -> None:
@@ -242,26 +251,35 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         tensors: Not counted.
+        vocab_size: Tensors whose last dimension has this size are logits.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]):
+    def __init__(self, tensors: Sequence[torch.Tensor], vocab_size: int):
         super().__init__()
-        self.live = self.peak = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
+        self.vocab_size = vocab_size
+        self.live = self.live_logits = self.peak = self.peak_without_logits = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
         for tensor in tree_iter(output):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(tensor.untyped_storage(), tensor.shape[-1:] == (self.vocab_size,))
         return output
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, storage._cdata)
+    def _count(self, storage: torch.UntypedStorage, is_logits: bool) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self._add(storage.nbytes(), is_logits)
+        self.peak = max(self.peak, self.live)
+        self.peak_without_logits = max(self.peak_without_logits, self.live - self.live_logits)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes(), is_logits)
 
-    def _forget(self, address: int) -> None:
-        self.live -= self._sizes.pop(address)
+    def _forget(self, address: int, size: int, is_logits: bool) -> None:
+        self._known.discard(address)
+        self._add(-size, is_logits)
+
+    def _add(self, size: int, is_logits: bool) -> None:
+        self.live += size
+        self.live_logits += size if is_logits else 0
