@@ -12,7 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from run_engine import truth_of
 from safetensors.torch import save_file
