@@ -282,7 +282,7 @@ class SAILVLTrainer(Trainer):
         return DataLoader(
             self.batches,
             batch_size=None,
-            sampler=StepSampler(self, len(self.batches)),
+            sampler=StepSampler(self, self.args.max_steps),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
