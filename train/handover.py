@@ -141,9 +141,10 @@ def write_result(model: PreTrainedModel, source: Checkpoint, output: Path, stage
     before = source.document(PROVENANCE).get("source")
     origin = {**describe_source(source.source), **({"source": before} if before else {})}
     save_record(part, {"source": origin, "dtype": "float32"}, weights, {})
-    for path in part.iterdir():
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        shutil.copymode(part / "config.json", path)  # temporary files, as libraries write weights, are private
         path.replace(output / path.name)
     part.rmdir()
     sync_folder(output)

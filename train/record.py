@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Fields of a recipe that may change when a run goes on: they change no step.
 OPERATIONAL = {
     "name", "description", "model", "data", "output", "save_steps", "save_total_limit", "logging_steps", "report_to",
-    "workers", "max_hours", "gradient_checkpointing",
+    "workers", "max_hours", "gradient_checkpointing", "kinds",
 }  # fmt: skip
 PACKAGES = ("sailvit", "torch", "transformers", "accelerate", "deepspeed")
 SUMS = ("samples", "tokens", "answer_tokens", "tiles")  # of log.jsonl
@@ -83,10 +83,10 @@ def parent_stages(source: Checkpoint) -> list[dict[str, Any]]:
 
 
 def describe_stage(
-    recipe: "Recipe", batches: "PackedBatches", source: Checkpoint, output: Path, step: int, engine: str
+    recipe: "Recipe", batches: "PackedBatches", source: Checkpoint, step: int, engine: str, precision: str
 ) -> dict[str, Any]:
     """Return the record of a stage up to a step: numbers, strings, and lists of these."""
-    corpus, seen = batches.corpus, _sum_log(output, step)
+    corpus, seen = batches.corpus, _sum_log(Path(recipe.output), step)
     kinds = [f"{name} {count}" for name, count in corpus.count_kinds().items()]
     stage = {"recipe": recipe.name, "trained_from": public_name(source.source), "step": step}
     stage |= {f"{name}_seen": seen[name] for name in SUMS}
@@ -94,7 +94,7 @@ def describe_stage(
     stage |= {"kinds": kinds, "bad_samples": len(corpus.skipped), "skipped": seen["skipped"]}
     stage |= dict(corpus.too_long)
     stage |= dict(_flatten(settings_of(recipe)))
-    stage |= {"engine": engine, "ranks": batches.ranks}
+    stage |= {"engine": engine, "precision": precision, "ranks": batches.ranks}
     stage |= {"loss": seen["loss"], "hours": round(seen["seconds"] / 3600, 4), "date": time.strftime("%Y-%m-%d")}
     return {name: value for name, value in (stage | _versions()).items() if value not in (None, [])}
 

@@ -254,7 +254,7 @@ class Stage:
 
     def __init__(self, recipe: Recipe, engine: str, rank: int, ranks: int, log: Log):
         self.recipe, self.engine, self.rank, self.log = recipe, engine, rank, log
-        self.output = Path(recipe.output)
+        self.output, self.precision = Path(recipe.output), recipe.precision
         self.source = open_source(recipe.model)
         check_separate(self.output, [self.source.source])
         self.processor, self.config = load_processor(self.source.source.path("config.json").parent)
@@ -322,6 +322,7 @@ class Stage:
         arguments = training_arguments(
             self.recipe, self.output, len(self.batches), model, save_total_limit=None, run_name=str(self.recipe.name)
         )
+        self.precision = "bfloat16" if arguments.bf16 else "float32"
         trainer = RunTrainer(
             model,
             self.recipe,
@@ -354,7 +355,7 @@ class Stage:
         )
 
     def _stages(self, step: int) -> list[dict[str, Any]]:
-        own = describe_stage(self.recipe, self.batches, self.source, self.output, step, self.engine)
+        own = describe_stage(self.recipe, self.batches, self.source, step, self.engine, self.precision)
         return [*self.parents, own]
 
     def _write_records(self, folder: Path, step: int) -> None:
