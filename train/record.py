@@ -103,7 +103,7 @@ def _sum_log(output: Path, step: int) -> Counter:
     """Return the sums of log.jsonl up to a step, and the loss of that step."""
     total: Counter = Counter()
     path = output / LOG
-    for line in path.open(encoding="utf-8") if path.exists() else ():
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         entry = json.loads(line)
         if entry["step"] <= step:
             total.update({name: entry[name] for name in (*SUMS, "skipped", "seconds")})
