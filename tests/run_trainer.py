@@ -1,7 +1,7 @@
 """
 Train a toy SAIL-VL in an engine, on one or more processes, and save its log, gradients and weights.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/run_trainer.py '{"engine": "zero3"}' '{"packing": false}' OUT
+    torchrun --nproc_per_node 2 tests/run_trainer.py '{"engine": "zero3"}' '{"packing": false}' OUT
 
 The first argument has fields of the recipe, the second arguments of PackedBatches. OUT gets log.jsonl,
 weights.safetensors and, from engines that keep gradients whole, gradients.safetensors of the first step.
@@ -19,7 +19,7 @@ from toy_corpus import make_corpus, make_model, make_processor, make_samples
 from toy_recipe import ToyRecipe
 from transformers import TrainerCallback
 
-from sailvit.train.components import set_trainable
+from sailvit.train.components import added_token_ids, set_trainable
 from sailvit.train.packing import PackedBatches
 from sailvit.train.trainer import SAILVLTrainer, training_arguments
 
@@ -54,11 +54,13 @@ def run(recipe: ToyRecipe, options: dict, out: Path) -> None:
         ranks=ranks, rank=rank,
     )  # fmt: skip
     model = make_model(processor)
-    set_trainable(model, recipe)
+    set_trainable(model, recipe, added_token_ids(processor))
     arguments = training_arguments(recipe, out, len(batches), model)
     if recipe.engine == "fsdp2" and "NO_SHIM" not in os.environ:
         allow_fsdp_on_cpu(arguments)
-    trainer = SAILVLTrainer(model, recipe, batches, out, arguments)
+    start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    reader = start.__getitem__ if "READ_WEIGHTS" in os.environ else None
+    trainer = SAILVLTrainer(model, recipe, batches, out, arguments, reader)
     if recipe.engine in ("single", "ddp"):
         trainer.add_callback(SaveGradients(out / "gradients.safetensors"))
     resume = os.environ.get("RESUME")
@@ -66,6 +68,7 @@ def run(recipe: ToyRecipe, options: dict, out: Path) -> None:
     kind = {"zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}.get(recipe.engine, "")
     weights = truth_of(kind, trainer)
     if rank == 0:
+        save_file(start, out / "start.safetensors")
         whole = {name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}
         save_file(whole, out / "weights.safetensors")
     if dist.is_initialized():

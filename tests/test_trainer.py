@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from toy_corpus import MemoryCorpus, make_corpus, make_model, make_processor, make_samples
 from toy_recipe import ToyRecipe
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from sailvit import SAILVLProcessor
 from sailvit.train.components import parameter_groups, set_trainable
@@ -107,7 +107,7 @@ def test_every_step_is_logged(corpus, tmp_path):
     assert log[-1]["epoch"] == 2 and len(log) == len(batches) == 5
     reported = [entry for entry in trainer.state.log_history if "loss" in entry]
     for key in ("loss", "grad_norm", "learning_rate"):
-        assert [entry[key] for entry in reported] == pytest.approx([entry[key] for entry in log])
+        assert [entry[key] for entry in reported] == pytest.approx([entry[key] for entry in log], rel=1e-4)
 
 
 @pytest.mark.parametrize("trainable", [["connector"], ["vision", "connector"], ["language"]])
@@ -139,6 +139,16 @@ def test_a_resumed_run_is_bit_equal(corpus, tmp_path, saved_step):
     assert untimed[0] == untimed[1]
     for name, tensor in weights_of(whole).items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_bfloat16_keeps_float32_weights(corpus, tmp_path):
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trainer = make_trainer(corpus, tmp_path / precision, ToyRecipe(precision=precision))
+        trainer.train()
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        losses.append([entry["loss"] for entry in read_log(trainer.output)])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_workers_of_the_loader_change_nothing(corpus, tmp_path):

@@ -120,6 +120,41 @@ def test_a_resumed_run_is_bit_equal(train, name, tmp_path, monkeypatch):
         assert torch.equal(tensor, weights[key]), key
 
 
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_engines_train_adapters_with_checkpointing(train, name):
+    lora = {"language": {"r": 4, "alpha": 8, "dropout": 0.0}}
+    recipe = {"trainable": ["vision", "language"], "lora": lora, "gradient_checkpointing": True}
+    check_same(train(name, **recipe), train("single", **recipe))
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_engines_train_rows_of_added_tokens(train, name):
+    recipe = {"trainable": ["connector"], "train_added_tokens": True}
+    check_same(train(name, **recipe), train("single", **recipe))
+    table = "language_model.model.embed_tokens.weight"
+    tables = [load_file(train(name, **recipe) / f"{file}.safetensors")[table] for file in ("weights", "start")]
+    assert len((tables[0] != tables[1]).any(1).nonzero()) == 2
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_float32_weights_of_zero_are_those_of_the_source(train, name, monkeypatch):
+    """The learning rate of the first step is 0; without the reader the weights would be rounded to bfloat16."""
+    monkeypatch.setenv("READ_WEIGHTS", "1")
+    folder = train(name, precision="bfloat16", max_steps=1, trainable=["vision", "connector"])
+    weights, start = (load_file(folder / f"{file}.safetensors") for file in ("weights", "start"))
+    for key, tensor in start.items():
+        is_frozen = key.startswith("language_model.")
+        assert torch.equal(weights[key].float(), tensor.bfloat16().float() if is_frozen else tensor), key
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in start.values())
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "zero2", "zero3", "fsdp2"])
+def test_losses_in_bfloat16_agree(train, name):
+    losses, expected = ([entry["loss"] for entry in read_log(train(*each))] for each in ((name,), ("single",)))
+    low = [entry["loss"] for entry in read_log(train(name, precision="bfloat16"))]
+    assert low != losses and low == pytest.approx(expected, rel=0.02)
+
+
 def test_fsdp_that_falls_back_to_ddp_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_SHIM", "1")
     result = launch(tmp_path / "out", 2, "fsdp2", {})

@@ -54,7 +54,7 @@ def set_trainable(model: PreTrainedModel, recipe: "Recipe", added_tokens: Sequen
     model.requires_grad_(False)
     for name in recipe.trainable:
         if name in recipe.lora:
-            _add_lora(model, name, recipe.lora[name])
+            _add_lora(model, name, recipe.lora[name], recipe.seed)
         else:
             getattr(model, COMPONENTS[name]).requires_grad_(True)
     for name in COMPONENTS.keys() - {*recipe.trainable}:
@@ -132,16 +132,18 @@ def check_trainable(model: PreTrainedModel, recipe: "Recipe") -> None:
 # LoRA
 
 
-def _add_lora(model: PreTrainedModel, name: str, options: Any) -> None:
+def _add_lora(model: PreTrainedModel, name: str, options: Any, seed: int) -> None:
     """
     Add LoRA to all linear layers of a component but the LM head.
 
     The layers are replaced in place, under the names of peft. Their rank and alpha are written to config.json, so that
-    `sailvit convert` can merge a checkpoint.
+    `sailvit convert` can merge a checkpoint. All ranks draw the same values: FSDP2 shards what each of them has.
     """
     rank, alpha, dropout = (dict(options)[key] for key in ("r", "alpha", "dropout"))  # of a mapping or pydantic model
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", bias="none")
-    inject_adapter_in_model(config, getattr(model, COMPONENTS[name]))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, getattr(model, COMPONENTS[name]))
     for field, value in zip(LORA_FIELDS[name], (rank, alpha), strict=True):
         setattr(model.config, field, value)
 

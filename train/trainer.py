@@ -14,7 +14,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +66,21 @@ def resolve_engine(engine: str, processes: int | None = None) -> str:
         processes: Default: as the launcher set WORLD_SIZE.
 
     Raises:
-        ValueError: The engine is unknown.
+        ValueError: The engine is unknown, or not installed.
     """
     if engine == "auto":
         processes = int(os.environ.get("WORLD_SIZE", 1)) if processes is None else processes
-        return "single" if processes == 1 else "zero3"
+        engine = "single" if processes == 1 else "zero3"
     if engine not in ENGINES:
         raise ValueError(f"engine: expected auto or one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        raise ValueError(f"engine: {engine} needs deepspeed: pip install deepspeed, or set engine=fsdp2")
     return engine
 
 
-def training_arguments(recipe: "Recipe", output: Path, steps: int, model: PreTrainedModel, **options: Any) -> Any:
+def training_arguments(
+    recipe: "Recipe", output: Path, steps: int, model: PreTrainedModel, **options: Any
+) -> TrainingArguments:
     """
     Return the TrainingArguments of a recipe.
 
@@ -138,6 +144,7 @@ def _engine_arguments(engine: str, recipe: "Recipe", model: PreTrainedModel) -> 
             "gradient_accumulation_steps": 1,
             "gradient_clipping": recipe.max_grad_norm,
             "bf16": {"enabled": "auto"},
+            "data_types": {"grad_accum_dtype": "fp32"},  # over the packs of a step
             "zero_optimization": zero,
         }
         return {"deepspeed": config}
@@ -193,8 +200,8 @@ class StepSampler(Sampler[int]):
         return iter(range(self.trainer.state.global_step, self.steps))
 
 
-class RunLog(TrainerCallback):
-    """Prepares log.jsonl and skipped.jsonl when training starts, and counts epochs of the corpus."""
+class RunState(TrainerCallback):
+    """Prepares log.jsonl, skipped.jsonl and ZeRO's weights when training starts, and counts epochs of the corpus."""
 
     def __init__(self, trainer: "SAILVLTrainer"):
         self.trainer = trainer
@@ -203,11 +210,22 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             for name in (LOG, SKIPPED):
                 _keep_until(self.trainer.output / name, state.global_step)
+        if self.trainer.read_weight and not state.global_step:
+            _set_master_weights(self.trainer.model, self.trainer.read_weight)
         self.trainer._step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         batches = self.trainer.batches
         state.epoch = min(state.global_step * batches.samples_per_step, batches.num_samples) / len(batches.corpus)
+
+
+def _set_master_weights(model: PreTrainedModel, read_weight: Callable[[str], torch.Tensor]) -> None:
+    """Set the float32 weights that ZeRO updates: it made them from weights rounded to bfloat16."""
+    from deepspeed.utils import safe_set_full_fp32_param  # optional, and slow to import
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, read_weight(name).float())
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -236,6 +254,8 @@ class SAILVLTrainer(Trainer):
         batches: The packs of this rank.
         output: Folder of the run; gets log.jsonl and skipped.jsonl.
         args: Default: `training_arguments` of the recipe.
+        read_weight: Name of a trained parameter -> its float32 value, for a run that starts under ZeRO with bfloat16;
+            called on all ranks.
         kwargs: As in Trainer.
 
     Raises:
@@ -250,6 +270,7 @@ class SAILVLTrainer(Trainer):
         batches: PackedBatches,
         output: str | Path,
         args: TrainingArguments | None = None,
+        read_weight: Callable[[str], torch.Tensor] | None = None,
         **kwargs: Any,
     ):
         self.recipe, self.batches, self.output = recipe, batches, Path(output)
@@ -257,12 +278,16 @@ class SAILVLTrainer(Trainer):
         self.keeps_logits = model._supports_logits_to_keep()
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            policy = replace(policy, reduce_dtype=torch.float32)  # gradients are added over the packs of a step
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        self.read_weight = read_weight if self.is_deepspeed_enabled else None
         trains_vision = any(p.requires_grad for part in (model.vision_model, model.mlp1) for p in part.parameters())
         model.always_run_vision = trains_vision or self.accelerator.num_processes > 1
         self._counts: dict[str, float] = {}
         self._loss, self._wait_seconds, self._step_started = math.nan, 0.0, time.perf_counter()
         self._recorded_step = 0
-        self.add_callback(RunLog(self))
+        self.add_callback(RunState(self))
 
     def _check_ranks(self, batches: PackedBatches) -> None:
         processes = self.accelerator.num_processes
@@ -289,6 +314,10 @@ class SAILVLTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self.batches.samples_per_step
+
+    def floating_point_ops(self, inputs: list[Pack]) -> int:
+        """Not counted: transformers' formula has one model for text and images."""
+        return 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
