@@ -17,7 +17,6 @@ from doc_pages import TRAINING, code_blocks, write_model, write_training_data
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-import sailvit.train.run
 import sailvit_cli
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import write_model_card
@@ -138,8 +137,8 @@ def test_the_record_has_all_stages(stages):
 
 @pytest.mark.slow
 def test_the_result_loads_with_its_own_code(stages):
-    outputs = verify_sailvl(stages / "s3")  # in a process that cannot import this package
-    assert outputs["placeholders"] == outputs["visual_tokens"] > 0
+    counts = verify_sailvl(stages / "s3")  # in a process that cannot import this package
+    assert counts["placeholders"] == counts["tiles"] * counts["image_seq_length"]
 
 
 def test_processor_and_settings_are_those_of_the_source(stages, place):
@@ -149,7 +148,7 @@ def test_processor_and_settings_are_those_of_the_source(stages, place):
     configs = [json.loads((path / "config.json").read_text()) for path in (stages / "s3", place / "new-vl")]
     for config in configs:
         for fields in (config, config["vision_config"], config["text_config"]):
-            assert fields.pop("dtype", "float32") == "float32"
+            fields.pop("dtype", None)
     assert configs[0] == configs[1]
 
 
@@ -352,10 +351,10 @@ def test_fewer_samples_than_ranks_are_refused(place, monkeypatch):
         run(recipe_for(place / "bad-output"))
 
 
-def test_missing_packages_are_named(place, monkeypatch):
+def test_a_missing_compiler_is_named(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(sailvit.train.run.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="ZeRO needs DeepSpeed: pip install deepspeed"):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ImportError, match="DeepSpeed on CPU needs ninja and c[+][+] on PATH"):
         run(recipe_for(place / "bad-output", "stage1", "engine=zero2"))
 
 

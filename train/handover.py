@@ -4,12 +4,11 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 from transformers.modeling_utils import PreTrainedModel
 
 from ..convert.export.code_files import copy_code
@@ -57,32 +56,11 @@ def load_model(source: Checkpoint, attn_implementation: str | None = None) -> Pr
     return model
 
 
-# Masters of ZeRO
-
-
-class SetMasters(TrainerCallback):
-    """
-    Sets the master weights of ZeRO to the values of the source when a stage starts.
-
-    Without it, they start from weights that the engine has rounded to bfloat16.
-    """
-
-    def __init__(self, trainer: "SAILVLTrainer", source: Checkpoint):
-        self.trainer, self.source = trainer, source
-        names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-        self.fresh = {  # adapters, which are in no file
-            name: trainer.model.get_parameter(name).detach().clone() for name in names if name not in source.weight_map
-        }
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step or not self.trainer.is_deepspeed_enabled:
-            return
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.requires_grad:
-                value = self.fresh[name] if name in self.fresh else load_float32(self.source[name])
-                safe_set_full_fp32_param(parameter, value.to(self.trainer.args.device))
+def weight_reader(model: PreTrainedModel, source: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """Return a function: name of a trained parameter -> its exact value at the start; adapters, in no file, are kept."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fresh = {name: value.detach().clone() for name, value in trained.items() if name not in source.weight_map}
+    return lambda name: fresh[name] if name in fresh else load_float32(source[name])
 
 
 def trained_weights(trainer: "SAILVLTrainer") -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ A stage of training, from a recipe to a model: start, stop, resume, hand over.
 The same call goes on where a run was interrupted, and does nothing where it is finished.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -47,7 +46,7 @@ from .checkpoints import (
 from .components import added_token_ids, set_trainable, trainable_table
 from .corpus import Corpus
 from .estimate import PAPER_STAGES, Plan, make_plan, oom_hint
-from .handover import SetMasters, build_result, load_model, trained_weights, write_result
+from .handover import build_result, load_model, trained_weights, weight_reader, write_result
 from .packing import PackedBatches, tile_cost
 from .recipe import Recipe
 from .record import describe_stage, differences, identity, parent_stages, settings_of
@@ -114,15 +113,14 @@ def check_environment(recipe: Recipe, ranks: int) -> str:
     if engine != "single" and "RANK" not in os.environ:
         raise ValueError(f"engine: {engine} needs a launcher: torchrun --nproc_per_node N -m sailvit.train ...")
     if engine.startswith("zero"):
-        _check_deepspeed()
+        _check_compiler()
     if "tensorboard" in recipe.report_to and not is_tensorboard_available():
         raise ImportError("report_to: tensorboard is missing: pip install tensorboard, or report_to=[]")
     return engine
 
 
-def _check_deepspeed() -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ImportError("engine: ZeRO needs DeepSpeed: pip install deepspeed, or choose engine=fsdp2")
+def _check_compiler() -> None:
+    """DeepSpeed on CPU compiles an extension when it starts."""
     missing = [name for name in ("ninja", "c++") if shutil.which(name) is None]
     if choose_device().type == "cpu" and missing:
         raise ImportError(f"engine: DeepSpeed on CPU needs {' and '.join(missing)} on PATH: install it")
@@ -323,18 +321,16 @@ class Stage:
             self.recipe, self.output, len(self.batches), model, save_total_limit=None, run_name=str(self.recipe.name)
         )
         self.precision = "bfloat16" if arguments.bf16 else "float32"
-        trainer = RunTrainer(
+        return RunTrainer(
             model,
             self.recipe,
             self.batches,
             self.output,
             arguments,
             processing_class=self.processor,
+            read_weight=weight_reader(model, self.source),
             write_records=self._write_records,
         )
-        if trainer.is_deepspeed_enabled:
-            trainer.add_callback(SetMasters(trainer, self.source))
-        return trainer
 
     def _announce(self, trainer: SAILVLTrainer) -> None:
         batches, steps, corpus = self.batches, trainer.args.max_steps, self.batches.corpus
