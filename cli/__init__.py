@@ -16,7 +16,14 @@ from importlib import import_module
 from typing import NoReturn
 
 
-FAMILIES = ("convert", "inspect", "encode", "data", "push")  # files of this folder, in the order of `sailvit --help`
+FAMILIES = (
+    "convert",
+    "inspect",
+    "encode",
+    "data",
+    "train",
+    "push",
+)  # files of this folder, in the order of `sailvit --help`
 DESCRIPTION = """\
 Convert, inspect, run and publish the vision encoder SAILViT and the multimodal model SAIL-VL.
 
@@ -68,6 +75,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse arguments; an unknown one is an error of its verb, whose help lists the known ones."""
     parser = build_parser()
     options, unknown = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides"):  # argparse takes positional arguments up to the next option only
+        options.overrides += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         parser.prog = f"{parser.prog} {options.verb}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -11,6 +11,7 @@ from toy_sailvl import LANGUAGE, load_tokenizer
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILVLConfig, SAILVLForConditionalGeneration, SAILVLProcessor
 from sailvit.train.collate import encode_sample
+from sailvit.train.corpus import Skipped
 from sailvit.train.formats import BadSample, Sample
 
 
@@ -43,6 +44,12 @@ class MemoryCorpus:
         if isinstance(sample := self._samples[index], BadSample):
             raise sample
         return sample
+
+    def locate(self, index: int) -> tuple[str, int]:
+        return "memory", int(index)
+
+    def skip(self, index: int, reason: str) -> Skipped:
+        return Skipped("memory", "memory.jsonl", {"line": index + 1}, reason)
 
     def fit(self, max_tokens: int, max_tiles: int | None, too_long: str) -> "MemoryCorpus":
         if too_long == "truncate":

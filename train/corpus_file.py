@@ -9,28 +9,23 @@ corpus.yaml: the sources of a training mix, validated.
     kinds: {ocr: 0.5}
 """
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..image_processing_sailvit import MAX_TILES_LIMIT
+from .settings import Strict, first_error, parse_yaml, read_text
 
 
 MOST_REPEATS = 1000  # of a sample in an epoch, to catch mistakes
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Source(_Strict):
+class Source(Strict):
     """
     One source of samples. Relative paths are relative to the folder of corpus.yaml.
 
@@ -69,7 +64,7 @@ class Source(_Strict):
         return self
 
 
-class CorpusFile(_Strict):
+class CorpusFile(Strict):
     """
     The content of corpus.yaml.
 
@@ -108,18 +103,18 @@ def read_corpus_file(path: str | Path) -> CorpusFile:
         ValueError: The file is no YAML, or a field is missing, unknown or out of range; the message names the first.
         OSError: The file cannot be read.
     """
+    text = read_text(path)
     try:
-        fields = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise OSError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+        fields = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: expected a mapping with sources, got {type(fields).__name__}")
     try:
         return CorpusFile.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_describe(error)}") from error
+        fields_at = {(): CorpusFile.model_fields, ("sources",): Source.model_fields}
+        raise ValueError(f"{path}: {first_error(error, fields, fields_at)}") from error
 
 
 def expand_meta(sources: Iterable[Source], folder: Path) -> Iterator[tuple[Source, Path]]:
@@ -177,9 +172,11 @@ def _meta_source(source: Source, name: str, entry: Mapping[str, Any], location: 
     fields = {"path": entry["annotation"], "image_root": entry.get("root"), "max_tiles": entry.get("max_dynamic_patch")}
     fields = {**source.model_dump(), **{key: value for key, value in fields.items() if value}}
     try:
-        return Source(**{**fields, "name": f"{source.name}/{name}", "repeat": source.repeat * repeat})
+        fields |= {"name": f"{source.name}/{name}", "repeat": source.repeat * repeat}
+        return Source(**fields)
     except (ValidationError, TypeError) as error:
-        message = _describe(error) if isinstance(error, ValidationError) else f"repeat_time: {error}"
+        is_field = isinstance(error, ValidationError)
+        message = first_error(error, fields, {(): Source.model_fields}) if is_field else f"repeat_time: {error}"
         raise ValueError(f"{location}: {message}") from error
 
 
@@ -187,23 +184,3 @@ def _meta_folder(annotation: str, meta: Path) -> Path:
     """Return the working folder if the path of an annotation starts there, as in InternVL, else the meta file's."""
     is_here = not Path(annotation).is_absolute() and Path(annotation).exists()
     return Path() if is_here else meta.parent
-
-
-def _describe(error: ValidationError) -> str:
-    """Return the first problem, an unknown field before all others: its field, what is expected, what was given."""
-    problems = error.errors(include_url=False, include_context=False)
-    problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    *parents, last = [str(part) for part in problem["loc"]] or [""]
-    location = ".".join([*parents, last])
-    if problem["type"] == "extra_forbidden":
-        known = (Source if parents[:1] == ["sources"] else CorpusFile).model_fields
-        close = difflib.get_close_matches(last, known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else f"the fields are {', '.join(known)}"
-        return f"{location}: unknown field; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] in ("missing", "value_error") else f", got {_shorten(problem['input'])}"
-    return f"{location}: {message}{got}".removeprefix(": ")
-
-
-def _shorten(value: Any) -> str:
-    return repr(value)[:80]

@@ -17,14 +17,12 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from ..configuration_sailvl import SAILVLConfig
-from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .collate import Pack, read_pack
 from .corpus import TOO_LONG, Corpus
+from .flops import forward_flops_of_tile, forward_flops_of_token, meta_model
 from .order import EpochOrder
 
 
@@ -152,7 +150,7 @@ def plan_without_packing(
     return _assign_to_ranks(packs + [[]] * (ranks * packs_per_rank - len(packs)), costs, ranks)
 
 
-# Cost: FLOPs from shapes
+# Cost: FLOPs of a tile in tokens
 
 
 def tile_cost(config: SAILVLConfig) -> float:
@@ -173,28 +171,8 @@ def tile_cost(config: SAILVLConfig) -> float:
     Args:
         config: Any vision encoder and language model; the model is built without memory (on the meta device).
     """
-    with torch.device("meta"):
-        model = SAILVLForConditionalGeneration(config)
-    vision, (rows, columns) = config.vision_config, config.grid_size
-    patches = rows * columns
-    attention = 4 * vision.num_hidden_layers * patches**2 * vision.hidden_size
-    encoder = 2 * patches * _weights_per_token(model.vision_model, vision) + attention
-    connector = 2 * config.image_seq_length * _weights_per_token(model.mlp1, vision)
-    return (encoder + connector) / (2 * _weights_per_token(model.get_decoder(), config.text_config))
-
-
-def _weights_per_token(model: nn.Module, config: Any) -> float:
-    """Return the number of weights that every token is multiplied with."""
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    share = config.num_experts_per_tok / experts if experts else 1.0
-    total = 0.0
-    for name, module in model.named_modules():
-        is_expert = "experts" in name.split(".")
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            total += module.weight.numel() * (share if is_expert else 1.0)
-        elif is_expert:  # transformers >= 5: the experts of a layer are one parameter (experts, in, out)
-            total += share * sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim == 3)
-    return total
+    model = meta_model(config)
+    return forward_flops_of_tile(model) / forward_flops_of_token(model)
 
 
 # Batches: step -> the packs of a rank

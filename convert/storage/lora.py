@@ -31,9 +31,10 @@ UNSUPPORTED_OPTIONS = (
 # Initialisations that change the base.
 UNSUPPORTED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# Components that InternVL wraps -> the field of config.json with the rank; lora_alpha is twice the rank (wrap_llm_lora
-# and wrap_backbone_lora of its modeling_internvl_chat.py).
+# Components that InternVL wraps -> the field of config.json with the rank. Its lora_alpha is twice the rank
+# (wrap_llm_lora and wrap_backbone_lora of its modeling_internvl_chat.py); sailvit.train writes it to the field below.
 RANK_FIELDS = {"language_model": "use_llm_lora", "vision_model": "use_backbone_lora"}
+ALPHA_FIELDS = {"language_model": "llm_lora_alpha", "vision_model": "backbone_lora_alpha"}
 
 
 class AdaptedModel(CompositeCheckpoint):
@@ -173,8 +174,10 @@ class Unwrapped(AdaptedModel):
     def document(self, file: str) -> dict[str, Any]:
         """config.json with the ranks set to 0."""
         content = super().document(file)
-        ranks = {key: 0 for key in RANK_FIELDS.values() if content.get(key)} if file == "config.json" else {}
-        return {**content, **ranks}
+        if file != "config.json":
+            return content
+        ranks = {key: 0 for key in RANK_FIELDS.values() if content.get(key)}
+        return {key: value for key, value in content.items() if key not in ALPHA_FIELDS.values()} | ranks
 
     def original(self, name: str) -> StoredTensor:
         change = self.changes[name]
@@ -183,10 +186,11 @@ class Unwrapped(AdaptedModel):
         return self.adapter[change.get("base_layer") or change["whole"]]
 
     def scale(self, name: str, rank: int) -> float:
-        field = next((RANK_FIELDS[part] for part in RANK_FIELDS if part in name.split(".")), None)
-        configured = self.adapter.document("config.json").get(field)
+        component = next((part for part in RANK_FIELDS if part in name.split(".")), None)
+        config, field = self.adapter.document("config.json"), RANK_FIELDS.get(component)
+        configured = config.get(field)
         if configured == rank:
-            return 2.0
+            return config.get(ALPHA_FIELDS[component], 2 * rank) / rank
         known = f"{field} in config.json is {configured!r}" if field else "no component of InternVL"
         raise self.error(f"{name}: LoRA of rank {rank}, but {known}, so its scale is unknown: {MERGE_WITH_PEFT}")
 
@@ -194,7 +198,9 @@ class Unwrapped(AdaptedModel):
     def training_metadata(self) -> dict[str, Any]:
         changes = sorted((name, change["lora_A"]) for name, change in self.changes.items() if "lora_A" in change)
         ranks = {name.partition(".")[0]: self.adapter[matrix].shape[0] for name, matrix in changes}
-        merged = {component: {"r": rank, "lora_alpha": 2 * rank} for component, rank in ranks.items()}
+        config = self.adapter.document("config.json")
+        alphas = {name: config.get(ALPHA_FIELDS.get(name), 2 * rank) for name, rank in ranks.items()}
+        merged = {name: {"r": rank, "lora_alpha": alphas[name]} for name, rank in ranks.items()}
         return self.adapter.training_metadata | {"merged": merged}
 
 

@@ -1,0 +1,134 @@
+"""
+Benchmark of memory estimates: peak resident memory of a training step / the estimate, for three shapes.
+
+Every measurement is a process that trains on two packs and steps, twice, with AdamW; what it used before it built the
+model does not count. malloc returns what is freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is that of tensors.
+
+    python benchmarks/memory_estimate.py
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
+from sailvit.train.flops import MODULES, meta_model
+from sailvit.train.memory import PackShape, enable_checkpointing, memory_of_engines
+
+
+SMALL_VISION = {
+    "model_type": "sailvit", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "image_size": 224,
+}  # fmt: skip
+SMALL_LANGUAGE = {
+    "model_type": "qwen2", "vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8,
+    "num_attention_heads": 6, "num_key_value_heads": 2,
+}  # fmt: skip
+WIDE_LANGUAGE = {**SMALL_LANGUAGE, "vocab_size": 32768, "hidden_size": 768, "intermediate_size": 3072}
+EVERYTHING = list(MODULES)
+# Activations, weights and optimizer, logits take most of the memory, in this order.
+SHAPES: dict[str, dict[str, Any]] = {
+    "activations": {"text": SMALL_LANGUAGE, "trainable": ["connector"], "pack": [2048, 16, 200]},
+    "weights": {"text": WIDE_LANGUAGE, "trainable": EVERYTHING, "pack": [256, 3, 40], "checkpointed": ["language"]},
+    "logits": {
+        "text": {**SMALL_LANGUAGE, "vocab_size": 65536, "tie_word_embeddings": True},
+        "trainable": ["vision", "connector"],
+        "pack": [1024, 4, 700],
+        "checkpointed": ["vision", "language"],
+    },
+}
+PRECISIONS = ("float32", "bfloat16")
+
+
+def make_config(shape: dict[str, Any]) -> SAILVLConfig:
+    return SAILVLConfig(vision_config=SMALL_VISION, text_config=shape["text"], image_token_id=3)
+
+
+def estimated_bytes(name: str, precision: str) -> float:
+    shape = SHAPES[name]
+    model = meta_model(make_config(shape), shape["trainable"])
+    pack, checkpointed = PackShape(*shape["pack"]), shape.get("checkpointed", ())
+    return memory_of_engines(model, ["single"], 1, pack, precision, checkpointed)["single"].total
+
+
+def measured_bytes(name: str, precision: str) -> float:
+    """Return the peak memory of a process that trains, above what it used before it built the model."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__), name, precision]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def train(name: str, precision: str) -> int:
+    """Train two steps of two packs; return the bytes of the peak above the start."""
+    shape = SHAPES[name]
+    warm_up()
+    before = peak_resident_bytes()
+    model = SAILVLForConditionalGeneration(make_config(shape)).train()
+    for component, module in MODULES.items():
+        getattr(model, module).requires_grad_(component in shape["trainable"])
+    enable_checkpointing(model, shape.get("checkpointed", ()))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=False)
+    for _ in range(2):
+        for _ in range(2):
+            train_on_pack(model, PackShape(*shape["pack"]), precision)
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak_resident_bytes() - before
+
+
+def warm_up() -> None:
+    """Run the libraries once, which allocate buffers of their own."""
+    layer = torch.nn.Linear(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(64, 64)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
+
+
+def train_on_pack(model: SAILVLForConditionalGeneration, pack: PackShape, precision: str) -> None:
+    """Run a pack of samples with one tile each, the rest of the tokens in the last one."""
+    visual = model.config.image_seq_length
+    ids = torch.full((1, pack.tokens), 7)
+    positions = torch.arange(pack.tokens)[None]
+    for tile in range(pack.tiles):
+        start = tile * (visual + 4)
+        ids[0, start : start + visual] = model.config.image_token_id
+        positions[0, start:] = torch.arange(pack.tokens - start)
+    size = model.config.vision_config.image_size
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        kept = torch.arange(pack.tokens - pack.answers, pack.tokens)
+        output = model(
+            ids,
+            torch.randn(pack.tiles, 3, size, size),
+            position_ids=positions,
+            logits_to_keep=kept,
+            use_cache=False,
+        )
+        loss = torch.nn.functional.cross_entropy(output.logits[0].float(), ids[0, kept], reduction="sum")
+    del output
+    (loss / pack.answers).backward()
+
+
+def peak_resident_bytes() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(train(*sys.argv[1:])))
+        return
+    for name in SHAPES:
+        for precision in PRECISIONS:
+            measured, estimated = measured_bytes(name, precision), estimated_bytes(name, precision)
+            print(f"{name:12} {precision:9} measured {measured / 1e6:6.0f} MB = {measured / estimated:.3f} x estimate")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""Stages of training from recipe to model: `sailvit train` in one process, and on two."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from doc_pages import TRAINING, code_blocks, write_model, write_training_data
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+import sailvit_cli
+from sailvit.convert import convert_checkpoint
+from sailvit.convert.export.card import write_model_card
+from sailvit.convert.models.sailvl import verify_sailvl
+from sailvit.train import load_recipe
+from sailvit.train.run import INTERRUPTED, Stage, plan_run, run
+
+
+TOY = ["samples_per_step=4", "epochs=3", "save_steps=2", "workers=0", "report_to=[]", "precision=float32"]
+# What each stage of the paper trains, by the names of tensors.
+TRAINED = {"s1": "mlp1.", "s2": ("mlp1.", "vision_model."), "s3": ""}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    """A current directory with the model and the data of docs/training.md."""
+    folder = tmp_path_factory.mktemp("place")
+    write_model(folder / "new-vl", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        write_training_data(folder, patch)
+        patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
+        for name in ("corpus2.yaml", "corpus3.yaml"):
+            shutil.copyfile("corpus.yaml", name)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def stages(place) -> Path:
+    """The three stages, by the commands of the page."""
+    commands = [line for block in code_blocks(TRAINING, "bash") for line in block.splitlines()]
+    stages = [shlex.split(line) for line in commands if re.search(r"sailvit\.train stage\d", line)]
+    assert [words[words.index("sailvit.train") + 1] for words in stages] == ["stage1", "stage2", "stage3"]
+    for words in stages:
+        assert sailvit_cli.main(["train", *words[words.index("sailvit.train") + 1 :], *TOY]) == 0
+    return place / "runs"
+
+
+def recipe_for(output: Path, stage: str = "stage3", *overrides: str):
+    return load_recipe(stage, [*TOY, "model=new-vl", "data=corpus.yaml", f"output={output}", *overrides])
+
+
+def read_log(output: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"], line["tokens"]) for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def read_stages(folder: Path, file: str = "training.json") -> list[dict]:
+    return json.loads((folder / file).read_text())["training"]["stages"]
+
+
+class Do(TrainerCallback):
+    """Calls a function after a step."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Arrange that a function is called after a step of the next runs."""
+    make = Stage._make_trainer
+
+    def arrange(step: int, action) -> None:
+        def make_trainer(stage):
+            trainer = make(stage)
+            trainer.callback_handler.callbacks.insert(0, Do(step, action))
+            return trainer
+
+        monkeypatch.setattr(Stage, "_make_trainer", make_trainer)
+
+    yield arrange
+
+
+# Stages
+
+
+def test_only_the_components_of_the_recipe_change(stages):
+    before = {name: tensor.float() for name, tensor in weights(stages.parent / "new-vl").items()}
+    for name, trained in TRAINED.items():
+        after = weights(stages / name)
+        assert {*after} == {*before} and {tensor.dtype for tensor in after.values()} == {torch.float32}
+        changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+        assert changed <= {key for key in after if key.startswith(trained)}
+        assert {key.split(".")[0] for key in changed} == {key.split(".")[0] for key in after if key.startswith(trained)}
+        before = after
+
+
+def test_a_stage_starts_with_the_exact_weights_of_the_one_before(stages):
+    stage = Stage(recipe_for(stages / "new", "stage2", "model=runs/s1"), "single", 0, 1, lambda line: None)
+    model = stage._make_trainer().model
+    for name, tensor in weights(stages / "s1").items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_the_record_has_all_stages(stages):
+    first, second, third = read_stages(stages / "s3")
+    assert read_stages(stages / "s2") == [first, second] and read_stages(stages / "s1") == [first]
+    assert [stage["recipe"] for stage in (first, second, third)] == ["stage1", "stage2", "stage3"]
+    assert [stage["trained_from"] for stage in (first, second, third)] == ["new-vl", "s1", "s2"]
+    log = [json.loads(line) for line in (stages / "s3" / "log.jsonl").read_text().splitlines()]
+    assert third["step"] == len(log) == 6 and third["samples_seen"] == 24 and third["data_samples"] == 8
+    assert third["tokens_seen"] == sum(line["tokens"] for line in log)
+    assert third["loss"] == log[-1]["loss"] and third["kinds"][0] == "caption 1"
+    assert (third["trainable"], third["learning_rate"]) == (["vision", "connector", "language"], 1e-5)
+    assert third["torch"] == torch.__version__.split("+")[0] and third["precision"] == "float32"
+    checkpoint = read_stages(stages / "s3" / "checkpoint-4")[2]
+    assert checkpoint["samples_seen"] == 16 and checkpoint["loss"] == log[3]["loss"]
+
+
+@pytest.mark.slow
+def test_the_result_loads_with_its_own_code(stages):
+    counts = verify_sailvl(stages / "s3")  # in a process that cannot import this package
+    assert counts["placeholders"] == counts["tiles"] * counts["image_seq_length"]
+
+
+def test_processor_and_settings_are_those_of_the_source(stages, place):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    prompts = [AutoProcessor.from_pretrained(path).apply_chat_template(messages) for path in (stages / "s3", "new-vl")]
+    assert prompts[0] == prompts[1]
+    configs = [json.loads((path / "config.json").read_text()) for path in (stages / "s3", place / "new-vl")]
+    for config in configs:
+        for fields in (config, config["vision_config"], config["text_config"]):
+            fields.pop("dtype", None)
+    assert configs[0] == configs[1]
+
+
+def test_the_card_of_the_vision_encoder_shows_the_stages(stages, tmp_path):
+    convert_checkpoint(stages / "s3", tmp_path / "tower", part="vision", verify=False)
+    tower, source = weights(tmp_path / "tower"), weights(stages / "s3")
+    assert all(torch.equal(tensor, source[f"vision_model.{name}"]) for name, tensor in tower.items()) and tower
+    assert read_stages(tmp_path / "tower", "provenance.json") == read_stages(stages / "s3")
+    write_model_card(tmp_path / "tower", "OWNER/NAME")
+    card = (tmp_path / "tower" / "README.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith("| stage")]
+    assert [row.split(" | ")[0] for row in rows] == ["| stage1", "| stage2", "| stage3"]
+    assert str(stages) not in card
+
+
+def test_a_checkpoint_is_converted_too(stages, tmp_path):
+    convert_checkpoint(stages / "s3" / "checkpoint-4", tmp_path / "tower", part="vision", verify=False)
+    assert [stage["step"] for stage in read_stages(tmp_path / "tower", "provenance.json")] == [6, 6, 4]
+
+
+def test_a_finished_run_is_left_alone(stages, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (stages / "s3").rglob("*")}
+    lines: list[str] = []
+    assert run(recipe_for(Path("runs/s3"), "stage3", "model=runs/s2", "data=corpus3.yaml"), lines.append) == 0
+    assert lines == ["runs/s3: this run is finished; nothing to do"]
+    assert {path: path.stat().st_mtime_ns for path in (stages / "s3").rglob("*") if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+    with pytest.raises(ValueError, match=r"runs/s3: a finished run of another recipe \(seed: 0 in the run, 1 now\)"):
+        run(recipe_for(Path("runs/s3"), "stage3", "seed=1"))
+
+
+def test_lora_is_merged_into_the_result(stages, tmp_path):
+    run(recipe_for(tmp_path / "out", "stage3", "lora={language: {r: 4, alpha: 8}}", "learning_rate=1e-3"))
+    before, after = weights(stages.parent / "new-vl"), weights(tmp_path / "out")
+    assert {*after} == {*before}
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in changed
+    assert "language_model.model.embed_tokens.weight" not in changed
+    assert read_stages(tmp_path / "out")[0]["lora.language.r"] == 4
+
+
+# Going on
+
+
+@pytest.mark.parametrize(
+    "moment", ["save 4", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("step 3", "result"))]
+)
+def test_a_killed_run_goes_on_bit_by_bit(stages, tmp_path, moment):
+    """The expected log is that of stage 3 of `stages`, which was not interrupted."""
+    arguments = ["stage3", *TOY, "model=runs/s2", "data=corpus3.yaml", f"output={tmp_path / 'out'}"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(stages.parent / "datasets-cache")}
+    command = [sys.executable, str(ROOT / "tests" / "run_stage.py"), moment, *arguments]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert not (tmp_path / "out" / "training.json").exists()
+    lines: list[str] = []
+    recipe = recipe_for(tmp_path / "out", "stage3", "model=runs/s2", "data=corpus3.yaml")
+    assert run(recipe, lines.append) == 0
+    first = {"step 3": 2, "save 4": 2, "result": 6}[moment]
+    assert any(line.endswith(f"from checkpoint-{first}") for line in lines)
+    assert any("checkpoint-4: not complete, removed" in line for line in lines) == (moment == "save 4")
+    assert read_log(tmp_path / "out") == read_log(stages / "s3")
+    expected = weights(stages / "s3")
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_sigterm_saves_and_exits_with_the_code_for_later(stages, tmp_path, after_step, monkeypatch):
+    recipe = recipe_for(tmp_path / "out", "stage3", "model=runs/s2", "data=corpus3.yaml")
+    with monkeypatch.context():
+        after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(recipe) == INTERRUPTED == 75
+    assert (tmp_path / "out" / "checkpoint-3" / "complete.json").exists()
+    assert not (tmp_path / "out" / "training.json").exists()
+    assert run(recipe) == 0
+    assert read_log(tmp_path / "out") == read_log(stages / "s3")
+
+
+def test_max_hours_saves_and_exits(place, tmp_path):
+    recipe = recipe_for(tmp_path / "out", "stage1", "max_hours=1e-9")
+    assert run(recipe) == INTERRUPTED
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(stages, tmp_path, monkeypatch):
+    recipe = recipe_for(tmp_path / "out", "stage3", "model=runs/s2", "data=corpus3.yaml", "save_total_limit=1")
+    save = torch.save
+
+    def fill_disk(content, path, *arguments, **options):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        save(content, path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill_disk)
+        with pytest.raises(OSError, match=r"checkpoint-4: cannot be saved: .*No space.*goes on from checkpoint-2"):
+            run(recipe)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert run(recipe) == 0
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert read_log(tmp_path / "out") == read_log(stages / "s3")
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_checkpoint_does_not_count(place, tmp_path, after_step, damage):
+    recipe = recipe_for(tmp_path / "out", "stage1", "max_steps=5")
+    after_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(recipe) == INTERRUPTED
+    file = tmp_path / "out" / "checkpoint-4" / "optimizer.pt"
+    file.unlink() if damage == "removed" else os.truncate(file, 1000)
+    lines: list[str] = []
+    assert run(recipe, lines.append) == INTERRUPTED  # after step 4, again
+    assert f"{tmp_path}/out/checkpoint-4: not complete, removed" in lines
+    assert any(line.endswith("from checkpoint-2") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["seed=1", "learning_rate=1e-3"], r"learning_rate: 0.0002 in the run, 0.001 now; seed: 0 in the run, 1 now"),
+        (["data=meta.yaml"], "data: other samples than in the run"),
+        (["model=other-vl"], "model: other weights than in the run"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(place, changes, message):
+    output = place / "stopped"
+    if not output.exists():
+        assert run(recipe_for(output, "stage1", "max_hours=1e-9")) == INTERRUPTED
+        Path("meta.yaml").write_text("sources:\n  - {name: meta, path: meta.json}\n")
+        shutil.copytree("new-vl", "other-vl")
+        content = bytearray(Path("other-vl/model.safetensors").read_bytes())
+        content[-1] ^= 1
+        Path("other-vl/model.safetensors").write_bytes(content)
+    before = (output / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"stopped: the run there is another one \({re.escape(message)}\)"):
+        run(recipe_for(output, "stage1", *changes))
+    assert (output / "log.jsonl").read_bytes() == before and (output / "checkpoint-1" / "complete.json").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=null"], "model: missing"),
+        (["data=null"], "data: missing"),
+        (["output=null"], "output: missing"),
+        (["model=nowhere"], "nowhere: no such file or folder"),
+        (["model=tower"], "tower: expected a SAIL-VL, got model_type 'sailvit': build one"),
+        (["model=wide"], r"wide: mlp1\S+: expected the shape .* got .*: the weights are of another width"),
+        (["model=lacking"], "lacking: the weights lack mlp1"),
+        (["data=nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["output=holiday"], r"holiday: it holds something else \(photo.jpg\), not a run"),
+        (["output=corpus.yaml"], "corpus.yaml: expected a folder, got a file"),
+        (["output=new-vl/run"], "is inside the source"),
+        (["kinds={ocr: 0.5}"], r"kinds.ocr: expected 50.0% of the samples, got 12.5% .* write `kinds: {ocr: 0.5}`"),
+        (["kinds={code: 0.5}"], r"kinds.code: expected 50.0% of the samples, got 0.0%"),
+        (["engine=zero3"], "engine: zero3 needs a launcher: torchrun"),
+        (["data=text.yaml"], "text.yaml: all steps are text alone"),
+    ],
+)
+def test_bad_input_is_one_line(place, overrides, message, capsys):
+    prepare_bad_input(place)
+    arguments = ["model=new-vl", "data=corpus.yaml", "output=bad-output", *TOY, *overrides]
+    assert sailvit_cli.main(["train", "stage1", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sailvit train:")]
+    assert re.search(message, line), line
+    assert not list(Path("bad-output").glob("checkpoint-*"))
+    shutil.rmtree("bad-output", ignore_errors=True)
+
+
+def prepare_bad_input(place: Path) -> None:
+    if (place / "holiday").exists():
+        return
+    (place / "holiday").mkdir()
+    (place / "holiday" / "photo.jpg").touch()
+    (place / "text.jsonl").write_text(json.dumps({"messages": [
+        {"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "7"},
+    ]}))  # fmt: skip
+    (place / "text.yaml").write_text("sources:\n  - {name: text, path: text.jsonl}\n")
+    convert_checkpoint(place / "new-vl", place / "tower", part="vision", verify=False)
+    model = AutoModelForImageTextToText.from_pretrained(place / "new-vl")
+    for name, change in {"wide": lambda tensor: tensor[:-1], "lacking": lambda tensor: None}.items():
+        shutil.copytree(place / "new-vl", place / name)
+        tensors = dict(weights(place / name))
+        key = next(key for key in sorted(tensors) if key.startswith("mlp1.") and key.endswith("weight"))
+        changed = change(tensors.pop(key))
+        tensors |= {} if changed is None else {key: changed.contiguous()}
+        from safetensors.torch import save_file
+
+        save_file(tensors, place / name / "model.safetensors", metadata={"format": "pt"})
+    del model
+
+
+def test_fewer_samples_than_ranks_are_refused(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="samples_per_step: expected at least one sample of each of 8 ranks"):
+        run(recipe_for(place / "bad-output"))
+
+
+def test_a_missing_compiler_is_named(place, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ImportError, match="DeepSpeed on CPU needs ninja and c[+][+] on PATH"):
+        run(recipe_for(place / "bad-output", "stage1", "engine=zero2"))
+
+
+def test_steps_of_text_alone_are_counted(place, tmp_path):
+    lines: list[str] = []
+    Path("mixed.jsonl").write_text(Path("chat.jsonl").read_text())
+    Path("mixed.yaml").write_text("sources:\n  - {name: mixed, path: mixed.jsonl, image_root: examples}\n")
+    overrides = ["data=mixed.yaml", "samples_per_step=1", "epochs=1"]
+    assert run(recipe_for(tmp_path / "out", "stage1", *overrides), lines.append) == 0
+    assert any(line.startswith("1 of 2 steps are text alone: they train nothing") for line in lines)
+
+
+def test_the_plan_reads_no_weights(place, tmp_path, capsys):
+    shutil.copytree("new-vl", tmp_path / "light")
+    (tmp_path / "light" / "model.safetensors").unlink()
+    arguments = ["stage3", f"model={tmp_path / 'light'}", "--plan", "--gpus", "64", "--gpu", "h100"]
+    assert sailvit_cli.main(["train", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "71,290 of 512 samples" in printed and "10,304 NPU hours" in printed and "64 x h100" in printed
+    plan, origin = plan_run(load_recipe("stage3", ["model=new-vl", "data=corpus.yaml", *TOY]), 1, None)
+    assert (plan.samples, plan.steps, origin) == (8, 6, "")

@@ -1,0 +1,446 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Training on packed batches with transformers' Trainer.
+
+An item of the DataLoader is an optimizer step of one rank: a list of packs. `PackedBatches` already divides a step
+among the ranks and goes through all epochs, so for Trainer a run is one epoch of items of batch size 1 without gradient
+accumulation, and the number of the step is all the state that the data has.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import PreTrainedModel
+
+from ..devices import choose_device, computes_natively
+from .collate import Pack, normalize_tiles
+from .components import check_trainable, parameter_groups
+from .loss import answer_weights, pack_loss
+from .packing import PackedBatches
+
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+ENGINES = {
+    "single": DistributedType.NO,
+    "ddp": DistributedType.MULTI_GPU,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+    "fsdp2": DistributedType.FSDP,
+}
+DDP_TYPES = [getattr(DistributedType, name) for name in dir(DistributedType) if name.startswith("MULTI_")]
+LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
+# Sums over the ranks of a step, in this order.
+COUNTS = ("weight", "samples", "tokens", "answer_tokens", "tiles", "skipped")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and its samples."""
+
+
+# Engines
+
+
+def resolve_engine(engine: str, processes: int | None = None) -> str:
+    """
+    Return the engine that "auto" stands for: single for one process, else zero3, the engine of the paper.
+
+    Args:
+        processes: Default: as the launcher set WORLD_SIZE.
+
+    Raises:
+        ValueError: The engine is unknown, or not installed.
+    """
+    if engine == "auto":
+        processes = int(os.environ.get("WORLD_SIZE", 1)) if processes is None else processes
+        engine = "single" if processes == 1 else "zero3"
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected auto or one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine.startswith("zero") and find_spec("deepspeed") is None:
+        raise ValueError(f"engine: {engine} needs deepspeed: pip install deepspeed, or set engine=fsdp2")
+    return engine
+
+
+def training_arguments(
+    recipe: "Recipe", output: Path, steps: int, model: PreTrainedModel, **options: Any
+) -> TrainingArguments:
+    """
+    Return the TrainingArguments of a recipe.
+
+    Args:
+        output: Folder of the run.
+        steps: Steps of the data; the run ends earlier if the recipe has a smaller max_steps.
+        model: Not wrapped; FSDP2 shards the layers that it names.
+        options: Replace arguments.
+    """
+    device, engine = choose_device(), resolve_engine(recipe.engine)
+    max_steps = min(steps, recipe.max_steps or steps)
+    arguments = {
+        "output_dir": str(output),
+        "max_steps": max_steps,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1.0,  # unused: every parameter group has its own
+        "weight_decay": recipe.weight_decay,
+        "adam_beta1": recipe.adam_beta1,
+        "adam_beta2": recipe.adam_beta2,
+        "adam_epsilon": recipe.adam_epsilon,
+        "max_grad_norm": recipe.max_grad_norm,
+        "warmup_steps": math.ceil(recipe.warmup_ratio * max_steps),
+        "optim": "adamw_torch" if device.type == "cpu" or engine.startswith("zero") else "adamw_torch_fused",
+        "bf16": _uses_bfloat16(recipe.precision, device),
+        "use_cpu": device.type == "cpu",
+        "seed": recipe.seed,
+        "save_steps": recipe.save_steps,
+        "save_total_limit": recipe.save_total_limit,
+        "logging_steps": recipe.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": list(recipe.report_to),
+        "dataloader_num_workers": recipe.workers,
+        "ignore_data_skip": True,  # the sampler starts at the step
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": not sys.stderr.isatty(),
+        **_schedule(recipe),
+        **_engine_arguments(engine, recipe, model),
+    }
+    return TrainingArguments(**(arguments | options))
+
+
+def _uses_bfloat16(precision: str, device: torch.device) -> bool:
+    return precision == "bfloat16" or (precision == "auto" and computes_natively(torch.bfloat16, device))
+
+
+def _schedule(recipe: "Recipe") -> dict[str, Any]:
+    name, least = recipe.lr_scheduler_type, recipe.min_learning_rate_ratio
+    if not least:
+        return {"lr_scheduler_type": name}
+    if name != "cosine":
+        raise ValueError(f"min_learning_rate_ratio: expected 0 with lr_scheduler_type {name}, got {least}: use cosine")
+    return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": least}}
+
+
+def _engine_arguments(engine: str, recipe: "Recipe", model: PreTrainedModel) -> dict[str, Any]:
+    if engine.startswith("zero"):
+        zero = {"stage": int(engine[-1])}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": recipe.max_grad_norm,
+            "bf16": {"enabled": "auto"},
+            "data_types": {"grad_accum_dtype": "fp32"},  # over the packs of a step
+            "zero_optimization": zero,
+        }
+        return {"deepspeed": config}
+    if engine == "fsdp2":
+        return _fsdp_arguments(model)
+    return {}
+
+
+def _fsdp_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    parts = (model.vision_model, model.language_model)
+    present = {type(module).__name__ for module in model.modules()}
+    layers = sorted({name for part in parts for name in part._no_split_modules or ()} & present)
+    config = {"transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": {**config, "fsdp_version": 2}}
+    return {"fsdp": True, "fsdp_config": {**config, "version": 2}}
+
+
+def check_engine(trainer: Trainer, engine: str) -> None:
+    """
+    Check that the engine of the recipe is the one that runs: several launchers fall back to another in silence.
+
+    Raises:
+        TrainingError: It is another.
+    """
+    accelerator = trainer.accelerator
+    running = accelerator.distributed_type
+    expected = DDP_TYPES if engine == "ddp" else [ENGINES[engine]]
+    stage = accelerator.state.deepspeed_plugin.zero_stage if running == DistributedType.DEEPSPEED else None
+    is_fsdp1 = running == DistributedType.FSDP and not accelerator.is_fsdp2
+    if running not in expected or is_fsdp1 or (stage and stage != int(engine[-1])):
+        got = f"ZeRO-{stage}" if stage else "FSDP 1" if is_fsdp1 else running.value
+        raise TrainingError(
+            f"engine: expected {engine}, but accelerate runs {got} on {accelerator.num_processes} process(es): start "
+            "several processes with torchrun, and set no engine in the launcher"
+        )
+
+
+# Data
+
+
+class StepSampler(Sampler[int]):
+    """The numbers of the steps, from the current step of a Trainer on."""
+
+    def __init__(self, trainer: Trainer, steps: int):
+        self.trainer, self.steps = trainer, steps
+
+    def __len__(self) -> int:
+        """Return the steps of the whole run, those done before a resume included."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainer.state.global_step, self.steps))
+
+
+class RunState(TrainerCallback):
+    """Prepares log.jsonl, skipped.jsonl and ZeRO's weights when training starts, and counts epochs of the corpus."""
+
+    def __init__(self, trainer: "SAILVLTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            for name in (LOG, SKIPPED):
+                _keep_until(self.trainer.output / name, state.global_step)
+        if self.trainer.read_weight and not state.global_step:
+            _set_master_weights(self.trainer.model, self.trainer.read_weight)
+        self.trainer._step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        batches = self.trainer.batches
+        state.epoch = min(state.global_step * batches.samples_per_step, batches.num_samples) / len(batches.corpus)
+
+
+def _set_master_weights(model: PreTrainedModel, read_weight: Callable[[str], torch.Tensor]) -> None:
+    """Set the float32 weights that ZeRO updates: it made them from weights rounded to bfloat16."""
+    from deepspeed.utils import safe_set_full_fp32_param  # optional, and slow to import
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, read_weight(name).float())
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Remove the lines of later steps, which a run that goes on from a checkpoint repeats, and a torn last line."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in kept), "utf-8")
+
+
+def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+# Trainer
+
+
+class SAILVLTrainer(Trainer):
+    """
+    transformers' Trainer over packed batches: the loss is normalised over the step, whatever its packs and ranks.
+
+    Args:
+        model: A SAIL-VL in float32, after `set_trainable`.
+        recipe: Of the stage.
+        batches: The packs of this rank.
+        output: Folder of the run; gets log.jsonl and skipped.jsonl.
+        args: Default: `training_arguments` of the recipe.
+        read_weight: Name of a trained parameter -> its float32 value, for a run that starts under ZeRO with bfloat16;
+            called on all ranks.
+        kwargs: As in Trainer.
+
+    Raises:
+        ValueError: The recipe, the batches and the processes do not fit each other.
+        TrainingError: Another engine runs than the recipe says; a loss or gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: "Recipe",
+        batches: PackedBatches,
+        output: str | Path,
+        args: TrainingArguments | None = None,
+        read_weight: Callable[[str], torch.Tensor] | None = None,
+        **kwargs: Any,
+    ):
+        self.recipe, self.batches, self.output = recipe, batches, Path(output)
+        args = args or training_arguments(recipe, self.output, len(batches), model)
+        self.keeps_logits = model._supports_logits_to_keep()
+        super().__init__(model, args, train_dataset=batches, **kwargs)
+        self._check_ranks(batches)
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            policy = replace(policy, reduce_dtype=torch.float32)  # gradients are added over the packs of a step
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        self.read_weight = read_weight if self.is_deepspeed_enabled else None
+        trains_vision = any(p.requires_grad for part in (model.vision_model, model.mlp1) for p in part.parameters())
+        model.always_run_vision = trains_vision or self.accelerator.num_processes > 1
+        self._counts: dict[str, float] = {}
+        self._loss, self._wait_seconds, self._step_started = math.nan, 0.0, time.perf_counter()
+        self._recorded_step = 0
+        self.add_callback(RunState(self))
+
+    def _check_ranks(self, batches: PackedBatches) -> None:
+        processes = self.accelerator.num_processes
+        engine = resolve_engine(self.recipe.engine, processes)
+        check_engine(self, engine)
+        expected = (processes, self.accelerator.process_index)
+        if (batches.ranks, batches.rank) != expected:
+            raise ValueError(
+                f"batches: expected ranks={expected[0]}, rank={expected[1]}, got {batches.ranks}, {batches.rank}"
+            )
+        trains_rows = any(hasattr(parameter, "trained_rows") for parameter in self.model.parameters())
+        if engine == "fsdp2" and trains_rows:
+            raise ValueError("train_added_tokens: not supported by FSDP2, whose gradients have no rows: use zero3")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by accelerate: the batches are those of this rank, and packs go to the device one by one."""
+        return DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=StepSampler(self, self.args.max_steps),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.batches.samples_per_step
+
+    def floating_point_ops(self, inputs: list[Pack]) -> int:
+        """Not counted: transformers' formula has one model for text and images."""
+        return 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            check_trainable(model, self.recipe)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(parameter_groups(model, self.recipe), **options)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Pack]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Pack]], float | None]:
+        """Return the packs of a step and the sum of the weights of its answer tokens on all ranks."""
+        started = time.perf_counter()
+        packs = next(epoch_iterator, None)
+        self._wait_seconds = time.perf_counter() - started
+        if packs is None:
+            return [], None
+        self._counts = self._count(packs)
+        self._record_skipped(packs)
+        if not self._counts["answer_tokens"]:
+            raise TrainingError(f"{self._describe_step()}: expected at least one answer token, got none")
+        return [packs], self._counts["weight"]
+
+    def _count(self, packs: list[Pack]) -> dict[str, float]:
+        """Return the sums of COUNTS over packs and ranks."""
+        reduction, tiles = self.recipe.loss_reduction, (pack.inputs.get("pixel_values", ()) for pack in packs)
+        own = [
+            sum(float(answer_weights(pack, reduction).sum()) for pack in packs),
+            sum(len(pack.samples) for pack in packs),
+            sum(sum(pack.lengths) for pack in packs),
+            sum(pack.num_labels for pack in packs),
+            sum(map(len, tiles)),
+            sum(len(pack.skipped) for pack in packs),
+        ]
+        totals = self._sum_over_ranks(own)
+        return {name: total if name == "weight" else int(total) for name, total in zip(COUNTS, totals, strict=True)}
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(tensor, "sum").tolist()
+
+    def _record_skipped(self, packs: list[Pack]) -> None:
+        if not self._counts["skipped"]:
+            return
+        corpus, step = self.batches.corpus, self.state.global_step + 1
+        entries = [corpus.skip(index, reason).to_dict() for pack in packs for index, reason in pack.skipped]
+        entries = gather_object([{"step": step, **entry} for entry in entries])
+        if self.is_world_process_zero():
+            _append(self.output / SKIPPED, entries)
+
+    def training_step(
+        self, model: nn.Module, inputs: list[Pack], num_items_in_batch: float | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward of all packs of a step; return this rank's share of the loss times the ranks."""
+        model.train()
+        # DDP, FSDP and DeepSpeed average gradients over the ranks
+        scale = self.accelerator.num_processes / num_items_in_batch
+        total = torch.zeros((), device=self.args.device)
+        for position, pack in enumerate(inputs):
+            is_last = position == len(inputs) - 1
+            with self._synchronize_gradients(model, is_last):
+                loss = scale * self._compute_pack_loss(model, pack)
+                options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **options)
+            total += loss.detach()
+        self._check_loss(total)
+        return total
+
+    @contextlib.contextmanager
+    def _synchronize_gradients(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+        """
+        DDP reduces gradients after the last pack of a step; ZeRO and FSDP2 after every pack.
+
+        If they waited, every rank would hold all gradients of the model until the end of the step.
+        """
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        waits = not is_last and self.accelerator.distributed_type in DDP_TYPES
+        with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+            yield
+
+    def _compute_pack_loss(self, model: nn.Module, pack: Pack) -> torch.Tensor:
+        weights = answer_weights(pack, self.recipe.loss_reduction).to(self.args.device, torch.float32)
+        inputs = pack.to(self.args.device, non_blocking=True).inputs
+        tiles = inputs.get("pixel_values")
+        if tiles is not None and tiles.dtype == torch.uint8:
+            inputs["pixel_values"] = normalize_tiles(tiles, self.batches.corpus.processor.image_processor)
+        with self.compute_loss_context_manager():
+            return pack_loss(model, inputs, weights, self.keeps_logits)
+
+    def _check_loss(self, total: torch.Tensor) -> None:
+        """Compute the loss of the step; all ranks stop together if it is not finite."""
+        self._loss = self._sum_over_ranks([total.item()])[0] / self.accelerator.num_processes
+        if not math.isfinite(self._loss):
+            raise TrainingError(
+                f"{self._describe_step()}: the loss is {self._loss}: lower the learning rate, or look at these samples"
+            )
+
+    def _describe_step(self, step: int | None = None) -> str:
+        step = self.state.global_step if step is None else step
+        names = [" ".join(map(str, self.batches.corpus.locate(int(index)))) for index in self.batches.samples(step)]
+        return f"step {step + 1}, samples {', '.join(names)}"
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Write log.jsonl after every step, and stop before a broken model is saved."""
+        if self.state.global_step > self._recorded_step:
+            self._recorded_step = self.state.global_step
+            self._record_step(grad_norm, kwargs.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _record_step(self, grad_norm: Any, learning_rate: float | None) -> None:
+        norm, now = None if grad_norm is None else float(grad_norm), time.perf_counter()
+        if norm is not None and not math.isfinite(norm):
+            name = self._describe_step(self.state.global_step - 1)
+            raise TrainingError(
+                f"{name}: the norm of the gradients is {norm}: lower the learning rate, or look at these samples"
+            )
+        entry = {"step": self.state.global_step, "epoch": self.state.epoch, "loss": self._loss}
+        entry |= {name: self._counts[name] for name in COUNTS if name != "weight"}
+        entry |= {"learning_rate": learning_rate, "grad_norm": norm}
+        entry |= {"seconds": now - self._step_started, "wait_seconds": self._wait_seconds}
+        self._step_started = now
+        if self.is_world_process_zero():
+            _append(self.output / LOG, [entry])
