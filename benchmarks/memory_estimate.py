@@ -4,10 +4,13 @@ Benchmark of memory estimates: peak resident memory of a training step / the est
 Every measurement is a process that trains on two packs and steps, twice, with AdamW; what it used before it built the
 model does not count. malloc returns what is freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is that of tensors.
 
+The same under FSDP2 on two ranks (gloo, Linux), where the weights before they are sharded do not count.
+
     python benchmarks/memory_estimate.py
+    python benchmarks/memory_estimate.py --fsdp2
 """
 
-import json
+import argparse
 import os
 import resource
 import subprocess
@@ -16,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
-from sailvit.train.flops import MODULES, meta_model
+from sailvit.train.flops import MODULES, blocks_of, meta_model
 from sailvit.train.memory import PackShape, enable_checkpointing, memory_of_engines
 
 
@@ -44,43 +49,75 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 PRECISIONS = ("float32", "bfloat16")
+FSDP_RANKS = 2
 
 
 def make_config(shape: dict[str, Any]) -> SAILVLConfig:
     return SAILVLConfig(vision_config=SMALL_VISION, text_config=shape["text"], image_token_id=3)
 
 
-def estimated_bytes(name: str, precision: str) -> float:
+def estimated_bytes(name: str, precision: str, engine: str = "single") -> float:
     shape = SHAPES[name]
     model = meta_model(make_config(shape), shape["trainable"])
     pack, checkpointed = PackShape(*shape["pack"]), shape.get("checkpointed", ())
-    return memory_of_engines(model, ["single"], 1, pack, precision, checkpointed)["single"].total
+    ranks = 1 if engine == "single" else FSDP_RANKS
+    return memory_of_engines(model, [engine], ranks, pack, precision, checkpointed)[engine].total
 
 
-def measured_bytes(name: str, precision: str) -> float:
+def measured_bytes(name: str, precision: str, engine: str = "single") -> float:
     """Return the peak memory of a process that trains, above what it used before it built the model."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, Path(__file__), name, precision]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(FSDP_RANKS)]
+    command = [sys.executable, *([] if engine == "single" else launcher), __file__, "--measure", name, precision]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return json.loads(output.splitlines()[-1])
+    return float(output.splitlines()[-1])
 
 
 def train(name: str, precision: str) -> int:
     """Train two steps of two packs; return the bytes of the peak above the start."""
-    shape = SHAPES[name]
     warm_up()
     before = peak_resident_bytes()
+    model = build(name)
+    step_twice(model, name, precision)
+    return peak_resident_bytes() - before
+
+
+def train_sharded(name: str, precision: str) -> int:
+    """As `train`, on one of several ranks under FSDP2; weights are sharded when the measurement starts."""
+    warm_up()
+    dist.init_process_group("gloo")
+    model = build(name)
+    policy = MixedPrecisionPolicy(*[torch.bfloat16] * 3) if precision == "bfloat16" else MixedPrecisionPolicy()
+    vision, text = model.config.vision_config, model.config.text_config
+    for block in [*blocks_of(model.vision_model, vision), *blocks_of(model.get_decoder(), text)]:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident - sum(parameter.to_local().nbytes for parameter in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak below
+    step_twice(model, name, "float32")
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 1024 * int(peak.split()[1]) - before
+
+
+def build(name: str) -> SAILVLForConditionalGeneration:
+    shape = SHAPES[name]
     model = SAILVLForConditionalGeneration(make_config(shape)).train()
     for component, module in MODULES.items():
         getattr(model, module).requires_grad_(component in shape["trainable"])
     enable_checkpointing(model, shape.get("checkpointed", ()))
+    return model
+
+
+def step_twice(model: SAILVLForConditionalGeneration, name: str, precision: str) -> None:
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=False)
     for _ in range(2):
         for _ in range(2):
-            train_on_pack(model, PackShape(*shape["pack"]), precision)
+            train_on_pack(model, PackShape(*SHAPES[name]["pack"]), precision)
         optimizer.step()
         optimizer.zero_grad()
-    return peak_resident_bytes() - before
 
 
 def warm_up() -> None:
@@ -121,12 +158,19 @@ def peak_resident_bytes() -> int:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        print(json.dumps(train(*sys.argv[1:])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fsdp2", action="store_true")
+    parser.add_argument("--measure", nargs=2, metavar=("SHAPE", "PRECISION"), help="in a process of its own")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        peak = (train_sharded if "RANK" in os.environ else train)(*arguments.measure)
+        if os.environ.get("RANK", "0") == "0":
+            print(peak)
         return
+    engine = "fsdp2" if arguments.fsdp2 else "single"
     for name in SHAPES:
         for precision in PRECISIONS:
-            measured, estimated = measured_bytes(name, precision), estimated_bytes(name, precision)
+            measured, estimated = (function(name, precision, engine) for function in (measured_bytes, estimated_bytes))
             print(f"{name:12} {precision:9} measured {measured / 1e6:6.0f} MB = {measured / estimated:.3f} x estimate")
 
 
