@@ -354,7 +354,7 @@ def test_fewer_samples_than_ranks_are_refused(place, monkeypatch):
 def test_a_missing_compiler_is_named(place, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ImportError, match="DeepSpeed on CPU needs ninja and c[+][+] on PATH"):
+    with pytest.raises(ImportError, match=r"DeepSpeed on CPU needs ninja and c[+][+] on PATH"):
         run(recipe_for(place / "bad-output", "stage1", "engine=zero2"))
 
 
