@@ -91,9 +91,12 @@ def _train(recipe: "Recipe") -> int:
     rank = os.environ.get("RANK", "0")
     try:
         return run(recipe, lambda line: print(line, flush=True))
-    except TrainingError as error:
-        print(f"sailvit train: rank {rank}: {error}" if rank != "0" else f"sailvit train: {error}", file=sys.stderr)
-        return 1
+    except (TrainingError, ValueError, OSError, ImportError) as error:
+        is_input = not isinstance(error, TrainingError)
+        if rank == "0" and is_input:
+            raise
+        print(f"sailvit train: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if is_input else 1
 
 
 def _be_quiet() -> None:

@@ -464,3 +464,20 @@ def test_zero_does_not_go_on_with_other_ranks(zero3):
         "precision=bfloat16",
     )
     assert "the run there is another one (ranks: 3 in the run, 2 now)" in result.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_other_engines_train_the_same_stage(place, tmp_path, engine):
+    """The run of the engine is killed after step 3 and goes on; AdamW with a small epsilon would amplify noise."""
+    arguments = ["stage2", "model=new-vl", "data=corpus.yaml", "adam_epsilon=1e-2", "learning_rate=1e-3"]
+    assert sailvit_cli.main(["train", *arguments, *TOY, f"output={tmp_path / 'single'}"]) == 0
+    options = [*arguments, f"output={tmp_path / engine}", f"engine={engine}"]
+    assert launch("step 3", *options).returncode != 0
+    check_launch(*options)
+    for line, expected in zip(read_log(tmp_path / engine), read_log(tmp_path / "single"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+    before, after, single = (weights(path) for path in (place / "new-vl", tmp_path / engine, tmp_path / "single"))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, single[name], rtol=1e-4, atol=1e-6)
+        assert name.startswith(TRAINED["s2"]) or torch.equal(tensor, before[name].float())
