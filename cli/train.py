@@ -26,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="KEY=VALUE",
         help="replaces a value of the recipe; model=, data= and output= are needed to train",
     )
-    group = train.add_argument_group("instead of training")
+    group = train.add_argument_group("output")
     group.add_argument("--print-config", action="store_true", help="print all values of the recipe and their sources")
     group.add_argument("--list", action="store_true", help="print the recipes of this package")
     group.add_argument("--plan", action="store_true", help="print memory, FLOPs, steps and hours; no weights are read")
