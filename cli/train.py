@@ -26,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="KEY=VALUE",
         help="replaces a value of the recipe; model=, data= and output= are needed to train",
     )
-    group = train.add_argument_group("instead of training")
+    group = train.add_argument_group("output")
     group.add_argument("--print-config", action="store_true", help="print all values of the recipe and their sources")
     group.add_argument("--list", action="store_true", help="print the recipes of this package")
     group.add_argument("--plan", action="store_true", help="print memory, FLOPs, steps and hours; no weights are read")
@@ -91,9 +91,12 @@ def _train(recipe: "Recipe") -> int:
     rank = os.environ.get("RANK", "0")
     try:
         return run(recipe, lambda line: print(line, flush=True))
-    except TrainingError as error:
-        print(f"sailvit train: rank {rank}: {error}" if rank != "0" else f"sailvit train: {error}", file=sys.stderr)
-        return 1
+    except (TrainingError, ValueError, OSError, ImportError) as error:
+        is_input = not isinstance(error, TrainingError)
+        if rank == "0" and is_input:
+            raise
+        print(f"sailvit train: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if is_input else 1
 
 
 def _be_quiet() -> None:

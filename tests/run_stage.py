@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+from run_trainer import allow_fsdp_on_cpu
 from transformers import TrainerCallback
 
 import sailvit.train.handover
@@ -54,6 +55,20 @@ def arrange(moment: str) -> None:
         sailvit.train.handover.write_training = lambda *arguments: die()
 
 
+def allow_fsdp() -> None:
+    """FSDP on a CPU would become DDP in accelerate."""
+    make = sailvit.train.run.training_arguments
+
+    def make_arguments(*arguments, **options):
+        made = make(*arguments, **options)
+        allow_fsdp_on_cpu(made)
+        return made
+
+    sailvit.train.run.training_arguments = make_arguments
+
+
 if __name__ == "__main__":
     arrange(sys.argv[1])
+    if "engine=fsdp2" in sys.argv:
+        allow_fsdp()
     sys.exit(sailvit_cli.main(["train", *sys.argv[2:]]))

@@ -63,7 +63,7 @@ def test_help_of_a_verb_is_a_sentence_two_examples_and_groups(verb, capsys):
         assert options.verb == verb
     titles = [group.splitlines()[0] for group in groups]
     assert titles[0] == "input:" and "output:" in titles
-    assert {*titles[1:]} <= {"output:", "checks:", "compute:", "packing:"}
+    assert {*titles[1:]} <= {"output:", "checks:", "compute:", "packing:", "plan:"}
 
 
 def test_choices_are_those_of_the_package():

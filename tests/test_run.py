@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 from doc_pages import TRAINING, code_blocks, write_model, write_training_data
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, TrainerCallback
 
 import sailvit_cli
 from sailvit.convert import convert_checkpoint
@@ -332,17 +332,13 @@ def prepare_bad_input(place: Path) -> None:
     ]}))  # fmt: skip
     (place / "text.yaml").write_text("sources:\n  - {name: text, path: text.jsonl}\n")
     convert_checkpoint(place / "new-vl", place / "tower", part="vision", verify=False)
-    model = AutoModelForImageTextToText.from_pretrained(place / "new-vl")
     for name, change in {"wide": lambda tensor: tensor[:-1], "lacking": lambda tensor: None}.items():
         shutil.copytree(place / "new-vl", place / name)
         tensors = dict(weights(place / name))
         key = next(key for key in sorted(tensors) if key.startswith("mlp1.") and key.endswith("weight"))
         changed = change(tensors.pop(key))
         tensors |= {} if changed is None else {key: changed.contiguous()}
-        from safetensors.torch import save_file
-
         save_file(tensors, place / name / "model.safetensors", metadata={"format": "pt"})
-    del model
 
 
 def test_fewer_samples_than_ranks_are_refused(place, monkeypatch):
@@ -376,3 +372,108 @@ def test_the_plan_reads_no_weights(place, tmp_path, capsys):
     assert "71,290 of 512 samples" in printed and "10,304 NPU hours" in printed and "64 x h100" in printed
     plan, origin = plan_run(load_recipe("stage3", ["model=new-vl", "data=corpus.yaml", *TOY]), 1, None)
     assert (plan.samples, plan.steps, origin) == (8, 6, "")
+
+
+# Several processes
+
+
+def launch(moment: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `tests/run_stage.py` on two processes."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "HF_DATASETS_CACHE": "datasets-cache"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "run_stage.py"), moment, arguments[0], *TOY, *arguments[1:]]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def check_launch(*arguments: str) -> str:
+    result = launch("never", *arguments)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def zero3(place) -> Path:
+    """The three stages under ZeRO-3 in bfloat16, stage 3 killed after step 3 and started again."""
+    (place / "zero3").mkdir()
+    options = ["data=corpus.yaml", "engine=zero3", "precision=bfloat16"]
+    for stage, model, output in (
+        ("stage1", "new-vl", "s1"),
+        ("stage2", "zero3/s1", "s2"),
+        ("stage3", "zero3/s2", "s3"),
+    ):
+        arguments = [stage, f"model={model}", f"output=zero3/{output}", *options]
+        if stage == "stage3":
+            shutil.rmtree("zero3/whole", ignore_errors=True)
+            check_launch(stage, f"model={model}", "output=zero3/whole", *options)
+            assert launch("step 3", *arguments).returncode != 0
+        printed = check_launch(*arguments)
+        assert printed.count(f"zero3/{output}: finished") == 1  # by the first rank alone
+    return place / "zero3"
+
+
+@pytest.mark.nightly
+def test_zero3_changes_only_the_components_of_the_recipe(zero3, place):
+    before = {name: tensor.float() for name, tensor in weights(place / "new-vl").items()}
+    for name, trained in TRAINED.items():
+        after = weights(zero3 / name)
+        assert {*after} == {*before}
+        changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+        assert {key.split(".")[0] for key in changed} == {key.split(".")[0] for key in after if key.startswith(trained)}
+        assert changed <= {key for key in after if key.startswith(trained)}
+        before = after
+    assert [stage["engine"] for stage in read_stages(zero3 / "s3")] == ["zero3"] * 3
+    assert {stage["ranks"] for stage in read_stages(zero3 / "s3")} == {2}
+
+
+@pytest.mark.nightly
+def test_zero3_starts_from_float32_masters(zero3):
+    """With a learning rate of 0, in warm-up, a stage returns what it started from."""
+    options = ["data=corpus.yaml", "engine=zero3", "precision=bfloat16", "max_steps=1", "warmup_ratio=0.5"]
+    check_launch("stage2", "model=zero3/s1", "output=zero3/still", *options)
+    before, after = weights(zero3 / "s1"), weights(zero3 / "still")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    connector = torch.cat([tensor.flatten() for name, tensor in before.items() if name.startswith("mlp1.")])
+    assert not torch.equal(connector, connector.bfloat16().float())
+
+
+@pytest.mark.nightly
+def test_a_killed_run_under_zero3_goes_on_bit_by_bit(zero3):
+    assert read_log(zero3 / "s3") == read_log(zero3 / "whole")
+    expected = weights(zero3 / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(zero3 / "s3").items())
+
+
+@pytest.mark.nightly
+def test_zero_does_not_go_on_with_other_ranks(zero3):
+    shutil.copytree("zero3/s3", "zero3/fewer")
+    Path("zero3/fewer/training.json").unlink()
+    content = json.loads(Path("zero3/fewer/run.json").read_text())
+    Path("zero3/fewer/run.json").write_text(json.dumps({**content, "ranks": 3}))
+    result = launch(
+        "never",
+        "stage3",
+        "model=zero3/s2",
+        "data=corpus.yaml",
+        "output=zero3/fewer",
+        "engine=zero3",
+        "precision=bfloat16",
+    )
+    assert "the run there is another one (ranks: 3 in the run, 2 now)" in result.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_other_engines_train_the_same_stage(place, tmp_path, engine):
+    """The run of the engine is killed after step 3 and goes on; AdamW with a small epsilon would amplify noise."""
+    arguments = ["stage2", "model=new-vl", "data=corpus.yaml", "adam_epsilon=1e-2", "learning_rate=1e-3"]
+    assert sailvit_cli.main(["train", *arguments, *TOY, f"output={tmp_path / 'single'}"]) == 0
+    options = [*arguments, f"output={tmp_path / engine}", f"engine={engine}"]
+    assert launch("step 3", *options).returncode != 0
+    check_launch(*options)
+    for line, expected in zip(read_log(tmp_path / engine), read_log(tmp_path / "single"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+    before, after, single = (weights(path) for path in (place / "new-vl", tmp_path / engine, tmp_path / "single"))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, single[name], rtol=1e-4, atol=1e-6)
+        assert name.startswith(TRAINED["s2"]) or torch.equal(tensor, before[name].float())

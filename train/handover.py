@@ -57,7 +57,7 @@ def load_model(source: Checkpoint, attn_implementation: str | None = None) -> Pr
 
 
 def weight_reader(model: PreTrainedModel, source: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """Return a function: name of a trained parameter -> its exact value at the start; adapters, in no file, stay."""
+    """Return a function: name of a trained parameter -> its value at the start; adapters, in no file, are kept."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     fresh = {name: value.detach().clone() for name, value in trained.items() if name not in source.weight_map}
     return lambda name: fresh[name] if name in fresh else load_float32(source[name])

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_tensorboard_available
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..convert.storage.checkpoint import Checkpoint, FileCheckpoint
 from ..convert.storage.files import first_line
@@ -359,6 +360,7 @@ class Stage:
 
     def _hand_over(self, trainer: SAILVLTrainer) -> None:
         trained = trained_weights(trainer)
+        unset_hf_deepspeed_config()  # else ZeRO-3 would shard the model that one rank builds, and wait for the others
         if self.rank == 0:
             model = build_result(trained, self.recipe, self.source, self.rows)
             write_result(model, self.source, self.output, self._stages(trainer.state.global_step))
