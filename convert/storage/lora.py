@@ -172,12 +172,10 @@ class Unwrapped(AdaptedModel):
         self.weight_map = dict.fromkeys(self.changes, "merged/" + checkpoint.entry)
 
     def document(self, file: str) -> dict[str, Any]:
-        """config.json with the ranks set to 0."""
+        """config.json without alphas, and with the ranks set to 0."""
         content = super().document(file)
-        if file != "config.json":
-            return content
-        ranks = {key: 0 for key in RANK_FIELDS.values() if content.get(key)}
-        return {key: value for key, value in content.items() if key not in ALPHA_FIELDS.values()} | ranks
+        ranks = {key: 0 for key in RANK_FIELDS.values() if content.get(key)} if file == "config.json" else {}
+        return {key: value for key, value in {**content, **ranks}.items() if key not in ALPHA_FIELDS.values()}
 
     def original(self, name: str) -> StoredTensor:
         change = self.changes[name]
@@ -186,12 +184,11 @@ class Unwrapped(AdaptedModel):
         return self.adapter[change.get("base_layer") or change["whole"]]
 
     def scale(self, name: str, rank: int) -> float:
-        component = next((part for part in RANK_FIELDS if part in name.split(".")), None)
-        config, field = self.adapter.document("config.json"), RANK_FIELDS.get(component)
-        configured = config.get(field)
-        if configured == rank:
-            return config.get(ALPHA_FIELDS[component], 2 * rank) / rank
-        known = f"{field} in config.json is {configured!r}" if field else "no component of InternVL"
+        part = next((part for part in RANK_FIELDS if part in name.split(".")), None)
+        config, field = self.adapter.document("config.json"), RANK_FIELDS.get(part)
+        if config.get(field) == rank:
+            return config.get(ALPHA_FIELDS[part], 2 * rank) / rank
+        known = f"{field} in config.json is {config.get(field)!r}" if field else "no component of InternVL"
         raise self.error(f"{name}: LoRA of rank {rank}, but {known}, so its scale is unknown: {MERGE_WITH_PEFT}")
 
     @property
@@ -199,8 +196,7 @@ class Unwrapped(AdaptedModel):
         changes = sorted((name, change["lora_A"]) for name, change in self.changes.items() if "lora_A" in change)
         ranks = {name.partition(".")[0]: self.adapter[matrix].shape[0] for name, matrix in changes}
         config = self.adapter.document("config.json")
-        alphas = {name: config.get(ALPHA_FIELDS.get(name), 2 * rank) for name, rank in ranks.items()}
-        merged = {name: {"r": rank, "lora_alpha": alphas[name]} for name, rank in ranks.items()}
+        merged = {name: {"r": r, "lora_alpha": config.get(ALPHA_FIELDS.get(name), 2 * r)} for name, r in ranks.items()}
         return self.adapter.training_metadata | {"merged": merged}
 
 
