@@ -235,7 +235,7 @@ def test_a_data_set_on_the_hub_is_read_by_name_and_split(tmp_path, model):
     assert json.loads(run.stdout)["samples"] == 5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_data_set_on_the_hub_without_network_is_one_line(tmp_path, model):
     run = run_with_hub(tmp_path, model, "http://127.0.0.1:9")
     assert run.returncode == 2 and run.stdout == ""
@@ -244,7 +244,7 @@ def test_a_data_set_on_the_hub_without_network_is_one_line(tmp_path, model):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_interrupt_is_one_line(workers, tmp_path, model):
     write_numbers(tmp_path, "a", 60_000)

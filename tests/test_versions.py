@@ -33,7 +33,11 @@ SAME_EVERYWHERE = (
     "test_checkpoints.py",
     "test_common_suites.py",
     "test_devices.py",
+    "test_estimate.py",
     "test_layouts.py",
+    "test_packing.py",
+    "test_recipes.py",
+    "test_train_formats.py",
     "test_training_checkpoints.py",
 )
 
