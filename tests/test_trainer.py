@@ -18,6 +18,13 @@ from sailvit.train.packing import PackedBatches
 from sailvit.train.trainer import SAILVLTrainer, TrainingError
 
 
+# transformers 4 rotates checkpoints by time, and accelerate calls an old name of torch's autocast
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
+]
+
+
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory) -> SAILVLProcessor:
     return make_processor(tmp_path_factory.mktemp("tokenizers") / "toy")

@@ -44,10 +44,11 @@ def load_model(source: Checkpoint, attn_implementation: str | None = None) -> Pr
     model, report = SAILVLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    if mismatched := sorted(report.get("mismatched_keys") or []):
-        tensor, stored, expected = mismatched[0]
+    # entries are names, in transformers >= 5 with the two shapes
+    if mismatched := sorted(entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]):
+        expected, stored = tuple(model.state_dict()[mismatched[0]].shape), source[mismatched[0]].shape
         raise ValueError(
-            f"{name}: {tensor}: expected the shape {tuple(expected)}, got {tuple(stored)}: the weights are of another "
+            f"{name}: {mismatched[0]}: expected the shape {expected}, got {stored}: the weights are of another "
             "width than config.json says; build a model with `sailvit compose`"
         )
     if missing := sorted(report.get("missing_keys") or []):
