@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
-from sailvit.train.flops import MODULES, blocks_of, meta_model
+from sailvit.train.flops import COMPONENTS, blocks_of, meta_model
 from sailvit.train.memory import PackShape, enable_checkpointing, memory_of_engines
 
 
@@ -36,7 +36,7 @@ SMALL_LANGUAGE = {
     "num_attention_heads": 6, "num_key_value_heads": 2,
 }  # fmt: skip
 WIDE_LANGUAGE = {**SMALL_LANGUAGE, "vocab_size": 32768, "hidden_size": 768, "intermediate_size": 3072}
-EVERYTHING = list(MODULES)
+EVERYTHING = list(COMPONENTS)
 # Activations, weights and optimizer, logits take most of the memory, in this order.
 SHAPES: dict[str, dict[str, Any]] = {
     "activations": {"text": SMALL_LANGUAGE, "trainable": ["connector"], "pack": [2048, 16, 200]},
@@ -105,7 +105,7 @@ def train_sharded(name: str, precision: str) -> int:
 def build(name: str) -> SAILVLForConditionalGeneration:
     shape = SHAPES[name]
     model = SAILVLForConditionalGeneration(make_config(shape)).train()
-    for component, module in MODULES.items():
+    for component, module in COMPONENTS.items():
         getattr(model, module).requires_grad_(component in shape["trainable"])
     enable_checkpointing(model, shape.get("checkpointed", ()))
     return model

@@ -578,6 +578,7 @@ WRONG = [
     (A + "kinds: {a: 1.5}", r"kinds\.a: .*equal to 1, got 1\.5"),
     (A + "kinds: {a: 0.6, b: 0.6}", r"shares of kinds add up to 1\.2"),
     (A + "total: 5", "total needs kinds"),
+    (A + A, "the key 'sources' is given twice"),
     ("[1]", "expected a mapping with sources, got list"),
     ("a: [", "no valid YAML"),
 ]

@@ -18,7 +18,7 @@ from toy_sailvl import LANGUAGE
 from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
 from sailvit.train import Corpus
 from sailvit.train.estimate import CARDS, GIB, SampleShape, TrainingSettings, index_bytes, make_plan, oom_hint
-from sailvit.train.flops import MODULES, meta_model, sample_flops
+from sailvit.train.flops import COMPONENTS, meta_model, sample_flops
 from sailvit.train.memory import LiveBytes, PackShape, enable_checkpointing, memory_of_states, peak_of_pack
 from sailvit.train.order import permutation
 
@@ -28,7 +28,7 @@ VISION = {
     "model_type": "sailvit", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 2, "image_size": 56,
 }  # fmt: skip
-SUBSETS = [subset for count in (1, 2, 3) for subset in combinations(MODULES, count)]
+SUBSETS = [subset for count in (1, 2, 3) for subset in combinations(COMPONENTS, count)]
 
 
 def toy_config(language: str = "qwen2", **options) -> SAILVLConfig:
@@ -48,7 +48,7 @@ def train_on(model: SAILVLForConditionalGeneration) -> None:
 
 def real_model(config: SAILVLConfig, trainable: tuple[str, ...], checkpointed: tuple[str, ...] = ()):
     model = SAILVLForConditionalGeneration(config).train()
-    for component, module in MODULES.items():
+    for component, module in COMPONENTS.items():
         getattr(model, module).requires_grad_(component in trainable)
     enable_checkpointing(model, checkpointed)
     return model
@@ -77,7 +77,7 @@ def test_training_flops_are_those_that_torch_counts(trainable, checkpointed):
 def test_flops_of_other_language_models_are_those_that_torch_counts(language, tied):
     config = toy_config(language, tie_word_embeddings=tied)
     flops = sample_flops(meta_model(config), ("language",)).of(TOKENS, TILES, ANSWERS)
-    assert flops.hardware == pytest.approx(counted_flops(config, tuple(MODULES), ("language",)), rel=1e-3)
+    assert flops.hardware == pytest.approx(counted_flops(config, tuple(COMPONENTS), ("language",)), rel=1e-3)
 
 
 def add_lora(model: SAILVLForConditionalGeneration) -> SAILVLForConditionalGeneration:
@@ -119,7 +119,7 @@ def test_states_of_a_single_process_are_the_tensors_of_weights_gradients_and_ada
 
 
 @pytest.mark.parametrize("checkpointed", [(), ("vision",), ("vision", "language")], ids="+".join)
-@pytest.mark.parametrize("trainable", [("connector",), ("vision", "connector"), tuple(MODULES)], ids="+".join)
+@pytest.mark.parametrize("trainable", [("connector",), ("vision", "connector"), tuple(COMPONENTS)], ids="+".join)
 def test_peak_on_fake_tensors_is_that_of_a_packed_step_on_real_ones(trainable, checkpointed):
     config = SAILVLConfig(vision_config=VISION, text_config={"model_type": "qwen2", **LANGUAGE}, image_token_id=3)
     pack, model = PackShape(256, 4, 32), real_model(config, trainable, checkpointed)

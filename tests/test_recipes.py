@@ -252,7 +252,7 @@ def test_a_wrong_override_is_an_error_that_names_it(override, message):
         ("[1]", "expected a mapping with trainable, learning_rate, ..., got list"),
         ("", "expected a mapping with trainable, learning_rate, ..., got NoneType"),
         ("a: [", "no valid YAML"),
-        ("seed: 1\nseed: 2\n", "seed is given twice"),
+        ("seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
         ("extends: stage9\n", "stage9: no such recipe; did you mean stage3?"),
         ("extends: [stage1]\n", "extends: expected a recipe, such as stage3, got ['stage1']"),
         ("extends: mine.yaml\n", "extends itself"),

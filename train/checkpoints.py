@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..convert.storage.output_folder import sync
 from ..convert.storage.training_record import TRAINING
 from .cache import new_file
 
@@ -30,7 +31,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that appears complete or not at all, also after a power failure."""
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,15 +46,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_training(folder: Path, stages: list[dict[str, Any]]) -> None:
     """Write the record of a model."""
     write_json(folder / TRAINING, {"training": {"stages": stages}})
-
-
-def sync_folder(folder: Path) -> None:
-    """Write the names of the files of a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # The folder of a run
@@ -115,10 +107,10 @@ def mark_complete(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     for path in {path.parent for path in files}:
-        sync_folder(path)
+        sync(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     write_json(folder / MARKER, {"files": sizes})
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def is_complete(folder: Path) -> bool:

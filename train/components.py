@@ -19,12 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from ..processing_sailvl import SAILVLProcessor
+from .flops import COMPONENTS
 
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
 # Fields of config.json with rank and alpha of LoRA, for `sailvit convert`; the ranks are those of InternVL.
 LORA_FIELDS = {
     "vision": ("use_backbone_lora", "backbone_lora_alpha"),

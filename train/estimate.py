@@ -16,7 +16,7 @@ import numpy as np
 
 from ..configuration_sailvl import SAILVLConfig
 from ..modeling_sailvl import SAILVLForConditionalGeneration
-from .flops import MODULES, Flops, meta_model, sample_flops
+from .flops import COMPONENTS, Flops, meta_model, sample_flops
 from .memory import ENGINES, Memory, PackShape, memory_of_engines, memory_of_states
 
 
@@ -128,7 +128,7 @@ class Settings(Protocol):
 class TrainingSettings:
     """Settings of a plan without a recipe; the defaults are those of the paper's last stage."""
 
-    trainable: tuple[str, ...] = tuple(MODULES)
+    trainable: tuple[str, ...] = tuple(COMPONENTS)
     samples_per_step: int = 512
     epochs: float = 1
     max_steps: int | None = None
@@ -375,7 +375,7 @@ def make_plan(
     flops = sample_flops(model, settings.checkpointed)
     return Plan(
         settings=settings,
-        parameters={name: _parameters(getattr(model, module)) for name, module in MODULES.items()},
+        parameters={name: _parameters(getattr(model, module)) for name, module in COMPONENTS.items()},
         sample=shape,
         pack=pack,
         flops=flops.of(shape.tokens, shape.tiles, shape.answers, shape.squared_tokens),

@@ -22,21 +22,21 @@ from ..modeling_sailvl import SAILVLForConditionalGeneration
 
 
 # Component -> the module of a SAIL-VL.
-MODULES = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
+COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
 
 
-def meta_model(config: SAILVLConfig, trainable: Collection[str] = tuple(MODULES)) -> SAILVLForConditionalGeneration:
+def meta_model(config: SAILVLConfig, trainable: Collection[str] = tuple(COMPONENTS)) -> SAILVLForConditionalGeneration:
     """
     Return a model without memory (on the meta device) in which only the components in `trainable` require gradients.
 
     Raises:
         ValueError: A component is unknown.
     """
-    if unknown := [name for name in trainable if name not in MODULES]:
-        raise ValueError(f"trainable: expected {', '.join(MODULES)}, got {', '.join(map(repr, unknown))}")
+    if unknown := [name for name in trainable if name not in COMPONENTS]:
+        raise ValueError(f"trainable: expected {', '.join(COMPONENTS)}, got {', '.join(map(repr, unknown))}")
     with torch.device("meta"):
         model = SAILVLForConditionalGeneration(config)
-    for component, module in MODULES.items():
+    for component, module in COMPONENTS.items():
         getattr(model, module).requires_grad_(component in trainable)
     return model
 

@@ -17,10 +17,11 @@ from ..convert.export.sailvl_files import PROCESSOR_FILES, write_sailvl_card
 from ..convert.export.tokenizer_files import TOKENIZER_FILES
 from ..convert.storage.checkpoint import Checkpoint
 from ..convert.storage.files import hash_file
+from ..convert.storage.output_folder import sync
 from ..convert.storage.sources import PROVENANCE, describe_source
 from ..convert.storage.tensors import load_float32
 from ..modeling_sailvl import SAILVLForConditionalGeneration
-from .checkpoints import read_json, sync_folder, write_json, write_training
+from .checkpoints import read_json, write_json, write_training
 from .components import merge_adapters, set_trainable
 
 
@@ -92,7 +93,10 @@ def build_result(trained: Mapping[str, torch.Tensor], recipe: "Recipe", source: 
     """
     model = load_model(source)
     set_trainable(model, recipe, rows)
-    model.load_state_dict(trained, strict=False)
+    missing, unexpected = model.load_state_dict(trained, strict=False)  # frozen tensors stay those of the source
+    lacking = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name in missing]
+    if wrong := [*unexpected, *lacking]:
+        raise RuntimeError(f"{wrong[0]}: the trained weights and the model do not match in {len(wrong)} tensors")
     merge_adapters(model)
     return model
 
@@ -126,7 +130,7 @@ def write_result(model: PreTrainedModel, source: Checkpoint, output: Path, stage
         shutil.copymode(part / "config.json", path)  # temporary files, as libraries write weights, are private
         path.replace(output / path.name)
     part.rmdir()
-    sync_folder(output)
+    sync(output)
     write_training(output, stages)
 
 

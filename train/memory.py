@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ..modeling_sailvl import SAILVLForConditionalGeneration
-from .flops import MODULES, blocks_of
+from .flops import COMPONENTS, blocks_of
 
 
 ENGINES = ("single", "zero2", "zero3", "fsdp2")
@@ -200,7 +200,7 @@ def peak_of_pack(
 
 def enable_checkpointing(model: SAILVLForConditionalGeneration, components: Collection[str]) -> None:
     for component in components:
-        module = getattr(model, MODULES[component])
+        module = getattr(model, COMPONENTS[component])
         # transformers < 5.20 has only the second name
         enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
         enable({"use_reentrant": False})

@@ -318,8 +318,6 @@ def _read_fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{path}: expected a mapping with trainable, learning_rate, ..., got {type(fields).__name__}")
     sources: dict[str, str] = {}
     for key, value in yaml.compose(text, Loader).value:
-        if key.value in sources:
-            raise ValueError(f"{path}: {key.value} is given twice")
         is_one_line = value.start_mark.line == value.end_mark.line == key.start_mark.line
         end = value.end_mark.column if is_one_line else key.end_mark.column
         comment = text.splitlines()[key.start_mark.line][end:].partition("#")[2].strip()

@@ -19,7 +19,16 @@ class Strict(BaseModel):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written 1e-5, as in YAML 1.2; PyYAML itself reads that as a string."""
+    """
+    YAML whose numbers may be written 1e-5, as in YAML 1.2; PyYAML itself reads that as a string, and keeps the last of
+    two equal keys.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"the key {twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
