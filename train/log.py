@@ -132,6 +132,9 @@ def peak_bytes(device: torch.device) -> float:
     if device.type != "cpu":
         measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)
         return math.nan if measure is None else float(measure(device))
+    if sys.platform == "linux":  # getrusage there includes the peak of the process that started this one
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next((1024.0 * int(line.split()[1]) for line in status if line.startswith("VmHWM")), math.nan)
     if resource is None:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
