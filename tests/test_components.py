@@ -47,7 +47,7 @@ def train(model, corpus: MemoryCorpus, recipe: ToyRecipe, output: Path) -> SAILV
 
 def backward(model, corpus: MemoryCorpus) -> torch.Tensor:
     pack = read_pack(corpus, range(4))
-    loss = pack_loss(model, pack.inputs, answer_weights(pack, "token"), True) / pack.num_labels
+    loss = pack_loss(model, pack.inputs, answer_weights(pack, "token"), True)[0] / pack.num_labels
     loss.backward()
     return loss.detach()
 

@@ -48,7 +48,7 @@ def test_reductions_equal_naive_ones_from_all_logits(processor, pack, reduction)
     model.zero_grad()
     weights = answer_weights(pack, reduction)
     assert len(weights) == pack.num_labels and len(set(weights.tolist())) == (1 if reduction == "token" else 5)
-    loss = pack_loss(model, pack.inputs, weights, True) / weights.sum()
+    loss = pack_loss(model, pack.inputs, weights, True)[0] / weights.sum()
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, gradient in component_gradients(model).items():
@@ -58,7 +58,7 @@ def test_reductions_equal_naive_ones_from_all_logits(processor, pack, reduction)
 def test_the_loss_of_tokens_is_that_of_the_model(processor, pack):
     model = make_model(processor)
     expected = model(**pack.inputs).loss
-    loss = pack_loss(model, pack.inputs, answer_weights(pack, "token"), True) / pack.num_labels
+    loss = pack_loss(model, pack.inputs, answer_weights(pack, "token"), True)[0] / pack.num_labels
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_a_language_model_without_logits_to_keep_computes_all_logits(processor, 
         inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=use_cache
     )
     assert not model._supports_logits_to_keep()
-    loss = pack_loss(model, pack.inputs, answer_weights(pack, "token"), False) / pack.num_labels
+    loss = pack_loss(model, pack.inputs, answer_weights(pack, "token"), False)[0] / pack.num_labels
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_an_empty_pack_has_a_loss_of_0_and_all_gradients(processor):
     model.always_run_vision = True
     empty = collate([])
     weights = answer_weights(empty, "sample")
-    loss = pack_loss(model, empty.inputs, weights, True)
+    loss, _ = pack_loss(model, empty.inputs, weights, True)
     loss.backward()
     assert loss.item() == 0 and weights.shape == (0,)
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())

@@ -2,18 +2,23 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_corpus import MemoryCorpus, make_corpus, make_model, make_processor, make_samples
 from toy_recipe import ToyRecipe
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from sailvit import SAILVLProcessor
 from sailvit.train.components import parameter_groups, set_trainable
+from sailvit.train.flops import meta_model, sample_flops
 from sailvit.train.formats import BadSample
+from sailvit.train.log import Progress, device_peak
 from sailvit.train.packing import PackedBatches
 from sailvit.train.trainer import SAILVLTrainer, TrainingError
 
@@ -23,6 +28,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
 ]
+
+
+# What differs between two runs of the same steps.
+MEASURED = {"seconds", "wait_seconds", "wait_fraction", "memory_gb"}
+MEASURED |= {f"{name}_per_second" for name in ("samples", "tokens", "tiles")}
+# What else Trainer reports, most of it at the end.
+OF_TRAINER = {
+    "epoch",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "total_flos",
+    "train_loss",
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +120,7 @@ def test_the_loss_of_a_step_does_not_depend_on_packs(corpus, tmp_path, reduction
 
 
 def test_every_step_is_logged(corpus, tmp_path):
-    trainer = make_trainer(corpus, tmp_path)
+    trainer, resident = make_trainer(corpus, tmp_path), psutil.Process().memory_info().rss
     trainer.train()
     log, batches = read_log(tmp_path), trainer.batches
     for step, entry in enumerate(log):
@@ -111,10 +130,135 @@ def test_every_step_is_logged(corpus, tmp_path):
         assert entry["tiles"] == batches.corpus.tiles[samples].sum()
         assert entry["answer_tokens"] == sum(pack.num_labels for pack in packs)
         assert entry["seconds"] >= entry["wait_seconds"] > 0 and entry["grad_norm"] > 0
+        assert entry["wait_fraction"] == entry["wait_seconds"] / entry["seconds"]
+        for name in ("samples", "tokens", "tiles"):
+            assert entry[f"{name}_per_second"] == pytest.approx(entry[name] / entry["seconds"])
+        assert entry["fill"] == pytest.approx(entry["tokens"] / (len(packs) * 600)) and entry["balance"] == 1
+        assert entry["mfu"] is None and entry["hfu"] is None  # a CPU, whose peak is unknown
     assert log[-1]["epoch"] == 2 and len(log) == len(batches) == 5
+    peaks = [entry["memory_gb"] for entry in log]
+    assert resident / 1e9 <= peaks[0] and peaks == sorted(peaks) and peaks[-1] < psutil.virtual_memory().total / 1e9
     reported = [entry for entry in trainer.state.log_history if "loss" in entry]
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [entry[key] for entry in reported] == pytest.approx([entry[key] for entry in log], rel=1e-4)
+    assert {*reported[0]} == {"loss", "grad_norm", "learning_rate", "epoch", "step"}  # what each checkpoint repeats
+
+
+def test_the_loss_by_kind_is_the_mean_over_its_answer_tokens(corpus, tmp_path):
+    """Whatever the reduction of the loss is. The learning rate keeps the weights as they are."""
+    recipe = ToyRecipe(learning_rate=1e-30, loss_reduction="square")
+    make_trainer(corpus, tmp_path, recipe, samples_per_step=3).train()
+    model, batches = make_model(corpus.processor), make_batches(corpus, packing=False, samples_per_step=3)
+    found = set()
+    for step, entry in enumerate(read_log(tmp_path)):
+        losses = {}
+        for pack in batches[step]:
+            with torch.no_grad():
+                logits = model(**{key: value for key, value in pack.inputs.items() if key != "labels"}).logits
+            each = F.cross_entropy(logits[0, :-1], pack.inputs["labels"][0, 1:], reduction="none")
+            losses.setdefault(corpus[pack.samples[0]].kind, []).append(each[pack.inputs["labels"][0, 1:] != -100])
+        expected = {kind: torch.cat(parts).mean().item() for kind, parts in losses.items()}
+        assert entry["loss_by_kind"] == pytest.approx(expected, rel=1e-5)
+        found.add(frozenset(expected))
+    assert len(found) > 1  # some steps lack a kind
+
+
+def test_utilisation_is_that_of_the_samples_of_a_step(corpus, tmp_path):
+    recipe = ToyRecipe(trainable=["vision", "connector"], gradient_checkpointing=True, peak_tflops=2.5, max_steps=2)
+    make_trainer(corpus, tmp_path, recipe).train()
+    batches, model = make_batches(corpus), meta_model(make_model(corpus.processor).config, recipe.trainable)
+    flops = sample_flops(model, ("vision", "language"))
+    for step, entry in enumerate(read_log(tmp_path)):
+        work = flops.of(0, 0, entry["answer_tokens"])
+        for index in batches.samples(step):
+            work += flops.of(int(corpus.tokens[index]), int(corpus.tiles[index]), 0)
+        assert entry["mfu"] == pytest.approx(work.model / entry["seconds"] / 2.5e12)
+        assert entry["hfu"] == pytest.approx(work.hardware / entry["seconds"] / 2.5e12) and entry["hfu"] > entry["mfu"]
+
+
+def test_the_peak_of_a_device_is_that_of_its_data_sheet(monkeypatch):
+    device = torch.device("cuda", 0)
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "AMD Instinct MI300X": 1307e12,
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA GH200 480GB": None,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    }
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert device_peak(None, device, True) == peak
+        assert device_peak(None, device, False) is None and device_peak(70.0, device, False) == 70e12
+    assert device_peak(None, torch.device("cpu"), True) is None
+
+
+def test_tensorboard_gets_the_figures_of_the_log(corpus, tmp_path):
+    """Of two steps each: means over tokens, samples and time, not of the figures of the steps."""
+    recipe = ToyRecipe(report_to=["tensorboard"], logging_steps=2, max_steps=4, peak_tflops=1)
+    make_trainer(corpus, tmp_path, recipe).train()
+    log = read_log(tmp_path)
+    (folder,) = {path.parent for path in tmp_path.glob("runs/**/events*")}
+    events = EventAccumulator(str(folder)).Reload()
+    tags = {*events.Tags()["scalars"]}
+    pairs = [(log[index], log[index + 1]) for index in (0, 2)]
+
+    def check(name: str, expected: list[float]) -> None:
+        scalars = events.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == [2, 4]
+        assert [scalar.value for scalar in scalars] == pytest.approx(expected, rel=1e-4)
+        tags.remove(f"train/{name}")
+
+    for name in ("loss", "fill", "balance"):
+        check(name, [(first[name] + second[name]) / 2 for first, second in pairs])
+    for name in ("samples", "tokens", "tiles"):
+        check(f"{name}_per_second", [(a[name] + b[name]) / (a["seconds"] + b["seconds"]) for a, b in pairs])
+    for name in ("mfu", "hfu", "wait_fraction"):
+        check(name, [sum(e[name] * e["seconds"] for e in pair) / sum(e["seconds"] for e in pair) for pair in pairs])
+    for name in ("memory_gb", "grad_norm", "learning_rate"):
+        check(name, [second[name] for _, second in pairs])
+    for kind in ("ocr", "short_qa"):
+        values = [scalar.value for scalar in events.Scalars(f"train/loss_by_kind/{kind}")]
+        for value, pair in zip(values, pairs, strict=True):
+            of_steps = [entry["loss_by_kind"][kind] for entry in pair if kind in entry["loss_by_kind"]]
+            assert min(of_steps) - 1e-4 <= value <= max(of_steps) + 1e-4
+        tags.remove(f"train/loss_by_kind/{kind}")
+    assert tags <= {f"train/{name}" for name in OF_TRAINER}
+
+
+def test_progress_is_lines_where_there_is_no_terminal(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sailvit.train.log.INTERVAL", 0)
+    make_trainer(corpus, tmp_path).train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 5
+    for number, (line, entry) in enumerate(zip(lines, read_log(tmp_path), strict=True), 1):
+        rate = f"{entry['samples_per_second']:.1f}"
+        left = r"\?" if number == 1 else r"\d\d:\d\d"
+        assert re.fullmatch(rf"step {number}/5, loss {entry['loss']:.4f}, {rate} samples/s, {left} left", line), line
+
+
+def test_lines_of_progress_keep_their_distance(capsys, monkeypatch):
+    """The first and the last step have a line, and what 10 seconds passed before; the first is no part of the pace."""
+    seconds = iter([100, 104, 109, 111, 112, 130])
+    monkeypatch.setattr("sailvit.train.log.time.monotonic", lambda: next(seconds))
+    progress = Progress(8, 2, is_terminal=False)
+    for step in (3, 4, 5, 6, 7, 8):
+        progress.update(step, 1.5, 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 3/8, loss 1.5000, 20.0 samples/s, ? left",
+        "step 6/8, loss 1.5000, 20.0 samples/s, 00:07 left",  # 3 steps in 11 seconds
+        "step 8/8, loss 1.5000, 20.0 samples/s, 00:00 left",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_with_the_time_left(capsys):
+    progress = Progress(9, 0, is_terminal=True)
+    for step in (1, 2, 3):
+        progress.bar.last_print_t -= 1  # tqdm draws at most ten times a second
+        progress.update(step, 0.25, 20)
+    progress.close()
+    shown = capsys.readouterr().err
+    assert re.search(r"3/9 \[\d\d:\d\d<\d\d:\d\d, .*loss 0.2500, 20.0 samples/s", shown), shown
 
 
 @pytest.mark.parametrize("trainable", [["connector"], ["vision", "connector"], ["language"]])
@@ -141,8 +285,7 @@ def test_a_resumed_run_is_bit_equal(corpus, tmp_path, saved_step):
     resumed = make_trainer(corpus, tmp_path, recipe)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_step}"))
     log = read_log(tmp_path)
-    timings = ("seconds", "wait_seconds")
-    untimed = [[{k: v for k, v in entry.items() if k not in timings} for entry in lines] for lines in (first, log)]
+    untimed = [[{k: v for k, v in entry.items() if k not in MEASURED} for entry in lines] for lines in (first, log)]
     assert untimed[0] == untimed[1]
     for name, tensor in weights_of(whole).items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name

@@ -35,6 +35,9 @@ class MemoryCorpus:
     def __init__(self, samples, processor, cache_dir: Path, tokens, tiles):
         self._samples, self.processor, self.cache_dir = samples, processor, Path(cache_dir)
         self.tokens, self.tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
+        kinds = [getattr(sample, "kind", None) or "unknown" for sample in samples]
+        self.kind_names = tuple(sorted({*kinds}))
+        self.kinds = np.array([self.kind_names.index(kind) for kind in kinds], np.int32)
         self.fingerprint = hashlib.sha256(self.tokens.tobytes() + self.tiles.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -80,7 +83,9 @@ def make_image(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def make_sample(rng: np.random.Generator, images: int = 0, frames: int = 0, turns: int = 1) -> Sample:
+def make_sample(
+    rng: np.random.Generator, images: int = 0, frames: int = 0, turns: int = 1, kind: str | None = None
+) -> Sample:
     """Return a conversation of random questions and answers, with images and a video in the first question."""
     messages = []
     for turn in range(turns):
@@ -91,13 +96,14 @@ def make_sample(rng: np.random.Generator, images: int = 0, frames: int = 0, turn
         answer = " ".join(rng.choice(WORDS, rng.integers(1, 6)))
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return Sample(messages)
+    return Sample(messages, kind)
 
 
 def make_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Return samples with 0 to 2 images each, some with a video, some with two turns."""
+    """Return samples with 0 to 2 images each, some with a video, some with two turns; of two kinds."""
     rng = np.random.default_rng(seed)
-    return [make_sample(rng, index % 3, 2 * (index % 4 == 3), 1 + index % 2) for index in range(count)]
+    kinds = ("short_qa", "ocr", "ocr", "ocr", "ocr")
+    return [make_sample(rng, i % 3, 2 * (i % 4 == 3), 1 + i % 2, kinds[i % len(kinds)]) for i in range(count)]
 
 
 def make_corpus(samples: list[Sample], processor: SAILVLProcessor, cache_dir: Path) -> MemoryCorpus:

@@ -29,5 +29,6 @@ class ToyRecipe:
     save_total_limit: int = 2
     logging_steps: int = 1
     report_to: list[str] = field(default_factory=list)
+    peak_tflops: float | None = None
     workers: int = 0
     seed: int = 0

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from ..processing_sailvl import SAILVLProcessor
-from .flops import COMPONENTS
+from .flops import COMPONENTS, checkpointed_components
 
 
 if TYPE_CHECKING:
@@ -239,9 +239,7 @@ def _enable_checkpointing(model: PreTrainedModel, recipe: "Recipe") -> None:
 
     A frozen language model needs it, too, where the connector before it is trained: the gradient passes through it.
     """
-    which = recipe.gradient_checkpointing
-    names = [] if not which else ["vision", "language"] if which is True else [which]
-    for name in names:
+    for name in checkpointed_components(recipe.gradient_checkpointing):
         part = getattr(model, COMPONENTS[name])
         enable = getattr(part, "activation_checkpointing_enable", None)  # its name since transformers 5.24
         (enable or part.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -156,6 +156,10 @@ class Corpus(Sequence):
     def tiles(self) -> np.ndarray:
         return self.arrays["tiles"]
 
+    @property
+    def kinds(self) -> np.ndarray:
+        return self.arrays["kinds"]
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -8,6 +8,7 @@ Plan of a training run, from shapes alone: parameters, FLOPs, memory of a rank, 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..configuration_sailvl import SAILVLConfig
 from ..modeling_sailvl import SAILVLForConditionalGeneration
-from .flops import COMPONENTS, Flops, meta_model, sample_flops
+from .flops import COMPONENTS, Flops, checkpointed_components, meta_model, sample_flops
 from .memory import ENGINES, Memory, PackShape, memory_of_engines, memory_of_states
 
 
@@ -52,6 +53,16 @@ CARDS = {
     "l40s": Card(362e12, 48e9),  # NVIDIA L40S data sheet: 362.05, 733 with sparsity
     "mi300x": Card(1307e12, 192e9),  # AMD Instinct MI300X data sheet: 1,307.4
 }
+
+
+# In the names of devices that are slower than the card of CARDS with the same name.
+SLOWER_CARDS = {"pcie", "nvl", "mig"}
+
+
+def card_of(device_name: str) -> str | None:
+    """Return the key of CARDS of a device as torch names it, such as "NVIDIA H100 80GB HBM3"; None if it has none."""
+    words = {*re.split("[^a-z0-9]+", device_name.lower())}
+    return None if words & SLOWER_CARDS else next((card for card in CARDS if card in words), None)
 
 
 @dataclass(frozen=True)
@@ -148,8 +159,7 @@ class TrainingSettings:
     @property
     def checkpointed(self) -> tuple[str, ...]:
         """Components under gradient checkpointing."""
-        chosen = self.gradient_checkpointing
-        return (chosen,) if isinstance(chosen, str) else ("vision", "language") if chosen else ()
+        return checkpointed_components(self.gradient_checkpointing)
 
     def resolve(self, ranks: int) -> "TrainingSettings":
         """Return the settings without "auto": bfloat16; a single process, or ZeRO-3 on several ranks."""

@@ -41,17 +41,24 @@ def answer_weights(pack: Pack, reduction: str) -> torch.Tensor:
     """
     if reduction not in WEIGHTS:
         raise ValueError(f"loss_reduction: expected one of {', '.join(WEIGHTS)}, got {reduction!r}")
-    is_answer = pack.inputs["labels"][0].cpu() != IGNORED
-    counts = [int(sample.sum()) for sample in is_answer.split(pack.lengths or len(is_answer))]
-    answers = torch.tensor(counts, dtype=torch.float64)
-    return WEIGHTS[reduction](answers).repeat_interleave(answers.long())
+    answers = count_answers(pack)
+    return WEIGHTS[reduction](answers.double()).repeat_interleave(answers)
 
 
-def pack_loss(model: nn.Module, inputs: dict[str, Any], weights: torch.Tensor, keeps_logits: bool) -> torch.Tensor:
+def count_answers(pack: Pack) -> torch.Tensor:
+    """Return the number of answer tokens (samples,) int64 of every sample of a pack."""
+    ends = torch.tensor([0, *pack.lengths]).cumsum(0)
+    before = F.pad((pack.inputs["labels"][0].cpu() != IGNORED).cumsum(0), (1, 0))  # answer tokens before a position
+    return before[ends].diff()
+
+
+def pack_loss(
+    model: nn.Module, inputs: dict[str, Any], weights: torch.Tensor, keeps_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the sum of weight * cross entropy over the answer tokens of a pack.
+    Return the sum of weight * cross entropy over the answer tokens of a pack, and the cross entropies (T,), detached.
 
-    Without answer tokens it is 0, and so are the gradients of all trained parameters; none is missing.
+    Without answer tokens the sum is 0, and so are the gradients of all trained parameters; none is missing.
 
     Args:
         model: A SAIL-VL, or its wrapper of an engine.
@@ -67,4 +74,4 @@ def pack_loss(model: nn.Module, inputs: dict[str, Any], weights: torch.Tensor, k
     else:
         logits = model(**arguments).logits[0, positions]
     losses = F.cross_entropy(logits.float(), targets[positions], reduction="none")
-    return (losses * weights.to(losses)).sum()
+    return (losses * weights.to(losses)).sum(), losses.detach()

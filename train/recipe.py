@@ -109,7 +109,9 @@ class Recipe(Strict):
             at its learning rate.
         attn_implementation: As in `from_pretrained`; default: what transformers chooses.
         save_steps, save_total_limit: Steps between checkpoints; how many are kept.
-        logging_steps, report_to: Steps between log entries; integrations of transformers.
+        logging_steps, report_to: Steps between reports; integrations of transformers that they go to.
+        peak_tflops: What mfu and hfu are a share of: the most TFLOP/s of a device in `precision`; default: of a known
+            card in bfloat16 that of its data sheet, else there is no mfu.
         workers: Processes of each rank that read and decode samples.
         seed: Of the order of samples and of dropout.
         max_hours: Save and exit after this time, so that a scheduler can requeue the run.
@@ -151,6 +153,7 @@ class Recipe(Strict):
     save_total_limit: Count = 3
     logging_steps: Count = 1
     report_to: Names = ["tensorboard"]
+    peak_tflops: Positive | None = None
     workers: int = Field(4, ge=0)
     seed: int = Field(0, ge=0)
     max_hours: Positive | None = None

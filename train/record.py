@@ -15,7 +15,7 @@ from ..convert.storage.checkpoint import Checkpoint
 from ..convert.storage.sources import public_name
 from ..convert.storage.training_record import read_training
 from .cache import content_hash, hash_of
-from .trainer import LOG
+from .log import LOG
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Fields of a recipe that may change when a run goes on: they change no step.
 OPERATIONAL = {
     "name", "description", "model", "data", "output", "save_steps", "save_total_limit", "logging_steps", "report_to",
-    "workers", "max_hours", "gradient_checkpointing", "kinds",
+    "peak_tflops", "workers", "max_hours", "gradient_checkpointing", "kinds",
 }  # fmt: skip
 PACKAGES = ("sailvit", "torch", "transformers", "accelerate", "deepspeed")
 SUMS = ("samples", "tokens", "answer_tokens", "tiles")  # of log.jsonl

@@ -9,17 +9,17 @@ accumulation, and the number of the step is all the state that the data has.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate.utils import DistributedType, gather_object
@@ -27,11 +27,26 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 
 from ..devices import choose_device, computes_natively
 from .collate import Pack, normalize_tiles
 from .components import check_trainable, parameter_groups
-from .loss import answer_weights, pack_loss
+from .flops import checkpointed_components, sample_flops
+from .log import (
+    LOG,
+    SKIPPED,
+    Progress,
+    StepTotals,
+    append_lines,
+    device_peak,
+    flatten_figures,
+    keep_until,
+    peak_bytes,
+    step_figures,
+)
+from .loss import answer_weights, count_answers, pack_loss
 from .packing import PackedBatches
 
 
@@ -46,9 +61,8 @@ ENGINES = {
     "fsdp2": DistributedType.FSDP,
 }
 DDP_TYPES = [getattr(DistributedType, name) for name in dir(DistributedType) if name.startswith("MULTI_")]
-LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
-# Sums over the ranks of a step, in this order.
-COUNTS = ("weight", "samples", "tokens", "answer_tokens", "tiles", "skipped")
+# Numbers of a step that are summed over the ranks, in this order.
+COUNTS = ("samples", "tokens", "squared_tokens", "answer_tokens", "tiles", "skipped")
 
 
 class TrainingError(RuntimeError):
@@ -201,7 +215,7 @@ class StepSampler(Sampler[int]):
 
 
 class RunState(TrainerCallback):
-    """Prepares log.jsonl, skipped.jsonl and ZeRO's weights when training starts, and counts epochs of the corpus."""
+    """Prepares log.jsonl, skipped.jsonl, the progress and ZeRO's weights at the start; counts epochs of the corpus."""
 
     def __init__(self, trainer: "SAILVLTrainer"):
         self.trainer = trainer
@@ -209,7 +223,8 @@ class RunState(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             for name in (LOG, SKIPPED):
-                _keep_until(self.trainer.output / name, state.global_step)
+                keep_until(self.trainer.output / name, state.global_step)
+            self.trainer.progress = Progress(state.max_steps, state.global_step, not args.disable_tqdm)
         if self.trainer.read_weight and not state.global_step:
             _set_master_weights(self.trainer.model, self.trainer.read_weight)
         self.trainer._step_started = time.perf_counter()
@@ -217,6 +232,10 @@ class RunState(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         batches = self.trainer.batches
         state.epoch = min(state.global_step * batches.samples_per_step, batches.num_samples) / len(batches.corpus)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.progress is not None:
+            self.trainer.progress.close()
 
 
 def _set_master_weights(model: PreTrainedModel, read_weight: Callable[[str], torch.Tensor]) -> None:
@@ -226,19 +245,6 @@ def _set_master_weights(model: PreTrainedModel, read_weight: Callable[[str], tor
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             safe_set_full_fp32_param(parameter, read_weight(name).float())
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Remove the lines of later steps, which a run that goes on from a checkpoint repeats, and a torn last line."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in kept), "utf-8")
-
-
-def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
 # Trainer
@@ -276,6 +282,7 @@ class SAILVLTrainer(Trainer):
         self.recipe, self.batches, self.output = recipe, batches, Path(output)
         args = args or training_arguments(recipe, self.output, len(batches), model)
         self.keeps_logits = model._supports_logits_to_keep()
+        self.flops = sample_flops(model, checkpointed_components(recipe.gradient_checkpointing))  # before it is sharded
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
         if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
@@ -284,9 +291,15 @@ class SAILVLTrainer(Trainer):
         self.read_weight = read_weight if self.is_deepspeed_enabled else None
         trains_vision = any(p.requires_grad for part in (model.vision_model, model.mlp1) for p in part.parameters())
         model.always_run_vision = trains_vision or self.accelerator.num_processes > 1
-        self._counts: dict[str, float] = {}
-        self._loss, self._wait_seconds, self._step_started = math.nan, 0.0, time.perf_counter()
-        self._recorded_step = 0
+        peak = device_peak(recipe.peak_tflops, self.args.device, self.args.bf16)
+        self.peak_flops = peak and peak * self.accelerator.num_processes
+        self.progress: Progress | None = None
+        self._step: StepTotals | None = None  # the current step, and those since the last report
+        self._unreported: StepTotals | None = None
+        self._answer_kinds = np.zeros(0, int)  # of the answer tokens of this rank
+        self._loss, self._step_started, self._recorded_step = math.nan, time.perf_counter(), 0
+        for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
+            self.remove_callback(callback)
         self.add_callback(RunState(self))
 
     def _check_ranks(self, batches: PackedBatches) -> None:
@@ -333,28 +346,39 @@ class SAILVLTrainer(Trainer):
         """Return the packs of a step and the sum of the weights of its answer tokens on all ranks."""
         started = time.perf_counter()
         packs = next(epoch_iterator, None)
-        self._wait_seconds = time.perf_counter() - started
+        waited = time.perf_counter() - started
         if packs is None:
             return [], None
-        self._counts = self._count(packs)
+        self._answer_kinds = self._kinds_of_answers(packs)
+        weight, self._step = self._count(packs)
+        self._step.wait_seconds = waited
         self._record_skipped(packs)
-        if not self._counts["answer_tokens"]:
+        if not self._step.counts["answer_tokens"]:
             raise TrainingError(f"{self._describe_step()}: expected at least one answer token, got none")
-        return [packs], self._counts["weight"]
+        return [packs], weight
 
-    def _count(self, packs: list[Pack]) -> dict[str, float]:
-        """Return the sums of COUNTS over packs and ranks."""
+    def _kinds_of_answers(self, packs: list[Pack]) -> np.ndarray:
+        """Return the number of the kind of every answer token."""
+        kinds, samples = self.batches.corpus.kinds, [np.array(pack.samples, int) for pack in packs]
+        counts = [count_answers(pack).numpy() for pack in packs]
+        return np.concatenate([np.repeat(kinds[own], each) for own, each in zip(samples, counts, strict=True)])
+
+    def _count(self, packs: list[Pack]) -> tuple[float, StepTotals]:
+        """Return the sum of the weights of all answer tokens, and the counts, of all ranks."""
         reduction, tiles = self.recipe.loss_reduction, (pack.inputs.get("pixel_values", ()) for pack in packs)
         own = [
             sum(float(answer_weights(pack, reduction).sum()) for pack in packs),
             sum(len(pack.samples) for pack in packs),
             sum(sum(pack.lengths) for pack in packs),
+            sum(length**2 for pack in packs for length in pack.lengths),
             sum(pack.num_labels for pack in packs),
             sum(map(len, tiles)),
             sum(len(pack.skipped) for pack in packs),
+            *np.bincount(self._answer_kinds, minlength=len(self.batches.corpus.kind_names)).tolist(),
         ]
-        totals = self._sum_over_ranks(own)
-        return {name: total if name == "weight" else int(total) for name, total in zip(COUNTS, totals, strict=True)}
+        weight, *totals = self._sum_over_ranks(own)
+        counts, by_kind = totals[: len(COUNTS)], totals[len(COUNTS) :]
+        return weight, StepTotals(dict(zip(COUNTS, map(int, counts), strict=True)), np.array(by_kind))
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         if self.accelerator.num_processes == 1:
@@ -362,14 +386,21 @@ class SAILVLTrainer(Trainer):
         tensor = torch.tensor(values, dtype=torch.float64, device=self.args.device)
         return self.accelerator.reduce(tensor, "sum").tolist()
 
+    def _gather_over_ranks(self, values: list[float]) -> np.ndarray:
+        """Return the values of all ranks (ranks, values)."""
+        if self.accelerator.num_processes == 1:
+            return np.array([values])
+        tensor = torch.tensor([values], dtype=torch.float64, device=self.args.device)
+        return self.accelerator.gather(tensor).cpu().numpy()
+
     def _record_skipped(self, packs: list[Pack]) -> None:
-        if not self._counts["skipped"]:
+        if not self._step.counts["skipped"]:
             return
         corpus, step = self.batches.corpus, self.state.global_step + 1
         entries = [corpus.skip(index, reason).to_dict() for pack in packs for index, reason in pack.skipped]
         entries = gather_object([{"step": step, **entry} for entry in entries])
         if self.is_world_process_zero():
-            _append(self.output / SKIPPED, entries)
+            append_lines(self.output / SKIPPED, entries)
 
     def training_step(
         self, model: nn.Module, inputs: list[Pack], num_items_in_batch: float | None = None
@@ -378,15 +409,17 @@ class SAILVLTrainer(Trainer):
         model.train()
         # DDP, FSDP and DeepSpeed average gradients over the ranks
         scale = self.accelerator.num_processes / num_items_in_batch
-        total = torch.zeros((), device=self.args.device)
+        total, losses = torch.zeros((), device=self.args.device), []
         for position, pack in enumerate(inputs):
             is_last = position == len(inputs) - 1
             with self._synchronize_gradients(model, is_last):
-                loss = scale * self._compute_pack_loss(model, pack)
+                loss, of_answers = self._compute_pack_loss(model, pack)
+                loss = scale * loss
                 options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **options)
             total += loss.detach()
-        self._check_loss(total)
+            losses.append(of_answers)
+        self._sum_losses(total, losses)
         return total
 
     @contextlib.contextmanager
@@ -401,7 +434,7 @@ class SAILVLTrainer(Trainer):
         with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
             yield
 
-    def _compute_pack_loss(self, model: nn.Module, pack: Pack) -> torch.Tensor:
+    def _compute_pack_loss(self, model: nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         weights = answer_weights(pack, self.recipe.loss_reduction).to(self.args.device, torch.float32)
         inputs = pack.to(self.args.device, non_blocking=True).inputs
         tiles = inputs.get("pixel_values")
@@ -410,9 +443,18 @@ class SAILVLTrainer(Trainer):
         with self.compute_loss_context_manager():
             return pack_loss(model, inputs, weights, self.keeps_logits)
 
-    def _check_loss(self, total: torch.Tensor) -> None:
-        """Compute the loss of the step; all ranks stop together if it is not finite."""
-        self._loss = self._sum_over_ranks([total.item()])[0] / self.accelerator.num_processes
+    def _sum_losses(self, total: torch.Tensor, losses: list[torch.Tensor]) -> None:
+        """
+        Compute the loss of the step, in all and by kind; all ranks stop together if it is not finite.
+
+        With them come the longest wait and the highest memory: one wait for the device, one exchange of the ranks.
+        """
+        step, (own, *of_answers) = self._step, torch.cat([total[None], *losses]).double().cpu().numpy()
+        by_kind = np.bincount(self._answer_kinds, of_answers, len(step.answers_by_kind))
+        ranks = self._gather_over_ranks([own, step.wait_seconds, peak_bytes(self.args.device), *by_kind])
+        self._loss = float(ranks[:, 0].sum()) / self.accelerator.num_processes
+        step.wait_seconds, step.memory = map(float, ranks[:, 1:3].max(0))
+        step.losses_by_kind = ranks[:, 3:].sum(0)
         if not math.isfinite(self._loss):
             raise TrainingError(
                 f"{self._describe_step()}: the loss is {self._loss}: lower the learning rate, or look at these samples"
@@ -437,10 +479,32 @@ class SAILVLTrainer(Trainer):
             raise TrainingError(
                 f"{name}: the norm of the gradients is {norm}: lower the learning rate, or look at these samples"
             )
-        entry = {"step": self.state.global_step, "epoch": self.state.epoch, "loss": self._loss}
-        entry |= {name: self._counts[name] for name in COUNTS if name != "weight"}
-        entry |= {"learning_rate": learning_rate, "grad_norm": norm}
-        entry |= {"seconds": now - self._step_started, "wait_seconds": self._wait_seconds}
-        self._step_started = now
+        self._step.seconds, self._step_started = now - self._step_started, now
         if self.is_world_process_zero():
-            _append(self.output / LOG, [entry])
+            self._report_step({"learning_rate": learning_rate, "grad_norm": norm})
+
+    def _report_step(self, optimizer: dict[str, float | None]) -> None:
+        """Write the line of a step to log.jsonl and show the progress."""
+        step, number = self._step, self.state.global_step
+        packing = self.batches.statistics([number - 1])
+        step.fill, step.balance = packing["fill"], packing["balance"]
+        step.memory = max(step.memory, peak_bytes(self.args.device))  # of this rank also in the optimizer
+        entry = {"step": number, "epoch": self.state.epoch, "loss": self._loss}
+        entry |= {name: step.counts[name] for name in COUNTS if name != "squared_tokens"}
+        entry |= optimizer | {"seconds": step.seconds, "wait_seconds": step.wait_seconds} | self._figures(step)
+        append_lines(self.output / LOG, [entry])
+        self._unreported = step if self._unreported is None else self._unreported + step
+        self.progress.update(number, self._loss, entry["samples_per_second"])
+
+    def _figures(self, totals: StepTotals) -> dict[str, Any]:
+        return step_figures(totals, self.batches.corpus.kind_names, self.flops, self.peak_flops)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report to `report_to` also the figures of log.jsonl; the history that checkpoints keep stays as it is."""
+        if self._unreported is None or "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        figures, self._unreported = flatten_figures(self._figures(self._unreported)), None
+        super().log({**logs, **figures}, start_time)
+        history = self.state.log_history
+        history[-1] = {name: value for name, value in history[-1].items() if name not in figures}
