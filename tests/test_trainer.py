@@ -12,6 +12,7 @@ from toy_recipe import ToyRecipe
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from sailvit import SAILVLProcessor
+from sailvit.train.attention import PER_SAMPLE
 from sailvit.train.components import parameter_groups, set_trainable
 from sailvit.train.formats import BadSample
 from sailvit.train.packing import PackedBatches
@@ -86,6 +87,16 @@ def test_a_run_equals_a_loop_over_single_samples(corpus, tmp_path, options):
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
     for name, tensor in weights_of(trainer).items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen, expected", [(None, PER_SAMPLE), ("sdpa", "sdpa")])
+def test_a_cpu_attends_per_sample_unless_the_recipe_says_otherwise(corpus, tmp_path, chosen, expected):
+    trainer = make_trainer(corpus, tmp_path, ToyRecipe(attn_implementation=chosen, max_steps=1))
+    trainer.train()
+    assert trainer.model.language_model.config._attn_implementation == expected
+    assert trainer.model.vision_model.config._attn_implementation == "sdpa"
+    trainer.save_model()
+    assert PER_SAMPLE not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])

@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 
 from ..devices import choose_device, computes_natively
+from .attention import attend_per_sample, is_per_sample
 from .collate import Pack, normalize_tiles
 from .components import check_trainable, parameter_groups
 from .loss import answer_weights, pack_loss
@@ -276,6 +277,9 @@ class SAILVLTrainer(Trainer):
         self.recipe, self.batches, self.output = recipe, batches, Path(output)
         args = args or training_arguments(recipe, self.output, len(batches), model)
         self.keeps_logits = model._supports_logits_to_keep()
+        if recipe.attn_implementation is None and args.device.type == "cpu":  # elsewhere it was not measured
+            attend_per_sample(model)
+        self.is_per_sample = is_per_sample(model)
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
         if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
@@ -407,6 +411,8 @@ class SAILVLTrainer(Trainer):
         tiles = inputs.get("pixel_values")
         if tiles is not None and tiles.dtype == torch.uint8:
             inputs["pixel_values"] = normalize_tiles(tiles, self.batches.corpus.processor.image_processor)
+        if self.is_per_sample:
+            inputs["sample_lengths"] = pack.lengths or [1]  # a pack without samples is one token
         with self.compute_loss_context_manager():
             return pack_loss(model, inputs, weights, self.keeps_logits)
 
