@@ -87,7 +87,7 @@ def relative_time(plan: Plan, costs: np.ndarray) -> float:
 
 def balance(steps: int = 60) -> None:
     cost = tile_cost(SAILVLConfig(SAILViTConfig.from_size("large"), QWEN))
-    print(f"\ncost of a tile, Large with a language model of 1.5B: {cost:.0f} tokens")
+    print(f"\ncost of a tile, Large with a language model of 1.5B: {cost:.0f} tokens, {cost / 256:.2f} times its own")
     for ranks in (8, 64):
         times, seconds, sizes = {"packed": [], "first-fit per rank": [], "one sample a micro-step": []}, [], []
         for step in range(steps):
@@ -167,6 +167,7 @@ def run_node(folder: Path, step: int) -> tuple[float, float, float]:
 
 def rows() -> None:
     print("\ntwo processes of a node, fresh, with an empty cache; PSS of both together")
+    imports = None  # memory that a small corpus needs, too
     for count, steps in ((10_000, [0]), (10_000_000, [0, 35_000])):
         for step in steps:
             with tempfile.TemporaryDirectory() as temporary:
@@ -177,7 +178,8 @@ def rows() -> None:
                     np.save(folder / f"{name}.npy", lengths)
                 peak, elapsed, planning = run_node(folder, step)
                 _, resumed, replanning = run_node(folder, step)
-            print(f"{count:,} rows, step {step:,}: {peak:.0f} MB")
+            imports = peak if imports is None else imports
+            print(f"{count:,} rows, step {step:,}: {peak:.0f} MB, {peak - imports:.0f} more than for the small corpus")
             for name, seconds in {"empty cache": (elapsed, planning), "later": (resumed, replanning)}.items():
                 print(f"    first plan after {seconds[0]:4.1f} s, without imports {seconds[1]:5.2f} s  {name}")
 
@@ -189,11 +191,16 @@ TILE_TOKENS = 16
 IMAGE_TOKEN = 4000
 
 
-def toy_model() -> SAILVLForConditionalGeneration:
-    """Return a model whose components cost about as much as in SAILViT-Large with a language model of 1.5B."""
-    vision = SAILViTConfig(
-        hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=3, image_size=112
-    )
+# Vision encoders whose share of the cost of a toy is that of SAILViT-Large with a language model of this size.
+TOYS = {
+    "1.5B": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3},
+    "7B": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 1},
+}
+
+
+def toy_model(like: str = "1.5B") -> SAILVLForConditionalGeneration:
+    """Return a model whose encoder, language model and LM head cost about as much, in proportion, as real ones."""
+    vision = SAILViTConfig(**TOYS[like], image_size=112)
     text = {**QWEN, "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
             "num_attention_heads": 6}  # fmt: skip
     return SAILVLForConditionalGeneration(SAILVLConfig(vision, text, image_token_id=IMAGE_TOKEN)).train()
@@ -280,9 +287,14 @@ def agreement() -> None:
             print(f"gradient of {name}: 1 - cosine {1 - cosine.item():.1e}")
 
 
-def throughput(rounds: int = 9) -> None:
+def throughput(rounds: int = 5) -> None:
+    for like in TOYS:
+        compare_steps(like, rounds)
+
+
+def compare_steps(like: str, rounds: int) -> None:
     """Compare steps as `SAILVLTrainer` and an unmodified Trainer do them: the first has no logits without a label."""
-    model, samples = toy_model(), toy_samples(32)
+    model, samples = toy_model(like), toy_samples(32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     labels, cost = count_labels(samples), tile_cost(model.config)
 
@@ -298,7 +310,7 @@ def throughput(rounds: int = 9) -> None:
     steps |= {f"padded, {size} rows": ("sdpa", loss_of_rows, padded(samples, size)) for size in (4, 8, 16)}
     seconds = medians({name: lambda step=step: train(*step) for name, step in steps.items()}, rounds)
     useful = sum(len(sample.input_ids) for sample in samples)
-    print(f"\na tile costs as much as {cost / TILE_TOKENS:.2f} times its {TILE_TOKENS} tokens")
+    print(f"\nas with a language model of {like}: a tile costs {cost / TILE_TOKENS:.2f} times as much as its tokens")
     print(f"a training step of {len(samples)} samples, {useful} useful tokens, {torch.get_num_threads()} threads")
     for name, value in seconds.items():
         rows = [getattr(batch, "inputs", batch)["input_ids"] for batch in steps[name][2]]

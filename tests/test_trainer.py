@@ -205,6 +205,17 @@ def test_skipped_samples_are_listed(processor, tmp_path):
     assert {entry["step"] for entry in skipped} == {e["step"] for e in read_log(tmp_path) if e["skipped"]}
 
 
+def test_too_many_samples_that_cannot_be_read_stop_the_run(processor, tmp_path):
+    samples = make_samples(12)
+    corpus = make_corpus(samples, processor, tmp_path / "cache")
+    corpus.max_bad_fraction = 0.1
+    samples[4] = BadSample("broken image")
+    make_trainer(corpus, tmp_path / "one").train()  # once an epoch, and one sample all the same
+    samples[5] = BadSample("Input/output error")
+    with pytest.raises(TrainingError, match=r"2 samples could not be read, more than max_bad_fraction 0\.1 of 12"):
+        make_trainer(corpus, tmp_path / "two").train()
+
+
 def test_a_step_without_an_answer_token_is_an_error(processor, tmp_path):
     samples = make_samples(4)
     corpus = make_corpus(samples, processor, tmp_path / "cache")

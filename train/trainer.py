@@ -291,6 +291,7 @@ class SAILVLTrainer(Trainer):
         self._counts: dict[str, float] = {}
         self._loss, self._wait_seconds, self._step_started = math.nan, 0.0, time.perf_counter()
         self._recorded_step = 0
+        self._unreadable: set[tuple[str, int]] = set()
         self.add_callback(RunState(self))
 
     def _check_ranks(self, batches: PackedBatches) -> None:
@@ -374,6 +375,18 @@ class SAILVLTrainer(Trainer):
         entries = gather_object([{"step": step, **entry} for entry in entries])
         if self.is_world_process_zero():
             _append(self.output / SKIPPED, entries)
+        self._check_skipped(entries)
+
+    def _check_skipped(self, entries: list[dict[str, Any]]) -> None:
+        """Stop if more samples than `max_bad_fraction` of an epoch could not be read since the run started."""
+        self._unreadable.update((entry["path"], entry.get("line", entry.get("index"))) for entry in entries)
+        corpus = self.batches.corpus
+        if len(self._unreadable) > corpus.max_bad_fraction * len(corpus):
+            raise TrainingError(
+                f"{len(self._unreadable)} samples could not be read, more than max_bad_fraction "
+                f"{corpus.max_bad_fraction:g} of {len(corpus)}; {self.output / SKIPPED} lists them, the last: "
+                f"{entries[-1]['path']}: {entries[-1]['reason']}"
+            )
 
     def training_step(
         self, model: nn.Module, inputs: list[Pack], num_items_in_batch: float | None = None
