@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILVLConfig, SAILVLForConditionalGeneration
 from sailvit.encode.demo import PHOTOGRAPH
+from sailvit.train.attention import PER_SAMPLE, is_per_sample
 from sailvit.train.collate import EncodedSample, Pack, collate, normalize_tiles
+from sailvit.train.loss import answer_weights, pack_loss
 from sailvit.train.packing import PackedBatches, plan_step, tile_cost
 
 
@@ -84,7 +87,7 @@ def relative_time(plan: Plan, costs: np.ndarray) -> float:
 
 def balance(steps: int = 60) -> None:
     cost = tile_cost(SAILVLConfig(SAILViTConfig.from_size("large"), QWEN))
-    print(f"\ncost of a tile, Large with a language model of 1.5B: {cost:.0f} tokens")
+    print(f"\ncost of a tile, Large with a language model of 1.5B: {cost:.0f} tokens, {cost / 256:.2f} times its own")
     for ranks in (8, 64):
         times, seconds, sizes = {"packed": [], "first-fit per rank": [], "one sample a micro-step": []}, [], []
         for step in range(steps):
@@ -164,6 +167,7 @@ def run_node(folder: Path, step: int) -> tuple[float, float, float]:
 
 def rows() -> None:
     print("\ntwo processes of a node, fresh, with an empty cache; PSS of both together")
+    imports = None  # memory that a small corpus needs, too
     for count, steps in ((10_000, [0]), (10_000_000, [0, 35_000])):
         for step in steps:
             with tempfile.TemporaryDirectory() as temporary:
@@ -174,7 +178,8 @@ def rows() -> None:
                     np.save(folder / f"{name}.npy", lengths)
                 peak, elapsed, planning = run_node(folder, step)
                 _, resumed, replanning = run_node(folder, step)
-            print(f"{count:,} rows, step {step:,}: {peak:.0f} MB")
+            imports = peak if imports is None else imports
+            print(f"{count:,} rows, step {step:,}: {peak:.0f} MB, {peak - imports:.0f} more than for the small corpus")
             for name, seconds in {"empty cache": (elapsed, planning), "later": (resumed, replanning)}.items():
                 print(f"    first plan after {seconds[0]:4.1f} s, without imports {seconds[1]:5.2f} s  {name}")
 
@@ -183,15 +188,20 @@ def rows() -> None:
 
 
 TILE_TOKENS = 16
-IMAGE_TOKEN = 1000
+IMAGE_TOKEN = 4000
 
 
-def toy_model() -> SAILVLForConditionalGeneration:
-    """Return a model whose language model dominates, as in a SAIL-VL."""
-    vision = SAILViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1, image_size=112
-    )
-    text = {**QWEN, "vocab_size": 1024, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
+# Vision encoders whose share of the cost of a toy is that of SAILViT-Large with a language model of this size.
+TOYS = {
+    "1.5B": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3},
+    "7B": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 1},
+}
+
+
+def toy_model(like: str = "1.5B") -> SAILVLForConditionalGeneration:
+    """Return a model whose encoder, language model and LM head cost about as much, in proportion, as real ones."""
+    vision = SAILViTConfig(**TOYS[like], image_size=112)
+    text = {**QWEN, "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
             "num_attention_heads": 6}  # fmt: skip
     return SAILVLForConditionalGeneration(SAILVLConfig(vision, text, image_token_id=IMAGE_TOKEN)).train()
 
@@ -201,7 +211,7 @@ def toy_samples(count: int) -> list[EncodedSample]:
     generator, samples = torch.Generator().manual_seed(0), []
     for length, num_tiles in zip(tokens.tolist(), tiles.tolist(), strict=True):
         visual = num_tiles * TILE_TOKENS
-        ids = torch.randint(0, 1000, (length,), generator=generator)
+        ids = torch.randint(0, IMAGE_TOKEN, (length,), generator=generator)
         ids[:visual] = IMAGE_TOKEN
         pixels = torch.randn(num_tiles, 3, 112, 112, generator=generator) if num_tiles else None
         samples.append(EncodedSample(ids, ids.masked_fill(torch.arange(length) < visual + 2, -100), pixels))
@@ -226,22 +236,32 @@ def padded(samples: list[EncodedSample], rows: int) -> list[dict[str, Any]]:
     return batches
 
 
-def packed(samples: list[EncodedSample], cost: float) -> list[dict[str, Any]]:
+def packed(samples: list[EncodedSample], cost: float) -> list[Pack]:
     tokens, tiles = ([len(t) if t is not None else 0 for t in column] for column in
                      ([s.input_ids for s in samples], [s.tiles for s in samples]))  # fmt: skip
     (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * TILE_TOKENS // 256, None, cost)
-    return [collate([samples[index] for index in pack]).inputs for pack in packs]
+    return [collate([samples[index] for index in pack], pack) for pack in packs]
 
 
 COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
 
 
-def gradients(model: SAILVLForConditionalGeneration, batches: list[dict[str, Any]], labels: torch.Tensor) -> Any:
+def loss_of_rows(model: SAILVLForConditionalGeneration, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """Return the share of rows in the loss of a step, as an unmodified Trainer computes it."""
+    return model(**inputs, num_items_in_batch=labels).loss
+
+
+def loss_of_pack(model: SAILVLForConditionalGeneration, pack: Pack, labels: torch.Tensor) -> torch.Tensor:
+    """Return the share of a pack in the loss of a step, as `SAILVLTrainer` computes it."""
+    inputs = pack.inputs | ({"sample_lengths": pack.lengths} if is_per_sample(model) else {})
+    return pack_loss(model, inputs, answer_weights(pack, "token"), keeps_logits=True) / labels
+
+
+def gradients(model: SAILVLForConditionalGeneration, losses: Iterable[torch.Tensor]) -> tuple[float, Any]:
     """Return the loss of a step and the gradient of every component."""
     model.zero_grad()
     total = 0.0
-    for inputs in batches:
-        loss = model(**inputs, num_items_in_batch=labels).loss
+    for loss in losses:
         loss.backward()
         total += loss.item()
     parts = {name: getattr(model, attribute) for name, attribute in COMPONENTS.items()}
@@ -249,40 +269,55 @@ def gradients(model: SAILVLForConditionalGeneration, batches: list[dict[str, Any
     return total, flat
 
 
+def count_labels(samples: list[EncodedSample]) -> torch.Tensor:
+    return torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
+
+
 def agreement() -> None:
     model, samples = toy_model(), toy_samples(32)
-    labels = torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
-    separate, expected = gradients(model, [collate([sample]).inputs for sample in samples], labels)
-    loss, found = gradients(model, packed(samples, tile_cost(model.config)), labels)
-    print(f"\nloss of a packed step, relative difference to one sample a row: {abs(loss - separate) / separate:.1e}")
-    for name, gradient in found.items():
-        cosine = torch.nn.functional.cosine_similarity(gradient, expected[name], dim=0)
-        print(f"gradient of {name}: 1 - cosine {1 - cosine.item():.1e}")
+    labels, packs = count_labels(samples), packed(samples, tile_cost(model.config))
+    separate, expected = gradients(model, (loss_of_rows(model, collate([s]).inputs, labels) for s in samples))
+    for attention in ("sdpa", PER_SAMPLE):
+        model.language_model.set_attn_implementation(attention)
+        loss, found = gradients(model, (loss_of_pack(model, pack, labels) for pack in packs))
+        print(f"\na packed step with {attention}, against one sample a row:")
+        print(f"loss: relative difference {abs(loss - separate) / separate:.1e}")
+        for name, gradient in found.items():
+            cosine = torch.nn.functional.cosine_similarity(gradient, expected[name], dim=0)
+            print(f"gradient of {name}: 1 - cosine {1 - cosine.item():.1e}")
 
 
-def throughput(rounds: int = 9) -> None:
-    model, samples = toy_model(), toy_samples(32)
+def throughput(rounds: int = 5) -> None:
+    for like in TOYS:
+        compare_steps(like, rounds)
+
+
+def compare_steps(like: str, rounds: int) -> None:
+    """Compare steps as `SAILVLTrainer` and an unmodified Trainer do them: the first has no logits without a label."""
+    model, samples = toy_model(like), toy_samples(32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    num_labels = torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
+    labels, cost = count_labels(samples), tile_cost(model.config)
 
-    def train(batches: list[dict[str, Any]]) -> float:
+    def train(attention: str, loss: Callable[..., torch.Tensor], batches: list[Any]) -> None:
+        model.language_model.set_attn_implementation(attention)
         optimizer.zero_grad()
-        for inputs in batches:
-            model(**inputs, num_items_in_batch=num_labels).loss.backward()
+        for batch in batches:
+            loss(model, batch, labels).backward()
         optimizer.step()
 
-    candidates = {"packed": packed(samples, tile_cost(model.config))}
-    candidates |= {f"padded, {size} rows": padded(samples, size) for size in (4, 8, 16)}
-    seconds = medians({name: lambda batches=batches: train(batches) for name, batches in candidates.items()}, rounds)
+    packs = packed(samples, cost)
+    steps = {"packed": (PER_SAMPLE, loss_of_pack, packs), "packed, sdpa with a mask": ("sdpa", loss_of_pack, packs)}
+    steps |= {f"padded, {size} rows": ("sdpa", loss_of_rows, padded(samples, size)) for size in (4, 8, 16)}
+    seconds = medians({name: lambda step=step: train(*step) for name, step in steps.items()}, rounds)
     useful = sum(len(sample.input_ids) for sample in samples)
-    print(f"\na training step of {len(samples)} samples, {useful} useful tokens, {torch.get_num_threads()} threads")
+    print(f"\nas with a language model of {like}: a tile costs {cost / TILE_TOKENS:.2f} times as much as its tokens")
+    print(f"a training step of {len(samples)} samples, {useful} useful tokens, {torch.get_num_threads()} threads")
     for name, value in seconds.items():
-        positions = sum(batch["input_ids"].numel() for batch in candidates[name])
+        rows = [getattr(batch, "inputs", batch)["input_ids"] for batch in steps[name][2]]
+        positions = sum(ids.numel() for ids in rows)
         print(f"{useful / value:8.0f} useful tokens/s  {useful / positions:4.0%} of positions useful  {name}")
-    names = [name for name in candidates if name != "packed"]
-    print_ratios(
-        "useful tokens per second, packed / padded", {name: seconds[name] / seconds["packed"] for name in names}
-    )
+    others = {name: value / seconds["packed"] for name, value in seconds.items() if name != "packed"}
+    print_ratios("useful tokens per second, packed / other", others)
 
 
 # Tiles through a DataLoader

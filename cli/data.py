@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import Group, Verbs, add_verb, count, pick, positive_integer
 from .progress import log
+from .startup import exit_at_interrupt
 
 
 if TYPE_CHECKING:
     from sailvit.train import Corpus
 
 REASONS = 10  # bad samples that are printed
+LONGEST_SHOWN = 4000  # characters of a sample that is printed
 FIGURES = Path("samples")
 
 
@@ -68,12 +70,13 @@ def run_check(options: argparse.Namespace) -> int:
       sailvit data check corpus.yaml --model new-vl --show 3
       sailvit data check corpus.yaml --model new-vl --samples-per-step 512 --ranks 8 --json
     """
-    from sailvit.train import Corpus, PackedBatches, check_corpus, describe, load_processor, tile_cost
-
     packing = _packing_options(options)
     _check_output(options)
-    _quiet_libraries()
-    processor, config = load_processor(options.model)
+    with exit_at_interrupt("data"):
+        from sailvit.train import Corpus, PackedBatches, check_corpus, describe, load_processor, tile_cost
+
+        _quiet_libraries()
+        processor, config = load_processor(options.model)
     corpus = Corpus.from_yaml(
         options.corpus,
         processor,
@@ -133,6 +136,12 @@ def _print_skipped(corpus: "Corpus") -> None:
         log(f"  and {len(corpus.skipped) - REASONS} more: --skipped FILE writes all of them")
 
 
+def _cut_middle(text: str) -> str:
+    """Return a text whose middle is left out if it is longer than LONGEST_SHOWN."""
+    cut, half = len(text) - LONGEST_SHOWN, LONGEST_SHOWN // 2
+    return text if cut <= 0 else f"{text[:half]}\n[... {cut:,} characters are not shown ...]\n{text[-half:]}"
+
+
 def _show(corpus: "Corpus", options: argparse.Namespace) -> bool:
     """Print samples and draw their tiles; return whether all of them could be read."""
     from sailvit.train import show_samples
@@ -142,7 +151,7 @@ def _show(corpus: "Corpus", options: argparse.Namespace) -> bool:
     for number, sample in enumerate(show_samples(corpus, options.show), start=1):
         bad += sample.is_bad
         note = "" if sample.is_bad else "; trained tokens are in \u27e6\u27e7"
-        print(f"\n--- {sample.title}{note}", sample.text, sep="\n", file=output)
+        print(f"\n--- {sample.title}{note}", _cut_middle(sample.text), sep="\n", file=output)
         if sample.tiles is not None:
             folder.mkdir(parents=True, exist_ok=True)
             sample.draw(folder / f"sample-{number}.png")

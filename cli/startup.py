@@ -3,8 +3,12 @@
 """Setup shared by verbs: signals, and imports without torch."""
 
 import importlib.util
+import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def import_without_torch() -> None:
@@ -20,3 +24,20 @@ def exit_on_signals() -> None:
     """Exit on SIGTERM and SIGHUP as on an error, so that unfinished output is removed."""
     for end in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         signal.signal(end, lambda number, frame: sys.exit(128 + number))
+
+
+@contextmanager
+def exit_at_interrupt(verb: str) -> Iterator[None]:
+    """Exit at once on Ctrl-C, with 130: some packages catch KeyboardInterrupt while they are imported, and go on."""
+
+    def leave(number: int, frame: object) -> None:
+        os.write(2, f"sailvit {verb}: interrupted\n".encode())
+        os._exit(130)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, leave) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)

@@ -14,8 +14,10 @@ from toy_corpus import MemoryCorpus, component_gradients, make_corpus, make_mode
 from transformers import DataCollatorWithFlattening
 
 from sailvit import SAILVLForConditionalGeneration, SAILVLProcessor
+from sailvit.train.attention import PER_SAMPLE, attend_per_sample, is_per_sample
 from sailvit.train.collate import EncodedSample, Pack, collate, encode_sample, normalize_tiles, read_pack
 from sailvit.train.formats import BadSample, Sample
+from sailvit.train.memory import enable_checkpointing
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,13 @@ def model(processor) -> SAILVLForConditionalGeneration:
     return make_model(processor)
 
 
+def arguments_of(model, pack: Pack) -> dict:
+    return pack.inputs | ({"sample_lengths": pack.lengths} if is_per_sample(model) else {})
+
+
 def sum_loss(model, pack: Pack, **options) -> torch.Tensor:
     """Return the sum of the cross entropy over the labels of a pack, computed without the model's own loss."""
-    inputs = {**pack.inputs, **options}
+    inputs = {**arguments_of(model, pack), **options}
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
     return F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
@@ -87,7 +93,7 @@ def test_a_pack_is_what_transformers_makes_of_the_samples(encoded):
     assert torch.equal(inputs["pixel_values"], torch.cat([s.tiles for s in encoded if s.tiles is not None]))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", PER_SAMPLE])
 def test_a_pack_has_the_loss_and_gradients_of_one_sample_per_row(model, encoded, attention):
     model.language_model.set_attn_implementation(attention)
     num_labels = sum(int((sample.labels != -100).sum()) for sample in encoded)
@@ -100,7 +106,7 @@ def test_a_pack_has_the_loss_and_gradients_of_one_sample_per_row(model, encoded,
     expected = component_gradients(model)
     model.zero_grad()
     pack = collate(encoded)
-    loss = model(**pack.inputs).loss
+    loss = model(**arguments_of(model, pack)).loss
     loss.backward()
     assert pack.num_labels == num_labels
     assert abs(loss.item() - separate) <= 1e-6 * separate
@@ -111,7 +117,7 @@ def test_a_pack_has_the_loss_and_gradients_of_one_sample_per_row(model, encoded,
 
 
 def logits_of_samples(model, samples: list[EncodedSample], **options) -> list[torch.Tensor]:
-    inputs = {**collate(samples).inputs, **options}
+    inputs = {**arguments_of(model, collate(samples)), **options}
     with torch.no_grad():
         logits = model(**inputs).logits[0]
     return list(logits.split([len(sample.input_ids) for sample in samples]))
@@ -133,8 +139,10 @@ def leakage(model, encoded: list[EncodedSample], what: str, **options) -> tuple[
     return own, max(others)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", PER_SAMPLE])
 @pytest.mark.parametrize("what", ["pixels", "tokens"])
-def test_changing_one_sample_changes_no_other_sample_of_the_pack(model, encoded, what):
+def test_changing_one_sample_changes_no_other_sample_of_the_pack(model, encoded, what, attention):
+    model.language_model.set_attn_implementation(attention)
     samples = [sample for sample in encoded if sample.tiles is not None]
     own, others = leakage(model.eval(), samples, what)
     assert own > 1e-2
@@ -150,6 +158,46 @@ def test_with_a_cache_the_samples_of_a_pack_would_see_each_other(model, encoded)
 def test_other_attention_ignores_the_arguments_of_flash_attention(model, encoded):
     plain, more = (model(**collate(encoded, flash_attention=flag).inputs) for flag in (False, True))
     assert torch.equal(plain.logits, more.logits)
+
+
+# Attention sample by sample
+
+
+LANGUAGES = {
+    "grouped heads": {},
+    "one key-value head": {"num_key_value_heads": 1},
+    "windows": {"model_type": "mistral", "sliding_window": 7},
+    "windows in some layers": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("text", LANGUAGES.values(), ids=LANGUAGES)
+def test_attention_per_sample_is_that_of_a_mask(processor, encoded, text, checkpointing):
+    model, pack = make_model(processor, text), collate(encoded)
+    model(**pack.inputs).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert attend_per_sample(model)
+    if checkpointing:
+        enable_checkpointing(model, ["language"])
+    model(**arguments_of(model, pack)).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_attention_per_sample_without_lengths_is_an_error(model, encoded):
+    assert attend_per_sample(model)
+    inputs = collate(encoded).inputs
+    for lengths in (None, [3]):
+        with pytest.raises(ValueError, match="expected sample_lengths that add up to one row"):
+            model(**inputs, sample_lengths=lengths)
+
+
+def test_a_language_model_in_chunks_keeps_its_mask(model):
+    model.language_model.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not attend_per_sample(model)
+    assert model.language_model.config._attn_implementation == "sdpa"
 
 
 # A pack without images, an empty pack

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,15 @@ def test_shown_samples_mark_trained_tokens_and_draw_tiles(check, tmp_path):
     for file in drawn:
         with Image.open(file) as sheet:
             assert sheet.size == (3 * (56 + 4) + 4, 56 + 2 * 4)
+
+
+def test_the_middle_of_a_long_sample_is_not_shown(check, tmp_path):
+    write_lines(tmp_path / "a.jsonl", [chat("first", "x" * 9000 + " last")])
+    write_corpus(tmp_path, {"path": "a.jsonl"})
+    code, output, _ = check("--show", "1")
+    shown = output.split("\n--- ")[1]
+    assert code == 0 and "first" in shown and "last<|im_end|>" in shown and len(shown) < 4400
+    assert re.search(r"\n\[\.\.\. 5,\d\d\d characters are not shown \.\.\.\]\n", shown)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,15 @@ def test_marks_are_text_in_records_with_image_parts():
     assert user == ("user", ["What does <image>\nmean in ", "chart.png", "\n?"])
 
 
+def test_marks_are_text_in_lists_of_parts_without_images():
+    parts = [{"type": "text", "text": "What does <image> mean?"}]
+    assert shape_of(parse_record(chatml(parts), OPTIONS))[0] == ("user", ["What does <image> mean?"])
+    with pytest.raises(BadSample, match="1 <image> in the messages, 0 images"):
+        parse_record(chatml("What does <image> mean?"), OPTIONS)
+    marked = [{"type": "text", "text": "<image>Why?"}]
+    assert shape_of(parse_record(chatml(marked, images=[CHART]), OPTIONS))[0] == ("user", ["chart.png", "Why?"])
+
+
 def test_images_and_videos_without_marks_come_before_the_first_user_text():
     record = chatml("Why?", images=[CHART, RECEIPT], videos=[CLIP])
     assert shape_of(parse_record(record, OPTIONS))[0] == (

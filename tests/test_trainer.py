@@ -15,6 +15,7 @@ from toy_recipe import ToyRecipe
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from sailvit import SAILVLProcessor
+from sailvit.train.attention import PER_SAMPLE
 from sailvit.train.components import parameter_groups, set_trainable
 from sailvit.train.flops import meta_model, sample_flops
 from sailvit.train.formats import BadSample
@@ -105,6 +106,16 @@ def test_a_run_equals_a_loop_over_single_samples(corpus, tmp_path, options):
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
     for name, tensor in weights_of(trainer).items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen, expected", [(None, PER_SAMPLE), ("sdpa", "sdpa")])
+def test_a_cpu_attends_per_sample_unless_the_recipe_says_otherwise(corpus, tmp_path, chosen, expected):
+    trainer = make_trainer(corpus, tmp_path, ToyRecipe(attn_implementation=chosen, max_steps=1))
+    trainer.train()
+    assert trainer.model.language_model.config._attn_implementation == expected
+    assert trainer.model.vision_model.config._attn_implementation == "sdpa"
+    trainer.save_model()
+    assert PER_SAMPLE not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
@@ -335,6 +346,17 @@ def test_skipped_samples_are_listed(processor, tmp_path):
     assert [entry["line"] for entry in skipped] == [5, 5] and skipped[0]["reason"] == "broken image"
     assert sum(entry["skipped"] for entry in read_log(tmp_path)) == 2
     assert {entry["step"] for entry in skipped} == {e["step"] for e in read_log(tmp_path) if e["skipped"]}
+
+
+def test_too_many_samples_that_cannot_be_read_stop_the_run(processor, tmp_path):
+    samples = make_samples(12)
+    corpus = make_corpus(samples, processor, tmp_path / "cache")
+    corpus.max_bad_fraction = 0.1
+    samples[4] = BadSample("broken image")
+    make_trainer(corpus, tmp_path / "one").train()  # once an epoch, and one sample all the same
+    samples[5] = BadSample("Input/output error")
+    with pytest.raises(TrainingError, match=r"2 samples could not be read, more than max_bad_fraction 0\.1 of 12"):
+        make_trainer(corpus, tmp_path / "two").train()
 
 
 def test_a_step_without_an_answer_token_is_an_error(processor, tmp_path):

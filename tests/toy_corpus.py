@@ -32,6 +32,8 @@ class MemoryCorpus:
     A sample may be a BadSample, which is raised when it is read.
     """
 
+    max_bad_fraction = 1.0
+
     def __init__(self, samples, processor, cache_dir: Path, tokens, tiles):
         self._samples, self.processor, self.cache_dir = samples, processor, Path(cache_dir)
         self.tokens, self.tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)

@@ -25,6 +25,7 @@ class ToyRecipe:
     gradient_checkpointing: bool | str = False
     lora: Mapping[str, Any] = field(default_factory=dict)
     train_added_tokens: bool = False
+    attn_implementation: str | None = None
     save_steps: int = 100
     save_total_limit: int = 2
     logging_steps: int = 1

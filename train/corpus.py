@@ -81,6 +81,7 @@ class Corpus(Sequence):
         fingerprint: Changes with the samples, their order and their lengths.
         cache_dir: The cache.
         too_long: What `fit` did to samples that are too long, and to how many: {"dropped": 3}.
+        max_bad_fraction: The part of the samples that may be bad.
     """
 
     processor: SAILVLProcessor
@@ -91,6 +92,7 @@ class Corpus(Sequence):
     fingerprint: str
     cache_dir: Path
     too_long: Mapping[str, int] = field(default_factory=dict)
+    max_bad_fraction: float = 1.0
 
     @classmethod
     def from_yaml(
@@ -142,7 +144,7 @@ class Corpus(Sequence):
         fingerprint = hash_of([described, mix, [one.digest for one in lengths]])
         with cache_errors(cache):
             arrays = store_arrays(_folder(cache, fingerprint), lambda: _mix(content, files, lengths, kinds))
-        return cls(processor, tuple(files), arrays, kinds, skipped, fingerprint, cache)
+        return cls(processor, tuple(files), arrays, kinds, skipped, fingerprint, cache, max_bad_fraction=most)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -182,12 +184,12 @@ class Corpus(Sequence):
     def locate(self, index: int) -> tuple[str, int]:
         """Return the source of a sample, and its line (from 1) or index (from 0) there."""
         file, row = self._find(index)
-        return file.source.name, next(iter(file.rows.location(row).values()))
+        return file.source.name, next(iter(file.rows.location(row)[1].values()))
 
     def skip(self, index: int, reason: str) -> Skipped:
         """Return the entry of skipped.jsonl for a sample that turns out to be bad when it is read."""
         file, row = self._find(index)
-        return Skipped(file.source.name, file.rows.path, file.rows.location(row), reason)
+        return Skipped(file.source.name, *file.rows.location(row), reason)
 
     def write_skipped(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the bad samples to a JSONL file; raises FileExistsError if it exists, unless it may be replaced."""
@@ -288,7 +290,7 @@ def _open_files(
         for rows in open_rows(source, base, cache):
             _check_columns(source, rows)
             formats = _format_options(source, base / source.image_root if source.image_root else _folder_of(rows))
-            log(f"{source.name}: {rows.path}, {rows.length:,} rows")
+            log(f"{source.name}: {rows}, {rows.length:,} rows")
             yield SourceFile(source, rows, SampleReader(processor, processor_hash, formats, options), start)
             start += rows.length
 
@@ -317,7 +319,7 @@ def _check_columns(source: Source, rows: Rows) -> None:
 def _list_skipped(files: Sequence[SourceFile], lengths: Sequence[Lengths]) -> Iterator[Skipped]:
     for file, one in zip(files, lengths, strict=True):
         for row, reason in one.skipped:
-            yield Skipped(file.source.name, file.rows.path, file.rows.location(row), reason)
+            yield Skipped(file.source.name, *file.rows.location(row), reason)
 
 
 def _count_bad(lengths: Sequence[Lengths]) -> tuple[int, int]:

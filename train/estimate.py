@@ -17,6 +17,7 @@ import numpy as np
 
 from ..configuration_sailvl import SAILVLConfig
 from ..modeling_sailvl import SAILVLForConditionalGeneration
+from .attention import PER_SAMPLE
 from .flops import COMPONENTS, Flops, checkpointed_components, meta_model, sample_flops
 from .memory import ENGINES, Memory, PackShape, memory_of_engines, memory_of_states
 
@@ -435,6 +436,7 @@ def _memory(
     engines: tuple[str, ...] | None = None,
 ) -> dict[str, Memory]:
     """Return engine -> memory of a rank; by default of the chosen engine, and on several ranks of all that shard."""
+    attention = settings.attn_implementation or ""
     engines = engines or tuple(dict.fromkeys([settings.engine, *(ENGINES[1:] if ranks > 1 else ())]))
     return memory_of_engines(
         model,
@@ -443,7 +445,7 @@ def _memory(
         pack,
         settings.precision,
         settings.checkpointed,
-        is_masked=settings.packing and "flash" not in (settings.attn_implementation or ""),
+        is_masked=settings.packing and "flash" not in attention and attention != PER_SAMPLE,
     )
 
 

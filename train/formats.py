@@ -12,7 +12,8 @@ The keys of a record that are not None decide its format:
 
 with the images in `image` or `images` and the videos in `video` or `videos`, each one or a list. `<image>` and
 `<video>` in a user's text mark where they are; in a record without marks they are put before the first user's text, as
-`SAILVLChat.chat` does. If a record has image or video parts, these alone count, and `<image>` in a text is text.
+`SAILVLChat.chat` does. If a record has image or video parts, these alone count, and `<image>` in a text is text. So it
+is in a content that is a list of parts, if the record has neither images nor videos.
 
 The chat template writes a newline after every image and video, and `Image-1: ` before each of several images of a
 message. Where the text has these around a mark, they are left to the template; all other text is unchanged. A record
@@ -101,11 +102,12 @@ class FormatOptions:
 
 
 class Turn(NamedTuple):
-    """A turn of a record; `location` names it in error messages, as in `messages[2]`."""
+    """A turn of a record; `location` names it in error messages, as in `messages[2]`; `is_list` of its content."""
 
     role: str
     content: list[Part]
     location: str
+    is_list: bool = False
 
 
 def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
@@ -123,7 +125,8 @@ def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
     _check_order(turns)
     images, videos = _read_media(fields, "image"), _read_media(fields, "video")
     if all(part["type"] == "text" for turn in turns for part in turn.content):
-        _replace_marks(turns, is_video_only=bool(videos) and not images)
+        marked = [turn for turn in turns if images or videos or not turn.is_list]
+        _replace_marks(marked, is_video_only=bool(videos) and not images)
     _place(turns, "video", videos, options)
     _place(turns, "image", images, options)
     _check_reserved(turns)
@@ -182,7 +185,9 @@ def _read_messages(messages: Any, key: str, options: FormatOptions) -> list[Turn
         _refuse(message, UNSUPPORTED, location)
         if role == "assistant" and (message.get("loss") is False or message.get("weight") == 0):
             raise BadSample(f"{location}: loss: false (or weight: 0) is not supported: every answer is trained")
-        turns.append(Turn(role, _read_content(content, role, location, options), location))
+        turns.append(
+            Turn(role, _read_content(content, role, location, options), location, not isinstance(content, str))
+        )
     return turns
 
 

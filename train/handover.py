@@ -21,6 +21,7 @@ from ..convert.storage.output_folder import sync
 from ..convert.storage.sources import PROVENANCE, describe_source
 from ..convert.storage.tensors import load_float32
 from ..modeling_sailvl import SAILVLForConditionalGeneration
+from .attention import PER_SAMPLE
 from .checkpoints import read_json, write_json, write_training
 from .components import merge_adapters, set_trainable
 
@@ -41,7 +42,8 @@ def load_model(source: Checkpoint, attn_implementation: str | None = None) -> Pr
         OSError: A file cannot be read.
     """
     name, folder = source.source.name, source.source.path("config.json").parent
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    chosen = {"text_config": PER_SAMPLE} if attn_implementation == PER_SAMPLE else attn_implementation
+    options = {} if chosen is None else {"attn_implementation": chosen}
     model, report = SAILVLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )

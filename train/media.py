@@ -117,7 +117,7 @@ def load_video(video: Any, name: str, root: ImageRoot, num_frames: int | None = 
     Return a video as the processor takes it: a path or URL of a file, or a list of frames, images as of `load_image`.
 
     Args:
-        video: As in `load_image`, without base64; or a list of frames.
+        video: As in `load_image`, but base64 as a data URL only; or a list of frames.
         name: Name of the video in error messages.
         root: Where paths are looked up.
         num_frames: Take at most this many frames of a list, evenly spaced.
@@ -136,6 +136,10 @@ def load_video(video: Any, name: str, root: ImageRoot, num_frames: int | None = 
         raise BadSample(f"{name}: expected a path, a URL, bytes or a list of frames, got {_type_name(video)}")
     if _scheme(video, name) in (*REMOTE_SCHEMES, "data:"):
         return video
+    if len(video) > LONGEST_PATH:
+        raise BadSample(
+            f"{name}: expected a path or URL, got {len(video)} characters: base64 is data:video/mp4;base64,..."
+        )
     path = root.find(video, name)
     if not root.allow_outside and _is_playlist(path):
         raise BadSample(f"{name}: {shorten(video)} is a list of other files: give a video file, or allow_outside: true")

@@ -12,7 +12,7 @@ same at any step.
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -45,8 +45,9 @@ def plan_step(
     Divide the samples of a step into ranks x k packs of similar cost.
 
     The cost of a sample is `tokens + tile_cost * tiles`. The costliest sample goes first, to the pack of the lowest
-    cost that has room for it. k is the smallest number of packs per rank for which every sample finds room. Packs of
-    similar cost have the same position on all ranks, because a micro-step lasts as long as its slowest rank.
+    cost that has room for it. k is the smallest number of packs per rank for which every sample finds room, up to 1%
+    more if it is above 100. Packs of similar cost have the same position on all ranks, because a micro-step lasts as
+    long as its slowest rank.
 
     Args:
         tokens, tiles: Tokens (visual tokens included) and tiles of every sample of the step.
@@ -64,10 +65,30 @@ def plan_step(
     _check_fit(tokens, tiles, max_tokens, most_tiles)
     costs = [length + tile_cost * count for length, count in zip(tokens, tiles, strict=True)]
     order = sorted(range(len(costs)), key=lambda position: (-costs[position], position))
-    packs_per_rank = _fewest_packs(tokens, tiles, ranks, max_tokens, most_tiles)
-    while (packs := _fill_packs(order, costs, tokens, tiles, ranks * packs_per_rank, max_tokens, most_tiles)) is None:
-        packs_per_rank += 1
+
+    def fill(packs_per_rank: int) -> list[list[int]] | None:
+        return _fill_packs(order, costs, tokens, tiles, ranks * packs_per_rank, max_tokens, most_tiles)
+
+    packs = _first_filled(fill, _fewest_packs(tokens, tiles, ranks, max_tokens, most_tiles))
     return _assign_to_ranks(packs, costs, ranks)
+
+
+def _first_filled(fill: Callable[[int], list[list[int]] | None], least: int) -> list[list[int]]:
+    """Return the packs of the smallest number, from `least` on, with which `fill` succeeds; to 1% of it."""
+    if (packs := fill(least)) is not None:
+        return packs
+    resolution = 1 + least // 100
+    failed, step = least, resolution
+    while (packs := fill(failed + step)) is None:
+        failed, step = failed + step, 2 * step
+    enough = failed + step
+    while enough - failed > resolution:
+        middle = (failed + enough) // 2
+        if (found := fill(middle)) is None:
+            failed = middle
+        else:
+            enough, packs = middle, found
+    return packs
 
 
 def _as_list(numbers: Sequence[int]) -> list[int]:

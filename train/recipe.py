@@ -107,7 +107,8 @@ class Recipe(Strict):
         lora: Component -> an adapter that is trained in place of its weights.
         train_added_tokens: Train the embeddings of the special tokens that SAIL-VL adds, though `language` is frozen,
             at its learning rate.
-        attn_implementation: As in `from_pretrained`; default: what transformers chooses.
+        attn_implementation: As in `from_pretrained`, or sdpa_per_sample; default: what transformers chooses, and on a
+            CPU sdpa_per_sample in place of sdpa.
         save_steps, save_total_limit: Steps between checkpoints; how many are kept.
         logging_steps, report_to: Steps between reports; integrations of transformers that they go to.
         peak_tflops: What mfu and hfu are a share of: the most TFLOP/s of a device in `precision`; default: of a known

@@ -8,17 +8,21 @@ is and parsed when it is read, so that a bad line is one bad sample.
 """
 
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from glob import glob
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
+import xxhash
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -31,6 +35,8 @@ from .formats import BadSample
 BATCH_BYTES = 16 << 20  # of text in an Arrow batch
 HUB_TIMEOUT = 20.0  # seconds
 OPEN_FILES = 64  # Arrow files that a process has open
+# Many JSONL files up to this size (in bytes) share one entry of the cache, and are counted together.
+SMALL_FILE, MANY_FILES = 1 << 16, 16
 TEXT = "json"  # the column that holds a record of a JSON or JSONL file
 LINES = (".jsonl", ".jsonl.gz")
 
@@ -38,14 +44,15 @@ LINES = (".jsonl", ".jsonl.gz")
 @dataclass(frozen=True)
 class Rows:
     """
-    The records of one file or data set.
+    The records of one file or data set, or of several small files of a folder.
 
     Attributes:
-        path: The file, the folder or the name on the Hub.
+        path: The file, the folder or the name on the Hub; the first of several files.
         source: An Arrow file, which is opened when it is needed, or a data set in Arrow format.
         fingerprint: Changes with the content.
         is_json: Whether a row is the text of a JSON object, in the column TEXT.
         is_lines: Whether a row is a line of a file.
+        parts: Of several files, the path of each and its first row.
     """
 
     path: str
@@ -53,6 +60,10 @@ class Rows:
     fingerprint: str
     is_json: bool = False
     is_lines: bool = False
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.path} and {len(self.parts) - 1} more" if self.parts else self.path
 
     @cached_property
     def length(self) -> int:
@@ -67,9 +78,12 @@ class Rows:
         """Return the record of a row, as `read_records` yields it."""
         return next(read_records(self.dataset[row : row + 1], self.is_json))
 
-    def location(self, row: int) -> dict[str, int]:
-        """Return the line (from 1) or the index (from 0) of a row, under that name."""
-        return {"line": row + 1} if self.is_lines else {"index": row}
+    def location(self, row: int) -> tuple[str, dict[str, int]]:
+        """Return the path of the file of a row, and its line (from 1) or index (from 0) there, under that name."""
+        path, first = self.path, 0
+        if self.parts:
+            path, first = self.parts[bisect_right(self.parts, row, key=lambda part: part[1]) - 1]
+        return path, {"line": row - first + 1} if self.is_lines else {"index": row}
 
 
 @lru_cache(maxsize=OPEN_FILES)
@@ -118,7 +132,7 @@ def open_rows(source: Source, folder: Path, cache_dir: Path) -> list[Rows]:
     if files and source.split:
         raise ValueError(f"source {source.name}: {path} is a file: split is for folders of save_to_disk and the Hub")
     if files:
-        return [_open_file(file, cache_dir) for file in files]
+        return [*_open_files(files, cache_dir)]
     if source.split:
         return [_open_hub(source)]
     raise ValueError(f"source {source.name}: {path} matches no file (for a data set on the Hub, give its split, too)")
@@ -158,6 +172,39 @@ def _loaded(path: str, dataset: Dataset, fingerprint: str) -> Rows:
     if not len(dataset):
         raise ValueError(f"{path}: contains no records")
     return Rows(path, dataset.with_format("arrow"), fingerprint)
+
+
+def _open_files(files: Iterable[Path], cache_dir: Path) -> Iterator[Rows]:
+    """Yield the rows of files, consecutive small JSONL files of a folder together."""
+
+    def folder_of_small(file: Path) -> Path | None:
+        is_small = file.name.lower().endswith(".jsonl") and file.stat().st_size <= SMALL_FILE
+        return file.parent if is_small else None
+
+    for folder, group in groupby(files, key=folder_of_small):
+        own = [*group]
+        if folder is None or len(own) < MANY_FILES:
+            yield from (_open_file(file, cache_dir) for file in own)
+        else:
+            yield _open_small(own, cache_dir)
+
+
+def _open_small(files: Sequence[Path], cache_dir: Path) -> Rows:
+    """Return the rows of JSONL files, which are read and hashed each time."""
+    parts, lines, hashes = [], [], []
+    for file in files:
+        content = file.read_bytes()
+        if not content:
+            raise ValueError(f"{file}: contains no records")
+        parts.append((str(file), len(lines)))
+        lines += io.BytesIO(content)
+        hashes.append(xxhash.xxh3_128_hexdigest(content))
+    fingerprint = hash_of(hashes)
+    arrow = cache_dir / "rows" / f"{fingerprint}-lines.arrow"
+    with locked(arrow):
+        if not arrow.exists():
+            _write_arrow(arrow, [_text_batch(lines)], files[0])
+    return Rows(str(files[0]), arrow, fingerprint, is_json=True, is_lines=True, parts=tuple(parts))
 
 
 def _open_file(file: Path, cache_dir: Path) -> Rows:

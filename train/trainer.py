@@ -31,6 +31,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 
 from ..devices import choose_device, computes_natively
+from .attention import attend_per_sample, is_per_sample
 from .collate import Pack, normalize_tiles
 from .components import check_trainable, parameter_groups
 from .flops import checkpointed_components, sample_flops
@@ -283,6 +284,9 @@ class SAILVLTrainer(Trainer):
         args = args or training_arguments(recipe, self.output, len(batches), model)
         self.keeps_logits = model._supports_logits_to_keep()
         self.flops = sample_flops(model, checkpointed_components(recipe.gradient_checkpointing))  # before it is sharded
+        if recipe.attn_implementation is None and args.device.type == "cpu":  # elsewhere it was not measured
+            attend_per_sample(model)
+        self.is_per_sample = is_per_sample(model)
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
         if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
@@ -298,6 +302,7 @@ class SAILVLTrainer(Trainer):
         self._unreported: StepTotals | None = None
         self._answer_kinds = np.zeros(0, int)  # of the answer tokens of this rank
         self._loss, self._step_started, self._recorded_step = math.nan, time.perf_counter(), 0
+        self._unreadable: set[tuple[str, int]] = set()
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RunState(self))
@@ -401,6 +406,18 @@ class SAILVLTrainer(Trainer):
         entries = gather_object([{"step": step, **entry} for entry in entries])
         if self.is_world_process_zero():
             append_lines(self.output / SKIPPED, entries)
+        self._check_skipped(entries)
+
+    def _check_skipped(self, entries: list[dict[str, Any]]) -> None:
+        """Stop if more samples than `max_bad_fraction` of an epoch could not be read since the run started."""
+        self._unreadable.update((entry["path"], entry.get("line", entry.get("index"))) for entry in entries)
+        corpus = self.batches.corpus
+        if len(self._unreadable) > corpus.max_bad_fraction * len(corpus):
+            raise TrainingError(
+                f"{len(self._unreadable)} samples could not be read, more than max_bad_fraction "
+                f"{corpus.max_bad_fraction:g} of {len(corpus)}; {self.output / SKIPPED} lists them, the last: "
+                f"{entries[-1]['path']}: {entries[-1]['reason']}"
+            )
 
     def training_step(
         self, model: nn.Module, inputs: list[Pack], num_items_in_batch: float | None = None
@@ -440,6 +457,8 @@ class SAILVLTrainer(Trainer):
         tiles = inputs.get("pixel_values")
         if tiles is not None and tiles.dtype == torch.uint8:
             inputs["pixel_values"] = normalize_tiles(tiles, self.batches.corpus.processor.image_processor)
+        if self.is_per_sample:
+            inputs["sample_lengths"] = pack.lengths or [1]  # a pack without samples is one token
         with self.compute_loss_context_manager():
             return pack_loss(model, inputs, weights, self.keeps_logits)
 
