@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OPERATIONAL = {
     "name", "description", "model", "data", "output", "save_steps", "save_total_limit", "logging_steps", "report_to",
     "workers", "max_hours", "gradient_checkpointing", "kinds",
+    "timeout_minutes", "language_parameters",
 }  # fmt: skip
 PACKAGES = ("sailvit", "torch", "transformers", "accelerate", "deepspeed")
 SUMS = ("samples", "tokens", "answer_tokens", "tiles")  # of log.jsonl

@@ -116,6 +116,7 @@ def training_arguments(
         "ignore_data_skip": True,  # the sampler starts at the step
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": math.ceil(60 * recipe.timeout_minutes),
         "disable_tqdm": not sys.stderr.isatty(),
         **_schedule(recipe),
         **_engine_arguments(engine, recipe, model),
