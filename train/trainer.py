@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
@@ -91,6 +93,7 @@ def training_arguments(
         options: Replace arguments.
     """
     device, engine = choose_device(), resolve_engine(recipe.engine)
+    _start_processes(device, recipe.timeout_minutes)
     max_steps = min(steps, recipe.max_steps or steps)
     arguments = {
         "output_dir": str(output),
@@ -122,6 +125,12 @@ def training_arguments(
         **_engine_arguments(engine, recipe, model),
     }
     return TrainingArguments(**(arguments | options))
+
+
+def _start_processes(device: torch.device, timeout_minutes: float) -> None:
+    """Start the process group of CPUs, to which TrainingArguments does not pass its ddp_timeout."""
+    if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 def _uses_bfloat16(precision: str, device: torch.device) -> bool:
