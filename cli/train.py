@@ -85,17 +85,19 @@ def _print_plan(recipe: "Recipe", options: argparse.Namespace) -> int:
 
 
 def _train(recipe: "Recipe") -> int:
+    from sailvit.train.failures import is_printed_by_first_rank
     from sailvit.train.run import TrainingError, run
 
     _be_quiet()
     rank = os.environ.get("RANK", "0")
     try:
         return run(recipe, lambda line: print(line, flush=True))
-    except (TrainingError, ValueError, OSError, ImportError) as error:
-        is_input = not isinstance(error, TrainingError)
-        if rank == "0" and is_input:
-            raise
-        print(f"sailvit train: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        is_input = isinstance(error, (ValueError, OSError, ImportError))
+        if not is_printed_by_first_rank(error):
+            if (rank == "0" and is_input) or not (is_input or isinstance(error, TrainingError)):
+                raise
+            print(f"sailvit train: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if is_input else 1
 
 

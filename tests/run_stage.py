@@ -1,15 +1,18 @@
 """
-`sailvit train`, ended by kill -9 in a moment of its own.
+`sailvit train`, ended in a moment of its own.
 
     python tests/run_stage.py MOMENT STAGE KEY=VALUE ...
 
-MOMENT is "step N" (after the optimizer's step N), "save N" (the files of checkpoint-N are written, its marker is not),
-"result" (the weights of the result are written, its record is not) or "never".
+MOMENT is "step N" (kill -9 after the optimizer's step N), "save N" (the files of checkpoint-N are written, its marker
+is not), "result" (the weights of the result are written, its record is not) or "never". After step N, rank 1 alone:
+"lone N" (kill -9), "stuck N" (never goes on), "broken N" (an error). "all broken N" is the error on all ranks.
+"launcher N": rank 0 sends SIGTERM to its launcher.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from run_trainer import allow_fsdp_on_cpu
@@ -24,26 +27,40 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DieAfter(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
+def fail() -> None:
+    raise OSError("broken: unreadable")
+
+
+AFTER_STEP = {
+    "step": die,
+    "lone": lambda: os.environ["RANK"] == "1" and die(),
+    "stuck": lambda: os.environ["RANK"] == "1" and time.sleep(600),
+    "broken": lambda: os.environ["RANK"] == "1" and fail(),
+    "all broken": fail,
+    "launcher": lambda: os.environ["RANK"] == "0" and os.kill(os.getppid(), signal.SIGTERM),
+}
+
+
+class Do(TrainerCallback):
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.step:
-            die()
+            self.action()
 
 
 def arrange(moment: str) -> None:
-    kind, _, number = moment.partition(" ")
-    if kind == "step":
+    kind, _, number = moment.rpartition(" ")
+    if kind in AFTER_STEP:
         make = sailvit.train.run.Stage._make_trainer
 
-        def make_mortal(stage):
+        def make_trainer(stage):
             trainer = make(stage)
-            trainer.add_callback(DieAfter(int(number)))
+            trainer.add_callback(Do(int(number), AFTER_STEP[kind]))
             return trainer
 
-        sailvit.train.run.Stage._make_trainer = make_mortal
+        sailvit.train.run.Stage._make_trainer = make_trainer
     if kind == "save":
         mark = sailvit.train.run.mark_complete
 
@@ -51,7 +68,7 @@ def arrange(moment: str) -> None:
             die() if folder.name == f"checkpoint-{number}" else mark(folder)
 
         sailvit.train.run.mark_complete = die_or_mark
-    if kind == "result":
+    if moment == "result":
         sailvit.train.handover.write_training = lambda *arguments: die()
 
 

@@ -158,6 +158,12 @@ def test_more_ranks_leave_less_on_each(engine):
     assert one["weights"] == two["weights"] * (1 if engine == "zero2" else 2)
 
 
+def test_ddp_keeps_everything_on_each_rank():
+    model = meta_model(toy_config(), ("connector",))
+    alone, each = memory_of_states(model, "single", 1), memory_of_states(model, "ddp", 8)
+    assert each == alone | {"gathered": alone["gradients"]}
+
+
 # Plans
 
 
@@ -226,6 +232,7 @@ def test_a_rank_receives_the_weights_twice_a_pack_under_zero3():
     total, trained = (sum(sizes) for sizes in zip(*plan.parameters.values(), strict=True))
     assert plan.received_per_step == plan.packs_per_rank * (2 * total + trained)
     assert plan.on_ranks(2, "zero2").received_per_step == (plan.packs_per_rank + 1) * trained
+    assert plan.on_ranks(2, "ddp").received_per_step == 4 * trained  # float32, once a step
 
 
 def test_bytes_of_an_index_are_those_of_a_corpus_and_its_order(tmp_path):
@@ -255,8 +262,8 @@ def test_arguments_out_of_range_are_refused(options, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "ddp"}, "engine: expected one of single, zero2, zero3, fsdp2, got 'ddp'"),
-        ({"engine": "single"}, "ranks: expected 1 with engine single, got 2: use zero2, zero3 or fsdp2"),
+        ({"engine": "zero1"}, "engine: expected one of single, ddp, zero2, zero3, fsdp2, got 'zero1'"),
+        ({"engine": "single"}, "ranks: expected 1 with engine single, got 2: use ddp, zero2, zero3 or fsdp2"),
         ({"trainable": ("vit",)}, "trainable: expected vision, connector, language, got 'vit'"),
         ({"precision": "fp8"}, "precision: expected bfloat16 or float32, got 'fp8'"),
     ],

@@ -72,7 +72,8 @@ def test_what_the_paper_leaves_out_is_that_of_internvl_and_of_llava():
 
 def test_ablations_are_the_stage_and_what_they_change():
     assert changes("stage3-frozen-language", "stage3") == {"trainable": REFINED}
-    assert changes("stage3-language-0.5b", "stage3") == {}
+    size = {"language_parameters": [400_000_000, 600_000_000]}
+    assert changes("stage3-language-0.5b", "stage3") == size
     for kind in KINDS:
         assert changes(f"stage3-half-{kind.replace('_', '-')}", "stage3-data-8m") == {"kinds": {kind: 0.5}}
     sizes = {f"stage3-data-{name}": size for name, size in DATA_SIZES.items()}
@@ -231,7 +232,7 @@ def test_whatever_is_typed_is_a_recipe_or_an_error_of_one_line(pairs):
             "min_learning_rate_ratio: expected 0 .*",
         ),
         ("kinds={a: 0.7, b: 0.6}", "kinds: expected shares of at most 1 together, got 1.3"),
-        ("engine=zero1", "engine: expected 'auto', 'single', 'zero2', 'zero3' or 'fsdp2', got 'zero1'"),
+        ("engine=zero1", "engine: expected 'auto', 'single', 'ddp', 'zero2', 'zero3' or 'fsdp2', got 'zero1'"),
         (
             "gradient_checkpointing=connector",
             "gradient_checkpointing: expected True, False, 'vision' or 'language', .*",

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, TrainerCallback
 
 import sailvit_cli
+from sailvit.configuration_sailvl import SAILVLConfig
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import write_model_card
 from sailvit.convert.models.sailvl import verify_sailvl
-from sailvit.train import load_recipe
-from sailvit.train.run import INTERRUPTED, Stage, plan_run, run
+from sailvit.train import failures, load_recipe
+from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_language, plan_run, run
 
 
 TOY = ["samples_per_step=4", "epochs=3", "save_steps=2", "workers=0", "report_to=[]", "precision=float32"]
@@ -224,7 +225,9 @@ def test_sigterm_saves_and_exits_with_the_code_for_later(stages, tmp_path, after
         assert run(recipe) == INTERRUPTED == 75
     assert (tmp_path / "out" / "checkpoint-3" / "complete.json").exists()
     assert not (tmp_path / "out" / "training.json").exists()
+    assert json.loads((tmp_path / "out" / "interrupted").read_text()) == {"step": 3, "reason": "SIGTERM"}
     assert run(recipe) == 0
+    assert not (tmp_path / "out" / "interrupted").exists()
     assert read_log(tmp_path / "out") == read_log(stages / "s3")
 
 
@@ -232,6 +235,7 @@ def test_max_hours_saves_and_exits(place, tmp_path):
     recipe = recipe_for(tmp_path / "out", "stage1", "max_hours=1e-9")
     assert run(recipe) == INTERRUPTED
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert json.loads((tmp_path / "out" / "interrupted").read_text()) == {"step": 1, "reason": "max_hours"}
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(stages, tmp_path, monkeypatch):
@@ -309,6 +313,11 @@ def test_a_run_does_not_go_on_as_another(place, changes, message):
         (["kinds={ocr: 0.5}"], r"kinds.ocr: expected 50.0% of the samples, got 12.5% .* write `kinds: {ocr: 0.5}`"),
         (["kinds={code: 0.5}"], r"kinds.code: expected 50.0% of the samples, got 0.0%"),
         (["engine=zero3"], "engine: zero3 needs a launcher: torchrun"),
+        (["engine=ddp"], "engine: ddp needs a launcher: torchrun"),
+        (
+            ["language_parameters=[400000000, 600000000]"],
+            r"expects a language model of .* parameters, got [\d,]+ in new-vl",
+        ),
         (["data=text.yaml"], "text.yaml: all steps are text alone"),
     ],
 )
@@ -374,20 +383,98 @@ def test_the_plan_reads_no_weights(place, tmp_path, capsys):
     assert (plan.samples, plan.steps, origin) == (8, 6, "")
 
 
+@pytest.mark.parametrize(("width", "layers", "fits"), [(896, 24, True), (1536, 28, False)])
+def test_the_small_language_model_of_the_ablation_is_checked(width, layers, fits):
+    """The shapes of Qwen2.5-0.5B and Qwen2.5-1.5B."""
+    text = {
+        "model_type": "qwen2", "hidden_size": width, "intermediate_size": {896: 4864, 1536: 8960}[width],
+        "num_hidden_layers": layers, "num_attention_heads": width // 64, "num_key_value_heads": 2,
+        "vocab_size": 151936, "tie_word_embeddings": True,
+    }  # fmt: skip
+    recipe, config = load_recipe("stage3-language-0.5b", ["model=new-vl"]), SAILVLConfig(text_config=text)
+    if fits:
+        check_language(recipe, config)
+        return
+    with pytest.raises(ValueError, match=r"stage3-language-0.5b expects .* 600,000,000 parameters, got 1,5\d\d,"):
+        check_language(recipe, config)
+
+
+def test_out_of_memory_names_settings_that_fit(place, tmp_path, monkeypatch, capsys):
+    class Device:
+        total_memory = 300e6
+
+    step = RunTrainer.training_step
+
+    def exhaust(trainer, *arguments):
+        if trainer.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(RunTrainer, "training_step", exhaust)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: {3: Device}[index])
+    arguments = ["model=new-vl", "data=corpus.yaml", f"output={tmp_path / 'out'}", "gradient_checkpointing=false"]
+    assert sailvit_cli.main(["train", "stage3", *TOY, *arguments]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sailvit train:")]
+    assert re.fullmatch(r"sailvit train: rank 0: out of memory: .*=\S+ would fit: \S+ of 0.25 GiB", line), line
+    assert (tmp_path / "out" / "checkpoint-2" / "complete.json").exists()
+
+
+# Failures of one rank
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Be a rank of three, in turn; the launcher's store is one of this process."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setattr(failures, "WAIT_SECONDS", 0.3)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    yield lambda rank: monkeypatch.setenv("RANK", str(rank))
+    del store
+
+
+def test_an_error_of_all_ranks_is_printed_once(as_rank):
+    printed = []
+    for rank, error in enumerate([ValueError("data: no"), ValueError("data: no"), ValueError("disk: no")]):
+        as_rank(rank)
+        printed.append(not failures.is_printed_by_first_rank(error))
+    assert printed == [True, False, True]
+
+
+def test_ranks_that_do_not_answer_are_named_once(as_rank):
+    as_rank(2)
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    assert failures.is_lost_connection(error) and not failures.is_lost_connection(RuntimeError("no"))
+    explained = failures.explain_lost_rank(error, "RESUME")
+    assert re.fullmatch(r"no answer from ranks 0, 1, ended or stuck \(.*closed by peer\); RESUME", str(explained))
+    as_rank(0)
+    assert str(failures.explain_lost_rank(error, "RESUME")) == "stopped, since another rank did not answer"
+
+
+def test_a_rank_that_failed_is_not_called_silent(as_rank):
+    for rank in (1, 2):
+        as_rank(rank)
+        failures.is_printed_by_first_rank(OSError(f"disk of {rank}"))
+    as_rank(0)
+    explained = failures.explain_lost_rank(RuntimeError("gloo: closed"), "RESUME")
+    assert str(explained) == "stopped, since another rank failed (gloo: closed); RESUME"
+
+
 # Several processes
 
 
-def launch(moment: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run `tests/run_stage.py` on two processes."""
+def launch(moment: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run `tests/run_stage.py` on several processes."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "HF_DATASETS_CACHE": "datasets-cache"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(ROOT / "tests" / "run_stage.py"), moment, arguments[0], *TOY, *arguments[1:]]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
-def check_launch(*arguments: str) -> str:
-    result = launch("never", *arguments)
+def check_launch(*arguments: str, processes: int = 2) -> str:
+    result = launch("never", *arguments, processes=processes)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
@@ -463,7 +550,7 @@ def test_zero_does_not_go_on_with_other_ranks(zero3):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_other_engines_train_the_same_stage(place, tmp_path, engine):
     """The run of the engine is killed after step 3 and goes on; AdamW with a small epsilon would amplify noise."""
     arguments = ["stage2", "model=new-vl", "data=corpus.yaml", "adam_epsilon=1e-2", "learning_rate=1e-3"]
@@ -477,3 +564,91 @@ def test_other_engines_train_the_same_stage(place, tmp_path, engine):
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, single[name], rtol=1e-4, atol=1e-6)
         assert name.startswith(TRAINED["s2"]) or torch.equal(tensor, before[name].float())
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """A run of FSDP2 on two ranks, without interruption."""
+    check_launch(*stage2_of("whole", "engine=fsdp2"))
+    return place / "whole"
+
+
+def stage2_of(output: Path | str, *overrides: str) -> list[str]:
+    """Stage 2, with an epsilon of AdamW that does not amplify noise."""
+    fixed = ["stage2", "model=new-vl", "data=corpus.yaml", "adam_epsilon=1e-2", "learning_rate=1e-3"]
+    return [*fixed, f"output={output}", *overrides]
+
+
+def check_same_steps(output: Path, expected: Path) -> None:
+    lines = [
+        [json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()] for each in (output, expected)
+    ]
+    for line, other in zip(*lines, strict=True):
+        assert all(line[name] == other[name] for name in ("step", "samples", "tokens", "answer_tokens", "tiles"))
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    for name, tensor in weights(output).items():
+        torch.testing.assert_close(tensor, weights(expected)[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.nightly
+def test_fsdp2_goes_on_with_other_ranks(whole, tmp_path):
+    """Two ranks, then one, then two; the first two runs are killed."""
+    arguments = stage2_of(tmp_path / "out", "engine=fsdp2")
+    assert launch("step 3", *arguments).returncode != 0
+    assert launch("step 5", *arguments, processes=1).returncode != 0
+    printed = check_launch(*arguments)
+    assert "from checkpoint-4" in printed and "fsdp2 on 2 rank(s)" in printed
+    check_same_steps(tmp_path / "out", whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        ("lone 3", r"rank 0: no answer from rank 1, ended or stuck \(.*\); the same command goes on from checkpoint-2"),
+        (
+            "stuck 3",
+            r"rank 0: no answer from rank 1, ended or stuck \(.*\); the same command goes on from checkpoint-2",
+        ),
+        ("broken 3", "rank 1: broken: unreadable"),
+        ("all broken 3", "broken: unreadable"),
+    ],
+)
+def test_the_loss_of_a_rank_ends_the_others_and_is_named(whole, tmp_path, moment, message):
+    arguments = stage2_of(tmp_path / "out", "engine=ddp", "timeout_minutes=0.1")
+    result = launch(moment, *arguments)
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("sailvit train:")]
+    assert len([line for line in lines if re.fullmatch(f"sailvit train: {message}", line)]) == 1, result.stderr
+    assert len(lines) == (2 if moment == "broken 3" else 1)  # rank 0 adds that it stopped
+    assert 'run_stage.py", line' not in result.stderr  # no traceback of a rank
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    check_launch(*arguments)
+    check_same_steps(tmp_path / "out", whole)
+
+
+@pytest.mark.nightly
+def test_sigterm_to_torchrun_leaves_a_file_for_the_scheduler(whole, tmp_path):
+    arguments = stage2_of(tmp_path / "out", "engine=fsdp2")
+    result = launch("launcher 3", *arguments)
+    assert result.returncode not in (0, INTERRUPTED)  # torchrun hides it
+    interrupted = tmp_path / "out" / "interrupted"
+    assert json.loads(interrupted.read_text())["reason"] == "SIGTERM", result.stderr
+    assert not (tmp_path / "out" / "training.json").exists()
+    check_launch(*arguments)
+    assert not interrupted.exists() and (tmp_path / "out" / "training.json").exists()
+    check_same_steps(tmp_path / "out", whole)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_a_checkpoint_of_an_engine_has_every_weight_once(place, tmp_path, engine):
+    """No model.safetensors next to the files of the engine, which `sailvit convert` reads."""
+    arguments = stage2_of(tmp_path / "out", f"engine={engine}", "max_steps=2")
+    check_launch(*arguments)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert not list(checkpoint.glob("*.safetensors")) and (checkpoint / "config.json").exists()
+    convert_checkpoint(checkpoint, tmp_path / "tower", part="vision", verify=False)
+    after = weights(tmp_path / "out")
+    for name, tensor in weights(tmp_path / "tower").items():
+        assert torch.equal(tensor.float(), after[f"vision_model.{name}"]), name

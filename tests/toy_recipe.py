@@ -29,6 +29,7 @@ class ToyRecipe:
     save_steps: int = 100
     save_total_limit: int = 2
     logging_steps: int = 1
+    timeout_minutes: float = 5
     report_to: list[str] = field(default_factory=list)
     peak_tflops: float | None = None
     workers: int = 0

@@ -5,6 +5,7 @@ The folder of a run: checkpoints that are complete or do not count, and files th
 
     OUTPUT/run.json           what the run is, written when it starts
     OUTPUT/checkpoint-N/      a checkpoint; complete.json, written last, lists its files and their sizes
+    OUTPUT/interrupted        the run saved a checkpoint and stopped; the same command goes on
     OUTPUT/training.json      the record, written last: the run is finished
 """
 
@@ -25,6 +26,7 @@ from .cache import new_file
 
 
 RUN, MARKER, LOCK = "run.json", "complete.json", ".lock"
+STOPPED = "interrupted"  # for launchers, which hide the exit code
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,7 +19,7 @@ from ..configuration_sailvl import SAILVLConfig
 from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .attention import PER_SAMPLE
 from .flops import COMPONENTS, Flops, checkpointed_components, meta_model, sample_flops
-from .memory import ENGINES, Memory, PackShape, memory_of_engines, memory_of_states
+from .memory import SHARDING, Memory, PackShape, memory_of_engines, memory_of_states
 
 
 GIB = 2**30
@@ -249,12 +249,13 @@ class Plan:
     def received_per_step(self) -> float:
         """
         Bytes that a rank receives in a step, in rings: weights gathered before forward and backward of every pack
-        (ZeRO-3, FSDP2) or after the optimizer (ZeRO-2), gradients reduced after every pack.
+        (ZeRO-3, FSDP2) or after the optimizer (ZeRO-2), gradients reduced after every pack; DDP reduces them once.
         """
         total, trained = map(sum, zip(*self.parameters.values(), strict=True))
-        width = 4 if self.settings.precision == "float32" else 2
-        gathered = {"single": 0, "zero2": trained}.get(self.settings.engine, 2 * self.packs_per_rank * total)
-        reduced = 0 if self.settings.engine == "single" else self.packs_per_rank * trained
+        width = 4 if self.settings.precision == "float32" or self.settings.engine == "ddp" else 2
+        whole = {"single": 0, "ddp": trained, "zero2": trained}
+        gathered = whole.get(self.settings.engine, 2 * self.packs_per_rank * total)
+        reduced = {"single": 0, "ddp": trained}.get(self.settings.engine, self.packs_per_rank * trained)
         return width * (gathered + reduced) * (1 - 1 / self.ranks)
 
     def on_ranks(self, ranks: int, engine: str | None = None) -> "Plan":
@@ -437,7 +438,7 @@ def _memory(
 ) -> dict[str, Memory]:
     """Return engine -> memory of a rank; by default of the chosen engine, and on several ranks of all that shard."""
     attention = settings.attn_implementation or ""
-    engines = engines or tuple(dict.fromkeys([settings.engine, *(ENGINES[1:] if ranks > 1 else ())]))
+    engines = engines or tuple(dict.fromkeys([settings.engine, *(SHARDING if ranks > 1 else ())]))
     return memory_of_engines(
         model,
         engines,

@@ -24,7 +24,8 @@ from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .flops import COMPONENTS, blocks_of
 
 
-ENGINES = ("single", "zero2", "zero3", "fsdp2")
+ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
+SHARDING = ("zero2", "zero3", "fsdp2")
 # Defaults of DeepSpeed: reduce_bucket_size, stage3_max_live_parameters (deepspeed.ai/docs/config-json).
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
@@ -118,7 +119,7 @@ def memory_of_engines(
 
 def _computed(engine: str, precision: str) -> str:
     """Return the precision of `peak_of_pack`: sharding engines compute on weights that are bfloat16 already."""
-    return "autocast" if (engine, precision) == ("single", "bfloat16") else precision
+    return "autocast" if engine in ("single", "ddp") and precision == "bfloat16" else precision
 
 
 def memory_of_states(
@@ -129,8 +130,9 @@ def memory_of_states(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     width = 4 if precision == "float32" else 2
-    if engine == "single":
-        return {"weights": 4 * parameters, "gradients": 4 * trained, "optimizer": 8 * trained, "gathered": 0}
+    if engine in ("single", "ddp"):
+        buckets = 4 * trained if engine == "ddp" else 0  # of gradients, in which DDP reduces them
+        return {"weights": 4 * parameters, "gradients": 4 * trained, "optimizer": 8 * trained, "gathered": buckets}
     if engine == "fsdp2":
         sharded = {"weights": 4 * parameters, "gradients": 4 * trained, "optimizer": 8 * trained}
         return {name: size / ranks for name, size in sharded.items()} | {"gathered": _gathered_by_fsdp(model, width)}
@@ -148,7 +150,9 @@ def _check(engine: str, ranks: int, precision: str) -> None:
         raise ValueError(f"precision: expected bfloat16 or float32, got {precision!r}")
     if ranks < 1 or (engine == "single" and ranks > 1):
         expected = "1" if engine == "single" else "at least 1"
-        raise ValueError(f"ranks: expected {expected} with engine {engine}, got {ranks}: use zero2, zero3 or fsdp2")
+        raise ValueError(
+            f"ranks: expected {expected} with engine {engine}, got {ranks}: use ddp, zero2, zero3 or fsdp2"
+        )
 
 
 def _gathered_by_fsdp(model: SAILVLForConditionalGeneration, width: int) -> float:

@@ -97,7 +97,8 @@ class Recipe(Strict):
             over samples weighted by the square root of their answer tokens ("square").
         precision: Of forward and backward; "auto": bfloat16 where the device computes it natively, else float32.
             Weights and optimizer are float32.
-        engine: "auto": "single" for one process, else "zero3".
+        engine: "auto": "single" for one process, else "zero3". "ddp" is faster where model, gradients and optimizer fit
+            on every GPU, as in stage 1.
         weight_decay, adam_beta1, adam_beta2, adam_epsilon: Of AdamW.
         max_grad_norm: Gradients with a larger norm are scaled down to it; 0 for no clipping.
         warmup_ratio: Part of the steps in which the learning rate rises.
@@ -116,7 +117,9 @@ class Recipe(Strict):
         workers: Processes of each rank that read and decode samples.
         seed: Of the order of samples and of dropout.
         max_hours: Save and exit after this time, so that a scheduler can requeue the run.
+        timeout_minutes: How long a rank waits for the others before it ends.
         kinds: Kind -> the share of the samples that it must have in the corpus (`kinds` of corpus.yaml).
+        language_parameters: The fewest and the most parameters that the language model may have.
     """
 
     model_config = ConfigDict(strict=True)
@@ -137,7 +140,7 @@ class Recipe(Strict):
     too_long: Literal["drop", "truncate", "fail"] = "drop"
     loss_reduction: Literal["token", "sample", "square"] = "token"
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    engine: Literal["auto", "single", "zero2", "zero3", "fsdp2"] = "auto"
+    engine: Literal["auto", "single", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
     weight_decay: float = Field(0.01, ge=0)
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
@@ -158,7 +161,9 @@ class Recipe(Strict):
     workers: int = Field(4, ge=0)
     seed: int = Field(0, ge=0)
     max_hours: Positive | None = None
+    timeout_minutes: Positive = 30
     kinds: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = None
+    language_parameters: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -206,6 +211,7 @@ SOURCES = {
     "train_added_tokens": "paper, section 3: a frozen language model stays as it is",
     "save_steps": "transformers.TrainingArguments",
     "save_total_limit": "InternVL2.5",
+    "timeout_minutes": "transformers: ddp_timeout",
     "workers": "LLaVA-1.5",
 }
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Fields of a recipe that may change when a run goes on: they change no step.
 OPERATIONAL = {
     "name", "description", "model", "data", "output", "save_steps", "save_total_limit", "logging_steps", "report_to",
-    "peak_tflops", "workers", "max_hours", "gradient_checkpointing", "kinds",
+    "peak_tflops", "workers", "max_hours", "gradient_checkpointing", "kinds", "timeout_minutes", "language_parameters",
 }  # fmt: skip
 PACKAGES = ("sailvit", "torch", "transformers", "accelerate", "deepspeed")
 SUMS = ("samples", "tokens", "answer_tokens", "tiles")  # of log.jsonl

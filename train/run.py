@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_tensorboard_available
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..configuration_sailvl import SAILVLConfig
 from ..convert.storage.checkpoint import Checkpoint, FileCheckpoint
 from ..convert.storage.files import first_line
 from ..convert.storage.sources import check_separate, find_source
@@ -33,6 +34,7 @@ from ..devices import choose_device
 from .check import load_processor
 from .checkpoints import (
     RUN,
+    STOPPED,
     check_output,
     is_finished,
     keep_newest,
@@ -47,6 +49,8 @@ from .checkpoints import (
 from .components import added_token_ids, set_trainable, trainable_table
 from .corpus import Corpus
 from .estimate import PAPER_STAGES, Plan, make_plan, oom_hint
+from .failures import explain_lost_rank, is_lost_connection
+from .flops import meta_model
 from .handover import build_result, load_model, trained_weights, weight_reader, write_result
 from .packing import PackedBatches, tile_cost
 from .recipe import Recipe
@@ -75,7 +79,7 @@ def run(recipe: Recipe, log: Log = print) -> int:
     Raises:
         ValueError: Model, data, output, engine or ranks do not fit the recipe, or the output holds another run.
         OSError: A file cannot be read, or a checkpoint not be saved.
-        TrainingError: A loss is not finite, the memory is too small, or another engine runs.
+        TrainingError: A loss is not finite, the memory is too small, another rank is lost, or another engine runs.
     """
     started, rank, ranks = time.monotonic(), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     log = log if rank == 0 else lambda line: None
@@ -87,6 +91,8 @@ def run(recipe: Recipe, log: Log = print) -> int:
             _check_finished(recipe, output)
             log(f"{output}: this run is finished; nothing to do")
             return 0
+        if rank == 0:
+            (output / STOPPED).unlink(missing_ok=True)
         stage = Stage(recipe, engine, rank, ranks, log)
         with _interruption(recipe.max_hours, started) as interruption:
             return stage.train(interruption)
@@ -110,7 +116,7 @@ def check_environment(recipe: Recipe, ranks: int) -> str:
     if ranks > recipe.samples_per_step:
         raise ValueError(f"samples_per_step: expected at least one sample of each of {ranks} ranks")
     if engine == "single" and ranks > 1:
-        raise ValueError(f"engine: single is for one process, got {ranks}: choose zero3, zero2 or fsdp2")
+        raise ValueError(f"engine: single is for one process, got {ranks}: choose ddp, zero2, zero3 or fsdp2")
     if engine != "single" and "RANK" not in os.environ:
         raise ValueError(f"engine: {engine} needs a launcher: torchrun --nproc_per_node N -m sailvit.train ...")
     if engine.startswith("zero"):
@@ -162,6 +168,24 @@ def check_kinds(recipe: Recipe, corpus: Corpus) -> None:
             )
 
 
+def check_language(recipe: Recipe, config: SAILVLConfig) -> None:
+    """
+    Check that the language model has the size that a recipe is for.
+
+    Raises:
+        ValueError: It is smaller or larger.
+    """
+    if recipe.language_parameters is None:
+        return
+    low, high = recipe.language_parameters
+    size = sum(parameter.numel() for parameter in meta_model(config).language_model.parameters())
+    if not low <= size <= high:
+        raise ValueError(
+            f"language_parameters: {recipe.name} expects a language model of {low:,} to {high:,} parameters, got "
+            f"{size:,} in {recipe.model}: compose one with another --language, or choose another recipe"
+        )
+
+
 def count_steps_without_gradient(batches: PackedBatches, steps: int, recipe: Recipe) -> int:
     """Return the number of steps of text alone, which train nothing while the language model is frozen."""
     if "language" in recipe.trainable or recipe.train_added_tokens:
@@ -186,10 +210,16 @@ class Interruption:
 
     def __init__(self, deadline: float | None):
         self.deadline, self.signalled = deadline, False
-        self.reason = ""
 
     def is_due(self) -> bool:
-        return self.signalled or (self.deadline is not None and time.monotonic() > self.deadline)
+        return self.signalled or self._is_late()
+
+    @property
+    def reason(self) -> str:
+        return "max_hours" if self._is_late() else "SIGTERM"
+
+    def _is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 @contextmanager
@@ -223,11 +253,19 @@ class StopInTime(TrainerCallback):
 
 
 class RunTrainer(SAILVLTrainer):
-    """A trainer whose checkpoints are complete or do not count."""
+    """A trainer whose checkpoints are complete or do not count, and have every weight once."""
 
     def __init__(self, *args: Any, write_records: Callable[[Path, int], None], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.write_records = write_records
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights, config and processor; ZeRO and FSDP2 save the weights with the state of the optimizer."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call)
+        elif self.is_world_process_zero():
+            for part in (self.model.config, self.model.generation_config, self.processing_class):
+                part.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -243,9 +281,15 @@ class RunTrainer(SAILVLTrainer):
         except Exception as error:
             if self.is_world_process_zero():
                 shutil.rmtree(folder, ignore_errors=True)
-            last = newest_checkpoint(self.output)
-            kept = f"the same command goes on from {last.name}" if last else "there is no earlier checkpoint"
+            if is_lost_connection(error):
+                raise
+            kept = _describe_resume(self.output)
             raise OSError(f"{folder}: cannot be saved: {first_line(error)}: free space; {kept}") from error
+
+
+def _describe_resume(output: Path) -> str:
+    last = newest_checkpoint(output)
+    return f"the same command goes on from {last.name}" if last else "there is no earlier checkpoint"
 
 
 class Stage:
@@ -257,6 +301,7 @@ class Stage:
         self.source = open_source(recipe.model)
         check_separate(self.output, [self.source.source])
         self.processor, self.config = load_processor(self.source.source.path("config.json").parent)
+        check_language(recipe, self.config)
         self.batches = self._open_batches(ranks)
         self.resumed = self._find_checkpoint()
         self.parents = parent_stages(self.source)
@@ -297,22 +342,35 @@ class Stage:
         return newest_checkpoint(self.output)
 
     def train(self, interruption: Interruption) -> int:
+        """Train the stage; return 0, or INTERRUPTED."""
+        try:
+            return self._train(interruption)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(self._describe_memory()) from error
+        except Exception as error:
+            if is_lost_connection(error):
+                raise explain_lost_rank(error, _describe_resume(self.output)) from error
+            raise
+
+    def _train(self, interruption: Interruption) -> int:
         trainer = self._make_trainer()
         stop = StopInTime(trainer, interruption)
         trainer.add_callback(stop)
         self._announce(trainer)
         resumed = None if self.resumed is None else str(self.resumed)
-        try:
-            trainer.train(resume_from_checkpoint=resumed)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(self._describe_memory()) from error
+        trainer.train(resume_from_checkpoint=resumed)
         if stop.stopped:
-            self.log(f"stopped after step {trainer.state.global_step}; the same command goes on")
+            self._record_stop(trainer.state.global_step, interruption.reason)
         else:
             self._hand_over(trainer)
         if dist.is_initialized():
             dist.destroy_process_group()
         return INTERRUPTED if stop.stopped else 0
+
+    def _record_stop(self, step: int, reason: str) -> None:
+        if self.rank == 0:
+            write_json(self.output / STOPPED, {"step": step, "reason": reason})
+        self.log(f"stopped after step {step} ({reason}); the same command goes on")
 
     def _make_trainer(self) -> RunTrainer:
         model = load_model(self.source, self.recipe.attn_implementation)
@@ -371,8 +429,8 @@ class Stage:
         """Return which settings would fit into the memory of the device."""
         corpus, ranks = self.batches.corpus, self.batches.ranks
         plan = make_plan(self.config, self.recipe, corpus=corpus, ranks=ranks)
-        available = USED_MEMORY * torch.cuda.get_device_properties(0).total_memory
-        return f"rank {self.rank}: out of memory: {oom_hint(plan, available)}"
+        available = USED_MEMORY * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"out of memory: {oom_hint(plan, available)}"
 
 
 # The plan
@@ -391,6 +449,7 @@ def plan_run(recipe: Recipe, ranks: int, card: str | None, samples: int | None =
     if not recipe.model:
         raise ValueError("model: missing; give it as model=...")
     processor, config = load_processor(recipe.model)
+    check_language(recipe, config)
     corpus = Corpus.from_yaml(recipe.data, processor) if recipe.data and samples is None else None
     paper, origin = PAPER_STAGES.get(recipe.name or ""), ""
     if corpus is None and samples is None and paper is not None:

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
@@ -106,6 +108,7 @@ def training_arguments(
         options: Replace arguments.
     """
     device, engine = choose_device(), resolve_engine(recipe.engine)
+    _start_processes(device, recipe.timeout_minutes)
     max_steps = min(steps, recipe.max_steps or steps)
     arguments = {
         "output_dir": str(output),
@@ -131,11 +134,18 @@ def training_arguments(
         "ignore_data_skip": True,  # the sampler starts at the step
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": math.ceil(60 * recipe.timeout_minutes),
         "disable_tqdm": not sys.stderr.isatty(),
         **_schedule(recipe),
         **_engine_arguments(engine, recipe, model),
     }
     return TrainingArguments(**(arguments | options))
+
+
+def _start_processes(device: torch.device, timeout_minutes: float) -> None:
+    """Start the process group of CPUs, to which TrainingArguments does not pass its ddp_timeout."""
+    if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 def _uses_bfloat16(precision: str, device: torch.device) -> bool:
