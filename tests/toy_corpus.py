@@ -64,7 +64,9 @@ class MemoryCorpus:
             raise ValueError("a sample does not fit into a pack")
         kept = np.flatnonzero(fits)
         samples = [self._samples[index] for index in kept]
-        return MemoryCorpus(samples, self.processor, self.cache_dir, self.tokens[kept], self.tiles[kept])
+        fitted = MemoryCorpus(samples, self.processor, self.cache_dir, self.tokens[kept], self.tiles[kept])
+        fitted.max_bad_fraction = self.max_bad_fraction
+        return fitted
 
 
 def make_processor(folder: Path) -> SAILVLProcessor:
