@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
+from sailvit.train.components import enable_checkpointing
 from sailvit.train.flops import COMPONENTS, blocks_of, meta_model
-from sailvit.train.memory import PackShape, enable_checkpointing, memory_of_engines
+from sailvit.train.memory import PackShape, memory_of_engines
 
 
 SMALL_VISION = {
