@@ -182,29 +182,40 @@ def rows() -> None:
 # Useful tokens per second
 
 
-TILE_TOKENS = 16
 IMAGE_TOKEN = 1000
+
+
+TOY_VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 112,
+}  # fmt: skip
+TOY_TEXT = {
+    **QWEN, "vocab_size": 1024, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+}  # fmt: skip
 
 
 def toy_model() -> SAILVLForConditionalGeneration:
     """Return a model whose language model dominates, as in a SAIL-VL."""
-    vision = SAILViTConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1, image_size=112
-    )
-    text = {**QWEN, "vocab_size": 1024, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
-            "num_attention_heads": 6}  # fmt: skip
-    return SAILVLForConditionalGeneration(SAILVLConfig(vision, text, image_token_id=IMAGE_TOKEN)).train()
+    config = SAILVLConfig(SAILViTConfig(**TOY_VISION), dict(TOY_TEXT), image_token_id=IMAGE_TOKEN)
+    return SAILVLForConditionalGeneration(config).train()
 
 
-def toy_samples(count: int) -> list[EncodedSample]:
-    tokens, tiles = long_tailed_mix(np.random.default_rng(0), count, TILE_TOKENS)
+def random_samples(config: SAILVLConfig, count: int, uint8_tiles: bool = False) -> list[EncodedSample]:
+    """Return samples of a long-tailed mix for a model: random tokens, of which the text is supervised, random tiles."""
+    size, tile_tokens = config.vision_config.image_size, config.image_seq_length
+    tokens, tiles = long_tailed_mix(np.random.default_rng(0), count, tile_tokens)
     generator, samples = torch.Generator().manual_seed(0), []
     for length, num_tiles in zip(tokens.tolist(), tiles.tolist(), strict=True):
-        visual = num_tiles * TILE_TOKENS
-        ids = torch.randint(0, 1000, (length,), generator=generator)
-        ids[:visual] = IMAGE_TOKEN
-        pixels = torch.randn(num_tiles, 3, 112, 112, generator=generator) if num_tiles else None
-        samples.append(EncodedSample(ids, ids.masked_fill(torch.arange(length) < visual + 2, -100), pixels))
+        visual = num_tiles * tile_tokens
+        ids = torch.randint(0, config.image_token_id, (length,), generator=generator)
+        ids[:visual] = config.image_token_id
+        shape = (num_tiles, 3, size, size)
+        if uint8_tiles:
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            pixels = torch.randn(shape, generator=generator)
+        labels = ids.masked_fill(torch.arange(length) < visual + 2, -100)
+        samples.append(EncodedSample(ids, labels, pixels if num_tiles else None))
     return samples
 
 
@@ -226,22 +237,26 @@ def padded(samples: list[EncodedSample], rows: int) -> list[dict[str, Any]]:
     return batches
 
 
-def packed(samples: list[EncodedSample], cost: float) -> list[dict[str, Any]]:
+def packed(samples: list[EncodedSample], config: SAILVLConfig) -> list[dict[str, Any]]:
     tokens, tiles = ([len(t) if t is not None else 0 for t in column] for column in
                      ([s.input_ids for s in samples], [s.tiles for s in samples]))  # fmt: skip
-    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * TILE_TOKENS // 256, None, cost)
+    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * config.image_seq_length // 256, None, tile_cost(config))
     return [collate([samples[index] for index in pack]).inputs for pack in packs]
 
 
 COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
 
 
-def gradients(model: SAILVLForConditionalGeneration, batches: list[dict[str, Any]], labels: torch.Tensor) -> Any:
+def gradients(
+    model: SAILVLForConditionalGeneration, batches: list[dict[str, Any]], labels: torch.Tensor, precision: str
+) -> Any:
     """Return the loss of a step and the gradient of every component."""
     model.zero_grad()
     total = 0.0
     for inputs in batches:
-        loss = model(**inputs, num_items_in_batch=labels).loss
+        inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = model(**inputs, num_items_in_batch=labels.to(model.device)).loss
         loss.backward()
         total += loss.item()
     parts = {name: getattr(model, attribute) for name, attribute in COMPONENTS.items()}
@@ -249,19 +264,25 @@ def gradients(model: SAILVLForConditionalGeneration, batches: list[dict[str, Any
     return total, flat
 
 
-def agreement() -> None:
-    model, samples = toy_model(), toy_samples(32)
+def agreement(device: torch.device | str = "cpu", precision: str = "float32") -> dict[str, float]:
+    """Return the relative difference of the loss of a packed step to one sample a row, and of its gradients."""
+    model = toy_model().to(device)
+    samples = random_samples(model.config, 32)
     labels = torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
-    separate, expected = gradients(model, [collate([sample]).inputs for sample in samples], labels)
-    loss, found = gradients(model, packed(samples, tile_cost(model.config)), labels)
-    print(f"\nloss of a packed step, relative difference to one sample a row: {abs(loss - separate) / separate:.1e}")
+    separate, expected = gradients(model, [collate([sample]).inputs for sample in samples], labels, precision)
+    loss, found = gradients(model, packed(samples, model.config), labels, precision)
+    figures = {"loss": abs(loss - separate) / separate}
+    print(f"\nloss of a packed step, relative difference to one sample a row: {figures['loss']:.1e}")
     for name, gradient in found.items():
         cosine = torch.nn.functional.cosine_similarity(gradient, expected[name], dim=0)
+        figures[f"{name}: 1 - cosine"] = 1 - cosine.item()
         print(f"gradient of {name}: 1 - cosine {1 - cosine.item():.1e}")
+    return figures
 
 
 def throughput(rounds: int = 9) -> None:
-    model, samples = toy_model(), toy_samples(32)
+    model = toy_model()
+    samples = random_samples(model.config, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     num_labels = torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
 
@@ -271,7 +292,7 @@ def throughput(rounds: int = 9) -> None:
             model(**inputs, num_items_in_batch=num_labels).loss.backward()
         optimizer.step()
 
-    candidates = {"packed": packed(samples, tile_cost(model.config))}
+    candidates = {"packed": packed(samples, model.config)}
     candidates |= {f"padded, {size} rows": padded(samples, size) for size in (4, 8, 16)}
     seconds = medians({name: lambda batches=batches: train(batches) for name, batches in candidates.items()}, rounds)
     useful = sum(len(sample.input_ids) for sample in samples)
@@ -305,7 +326,8 @@ class Photos(Dataset):
         return collate([EncodedSample(ids, ids, tiles)])
 
 
-def tiles(rounds: int = 7, packs: int = 8) -> None:
+def tiles(rounds: int = 7, packs: int = 8) -> dict[str, float]:
+    """Return the seconds of a pack of float32 and of uint8 tiles, from a worker to the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     datasets = {"float32": Photos(False, packs), "uint8": Photos(True, packs)}
     sizes = {name: dataset[0].inputs["pixel_values"].nbytes for name, dataset in datasets.items()}
@@ -322,6 +344,7 @@ def tiles(rounds: int = 7, packs: int = 8) -> None:
     for name, value in seconds.items():
         print(f"{value / packs * 1e3:7.0f} ms and {sizes[name] / 1e6:5.1f} MB a pack  {name}")
     print_ratios("speed, float32 = 1", {"uint8": seconds["float32"] / seconds["uint8"]})
+    return {name: value / packs for name, value in seconds.items()}
 
 
 PARTS = {

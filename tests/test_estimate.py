@@ -137,11 +137,12 @@ def test_peak_on_fake_tensors_is_that_of_a_packed_step_on_real_ones(trainable, c
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("checkpointed", memory_estimate.CHECKPOINTED)
 @pytest.mark.parametrize("precision", memory_estimate.PRECISIONS)
 @pytest.mark.parametrize("name", memory_estimate.SHAPES)
-def test_estimate_is_within_15_percent_of_a_process(name, precision):
-    measured = memory_estimate.measured_bytes(name, precision)
-    assert measured == pytest.approx(memory_estimate.estimated_bytes(name, precision), rel=0.15)
+def test_estimate_is_within_15_percent_of_a_process(name, precision, checkpointed):
+    case = (name, precision, checkpointed)
+    assert memory_estimate.estimated_bytes(*case) == pytest.approx(memory_estimate.measured_bytes(*case), rel=0.15)
 
 
 def test_logits_take_memory_at_supervised_positions_only():
