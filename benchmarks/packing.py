@@ -187,34 +187,41 @@ def rows() -> None:
 # Useful tokens per second
 
 
-TILE_TOKENS = 16
-IMAGE_TOKEN = 4000
-
+IMAGE_TOKEN = 1000
 
 # Vision encoders whose share of the cost of a toy is that of SAILViT-Large with a language model of this size.
-TOYS = {
+TOY_VISION = {
     "1.5B": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3},
     "7B": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 1},
 }
+TOY_TEXT = {
+    **QWEN, "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+}  # fmt: skip
 
 
 def toy_model(like: str = "1.5B") -> SAILVLForConditionalGeneration:
     """Return a model whose encoder, language model and LM head cost about as much, in proportion, as real ones."""
-    vision = SAILViTConfig(**TOYS[like], image_size=112)
-    text = {**QWEN, "vocab_size": 4096, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4,
-            "num_attention_heads": 6}  # fmt: skip
-    return SAILVLForConditionalGeneration(SAILVLConfig(vision, text, image_token_id=IMAGE_TOKEN)).train()
+    vision = SAILViTConfig(**TOY_VISION[like], image_size=112)
+    return SAILVLForConditionalGeneration(SAILVLConfig(vision, dict(TOY_TEXT), image_token_id=IMAGE_TOKEN)).train()
 
 
-def toy_samples(count: int) -> list[EncodedSample]:
-    tokens, tiles = long_tailed_mix(np.random.default_rng(0), count, TILE_TOKENS)
+def random_samples(config: SAILVLConfig, count: int, uint8_tiles: bool = False) -> list[EncodedSample]:
+    """Return samples of a long-tailed mix for a model: random tokens, of which the text is supervised, random tiles."""
+    size, tile_tokens = config.vision_config.image_size, config.image_seq_length
+    tokens, tiles = long_tailed_mix(np.random.default_rng(0), count, tile_tokens)
     generator, samples = torch.Generator().manual_seed(0), []
     for length, num_tiles in zip(tokens.tolist(), tiles.tolist(), strict=True):
-        visual = num_tiles * TILE_TOKENS
-        ids = torch.randint(0, IMAGE_TOKEN, (length,), generator=generator)
-        ids[:visual] = IMAGE_TOKEN
-        pixels = torch.randn(num_tiles, 3, 112, 112, generator=generator) if num_tiles else None
-        samples.append(EncodedSample(ids, ids.masked_fill(torch.arange(length) < visual + 2, -100), pixels))
+        visual = num_tiles * tile_tokens
+        ids = torch.randint(0, config.image_token_id, (length,), generator=generator)
+        ids[:visual] = config.image_token_id
+        shape = (num_tiles, 3, size, size)
+        if uint8_tiles:
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            pixels = torch.randn(shape, generator=generator)
+        labels = ids.masked_fill(torch.arange(length) < visual + 2, -100)
+        samples.append(EncodedSample(ids, labels, pixels if num_tiles else None))
     return samples
 
 
@@ -236,10 +243,10 @@ def padded(samples: list[EncodedSample], rows: int) -> list[dict[str, Any]]:
     return batches
 
 
-def packed(samples: list[EncodedSample], cost: float) -> list[Pack]:
+def packed(samples: list[EncodedSample], config: SAILVLConfig) -> list[Pack]:
     tokens, tiles = ([len(t) if t is not None else 0 for t in column] for column in
                      ([s.input_ids for s in samples], [s.tiles for s in samples]))  # fmt: skip
-    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * TILE_TOKENS // 256, None, cost)
+    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * config.image_seq_length // 256, None, tile_cost(config))
     return [collate([samples[index] for index in pack], pack) for pack in packs]
 
 
@@ -248,13 +255,15 @@ COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "langua
 
 def loss_of_rows(model: SAILVLForConditionalGeneration, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     """Return the share of rows in the loss of a step, as an unmodified Trainer computes it."""
+    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
     return model(**inputs, num_items_in_batch=labels).loss
 
 
 def loss_of_pack(model: SAILVLForConditionalGeneration, pack: Pack, labels: torch.Tensor) -> torch.Tensor:
     """Return the share of a pack in the loss of a step, as `SAILVLTrainer` computes it."""
-    inputs = pack.inputs | ({"sample_lengths": pack.lengths} if is_per_sample(model) else {})
-    return pack_loss(model, inputs, answer_weights(pack, "token"), keeps_logits=True) / labels
+    inputs = pack.to(model.device).inputs | ({"sample_lengths": pack.lengths} if is_per_sample(model) else {})
+    loss, _ = pack_loss(model, inputs, answer_weights(pack, "token").to(model.device), keeps_logits=True)
+    return loss / labels
 
 
 def gradients(model: SAILVLForConditionalGeneration, losses: Iterable[torch.Tensor]) -> tuple[float, Any]:
@@ -273,28 +282,39 @@ def count_labels(samples: list[EncodedSample]) -> torch.Tensor:
     return torch.tensor(sum(int((sample.labels != -100).sum()) for sample in samples))
 
 
-def agreement() -> None:
-    model, samples = toy_model(), toy_samples(32)
-    labels, packs = count_labels(samples), packed(samples, tile_cost(model.config))
-    separate, expected = gradients(model, (loss_of_rows(model, collate([s]).inputs, labels) for s in samples))
-    for attention in ("sdpa", PER_SAMPLE):
-        model.language_model.set_attn_implementation(attention)
-        loss, found = gradients(model, (loss_of_pack(model, pack, labels) for pack in packs))
-        print(f"\na packed step with {attention}, against one sample a row:")
-        print(f"loss: relative difference {abs(loss - separate) / separate:.1e}")
-        for name, gradient in found.items():
-            cosine = torch.nn.functional.cosine_similarity(gradient, expected[name], dim=0)
-            print(f"gradient of {name}: 1 - cosine {1 - cosine.item():.1e}")
+def agreement(device: torch.device | str = "cpu", precision: str = "float32") -> dict[str, dict[str, float]]:
+    """Return, for each attention, the relative difference of a packed step to one sample a row: loss and gradients."""
+    model = toy_model().to(device)
+    samples = random_samples(model.config, 32)
+    labels, packs = count_labels(samples).to(device), packed(samples, model.config)
+    figures = {}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        separate, expected = gradients(model, (loss_of_rows(model, collate([s]).inputs, labels) for s in samples))
+        for attention in ("sdpa", PER_SAMPLE):
+            model.language_model.set_attn_implementation(attention)
+            loss, found = gradients(model, (loss_of_pack(model, pack, labels) for pack in packs))
+            figures[attention] = _differences(loss, found, separate, expected)
+            print(f"\na packed step with {attention}, against one sample a row:")
+            for name, value in figures[attention].items():
+                print(f"{value:8.1e}  {name}")
+    return figures
+
+
+def _differences(loss: float, found: Any, separate: float, expected: Any) -> dict[str, float]:
+    cosine = torch.nn.functional.cosine_similarity
+    gradients = {f"gradient of {name}, 1 - cosine": 1 - cosine(found[name], expected[name], dim=0) for name in found}
+    return {"loss, relative": abs(loss - separate) / separate, **{name: float(v) for name, v in gradients.items()}}
 
 
 def throughput(rounds: int = 5) -> None:
-    for like in TOYS:
+    for like in TOY_VISION:
         compare_steps(like, rounds)
 
 
 def compare_steps(like: str, rounds: int) -> None:
     """Compare steps as `SAILVLTrainer` and an unmodified Trainer do them: the first has no logits without a label."""
-    model, samples = toy_model(like), toy_samples(32)
+    model = toy_model(like)
+    samples = random_samples(model.config, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     labels, cost = count_labels(samples), tile_cost(model.config)
 
@@ -305,12 +325,13 @@ def compare_steps(like: str, rounds: int) -> None:
             loss(model, batch, labels).backward()
         optimizer.step()
 
-    packs = packed(samples, cost)
+    packs = packed(samples, model.config)
     steps = {"packed": (PER_SAMPLE, loss_of_pack, packs), "packed, sdpa with a mask": ("sdpa", loss_of_pack, packs)}
     steps |= {f"padded, {size} rows": ("sdpa", loss_of_rows, padded(samples, size)) for size in (4, 8, 16)}
     seconds = medians({name: lambda step=step: train(*step) for name, step in steps.items()}, rounds)
     useful = sum(len(sample.input_ids) for sample in samples)
-    print(f"\nas with a language model of {like}: a tile costs {cost / TILE_TOKENS:.2f} times as much as its tokens")
+    ratio = cost / model.config.image_seq_length
+    print(f"\nas with a language model of {like}: a tile costs {ratio:.2f} times as much as its tokens")
     print(f"a training step of {len(samples)} samples, {useful} useful tokens, {torch.get_num_threads()} threads")
     for name, value in seconds.items():
         rows = [getattr(batch, "inputs", batch)["input_ids"] for batch in steps[name][2]]
@@ -340,7 +361,8 @@ class Photos(Dataset):
         return collate([EncodedSample(ids, ids, tiles)])
 
 
-def tiles(rounds: int = 7, packs: int = 8) -> None:
+def tiles(rounds: int = 7, packs: int = 8) -> dict[str, float]:
+    """Return the seconds of a pack of float32 and of uint8 tiles, from a worker to the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     datasets = {"float32": Photos(False, packs), "uint8": Photos(True, packs)}
     sizes = {name: dataset[0].inputs["pixel_values"].nbytes for name, dataset in datasets.items()}
@@ -357,6 +379,7 @@ def tiles(rounds: int = 7, packs: int = 8) -> None:
     for name, value in seconds.items():
         print(f"{value / packs * 1e3:7.0f} ms and {sizes[name] / 1e6:5.1f} MB a pack  {name}")
     print_ratios("speed, float32 = 1", {"uint8": seconds["float32"] / seconds["uint8"]})
+    return {name: value / packs for name, value in seconds.items()}
 
 
 PARTS = {

@@ -48,10 +48,22 @@ def compiled(functions: dict[str, Callable], pixels: torch.Tensor, freezing: boo
     return ready
 
 
-def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the largest matrix product of a block: 1,024 tokens, width 1,024 to 2,816."""
-    tokens, weight = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((8192, 1024), (2816, 1024)))
-    return 2 * 8192 * 1024 * 2816 / medians({"product": lambda: F.linear(tokens, weight)}, 10)["product"]
+def product_rate(
+    device: str, dtype: torch.dtype, rows: int = 8192, width: int = 1024, out: int = 2816, repeats: int = 1
+) -> float:
+    """
+    Measure the FLOP/s of a matrix product; default: the largest of a block, 1,024 tokens, width 1,024 to 2,816.
+
+    Args:
+        repeats: Products of a measurement, so that the start of a GPU's kernel does not count.
+    """
+    tokens, weight = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((rows, width), (out, width)))
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            F.linear(tokens, weight)
+
+    return 2 * repeats * rows * width * out / medians({"product": multiply}, 10)["product"]
 
 
 def flops(config: SAILViTConfig, tiles: int) -> float:
@@ -61,14 +73,14 @@ def flops(config: SAILViTConfig, tiles: int) -> float:
     return 2 * tiles * tokens * (config.num_hidden_layers * block + config.num_channels * config.patch_size**2 * width)
 
 
-def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int, compile: bool) -> None:
-    """Print the seconds, the speed of all models relative to native, and ours relative to timm."""
+def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int, compile: bool) -> dict[str, float]:
+    """Print the seconds, the speed of all models relative to native, and ours relative to timm; return the seconds."""
     size = tower.config.image_size
     pixels = torch.randn(tiles, 3, size, size, device=options.device, dtype=tower.dtype)
     functions = forwards(tower)
     candidates = {f"{name} eager": function for name, function in functions.items()}
     if compile:
-        for freezing in (False, True) if options.device == "cpu" else (False,):
+        for freezing in (False, True) if torch.device(options.device).type == "cpu" else (False,):
             ready = compiled(functions, pixels, freezing)
             candidates |= {f"{name} compiled{', frozen' if freezing else ''}": run for name, run in ready.items()}
     seconds = medians({name: lambda run=run: run(pixels) for name, run in candidates.items()}, options.rounds)
@@ -83,6 +95,7 @@ def compare(options: argparse.Namespace, tower: SAILViTModel, tiles: int, compil
     modes = [name.removeprefix("ours ") for name in seconds if name.startswith("ours ")]
     against_timm = {f"ours {mode}": seconds[f"timm {mode}"] / seconds[f"ours {mode}"] for mode in modes}
     print_ratios(f"{title}, timm in the same mode = 1", against_timm)
+    return seconds
 
 
 def main() -> None:

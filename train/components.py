@@ -8,7 +8,7 @@ requires_grad.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from ..processing_sailvl import SAILVLProcessor
-from .flops import COMPONENTS, checkpointed_components
+from .flops import COMPONENTS
 
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ LORA_FIELDS = {
     "vision": ("use_backbone_lora", "backbone_lora_alpha"),
     "language": ("use_llm_lora", "llm_lora_alpha"),
 }
+
+
+# Attributes of the processor with the tokens around the visual tokens, whose rows are new in a composed model.
+ADDED_TOKENS = ("image_start_token", "image_end_token")
 
 
 # Freezing
@@ -60,8 +64,8 @@ def set_trainable(model: PreTrainedModel, recipe: "Recipe", added_tokens: Sequen
     for name in COMPONENTS.keys() - {*recipe.trainable}:
         _pin_to_eval(getattr(model, COMPONENTS[name]))
     if recipe.train_added_tokens and "language" not in recipe.trainable:
-        _train_rows(model.get_input_embeddings().weight, added_tokens)
-    _enable_checkpointing(model, recipe)
+        train_rows(model.get_input_embeddings().weight, added_tokens)
+    enable_checkpointing(model, checkpointed_components(recipe))
 
 
 def _check_options(recipe: "Recipe", added_tokens: Sequence[int]) -> None:
@@ -91,14 +95,14 @@ def _pin_to_eval(part: nn.Module) -> None:
 
 def added_token_ids(processor: SAILVLProcessor) -> list[int]:
     """
-    Return the ids of the two tokens around the visual tokens, whose rows are new in a composed model.
+    Return the ids of ADDED_TOKENS.
 
     The row of <IMG_CONTEXT> is not among them: the model never reads it, since visual tokens take its place.
     """
-    return processor.tokenizer.convert_tokens_to_ids([processor.image_start_token, processor.image_end_token])
+    return processor.tokenizer.convert_tokens_to_ids([getattr(processor, name) for name in ADDED_TOKENS])
 
 
-def _train_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
+def train_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
     """
     Train some rows of an embedding: the gradient of the others is set to 0, and with it their update.
 
@@ -212,12 +216,16 @@ def learning_rate_of(recipe: "Recipe", component: str) -> float:
 def trainable_table(model: PreTrainedModel, recipe: "Recipe") -> str:
     """Return a table of components: parameters, trained parameters, learning rate."""
     lines = [f"{'component':<12}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
-    for name, attribute in COMPONENTS.items():
-        parameters = list(getattr(model, attribute).parameters())
-        trained = sum(map(_trained_size, parameters))
+    for name, (total, trained) in component_sizes(model).items():
         rate = f"{learning_rate_of(recipe, name):g}" if trained else "frozen"
-        lines.append(f"{name:<12}{sum(map(_size, parameters)):>16,}{trained:>16,}{rate:>16}")
+        lines.append(f"{name:<12}{total:>16,}{trained:>16,}{rate:>16}")
     return "\n".join(lines)
+
+
+def component_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return component -> numbers of parameters, adapters included, and of trained ones."""
+    parts = {name: list(getattr(model, attribute).parameters()) for name, attribute in COMPONENTS.items()}
+    return {name: (sum(map(_size, part)), sum(map(_trained_size, part))) for name, part in parts.items()}
 
 
 def _size(parameter: nn.Parameter) -> int:
@@ -233,19 +241,24 @@ def _trained_size(parameter: nn.Parameter) -> int:
 # Activation checkpointing
 
 
-def _enable_checkpointing(model: PreTrainedModel, recipe: "Recipe") -> None:
+def checkpointed_components(recipe: "Recipe") -> tuple[str, ...]:
+    """Return the components whose activations a recipe recomputes."""
+    chosen = recipe.gradient_checkpointing
+    return (chosen,) if isinstance(chosen, str) else ("vision", "language") if chosen else ()
+
+
+def enable_checkpointing(model: PreTrainedModel, components: Collection[str]) -> None:
     """
     Recompute the layers of vision encoder, language model or both in the backward pass.
 
     A frozen language model needs it, too, where the connector before it is trained: the gradient passes through it.
     """
-    for name in checkpointed_components(recipe.gradient_checkpointing):
+    for name in components:
         part = getattr(model, COMPONENTS[name])
         enable = getattr(part, "activation_checkpointing_enable", None)  # its name since transformers 5.24
         (enable or part.gradient_checkpointing_enable)({"use_reentrant": False})
-        if name not in recipe.trainable:
-            for layer in filter(_may_checkpoint, part.modules()):
-                layer.training = True  # of the layer alone, not of the modules in it
+        for layer in filter(_may_checkpoint, part.modules()):
+            layer.training = True  # of the layer alone, not of the modules in it, which are in eval mode if frozen
 
 
 def _may_checkpoint(module: nn.Module) -> bool:

@@ -7,9 +7,10 @@ Plan of a training run, from shapes alone: parameters, FLOPs, memory of a rank, 
     print(plan.describe())
 """
 
+import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +19,8 @@ import numpy as np
 from ..configuration_sailvl import SAILVLConfig
 from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .attention import PER_SAMPLE
-from .flops import COMPONENTS, Flops, checkpointed_components, meta_model, sample_flops
+from .components import ADDED_TOKENS, checkpointed_components, component_sizes, set_trainable
+from .flops import COMPONENTS, Flops, meta_model, sample_flops
 from .memory import SHARDING, Memory, PackShape, memory_of_engines, memory_of_states
 
 
@@ -134,6 +136,9 @@ class Settings(Protocol):
     engine: str
     gradient_checkpointing: bool | str
     attn_implementation: str | None
+    lora: Any
+    train_added_tokens: bool
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -151,16 +156,20 @@ class TrainingSettings:
     engine: str = "auto"
     gradient_checkpointing: bool | str = True
     attn_implementation: str | None = None
+    lora: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    train_added_tokens: bool = False
+    seed: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> "TrainingSettings":
         values = {name: getattr(settings, name) for name in cls.__dataclass_fields__}
-        return cls(**values | {"trainable": tuple(values["trainable"])})
+        lora = {name: dict(options) for name, options in values["lora"].items()}
+        return cls(**values | {"trainable": tuple(values["trainable"]), "lora": lora})
 
     @property
     def checkpointed(self) -> tuple[str, ...]:
         """Components under gradient checkpointing."""
-        return checkpointed_components(self.gradient_checkpointing)
+        return checkpointed_components(self)
 
     def resolve(self, ranks: int) -> "TrainingSettings":
         """Return the settings without "auto": bfloat16; a single process, or ZeRO-3 on several ranks."""
@@ -251,7 +260,8 @@ class Plan:
         Bytes that a rank receives in a step, in rings: weights gathered before forward and backward of every pack
         (ZeRO-3, FSDP2) or after the optimizer (ZeRO-2), gradients reduced after every pack; DDP reduces them once.
         """
-        total, trained = map(sum, zip(*self.parameters.values(), strict=True))
+        sizes = [(weight.numel(), weight.requires_grad) for weight in self.model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         width = 4 if self.settings.precision == "float32" or self.settings.engine == "ddp" else 2
         whole = {"single": 0, "ddp": trained, "zero2": trained}
         gathered = whole.get(self.settings.engine, 2 * self.packs_per_rank * total)
@@ -356,7 +366,6 @@ def make_plan(
     card: str | None = None,
     mfu: float = DEFAULT_MFU,
     stage: str | None = None,
-    model: SAILVLForConditionalGeneration | None = None,
 ) -> Plan:
     """
     Return the plan of a run.
@@ -371,15 +380,13 @@ def make_plan(
         card: A key of CARDS, for hours.
         mfu: Model FLOPs utilisation, for hours.
         stage: Name of the recipe: the paper's hours are added to those of its stages.
-        model: A model on the meta device whose `requires_grad` says what is trained, in place of
-            `settings.trainable`: for LoRA.
 
     Raises:
         ValueError: A card, component, engine or precision is unknown, or a number is out of range.
     """
     _check_arguments(card, ranks, mfu, samples)
     settings = TrainingSettings.of(settings).resolve(ranks)
-    model = meta_model(config, settings.trainable) if model is None else model
+    model = trained_meta_model(config, settings)
     if corpus is not None:
         samples, measured = len(corpus), SampleShape.of_corpus(corpus)
     shape = measured if corpus is not None else sample or SampleShape.assumed(config)
@@ -387,7 +394,7 @@ def make_plan(
     flops = sample_flops(model, settings.checkpointed)
     return Plan(
         settings=settings,
-        parameters={name: _parameters(getattr(model, module)) for name, module in COMPONENTS.items()},
+        parameters=component_sizes(model),
         sample=shape,
         pack=pack,
         flops=flops.of(shape.tokens, shape.tiles, shape.answers, shape.squared_tokens),
@@ -400,6 +407,14 @@ def make_plan(
         is_assumed=corpus is None and sample is None,
         model=model,
     )
+
+
+def trained_meta_model(config: SAILVLConfig, settings: TrainingSettings) -> SAILVLForConditionalGeneration:
+    """Return a model on the meta device that trains what the settings say: LoRA and rows of added tokens, too."""
+    model = meta_model(copy.deepcopy(config))  # LoRA writes to the config
+    rows = range(len(ADDED_TOKENS)) if settings.train_added_tokens else ()  # which ones does not matter
+    set_trainable(model, replace(settings, gradient_checkpointing=False), rows)
+    return model
 
 
 def index_bytes(samples: int) -> dict[str, int]:
@@ -422,11 +437,6 @@ def _check_arguments(card: str | None, ranks: int, mfu: float, samples: int | No
         raise ValueError(f"mfu: expected above 0, at most 1, got {mfu}")
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-
-
-def _parameters(module: Any) -> tuple[int, int]:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def _memory(

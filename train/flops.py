@@ -25,12 +25,6 @@ from ..modeling_sailvl import SAILVLForConditionalGeneration
 COMPONENTS = {"vision": "vision_model", "connector": "mlp1", "language": "language_model"}
 
 
-def checkpointed_components(gradient_checkpointing: bool | str) -> tuple[str, ...]:
-    """Return the components under gradient checkpointing: of True vision and language, of a name that component."""
-    chosen = gradient_checkpointing
-    return (chosen,) if isinstance(chosen, str) else ("vision", "language") if chosen else ()
-
-
 def meta_model(config: SAILVLConfig, trainable: Collection[str] = tuple(COMPONENTS)) -> SAILVLForConditionalGeneration:
     """
     Return a model without memory (on the meta device) in which only the components in `trainable` require gradients.

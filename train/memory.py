@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ..modeling_sailvl import SAILVLForConditionalGeneration
-from .flops import COMPONENTS, blocks_of
+from .components import enable_checkpointing, train_rows
+from .flops import blocks_of
 
 
 ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
@@ -187,9 +188,12 @@ def peak_of_pack(
     Args:
         precision: "float32", "bfloat16" (weights, too), or "autocast": float32 weights, bfloat16 products.
     """
+    rows = {name: weight.trained_rows for name, weight in model.named_parameters() if hasattr(weight, "trained_rows")}
     model = copy.deepcopy(model).to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
     with FakeTensorMode():
         _allocate(model)
+        for name, trained in rows.items():
+            train_rows(model.get_parameter(name), trained)
         enable_checkpointing(model, checkpointed)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -200,14 +204,6 @@ def peak_of_pack(
                 loss = _loss(model, pack, is_masked)
             loss.backward()
     return Peak(live.peak_without_logits, live.peak - live.peak_without_logits)
-
-
-def enable_checkpointing(model: SAILVLForConditionalGeneration, components: Collection[str]) -> None:
-    for component in components:
-        module = getattr(model, COMPONENTS[component])
-        # transformers < 5.20 has only the second name
-        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
 
 
 def _allocate(model: nn.Module) -> None:

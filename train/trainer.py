@@ -35,8 +35,8 @@ from transformers.trainer_callback import PrinterCallback
 from ..devices import choose_device, computes_natively
 from .attention import attend_per_sample, is_per_sample
 from .collate import Pack, normalize_tiles
-from .components import check_trainable, parameter_groups
-from .flops import checkpointed_components, sample_flops
+from .components import check_trainable, checkpointed_components, parameter_groups
+from .flops import sample_flops
 from .log import (
     LOG,
     SKIPPED,
@@ -293,7 +293,7 @@ class SAILVLTrainer(Trainer):
         self.recipe, self.batches, self.output = recipe, batches, Path(output)
         args = args or training_arguments(recipe, self.output, len(batches), model)
         self.keeps_logits = model._supports_logits_to_keep()
-        self.flops = sample_flops(model, checkpointed_components(recipe.gradient_checkpointing))  # before it is sharded
+        self.flops = sample_flops(model, checkpointed_components(recipe))  # before it is sharded
         if recipe.attn_implementation is None and args.device.type == "cpu":  # elsewhere it was not measured
             attend_per_sample(model)
         self.is_per_sample = is_per_sample(model)
