@@ -35,7 +35,9 @@ def _add_input(group: Group) -> None:
         "--at", type=float, nargs=2, metavar=("X", "Y"), help="pixel that is shown first; default: the middle"
     )
     add_max_tiles(group)
-    group.add_argument("--exif-transpose", action="store_true", help="rotate the image as its EXIF orientation requires")
+    group.add_argument(
+        "--exif-transpose", action="store_true", help="rotate the image as its EXIF orientation requires"
+    )
 
 
 def _add_output(group: Group) -> None:
@@ -62,14 +64,14 @@ def run_show(options: argparse.Namespace) -> int:
     """
     from transformers import logging
 
-    from sailvit.evaluate.encoder import load_encoder
     from sailvit.evaluate.show import check_outputs, draw_pngs, page, relative_place, show_image, write_outputs
+    from sailvit.evaluate.tiled_encoder import load_tiled_encoder
 
     logging.disable_progress_bar()
     out = options.out or Path(Path(options.image).name).with_suffix(".html")
     check_outputs(options.image, out, options.png, options.overwrite)
     tiling = {"max_tiles": options.max_tiles, "do_exif_transpose": options.exif_transpose or None}
-    encoder = load_encoder(options.model, **pick(options, ("device", "dtype", "layer")), log=log, **tiling)
+    encoder = load_tiled_encoder(options.model, **pick(options, ("device", "dtype", "layer")), log=log, **tiling)
     shown = show_image(encoder, options.image, options.blocks, log)
     at = relative_place(shown, options.at)
     html = page(shown, at, shlex.join(["sailvit", *sys.argv[1:]]))

@@ -98,11 +98,7 @@ def plan_attention(
         raise ValueError(f"block {wrong[0]}: expected 1 to {blocks}, the blocks of this model")
     needed = len(chosen) or min(FEWEST_BLOCKS, blocks)
     mean_side = next(
-        (
-            side
-            for _, side in REGIONS
-            if blocks * heads * tiles * count_regions(patches, side) <= max_mean_bytes
-        ),
+        (side for _, side in REGIONS if blocks * heads * tiles * count_regions(patches, side) <= max_mean_bytes),
         REGIONS[-1][1],
     )
     for query_side, key_side in REGIONS:
@@ -167,7 +163,7 @@ class _Recorder:
 
 
 def region_matrix(patches: tuple[int, int], side: int) -> torch.Tensor:
-    """Return (regions, patches), 1 where a patch is in a region of `side` x `side`; those at the ends may be smaller."""
+    """Return (regions, patches), 1 where a patch is in a region of `side` x `side`, smaller at the ends."""
     rows, columns = patches
     across = -(-columns // side)
     region = (torch.arange(rows) // side)[:, None] * across + torch.arange(columns) // side

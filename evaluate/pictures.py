@@ -60,7 +60,7 @@ def _quantiles(values: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Ten
 
 
 def stitch_tiles(tiles: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Return (rows * R, columns * C, ...) of the whole image from (tiles, R, C, ...); tiles after the grid are left out."""
+    """Return (rows * R, columns * C, ...) of the whole image from (tiles, R, C, ...), without tiles after the grid."""
     columns, rows = grid
     return rearrange(tiles[: columns * rows], "(r k) y x ... -> (r y) (k x) ...", r=rows, k=columns)
 
@@ -133,7 +133,7 @@ def colour_table(colours: Sequence[str]) -> torch.Tensor:
 
 
 def heat_colours(values: torch.Tensor, low: float, high: float, colours: Sequence[str]) -> torch.Tensor:
-    """Return the colours (..., 3), uint8, of values (...): the first at `low` and below, the last at `high` and above."""
+    """Return the colours (..., 3), uint8, of values (...): the first up to `low`, the last from `high` on."""
     levels = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1) * 255
     return colour_table(colours)[levels.round().long()]
 

@@ -21,7 +21,6 @@ from PIL import Image
 
 from ..devices import dtype_name
 from .attention import Attention, AttentionUnavailableError, expand_regions, plan_attention, record_attention
-from .encoder import Encoder
 from .pictures import (
     INFERNO,
     VIRIDIS,
@@ -36,16 +35,17 @@ from .pictures import (
     with_grid,
     with_marker,
 )
+from .tiled_encoder import TiledEncoder
 
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Budgets in bytes before base64, which adds a third: together 7.2 million, a page below 10 MB.
-ATTENTION_BYTES = 5_000_000
+# Budgets in bytes before base64, which adds a third: together 7.1 million, a page below 10 MB.
+ATTENTION_BYTES = 4_500_000
 MEAN_ATTENTION_BYTES = 400_000
-TOKEN_BYTES = 1_100_000
+TOKEN_BYTES = 1_600_000
 PICTURE_BYTES = 600_000
 PICTURE_SIDE = 1344  # pixels
-MOST_DIRECTIONS = 192  # of the tokens in the page
+MOST_DIRECTIONS = 256  # of the tokens in the page
 CHECKED_TOKENS = 128  # whose cosine similarities are compared with the exact ones
 
 
@@ -97,13 +97,13 @@ class Place:
 
 
 def show_image(
-    encoder: Encoder, source: str, blocks: Sequence[int] = (), log: Callable[[str], None] = lambda line: None
+    encoder: TiledEncoder, source: str, blocks: Sequence[int] = (), log: Callable[[str], None] = lambda line: None
 ) -> ShownImage:
     """
     Encode an image and record the attention.
 
     Args:
-        encoder: As returned by `load_encoder`.
+        encoder: As returned by `load_tiled_encoder`.
         source: Path or URL of the image.
         blocks: Indices of the blocks whose attention is shown by query; by default as many as fit, evenly spaced.
         log: Called with a line if the model has no attention weights.
@@ -132,7 +132,7 @@ def show_image(
     return ShownImage(Path(source).name, picture, image.size, grid, tokens, attention, unavailable, facts)
 
 
-def _describe(encoder: Encoder, grid: tuple[int, int], tokens: torch.Tensor) -> dict[str, str]:
+def _describe(encoder: TiledEncoder, grid: tuple[int, int], tokens: torch.Tensor) -> dict[str, str]:
     config, (columns, rows) = encoder.model.config, grid
     height, width = (encoder.processor.size[side] for side in ("height", "width"))
     thumbnail = " and a thumbnail" if len(tokens) > columns * rows else ""
@@ -252,7 +252,7 @@ def _attention_facts(attention: Attention) -> dict[str, Any]:
 def _attention_data(attention: Attention) -> dict[str, str]:
     """Return the name of each blob -> scales, then codes."""
     codes, scales = quantize_weights(attention.mean.transpose(1, 2), dims=2)
-    data = {"mean": _pack(scales, codes)}  # (blocks, h), (blocks, h, T, K')
+    data = {"mean": _pack(scales, codes)}  #
     for block, weights in attention.by_query.items():
         codes, scales = quantize_weights(weights, dims=3)
         data[f"block-{block}"] = _pack(scales, codes)  # (T, h, Q), (T, h, Q, K)
@@ -279,9 +279,8 @@ def _reductions(shown: ShownImage, tokens: ReducedTokens) -> list[str]:
         f"{_square(plan.mean_side)}. A tile attends to itself only.",
     ]
     if attention.elsewhere:
-        lines.append(
-            f"Class token and registers are left out: a patch pays them up to {attention.elsewhere:.0%} of its attention."
-        )
+        share = f"{attention.elsewhere:.0%}"
+        lines.append(f"Class token and registers are left out: a patch pays them up to {share} of its attention.")
     return lines
 
 
@@ -364,9 +363,7 @@ def draw_pngs(shown: ShownImage, at: tuple[float, float] = (0.5, 0.5)) -> dict[s
     return drawn
 
 
-def _with_thumbnail(
-    shown: ShownImage, colours: torch.Tensor, at: tuple[float, float] | None = None
-) -> Image.Image:
+def _with_thumbnail(shown: ShownImage, colours: torch.Tensor, at: tuple[float, float] | None = None) -> Image.Image:
     """Draw colours (T, R, C, 3) of all tiles, over the image if a place is marked; the thumbnail tile beside."""
     whole = stitch_tiles(colours, shown.grid)
     main = overlay(shown.image, whole) if at else enlarge(whole, shown.image.size)
@@ -379,18 +376,21 @@ def _with_thumbnail(
 
 
 def _draw_heads(shown: ShownImage, place: Place, block: int, side: int = 224) -> Image.Image:
-    """Draw the attention of the query at a place by each head of a block, over its tile."""
+    """Draw the attention of the query at a place over its tile, by each head of a block in the order of the heads."""
     patches, plan = tuple(shown.tokens.shape[1:3]), shown.attention.plan
     across = -(-patches[1] // plan.query_side)
     query = place.row // plan.query_side * across + place.column // plan.query_side
     maps = expand_regions(shown.attention.by_query[block][place.tile, :, query], patches, plan.key_side)
     tile = _crop_tile(shown, place.tile).resize((side, side))
     marked = (place.column + 0.5) / patches[1], (place.row + 0.5) / patches[0]
-    drawn = [
-        with_marker(overlay(tile, heat_colours(head.sqrt(), 0, head.max().sqrt().item(), INFERNO)), *marked)
-        for head in maps
-    ]
+    drawn = [with_marker(overlay(tile, _attention_colours(head)), *marked) for head in maps]
     return sheet_of(drawn, per_row=min(8, len(drawn)))
+
+
+def _attention_colours(weights: torch.Tensor) -> torch.Tensor:
+    """Return the colours of attention weights, from their smallest to their largest by the square root."""
+    roots = weights.sqrt()
+    return heat_colours(roots, roots.min().item(), roots.max().item(), INFERNO)
 
 
 def _crop_tile(shown: ShownImage, tile: int) -> Image.Image:
@@ -409,8 +409,7 @@ def _draw_all_heads(shown: ShownImage, longest: int = 96) -> Image.Image:
     drawn = []
     for block in expand_regions(mean, tuple(shown.tokens.shape[1:3]), plan.mean_side):  # (T, h, R, C)
         for head in block.transpose(0, 1):
-            whole = stitch_tiles(head, shown.grid).sqrt()
-            drawn.append(enlarge(heat_colours(whole, 0, whole.max().item(), INFERNO), size))
+            drawn.append(enlarge(_attention_colours(stitch_tiles(head, shown.grid)), size))
     return sheet_of(drawn, per_row=mean.shape[2], gap=4)
 
 
@@ -422,8 +421,8 @@ def check_outputs(source: str, out: Path, folder: Path | None = None, overwrite:
     Check, before anything is encoded, that the page and a folder of PNGs can be written.
 
     Raises:
-        ValueError: `out` is the image, exists and is not to be overwritten, has another suffix than .html, or no folder;
-            or `folder` is a file, or has files that are not to be overwritten.
+        ValueError: `out` is the image, exists and is not to be overwritten, or is no .html file in a folder that
+            exists; or `folder` is a file, or has files that are not to be overwritten.
     """
     if out.suffix.lower() not in (".html", ".htm") or not out.parent.is_dir():
         raise ValueError(f"--out {out}: expected a .html file in a folder that exists")
@@ -438,9 +437,7 @@ def check_outputs(source: str, out: Path, folder: Path | None = None, overwrite:
         raise ValueError(f"--png {folder} has files: name another folder, or give --overwrite")
 
 
-def write_outputs(
-    html: str, out: Path, pngs: Mapping[str, Image.Image], folder: Path | None = None
-) -> Iterator[Path]:
+def write_outputs(html: str, out: Path, pngs: Mapping[str, Image.Image], folder: Path | None = None) -> Iterator[Path]:
     """Write the page and the PNGs, each atomically; yield the path of each."""
     yield _write(html.encode(), out)
     for name, image in pngs.items():

@@ -203,32 +203,47 @@
 
   const isByQuery = (block) => attention.blocks.includes(block);
 
+  function rangeOf(values) {
+    let low = Infinity, high = 0;
+    for (const value of values) {
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+    }
+    return [low, high];
+  }
+
+  // Colours of attention follow the square root, from the smallest to the largest weight of a map.
+  function rootLevel([low, high]) {
+    const start = Math.sqrt(low), length = Math.sqrt(high) - start || 1;
+    return (value) => (Math.sqrt(value) - start) / length;
+  }
+
   function regionLevels(values, regions) {
-    const most = values.reduce((a, b) => Math.max(a, b), 0) || 1;
+    const level = rootLevel(rangeOf(values));
     return (row, column) =>
-      Math.sqrt(values[Math.floor(row / regions.side) * regions.across + Math.floor(column / regions.side)] / most);
+      level(values[Math.floor(row / regions.side) * regions.across + Math.floor(column / regions.side)]);
   }
 
   function drawAttention() {
     if (!attention || !weights.has("mean") || (isByQuery(state.block) && !weights.has(`block-${state.block}`))) return;
     const images = newImages("attention");
-    let most = 0;
+    let range = [0, 0];
     if (isByQuery(state.block)) {
       for (const place of [counterpart(), state]) {
         if (!place) continue;
         const values = attentionOf(state.block, state.head, place.tile, place.row, place.column);
         fillTile(images[place.tile < mainTiles ? 0 : 1], place.tile, tables.inferno, regionLevels(values, keys));
-        most = values.reduce((a, b) => Math.max(a, b), 0);
+        range = rangeOf(values);
       }
     } else {
       for (let tile = 0; tile < tiles; tile++) {
         const values = meanAttention(state.block, state.head, tile);
         fillTile(images[tile < mainTiles ? 0 : 1], tile, tables.inferno, regionLevels(values, means));
-        if (tile === state.tile) most = values.reduce((a, b) => Math.max(a, b), 0);
+        if (tile === state.tile) range = rangeOf(values);
       }
     }
     putImages("attention", images);
-    setLegend("attention", 0, most);
+    setLegend("attention", ...range);
     const who = state.head < 0 ? "mean of heads" : `head ${state.head + 1}`;
     byId("which").textContent = `block ${state.block + 1}, ${who}${isByQuery(state.block) ? "" : ", all queries"}`;
     drawHeads();
@@ -424,7 +439,7 @@
   function buildAll() {
     const parent = byId("all"), wide = Math.ceil(patchColumns / means.side), high = Math.ceil(patchRows / means.side);
     const ratio = facts.size[0] / facts.size[1];
-    const least = Math.round(Math.min(Math.max(30 * ratio, 26), 60)), most = Math.round(Math.min(110 * Math.max(ratio, 0.6), 150));
+    const least = Math.round(Math.min(Math.max(26 * ratio, 26), 60)), most = Math.round(Math.min(Math.max(54 * ratio, 40), 110));
     parent.style.gridTemplateColumns = `26px repeat(${attention.heads}, minmax(${least}px, ${most}px))`;
     const label = (text, name) => parent.append(Object.assign(document.createElement("span"), { textContent: text, className: name }));
     label("", "top");
@@ -449,18 +464,19 @@
   function drawMean(canvas, block, head, wide, high) {
     const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
     const maps = [...Array(mainTiles).keys()].map((tile) => meanAttention(block, head, tile));
-    const most = Math.max(...maps.map((map) => map.reduce((a, b) => Math.max(a, b), 0))) || 1;
+    const ranges = maps.map(rangeOf);
+    const level = rootLevel([Math.min(...ranges.map((range) => range[0])), Math.max(...ranges.map((range) => range[1]))]);
     maps.forEach((map, tile) => {
       for (let k = 0; k < map.length; k++) {
         const x = (tile % columns) * wide + (k % wide), y = Math.floor(tile / columns) * high + Math.floor(k / wide);
-        setPixel(image.data, y * canvas.width + x, tables.inferno, Math.sqrt(map[k] / most));
+        setPixel(image.data, y * canvas.width + x, tables.inferno, level(map[k]));
       }
     });
     context.putImageData(image, 0, 0);
   }
 
   function buildDistance() {
-    const svg = byId("distance"), width = 980, height = 230, left = 34, bottom = 30;
+    const svg = byId("distance"), width = 720, height = 300, left = 34, bottom = 30;
     const most = Math.ceil(Math.max(...attention.distance.flat(), 1) / 2) * 2;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const x = (block) => left + ((block + 0.5) * (width - left - 8)) / attention.total;
@@ -478,7 +494,7 @@
       add("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value % 1 ? value.toFixed(1) : value);
     }
     for (let block = 0; block < attention.total; block++) {
-      if (attention.total <= 32 || block % 4 === 3) {
+      if (attention.total <= 24 || block % 4 === 3) {
         add("text", { x: x(block), y: height - 12, "text-anchor": "middle" }, block + 1);
       }
     }
@@ -523,10 +539,7 @@
     }
     for (const legend of all(".legend")) {
       const canvas = legend.querySelector("canvas"), image = new ImageData(256, 1);
-      const isRoot = legend.dataset.legend === "inferno"; // its numbers are 0 and the maximum, on a square-root scale
-      for (let at = 0; at < 256; at++) {
-        setPixel(image.data, at, tables[legend.dataset.legend], isRoot ? Math.sqrt(at / 255) : at / 255);
-      }
+      for (let at = 0; at < 256; at++) setPixel(image.data, at, tables[legend.dataset.legend], at / 255);
       canvas.getContext("2d").putImageData(image, 0, 0);
     }
     all(".stage").forEach(listen);

@@ -29,7 +29,7 @@ ONE_TILE = {"max_tiles": 1}
 
 
 @dataclass(frozen=True)
-class Encoder:
+class TiledEncoder:
     """
     A vision encoder that turns tiles into one token per patch.
 
@@ -80,17 +80,17 @@ class Encoder:
         return tokens[:, tokens.shape[1] - count :].float().cpu()
 
 
-def load_encoder(
+def load_tiled_encoder(
     path: str,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     layer: int | None = None,
     log: Callable[[str], None] = lambda line: None,
     **image_options: Any,
-) -> Encoder:
+) -> TiledEncoder:
     """
-    Return the vision encoder of a folder or Hub name, loaded strictly: any that AutoModel loads, or the vision part of a
-    SAIL-VL or another multimodal model, whose language model is not read.
+    Return the vision encoder of a folder or Hub name, loaded strictly: any that AutoModel loads, or the vision part of
+    a SAIL-VL or another multimodal model, whose language model is not read.
 
     Args:
         path: The folder, or the name on the Hub.
@@ -122,7 +122,7 @@ def load_encoder(
         log(f"the vision part of {path}")
     compute_dtype, reason = choose_dtype(model.dtype, device, dtype)
     log(f"runs on {device} in {dtype_name(compute_dtype)}: {reason}")
-    return Encoder(Path(path).name, model.to(device, compute_dtype).eval(), processor, layer)
+    return TiledEncoder(Path(path).name, model.to(device, compute_dtype).eval(), processor, layer)
 
 
 def _read_config(path: str, checkpoint: Checkpoint) -> PretrainedConfig:
@@ -135,7 +135,7 @@ def _read_config(path: str, checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def _check_config(path: str, config: PretrainedConfig) -> None:
-    kinds = {name: (int, list, tuple) for name in ("image_size", "patch_size")}
+    kinds = dict.fromkeys(("image_size", "patch_size"), (int, list, tuple))
     kinds |= {"num_hidden_layers": int, "num_attention_heads": int}
     if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(config, name, None), kind)]:
         what = f"model_type {config.model_type!r} without one {', '.join(wrong)}"
