@@ -218,7 +218,7 @@ def quantize_weights(weights: torch.Tensor, dims: int) -> tuple[torch.Tensor, to
 def _pack(*arrays: torch.Tensor) -> str:
     """Return arrays, one after the other, compressed, in base64."""
     data = b"".join(np.ascontiguousarray(array.numpy()).tobytes() for array in arrays)
-    return base64.b64encode(zlib.compress(data, 9)).decode()
+    return base64.b64encode(zlib.compress(data)).decode()
 
 
 def _data_url(image: Image.Image, kind: str, **options: Any) -> str:
