@@ -161,6 +161,11 @@ def _load_part(path: str, checkpoint: Checkpoint, config: PretrainedConfig) -> P
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     tensors = {name: load_float32(stored).to(dtype) for name, stored in own.items()}
     model_class = AutoModel._model_mapping[type(config)]
+    with torch.device("meta"):
+        expected = model_class(config).state_dict().keys()
+    inner = f"{prefix.split('.')[-2]}."  # transformers < 5: the encoder of CLIP and SigLIP alone has this segment, too
+    if any(f"{inner}{name}" in expected for name in tensors):
+        tensors = {f"{inner}{name}": tensor for name, tensor in tensors.items()}
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
