@@ -20,6 +20,7 @@ FAMILIES = (
     "convert",
     "inspect",
     "encode",
+    "show",
     "data",
     "train",
     "push",

@@ -70,7 +70,6 @@ def _add_encode_input(group: Group) -> None:
 def _add_encode_output(group: Group) -> None:
     group.add_argument("--out", type=Path, default=Path("tokens"), metavar="DIR", help="default: tokens/")
     group.add_argument("--format", choices=("safetensors", "npy"), default="safetensors", help="default: safetensors")
-    group.add_argument("--figure", type=Path, metavar="PNG", help="draw the tiles and tokens of a single image")
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace existing files")
     existing.add_argument("--resume", action="store_true", help="skip images whose file exists")
@@ -96,20 +95,17 @@ def run_encode(options: argparse.Namespace) -> int:
     Encode images and write the visual tokens of each to a file; the exit code is 2 if an image is broken.
 
     examples:
-      sailvit encode photo.jpg --model sailvit-large --figure photo.png
+      sailvit encode photo.jpg --model sailvit-large --out tokens
       sailvit encode album/ --model sailvit-large --out tokens --batch-size 16 --workers 4 --resume
     """
     from transformers import logging
 
-    from sailvit.encode.figure import check_figure
     from sailvit.encode.images import find_images
     from sailvit.encode.load import load_config, load_processor, load_tower
     from sailvit.encode.write import choose_targets
 
     logging.disable_progress_bar()
     images = find_images(options.images)
-    if options.figure is not None:
-        check_figure(options.figure, list(images), **pick(options, ("overwrite", "resume")))
     targets = choose_targets(images, **pick(options, ("out", "format", "overwrite", "resume")))
     if not targets:
         print(f"{len(images)} encoded already")
@@ -136,7 +132,6 @@ def _encode(
     targets: dict[str, Path], model: "SAILViTModel", processor: "SAILViTImageProcessor", options: argparse.Namespace
 ) -> tuple[int, int]:
     """Encode and write images with progress on the terminal; return how many were encoded and how many are broken."""
-    from sailvit.encode.figure import draw_encoded
     from sailvit.encode.stream import encode_images
     from sailvit.encode.write import write_tokens
 
@@ -156,8 +151,6 @@ def _encode(
             encoded += 1
             target = targets[image.source]
             write_tokens(image, target)
-            if options.figure:
-                draw_encoded(image, processor, model.config.pixel_shuffle_factor).save(options.figure)
             line = f"{target}  {tuple(image.tokens.shape)}"
             if len(targets) == 1:
                 bar.write(line)

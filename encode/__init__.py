@@ -1,1 +1,1 @@
-"""Images -> files of visual tokens, and figures of them."""
+"""Images -> files of visual tokens."""

@@ -18,7 +18,7 @@ from ..convert.storage.sources import check_name
 from ..convert.synthetic import published_shape, write_synthetic
 from ..convert.verify.outputs import describe
 from ..devices import choose_dtype, dtype_name
-from .figure import draw_tokens
+from ..evaluate.pictures import draw_tokens
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

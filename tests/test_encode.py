@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 
 import sailvit_cli
 from sailvit import SAILViTImageProcessor, SAILViTModel
-from sailvit.encode.figure import principal_colours, stitch_tokens
 from sailvit.encode.images import find_images
 from sailvit.encode.stream import encode_images
 
@@ -118,10 +117,8 @@ def test_exif_rotation_reaches_the_processor(folder, tmp_path):
     exif[0x0112] = 6
     Image.open(PHOTOGRAPH).resize((600, 100)).save(tmp_path / "turned.png", exif=exif)
     arguments = (tmp_path / "turned.png", "--model", folder, "--out", tmp_path, "--exif-transpose")
-    assert encode(*arguments, "--figure", tmp_path / "figure.png") == 0
+    assert encode(*arguments) == 0
     assert load_file(tmp_path / "turned.png.safetensors")["tile_grid"].tolist() == [1, 6]
-    with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.size == (216, 600)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
@@ -172,38 +169,6 @@ def test_existing_outputs_raise_are_skipped_or_overwritten(folder, album, tmp_pa
     assert target.stat().st_mtime_ns != before
 
 
-def test_figure_shows_the_image_and_its_tokens(folder, tmp_path):
-    assert encode(PHOTOGRAPH, "--model", folder, "--out", tmp_path, "--figure", tmp_path / "figure.png") == 0
-    figure = Image.open(tmp_path / "figure.png")
-    assert figure.size == (1024 * 2 + 16, 768)
-    left = np.array(figure.crop((10, 10, 300, 300))).astype(int)
-    assert abs(left - np.array(Image.open(PHOTOGRAPH).crop((10, 10, 300, 300)))).max() == 0
-    assert len(np.unique(np.array(figure.crop((1050, 10, 1300, 300))).reshape(-1, 3), axis=0)) > 10
-
-
-def test_stitched_tokens_keep_the_position_of_their_patches(folder):
-    model = SAILViTModel.from_pretrained(folder)
-    processor = SAILViTImageProcessor.from_pretrained(folder)
-    batch = processor(PHOTOGRAPH)
-    with torch.no_grad():
-        tokens = model.get_image_features(batch["pixel_values"])
-        patches = model(batch["pixel_values"]).last_hidden_state.reshape(7, 4, 4, 64)
-    stitched = stitch_tokens(tokens, (3, 2), 2)
-    assert stitched.shape == (8, 12, 64)
-    for row, column in [(0, 0), (3, 4), (5, 11), (7, 2)]:
-        assert torch.equal(stitched[row, column], patches[row // 4 * 3 + column // 4, row % 4, column % 4])
-
-
-def test_principal_colours_equal_the_principal_components():
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(8, 8)).Q
-    scores = torch.randn(20, 30, 8) * torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1])
-    colours = torch.from_numpy(np.array(principal_colours(scores @ basis.T))).float()
-    for channel in range(3):
-        pair = torch.stack([colours[..., channel].flatten(), scores[..., channel].flatten()])
-        assert torch.corrcoef(pair)[0, 1].abs() > 0.98
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -219,15 +184,9 @@ def test_principal_colours_equal_the_principal_components():
             ["{album}/0.png", "--image-option", "size=57"],
             "expected tiles of 56 x 56 pixels (image_size in config.json), got 57 x 57",
         ),
-        (["{album}", "--figure", "f.png"], "--figure draws one image, got 4"),
         (["{album}/0.png", "{album}/copy/0.png"], "would both be written as 0.png"),
         ([""], "no such image"),
         (["{album}/bare"], "no image in this folder"),
-        (["{album}/0.png", "--figure", "{album}/0.png", "--overwrite"], "if it is not the image"),
-        (["{album}/0.png", "--figure", "{album}/2.png"], "2.png exists"),
-        (["{album}/0.png", "--figure", "{album}/absent/f.png"], "in a folder that exists"),
-        (["{album}/0.png", "--figure", "{album}/f.xyz"], "in a folder that exists"),
-        (["{album}/0.png", "--figure", "f.png", "--resume"], "leave out --resume"),
         (["{album}/0.png", "--out", "{album}/2.png"], "2.png is a file"),
         (["{album}/0.png", "--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["http://127.0.0.1:9/"], "under the name ''"),
@@ -273,7 +232,7 @@ def test_an_invalid_model_name_raises_without_network(tmp_path, capsys, monkeypa
 def test_image_warnings_are_one_line_and_do_not_change_the_exit_code(folder, tmp_path, workers):
     dark = (np.random.default_rng(0).random((60, 60)) * 4095).astype(np.uint16)
     Image.fromarray(dark).save(tmp_path / "dark.png")
-    arguments = ("encode", "dark.png", "--model", folder, "--workers", workers, "--figure", "figure.png")
+    arguments = ("encode", "dark.png", "--model", folder, "--workers", workers)
     done = run_command(*arguments, cwd=tmp_path)
     assert done.returncode == 0 and "1 encoded, 0 broken" in done.stdout
     assert re.fullmatch(r"warning: dark\.png: no 16-bit sample exceeds \d+: .*\n", done.stderr)
