@@ -78,6 +78,9 @@ def _add_heads(group: Group) -> None:
         "--weight-decays", nargs="+", type=_non_negative, metavar="W", help="to choose among; default: 0 to 1"
     )
     group.add_argument(
+        "--strengths", nargs="+", type=_positive, metavar="C", help="of linear heads; default: powers of 10, 1e-3 to 1e3"
+    )
+    group.add_argument(
         "--neighbours", nargs="+", type=positive_integer, metavar="K", help="to choose among; default: 1, 5, 10, 20"
     )
     group.add_argument("--seed", type=count, default=0, metavar="N", help="of split, heads and order; default: 0")
@@ -97,6 +100,12 @@ def _non_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
+
+
+def _positive(text: str) -> float:
+    if not _non_negative(text):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return float(text)
 
 
 def run_probe(options: argparse.Namespace) -> int:
@@ -139,7 +148,7 @@ def _probe_options(options: argparse.Namespace) -> "ProbeOptions":
 
     grids = {
         name: tuple(getattr(options, name))
-        for name in ("learning_rates", "weight_decays", "neighbours")
+        for name in ("learning_rates", "weight_decays", "strengths", "neighbours")
         if getattr(options, name)
     }
     head = HeadOptions(

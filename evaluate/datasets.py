@@ -188,6 +188,8 @@ def _open_tables(
         files = _parquet_files(name, folder, split, training)
         if files:
             return _open_parquet(name, files)
+    if not folder.is_dir():
+        _check_on_hub(name, base)
     try:
         is_saved = any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         loaded = library.load_from_disk(base) if is_saved else library.load_dataset(base)
@@ -196,6 +198,19 @@ def _open_tables(
     if isinstance(loaded, library.DatasetDict):
         loaded = loaded[_choose_split(name, list(loaded), split, training)]
     return [loaded], []
+
+
+def _check_on_hub(name: str, base: str) -> None:
+    """Raise ValueError if the Hub has no such data set, after one request; `datasets` would retry for half a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(base)
+    except Exception as error:  # of huggingface_hub and its HTTP client
+        what = "no such folder here, and no such data set on the Hub, or it cannot be reached"
+        raise ValueError(f"{name}: {what} (HF_HUB_OFFLINE=1 uses downloaded ones): {first_line(error)}") from error
 
 
 def _parquet_files(name: str, folder: Path, split: str, training: bool) -> list[Path]:

@@ -61,7 +61,8 @@ class Features:
 
     def layer(self, position: int) -> torch.Tensor:
         """Return the features (n, D) of the readable images from one layer."""
-        return torch.cat([part(position) for part in self.parts])[self.readable]
+        values = torch.cat([part(position) for part in self.parts])
+        return values if self.readable.all() else values[self.readable]
 
 
 def default_cache() -> Path:

@@ -258,7 +258,8 @@ class _Probe:
         at_once = max(1, min(count, int(MEMORY_SHARE * virtual_memory().available / nbytes)))
         for start in range(0, count, at_once):
             positions = range(start, min(start + at_once, count))
-            features = torch.stack([train.layer(position) for position in positions])
+            values = [train.layer(position) for position in positions]
+            features = torch.stack(values) if len(values) > 1 else values[0][None]
             device = choose_device(self.options.device)
             if device.type == "cuda" and features.nbytes < MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
                 features = features.to(device)
