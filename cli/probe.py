@@ -44,7 +44,10 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _add_input(group: Group) -> None:
     group.add_argument(
-        "encoders", nargs="+", metavar="ENCODER", help="a folder, a name on the Hub, or timm:NAME; a multimodal model too"
+        "encoders",
+        nargs="+",
+        metavar="ENCODER",
+        help="a folder, a name on the Hub, or timm:NAME; a multimodal model too",
     )
     group.add_argument(
         "--data", "--train", required=True, metavar="TRAIN", help="class folders, or a data set of the Hub or on disk"
@@ -78,7 +81,11 @@ def _add_heads(group: Group) -> None:
         "--weight-decays", nargs="+", type=_non_negative, metavar="W", help="to choose among; default: 0 to 1"
     )
     group.add_argument(
-        "--strengths", nargs="+", type=_positive, metavar="C", help="of linear heads; default: powers of 10, 1e-3 to 1e3"
+        "--strengths",
+        nargs="+",
+        type=_positive,
+        metavar="C",
+        help="of linear heads; default: powers of 10, 1e-3 to 1e3",
     )
     group.add_argument(
         "--neighbours", nargs="+", type=positive_integer, metavar="K", help="to choose among; default: 1, 5, 10, 20"
@@ -151,9 +158,7 @@ def _probe_options(options: argparse.Namespace) -> "ProbeOptions":
         for name in ("learning_rates", "weight_decays", "strengths", "neighbours")
         if getattr(options, name)
     }
-    head = HeadOptions(
-        options.epochs, options.hidden, options.head_batch_size, seed=options.seed, **grids
-    )
+    head = HeadOptions(options.epochs, options.hidden, options.head_batch_size, seed=options.seed, **grids)
     return ProbeOptions(
         tuple(options.head),
         tuple(options.layers),

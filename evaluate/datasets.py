@@ -142,7 +142,9 @@ def _load_folder(name: str, folder: Path) -> LabelledImages:
             classes.append(entry.name)
             paths += files
     if not paths:
-        raise ValueError(f"{name}: no images: expected a folder for each class, with {', '.join(sorted(SUFFIXES))} files")
+        raise ValueError(
+            f"{name}: no images: expected a folder for each class, with {', '.join(sorted(SUFFIXES))} files"
+        )
     return LabelledImages(name, classes, labels, [Group(paths)])
 
 
@@ -179,9 +181,7 @@ def _load_dataset(name: str, base: str, split: str, training: bool) -> LabelledI
     return LabelledImages(name, classes, labels, groups, skipped)
 
 
-def _open_tables(
-    name: str, base: str, split: str, training: bool
-) -> tuple[list["datasets.Dataset"], list[Skipped]]:
+def _open_tables(name: str, base: str, split: str, training: bool) -> tuple[list["datasets.Dataset"], list[Skipped]]:
     """Return the tables of a data set: one, or one for each local parquet file; unreadable files are skipped."""
     library, folder = _datasets(), Path(base)
     if folder.is_dir():

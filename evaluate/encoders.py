@@ -227,7 +227,9 @@ def _check_weights(name: str, report: Mapping[str, Any], part: str) -> None:
         wrong = [key for key in keys if key.startswith(part) and not any(word in key for word in UNUSED)]
         if wrong:
             what = kind.replace("_", " ")
-            raise ValueError(f"{name}: {len(wrong)} {what} in the weights, such as {min(wrong)}: convert or download again")
+            raise ValueError(
+                f"{name}: {len(wrong)} {what} in the weights, such as {min(wrong)}: convert or download again"
+            )
 
 
 @contextmanager
@@ -261,7 +263,9 @@ class _OneTile:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = self.processor(image, return_tensors="pt", **self.options)["pixel_values"]
         if pixels.ndim != 4 or len(pixels) != 1:
-            raise ValueError(f"the image processor returns pixels of shape {tuple(pixels.shape)}, expected (1, 3, H, W)")
+            raise ValueError(
+                f"the image processor returns pixels of shape {tuple(pixels.shape)}, expected (1, 3, H, W)"
+            )
         return pixels[0]
 
 
@@ -298,7 +302,9 @@ def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
         blocks = getattr(model, "blocks", None)
         return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
     count = getattr(model.config, "num_hidden_layers", None)
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and len({*map(type, m)}) == 1]
+    found = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count and len({*map(type, m)}) == 1
+    ]
     return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
 
 

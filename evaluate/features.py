@@ -133,7 +133,9 @@ def read_features(encoder: Encoder, images: LabelledImages, cache_dir: Path) -> 
     for chunk in split_chunks(images):
         file = cache.file_of(chunk)
         if not file.exists():
-            raise ValueError(f"{file} is missing: all processes need the same --cache-dir, and images that do not change")
+            raise ValueError(
+                f"{file} is missing: all processes need the same --cache-dir, and images that do not change"
+            )
         digest.update(file.stem.encode())
         with safe_open(file, "pt") as opened:
             errors = json.loads(opened.metadata()["errors"])
@@ -375,4 +377,6 @@ def _check_finite(encoder: Encoder, chunk: Chunk, features: torch.Tensor, errors
     bad = [row for row in range(len(features)) if not finite[row] and str(row) not in errors]
     if bad:
         image = chunk.group.name(chunk.indices[bad[0]])
-        raise ValueError(f"{encoder.name}: features of {image} are NaN or infinite: check the weights, or give --dtype float32")
+        raise ValueError(
+            f"{encoder.name}: features of {image} are NaN or infinite: check the weights, or give --dtype float32"
+        )

@@ -460,7 +460,9 @@ def describe_options(options: HeadOptions, kinds: Sequence[str]) -> dict[str, An
         "of L-BFGS.",
         "knn": f"knn: cosine similarity, votes at temperature {options.temperature}, k of {_listed(options.neighbours)}.",
     }
-    standardised = "Features standardised by the training set, no augmentation. " if {*kinds} & {"mlp", "linear"} else ""
+    standardised = (
+        "Features standardised by the training set, no augmentation. " if {*kinds} & {"mlp", "linear"} else ""
+    )
     chosen = f"Chosen on {options.split:.0%} of the training set, then trained on all of it; seed {options.seed}."
     return {**asdict(options), "caption": " ".join([*(parts[kind] for kind in kinds), standardised + chosen])}
 

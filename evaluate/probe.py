@@ -331,5 +331,7 @@ def _describe_tokens(options: ProbeOptions) -> str:
     which = "all tokens, class and register tokens too" if options.keeps_prefix else "patch tokens"
     layers = "the last block after the encoder's final norm"
     if options.layers != (LAST,):
-        layers = f"layers {', '.join(map(str, options.layers))} (a number: output of that block, without the final norm)"
+        layers = (
+            f"layers {', '.join(map(str, options.layers))} (a number: output of that block, without the final norm)"
+        )
     return f"mean over {which} of {layers}"

@@ -11,7 +11,7 @@ from ..convert.storage.sources import without_local_path
 
 RESULTS = "results.json"
 TABLE, PLOT = "results.md", "results.png"
-HEADS = {"mlp": "2-layer MLP", "linear": "linear classifier", "knn": "nearest neighbours"}
+HEADS = {"mlp": "2-layer MLP", "linear": "logistic regression", "knn": "nearest neighbours"}
 Entry = Mapping[str, Any]
 
 
@@ -33,23 +33,27 @@ def write_report(folder: Path, content: Mapping[str, Any], tests: Mapping[str, s
 
 def card_results(results: Iterable[Entry], tests: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return results of one encoder as the model card takes them: the arguments of huggingface_hub.EvalResult."""
-    return [
-        {
-            "task_type": "image-classification",
-            "task_name": f"Image classification, {HEADS[one['head']]} on frozen features",
-            "dataset_type": without_local_path(_data_set(one["test"], tests)),
-            "dataset_name": one["test"],
-            "metric_type": "accuracy",
-            "metric_name": f"Accuracy, {HEADS[one['head']]}, %",
-            "metric_value": round(100 * one["accuracy"], 2),
-            "metric_args": {"interval": [round(100 * one[end], 2) for end in ("low", "high")], "n": one["n"]},
-        }
-        for one in results
-    ]
+    return [_card_result(one, *_data_set(one["test"], tests)) for one in results]
 
 
-def _data_set(test: str, tests: Mapping[str, str]) -> str:
-    return next(named for name, named in tests.items() if test == name or test.startswith(f"{name} ("))
+def _card_result(one: Entry, name: str, source: str, classes: str) -> dict[str, Any]:
+    return {
+        "task_type": "image-classification",
+        "task_name": "Image classification",
+        "dataset_type": without_local_path(source),
+        "dataset_name": name,
+        **({"dataset_config": classes} if classes else {}),
+        "metric_type": "accuracy",
+        "metric_name": f"accuracy of {HEADS[one['head']]} on frozen features, %",
+        "metric_value": round(100 * one["accuracy"], 2),
+        "metric_args": {"interval": [round(100 * one[end], 2) for end in ("low", "high")], "n": one["n"]},
+    }
+
+
+def _data_set(test: str, tests: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return name and source of a test set, and the classes that its results are over."""
+    name = next(name for name in tests if test == name or test.startswith(f"{name} ("))
+    return name, tests[name], test[len(name) :].strip(" ()")
 
 
 def as_markdown(content: Mapping[str, Any]) -> str:
@@ -73,9 +77,7 @@ def _accuracy_tables(results: Sequence[Entry], row_key: str) -> list[str]:
         chosen = [one for one in results if one["head"] == head]
         tests = _distinct(chosen, "test")
         cells = {(one[row_key], one["test"]): one for one in chosen}
-        rows = [
-            [str(row), *(_percent(cells[row, test]) for test in tests)] for row in _distinct(chosen, row_key)
-        ]
+        rows = [[str(row), *(_percent(cells[row, test]) for test in tests)] for row in _distinct(chosen, row_key)]
         tables.append(_table([f"{row_key}, {HEADS[head]}", *tests], rows))
     return tables
 

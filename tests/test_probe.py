@@ -1,6 +1,7 @@
 """`sailvit probe`: encoders of any library, features cached by content, results and what is wrong with the input."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import timm
 import torch
 from conftest import TINY, make_checkpoint, randomize
 from doc_pages import write_model
+from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from toy_images import write_clip, write_digits, write_dinov2, write_timm
 from transformers import AutoModel, BertConfig, BertModel, CLIPImageProcessor
 
@@ -75,6 +78,7 @@ def test_one_command_runs_encoders_of_any_library(digits, dinov2, folder, tmp_pa
     sail_vl = write_model(tmp_path / "sail-vl", tmp_path / "parts")
     encoders = [folder, apple, sail_vl, dinov2, write_clip(tmp_path / "clip"), write_timm(tmp_path / "timm")]
     words = ["--data", digits / "train", "--test", digits / "test", "--head", "mlp", "linear", "knn", "--epochs", 2]
+    words += ["--learning-rates", "1e-3", "--weight-decays", 0, "--strengths", "0.1"]
     words += ["--out", tmp_path / "out", "--cache-dir", tmp_path / "cache", "--device", "cpu"]
     assert sailvit_cli.main(["probe", *map(str, [*encoders, *words])]) == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
@@ -91,14 +95,20 @@ def test_one_command_runs_encoders_of_any_library(digits, dinov2, folder, tmp_pa
     assert "without 1 class and register tokens" in capsys.readouterr().out
 
 
-def test_the_model_card_takes_the_results(digits, folder, tmp_path):
-    options = ProbeOptions(heads=("linear",), device="cpu", uses_cache=False, head=QUICK)
-    run_probe([str(folder)], str(digits / "train"), [str(digits / "test")], tmp_path / "out", options)
+def test_the_model_card_takes_the_results(digits, folder, images, tmp_path):
+    shutil.rmtree(images / "9")
+    options = ProbeOptions(("linear", "knn"), device="cpu", uses_cache=False, head=QUICK)
+    run_probe([str(folder)], str(digits / "train"), [str(digits / "test"), str(images)], tmp_path / "out", options)
     model = Path(shutil.copytree(folder, tmp_path / "model"))
     shutil.copy(tmp_path / "out" / "evaluation.json", model)
     write_model_card(model, "owner/model", "v1")
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
-    assert f"| image-classification | test | accuracy | {100 * found['accuracy']:.2f}" in (model / "README.md").read_text()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    results = ModelCard.load(model / "README.md").data.eval_results
+    shown = {(one.dataset_name, one.dataset_config, one.metric_name.split()[2], one.metric_value) for one in results}
+    names = {"test": ("test", None), "pictures (9 classes)": ("pictures", "9 classes")}
+    names["pictures (10 classes)"] = ("pictures", "10 classes")
+    heads = {"linear": "logistic", "knn": "nearest"}
+    assert shown == {(*names[one["test"]], heads[one["head"]], round(100 * one["accuracy"], 2)) for one in found}
 
 
 def test_layers_are_probed_one_by_one(digits, dinov2, tmp_path):
@@ -219,8 +229,6 @@ def test_a_change_of_weights_image_or_preprocessing_is_noticed(dinov2, images, t
     content = Image.open(picture).copy()
     content.putpixel((0, 0), 200)
     content.save(picture)
-    import os
-
     os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert is_computed() and not is_computed()
     file = model / "preprocessor_config.json"
@@ -345,10 +353,10 @@ def test_numbered_folders_of_both_sets_are_names(tmp_path):
 def test_accuracy_is_over_the_classes_of_the_test_set_and_over_all(digits, dinov2, images, tmp_path):
     for label in "56789":
         shutil.rmtree(images / label)
-    options = ProbeOptions(("knn",), device="cpu", cache_dir=tmp_path / "cache", head=QUICK)
+    options = ProbeOptions(("linear",), device="cpu", cache_dir=tmp_path / "cache", head=QUICK)
     found = run_probe([str(dinov2)], str(digits / "train"), [str(images)], tmp_path / "out", options).results
     assert [one["test"] for one in found] == ["pictures (5 classes)", "pictures (10 classes)"]
-    assert found[0]["accuracy"] > found[1]["accuracy"]
+    assert found[0]["accuracy"] > found[1]["accuracy"] and found[0]["n"] == found[1]["n"]
 
 
 # Bad input
@@ -356,6 +364,7 @@ def test_accuracy_is_over_the_classes_of_the_test_set_and_over_all(digits, dinov
 
 def wrong(capsys, *words: object) -> str:
     """Run the command, and return its one line of error."""
+    capsys.readouterr()
     assert sailvit_cli.main(["probe", *map(str, words)]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and message.startswith("sailvit probe: ")
@@ -377,7 +386,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
         (dinov2, "--data", tmp_path / "empty", *data[2:]): "empty: no images: expected a folder for each class",
         (dinov2, "--data", tmp_path / "gone", *data[2:]): "gone: no such folder",
         (dinov2, "--data", one, "--test", other): "one: expected at least two classes, got 'a' alone",
-        (dinov2, "--data", other, *data[2:]): "test: 10 of 10 classes are not in ",
+        (dinov2, "--data", other, *data[2:]): "test: 8 of 10 classes are not in ",
         (tmp_path / "bert", *data): "bert: expected an image encoder, got a BertModel",
         (tmp_path / "gone", *data): "gone: no such file or folder",
         (tmp_path / "empty", *data): "empty: no config.json",
@@ -394,8 +403,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
 
 
 def test_weights_that_are_missing_are_named(dinov2, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     path = Path(shutil.copytree(dinov2, tmp_path / "model"))
     weights = load_file(path / "model.safetensors")
     del weights["encoder.layer.1.mlp.fc2.bias"]

@@ -23,15 +23,17 @@ TRAIN, TEST = 1200, 597
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Correlated features of all digits, as those of encoders are, and their classes."""
     loaded = load_digits()
-    mixed = torch.tensor(loaded.data, dtype=torch.float32) @ torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    mixed = torch.tensor(loaded.data, dtype=torch.float32) @ torch.randn(
+        64, 96, generator=torch.Generator().manual_seed(0)
+    )
     return torch.cat([mixed, mixed.relu(), mixed[:, :8] * 1e-3], 1), torch.tensor(loaded.target)
 
 
 def test_the_linear_head_agrees_with_scikit_learn(digits):
     features, labels = digits
-    head = fit_heads("linear", features[None, :TRAIN], labels[:TRAIN], 10, HeadOptions(strengths=(0.01, 0.1, 1.0, 10.0)))[0]
+    head = fit_heads("linear", features[None, :TRAIN], labels[:TRAIN], 10, HeadOptions(strengths=(0.01, 0.1, 1.0)))[0]
     scaler = StandardScaler().fit(features[:TRAIN])
-    theirs = LogisticRegression(C=head.chosen["strength"], max_iter=5000)
+    theirs = LogisticRegression(C=head.chosen["strength"], max_iter=5000, tol=1e-8)
     theirs.fit(scaler.transform(features[:TRAIN]), labels[:TRAIN])
     expected = theirs.predict(scaler.transform(features[TRAIN:]))
     predicted = head.predict(features[TRAIN:], None).numpy()
@@ -41,8 +43,8 @@ def test_the_linear_head_agrees_with_scikit_learn(digits):
 
 def test_logistic_regressions_solved_together_equal_each_alone(digits):
     features, labels = digits
-    layers = torch.stack([features[:300], features[:300].roll(1, 1).square()])
-    every, strengths = torch.arange(300), (0.01, 1.0, 100.0)
+    layers = torch.stack([features[:300, :48], features[:300, :48].sin()])
+    every, strengths = torch.arange(300), (1e-4, 0.01, 1.0)
     together = LogisticRegressions(layers, 10, strengths, every)
     values = together.solve(layers, labels[:300], every, 200)[-1]
     for layer in range(2):
@@ -102,7 +104,7 @@ def test_nearest_neighbours_are_scikit_learns(digits):
 
 def test_heads_are_chosen_on_the_split_and_trained_on_all(digits):
     features, labels = digits[0][:400], digits[1][:400]
-    options = HeadOptions(strengths=(1e-6, 1.0))
+    features, options = features[:, :48], HeadOptions(strengths=(1e-6, 1.0))
     head = fit_heads("linear", features[None], labels, 10, options)[0]
     fit, split = split_of(400, options)
     assert len(split) == 40 and sorted([*fit.tolist(), *split.tolist()]) == [*range(400)]
@@ -131,7 +133,9 @@ def test_a_head_can_choose_among_some_classes(digits):
 
 def test_a_diverged_head_is_not_chosen(digits):
     features, labels = digits[0][:400], digits[1][:400]
-    head = fit_heads("mlp", features[None], labels, 10, HeadOptions(learning_rates=(1e30, 1e-3), weight_decays=(0.0,)))[0]
+    head = fit_heads(
+        "mlp", features[None], labels, 10, HeadOptions(epochs=2, learning_rates=(1e30, 1e-3), weight_decays=(0.0,))
+    )[0]
     assert head.chosen["learning_rate"] == 1e-3
 
 
@@ -148,7 +152,9 @@ def test_a_comparison_is_mcnemars_test_and_a_paired_bootstrap():
     found = compare_paired(first, second)
     discordant = found.only_first + found.only_second
     assert found.difference == pytest.approx(second.mean() - first.mean())
-    assert found.p_value == pytest.approx(min(1, 2 * binom.cdf(min(found.only_first, found.only_second), discordant, 0.5)))
+    assert found.p_value == pytest.approx(
+        min(1, 2 * binom.cdf(min(found.only_first, found.only_second), discordant, 0.5))
+    )
     draws = generator.integers(400, size=(4000, 400))
     differences = second[draws].mean(1) - first[draws].mean(1)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=0.006)
