@@ -298,8 +298,8 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> tuple[list[int
     if unknown:
         example = min(numbers)
         raise ValueError(
-            f"{test.name}: {len(unknown)} of {len(used)} classes are not in {train.name}, such as {unknown[0]!r} (there: "
-            f"{example!r}): name the folders alike"
+            f"{test.name}: {len(unknown)} of {len(used)} classes are not in {train.name}, such as {unknown[0]!r} "
+            f"(there: {example!r}): name the folders alike"
         )
     labels = [numbers[names[test.classes[label]]] for label in test.labels]
     return labels, sorted({*labels})

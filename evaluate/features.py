@@ -306,7 +306,7 @@ class _Batches(Dataset):
         self.groups, self.preprocessing, self.shape = groups, preprocessing, shape
 
     def __getitem__(self, batch: tuple[int, range]) -> tuple[torch.Tensor, dict[int, str], str]:
-        """Return pixels (B, 3, H, W), the reason by row of each unreadable image, and why the run has to stop, or ""."""
+        """Return pixels (B, 3, H, W), the reason for each unreadable image by row, and why the run has to stop."""
         number, indices = batch
         pixels, errors = torch.zeros(len(indices), *self.shape), {}
         for row, index in enumerate(indices):
@@ -322,8 +322,8 @@ class _Batches(Dataset):
 
     def _wrong_shape(self, image: str, shape: torch.Size) -> str:
         return (
-            f"{image}: expected pixels of shape {self.shape} as of other images, got {tuple(shape)} from the preprocessing of "
-            f"{self.preprocessing.name}: give --preprocessing NAME of an encoder that crops or resizes to one size"
+            f"{image}: expected pixels of shape {self.shape} as of other images, got {tuple(shape)} from the "
+            f"preprocessing of {self.preprocessing.name}: give --preprocessing NAME of an encoder that makes one size"
         )
 
 

@@ -1,9 +1,9 @@
 """
 Heads on frozen features: a 2-layer MLP (the paper's recognition protocol), logistic regression, nearest neighbours.
 
-All heads of a grid, such as layers x learning rates x weight decays, train at once as one batched computation: they see
-the same images in the same order and do not depend on each other. The best is chosen on a split of the training set, and
-is trained again on all of it.
+All heads of a grid, such as layers x learning rates x weight decays, train at once as one batched computation: they
+see the same images in the same order and do not depend on each other. The best is chosen on a split of the training
+set, and is trained again on all of it.
 
 Shapes: L layers, G heads for each, N images, B images of a batch, D features, H hidden units, C classes.
 """
@@ -390,7 +390,7 @@ def minimise(
 
 
 def _inverse_hessian(gradient: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Return the product of the gradient and the inverse Hessian that the changes and differences of gradients imply."""
+    """Return the product of the gradient and the inverse Hessian that changes and differences of gradients imply."""
     kept, result = [], gradient
     for change, difference in reversed(pairs):
         curvature = _dot(change, difference)
@@ -451,14 +451,15 @@ def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def describe_options(options: HeadOptions, kinds: Sequence[str]) -> dict[str, Any]:
     """Return the options as they stand in results.json, and in words for the caption of a table."""
+    usual = f"256 (fewer where an epoch would have fewer than {STEPS} steps)"
     parts = {
-        "mlp": f"mlp: 2 layers, {options.hidden or 'as many hidden units as features'}, GELU; {options.epochs} epochs of "
-        f"AdamW (betas {BETAS[0]}, {BETAS[1]}), cosine decay to 0 without warm-up, batch "
-        f"{options.batch_size or f'256 (fewer where an epoch would have fewer than {STEPS} steps)'}, learning rate of "
-        f"{_listed(options.learning_rates)}, weight decay of {_listed(options.weight_decays)}.",
-        "linear": f"linear: logistic regression, C of {_listed(options.strengths)}, at most {options.iterations} iterations "
-        "of L-BFGS.",
-        "knn": f"knn: cosine similarity, votes at temperature {options.temperature}, k of {_listed(options.neighbours)}.",
+        "mlp": f"mlp: 2 layers, {options.hidden or 'as many hidden units as features'}, GELU; {options.epochs} epochs "
+        f"of AdamW (betas {BETAS[0]}, {BETAS[1]}), cosine decay to 0 without warm-up, "
+        f"batch {options.batch_size or usual}, learning rate of {_listed(options.learning_rates)}, weight decay of {_listed(options.weight_decays)}.",
+        "linear": f"linear: logistic regression, C of {_listed(options.strengths)}, at most {options.iterations} "
+        "iterations of L-BFGS.",
+        "knn": f"knn: cosine similarity, votes at temperature {options.temperature}, "
+        f"k of {_listed(options.neighbours)}.",
     }
     standardised = (
         "Features standardised by the training set, no augmentation. " if {*kinds} & {"mlp", "linear"} else ""

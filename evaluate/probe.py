@@ -44,7 +44,7 @@ class ProbeOptions:
     workers: int = 0
     cache_dir: Path | None = None  # None for default_cache()
     uses_cache: bool = True
-    head: HeadOptions = HeadOptions()
+    head: HeadOptions = field(default_factory=HeadOptions)
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ class _Probe:
             "tokens": _describe_tokens(options),
             "preprocessing": options.preprocessing or "own",
             "heads": describe_options(options.head, options.heads),
-            "intervals": "95%: Wilson for accuracies, paired bootstrap over images for differences; exact McNemar tests",
+            "intervals": "95%: Wilson for accuracies, paired bootstrap for differences; exact McNemar tests",
             "batch_size": options.batch_size,
             "processes": self.ranks,
             "versions": library_versions(),

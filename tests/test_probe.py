@@ -393,7 +393,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
         ("timm:no_such_model", *data): "timm:no_such_model: not in timm",
         (dinov2, *data, "--layers", "3"): "expected --layers from 1 to 2, or last, got 3",
         (dinov2, *data, "--layers", "2", "-1"): "--layers names a block twice",
-        (folder, *data, "--preprocessing", write_timm(tmp_path / "timm")): "cannot encode an image with the preprocessing",
+        (folder, *data, "--preprocessing", write_timm(tmp_path / "timm")): "cannot encode an image with the prepro",
         (dinov2, dinov2, *data): "expected encoder once",
         (dinov2, *data, "--batch-size", "512"): "--batch-size: expected 1 to 256, got 512",
         (nan, *data): ".png are NaN or infinite: check the weights",
