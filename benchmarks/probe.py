@@ -140,7 +140,7 @@ def measure_heads(features: torch.Tensor, labels: torch.Tensor) -> None:
 
     def regressions(chosen: list[float]) -> torch.Tensor:
         heads = LogisticRegressions(features, 10, chosen, every)
-        heads.solve(features, labels, every, 50)
+        heads.solve(features, labels, every, 200)
         return heads.classify(features)[0]
 
     cases = {"mlp": (mlps, grid), "linear": (regressions, strengths)}

@@ -140,6 +140,17 @@ def load_encoder(
     )
 
 
+def check_encoder(name: str) -> None:
+    """Raise ValueError if there is no such encoder, from its configuration alone."""
+    if is_timm(name):
+        base = name.removeprefix(TIMM).split(".")[0]
+        if name.startswith(TIMM) and ":" not in base and not _timm().is_model(base):
+            raise ValueError(f"{name}: timm has no such model: `timm.list_models()` lists them")
+        return
+    _check_source(name)
+    _read_config(name)
+
+
 def is_timm(name: str) -> bool:
     """Return whether a name is `timm:NAME` or a local folder whose config.json is timm's."""
     config = Path(name, "config.json")
@@ -203,7 +214,9 @@ def _read_config(name: str) -> tuple[PretrainedConfig, str]:
     """Return the config of an encoder, and the prefix of its weights in a multimodal model that is ours."""
     fields, _ = PretrainedConfig.get_config_dict(name)
     if fields.get("model_type") in MULTIMODAL:
-        return SAILVLConfig.from_dict(fields).vision_config, VISION_PARTS[0]
+        vision = SAILVLConfig.from_dict(fields).vision_config
+        # SAILViTModel knows this prefix as that of its classifier, and removes it itself.
+        return vision, "" if vision.model_type == SAILViTConfig.model_type else VISION_PARTS[0]
     if fields.get("model_type") == "aimv2" and "vision_config" not in fields:  # as Apple publishes it
         return SAILViTConfig.from_dict(fields), ""
     with _load_errors(name, f"transformers has no image encoder of model_type {fields.get('model_type')!r}"):

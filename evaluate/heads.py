@@ -275,17 +275,18 @@ class LogisticRegressions:
     """
 
     def __init__(self, features: torch.Tensor, classes: int, strengths: Sequence[Any], chosen: torch.Tensor):
-        self.device, self.classes, count = features.device, classes, len(chosen)
-        strength = torch.tensor(strengths, dtype=torch.float32, device=self.device).expand(len(features), -1)
-        self.penalty = (1 / (strength * count))[:, None, :, None]  # (L, 1, G, 1)
-        self.mean, self.std = _statistics(features, chosen)
+        self.device = features.device
+        self.dtype = torch.float64 if self.device.type == "cpu" else torch.float32  # GPUs may have few float64 units
+        strength = torch.tensor(strengths, dtype=self.dtype, device=self.device).expand(len(features), -1)
+        self.penalty = (1 / (strength * len(chosen)))[:, None, :, None]  # (L, 1, G, 1)
+        self.mean, self.std = (values.to(self.dtype) for values in _statistics(features, chosen))
         eigen = [torch.linalg.eigh(self._covariance(layer, values, chosen)) for layer, values in enumerate(features)]
-        self.basis = torch.stack([vectors.float() for _, vectors in eigen]).to(self.device)  # (L, D, D)
-        values = torch.stack([values.float() for values, _ in eigen]).to(self.device)[..., None, None]
+        self.basis = torch.stack([vectors for _, vectors in eigen]).to(self.device, self.dtype)  # (L, D, D)
+        values = torch.stack([values for values, _ in eigen]).to(self.device, self.dtype)[..., None, None]
         curvature = (1 - 1 / classes) / classes  # of the loss where all classes are equally likely
         self.scale = (values.clamp(min=0) * curvature + self.penalty).sqrt()  # (L, D, G, 1)
-        self.weights = torch.zeros(*self.scale.shape[:3], classes, device=self.device)  # (L, D, G, C)
-        self.bias = torch.zeros(len(features), 1, self.scale.shape[2], classes, device=self.device)
+        self.weights = self.scale.new_zeros(*self.scale.shape[:3], classes)  # (L, D, G, C)
+        self.bias = self.scale.new_zeros(len(features), 1, self.scale.shape[2], classes)
 
     def _covariance(self, layer: int, values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(values.shape[1], values.shape[1], dtype=torch.float64)
@@ -310,8 +311,8 @@ class LogisticRegressions:
             self._set(variables)
             return self._objective(features, labels, rows)
 
-        variables = torch.zeros(*self.scale.shape[:1], self.scale.shape[1] + 1, *self.weights.shape[2:])
-        variables, losses = minimise(objective, variables.to(self.device), iterations)
+        start = torch.cat([self.weights, self.bias], 1)
+        variables, losses = minimise(objective, torch.zeros_like(start), iterations)
         self._set(variables)
         return losses
 
@@ -371,13 +372,15 @@ def minimise(
             break
         direction = -_inverse_hessian(gradient, pairs)
         slope = _dot(direction, gradient)
-        step = torch.where(slope < 0, 1.0, 0.0)[:, None, :, None]  # a function at its minimum stays
+        is_active = (slope < 0) & (gradient.abs().amax((1, 3)) >= TOLERANCE)  # a function at its minimum stays
+        step = is_active.to(x.dtype)[:, None, :, None]
         for _ in range(HALVINGS):
             new_value, new_gradient = objective(x + step * direction)
             enough = (new_value <= value + ARMIJO * step[:, 0, :, 0] * slope + ROUNDING * value.abs())[:, None, :, None]
             if enough.all():
                 break
             step = torch.where(enough, step, step / 2)
+        enough &= is_active[:, None, :, None]
         change = torch.where(enough, step * direction, 0.0)
         difference = torch.where(enough, new_gradient - gradient, 0.0)
         x, value = x + change, torch.where(enough[:, 0, :, 0], new_value, value)
@@ -455,7 +458,8 @@ def describe_options(options: HeadOptions, kinds: Sequence[str]) -> dict[str, An
     parts = {
         "mlp": f"mlp: 2 layers, {options.hidden or 'as many hidden units as features'}, GELU; {options.epochs} epochs "
         f"of AdamW (betas {BETAS[0]}, {BETAS[1]}), cosine decay to 0 without warm-up, "
-        f"batch {options.batch_size or usual}, learning rate of {_listed(options.learning_rates)}, weight decay of {_listed(options.weight_decays)}.",
+        f"batch {options.batch_size or usual}, learning rate of {_listed(options.learning_rates)}, "
+        f"weight decay of {_listed(options.weight_decays)}.",
         "linear": f"linear: logistic regression, C of {_listed(options.strengths)}, at most {options.iterations} "
         "iterations of L-BFGS.",
         "knn": f"knn: cosine similarity, votes at temperature {options.temperature}, "

@@ -19,7 +19,7 @@ from psutil import virtual_memory
 from ..convert.storage.output_folder import check_free, new_folder
 from ..devices import choose_device
 from .datasets import LabelledImages, load_images, match_classes
-from .encoders import LAST, Encoder, library_versions, load_encoder
+from .encoders import LAST, Encoder, check_encoder, library_versions, load_encoder
 from .features import CHUNK, Features, compute_features, default_cache, extract_features, read_features
 from .heads import KINDS, FittedHead, HeadOptions, describe_options, fit_heads
 from .probe_report import RESULTS, write_report
@@ -117,6 +117,8 @@ def run_probe(
     _check_options(encoders, tests, options)
     if out is not None:
         check_free(out, overwrite, RESULTS)
+    for name in dict.fromkeys([*encoders, *([options.preprocessing] if options.preprocessing else [])]):
+        check_encoder(name)  # before hours of work on the others
     train_set, test_sets = _load_data(train, tests)
     probe = _Probe(train_set, test_sets, options, log, progress or _no_progress, (rank, ranks, wait))
     for name in encoders:

@@ -255,6 +255,7 @@ def test_an_interrupted_extraction_goes_on(digits, dinov2, tmp_path, encoded, mo
     assert torch.equal(found.layer(0), whole)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on the workers of a DataLoader
 def test_loader_processes_change_nothing(digits, dinov2):
     encoder, images = load_encoder(str(dinov2), device="cpu"), load_images(str(digits / "test"), training=False)
     alone, loaded = (compute_features(encoder, images, 8, workers) for workers in (0, 1))
@@ -390,10 +391,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
         (tmp_path / "bert", *data): "bert: expected an image encoder, got a BertModel",
         (tmp_path / "gone", *data): "gone: no such file or folder",
         (tmp_path / "empty", *data): "empty: no config.json",
-        ("timm:no_such_model", *data): "timm:no_such_model: not in timm",
+        ("timm:no_such_model", *data): "timm:no_such_model: timm has no such model",
         (dinov2, *data, "--layers", "3"): "expected --layers from 1 to 2, or last, got 3",
         (dinov2, *data, "--layers", "2", "-1"): "--layers names a block twice",
         (folder, *data, "--preprocessing", write_timm(tmp_path / "timm")): "cannot encode an image with the prepro",
+        (dinov2, tmp_path / "gone", *data, "--head", "knn"): "gone: no such file or folder",
         (dinov2, dinov2, *data): "expected encoder once",
         (dinov2, *data, "--batch-size", "512"): "--batch-size: expected 1 to 256, got 512",
         (nan, *data): ".png are NaN or infinite: check the weights",
