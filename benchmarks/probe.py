@@ -5,7 +5,7 @@ against scikit-learn's.
 On scikit-learn's digits as PNG files, and on crops of the example photograph; random encoders of this package,
 transformers and timm.
 
-    python benchmarks/probe.py [--images 48]
+    python benchmarks/probe.py [accuracy heads extraction] [--images 48]
 """
 
 import argparse
@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from toy_images import write_clip, write_digits, write_dinov2, write_timm  # noqa: E402
 
 
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
 HEADS = 40
 ROUNDS = 5
 
@@ -90,15 +91,11 @@ def extract(encoder: Encoder, data: Path, cache: Path) -> tuple[torch.Tensor, to
     return read_features(encoder, images, cache).layer(0), torch.tensor(images.labels)
 
 
-def compare_accuracies(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Print accuracies on all digits; return features and labels of the training set."""
+def compare_accuracies(folder: Path) -> None:
+    """Print accuracies on all digits, also without a cache and by scikit-learn."""
     digits, cache = write_digits(folder / "digits", 1200, 597), folder / "cache"
-    torch.manual_seed(0)
-    ours = write_encoder(
-        folder / "ours", 56, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2
-    )
     encoders = {
-        "ours": ours,
+        "ours": write_encoder(folder / "ours", 56, **TINY),
         "dinov2 of transformers": write_dinov2(folder / "dinov2"),
         "clip of transformers": write_clip(folder / "clip"),
         "test_vit of timm": write_timm(folder / "timm"),
@@ -121,13 +118,13 @@ def compare_accuracies(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         uncached = (head.predict(fresh[1], None) == truth).double().mean().item()
         shown = " ".join(f"{value:.2%}" for value in right.values())
         print(f"  {name:<24}{shown} | {expected:.2%} | {uncached:.2%}")
-        if name == "ours":
-            kept = train, labels
-    return kept
 
 
-def measure_heads(features: torch.Tensor, labels: torch.Tensor) -> None:
+def measure_heads(folder: Path) -> None:
     """Print what HEADS heads cost when they train together, and whether they classify as each alone does."""
+    digits = write_digits(folder / "digits", 1200, 0)
+    encoder = load_encoder(str(write_encoder(folder / "ours", 56, **TINY)))
+    features, labels = extract(encoder, digits / "train", folder / "cache")
     features, every, options = features[None], torch.arange(len(labels)), HeadOptions(epochs=2)
     rates = [10 ** (-4 + 2 * index / 7) for index in range(8)]
     grid = [(rate, decay) for rate in rates for decay in (0.0, 0.01, 0.1, 0.3, 1.0)]
@@ -158,14 +155,21 @@ def measure_heads(features: torch.Tensor, labels: torch.Tensor) -> None:
         print(f"        {equal} of {HEADS} have the accuracy of the same head alone, to the last sample")
 
 
+PARTS = {
+    "accuracy": lambda folder, options: compare_accuracies(folder),
+    "heads": lambda folder, options: measure_heads(folder),
+    "extraction": lambda folder, options: measure_extraction(folder, options.images),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--images", type=int, default=48, help="of the extraction")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        features, labels = compare_accuracies(Path(folder))
-        measure_heads(features, labels)
-        measure_extraction(Path(folder), options.images)
+    for part in options.parts or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[part](Path(folder), options)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def _draw_tests(axis: Any, results: list[Entry], title: str) -> None:
         positions = [tests.index(one["test"]) + shift for one in chosen]
         axis.errorbar(positions, *_with_intervals(chosen), fmt="o", capsize=3, label=model)
     axis.set_xticks(range(len(tests)), tests, rotation=20, ha="right")
+    axis.set_xlim(-0.5, len(tests) - 0.5)
     axis.set_title(title)
     axis.grid(axis="y", alpha=0.3)
 
