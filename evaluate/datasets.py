@@ -248,7 +248,10 @@ def _open_parquet(name: str, files: Iterable[Path]) -> tuple[list["datasets.Data
 
 
 def _image_column(name: str, table: "datasets.Dataset") -> str:
-    found = [key for key, value in table.features.items() if isinstance(value, _datasets().Image)]
+    def is_image(feature: Any) -> bool:  # files that `datasets` did not write have maps of bytes and path
+        return isinstance(feature, _datasets().Image) or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
+
+    found = [key for key, value in table.features.items() if is_image(value)]
     if len(found) != 1:
         raise ValueError(f"{name}: expected one column of images, got {found or list(table.features)}")
     return found[0]

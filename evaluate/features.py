@@ -137,8 +137,7 @@ def read_features(encoder: Encoder, images: LabelledImages, cache_dir: Path) -> 
                 f"{file} is missing: all processes need the same --cache-dir, and images that do not change"
             )
         digest.update(file.stem.encode())
-        with safe_open(file, "pt") as opened:
-            errors = json.loads(opened.metadata()["errors"])
+        errors = _read_errors(file)
         _note_errors(images, chunk, errors, readable, skipped)
         parts.append(lambda position, file=file: _read_layer(file, position))
     return Features(parts, readable, skipped, digest.hexdigest())
@@ -173,6 +172,14 @@ def _note_errors(
     for row, reason in errors.items():
         readable[chunk.start + int(row)] = False
         skipped.append(Skipped(images.name, chunk.group.name(chunk.indices[int(row)]), reason))
+
+
+def _read_errors(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return json.loads(opened.metadata()["errors"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: damaged: remove it, and it is extracted again: {first_line(error)}") from error
 
 
 def _read_layer(file: Path, position: int) -> torch.Tensor:

@@ -6,9 +6,14 @@ set; pairs of encoders are compared on the same test images.
 """
 
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -316,6 +321,7 @@ class _Probe:
     def _settings(self, encoders: list[str]) -> dict[str, Any]:
         options = self.options
         return {
+            "command": shlex.join(sys.argv),
             "encoders": self.encoders,
             "train": self.train.name,
             "data": self.data,
@@ -325,8 +331,18 @@ class _Probe:
             "intervals": "95%: Wilson for accuracies, paired bootstrap for differences; exact McNemar tests",
             "batch_size": options.batch_size,
             "processes": self.ranks,
-            "versions": library_versions(),
+            "versions": {"sailvit": version("sailvit"), **library_versions()},
+            "commit": _commit(),
         }
+
+
+def _commit() -> str | None:
+    """Return the commit of this package, if it is a git checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _describe_tokens(options: ProbeOptions) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 import timm
 import torch
@@ -310,7 +311,13 @@ def test_a_data_set_gives_what_its_folder_gives(digits, dinov2, tmp_path, no_cac
     datasets.concatenate_datasets(
         [datasets.Dataset.from_parquet(str(file)) for file in sorted((tmp_path / "parquet").iterdir())]
     ).save_to_disk(tmp_path / "saved")
-    for name in ("parquet", "saved"):
+    datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "saved.parquet")
+    (tmp_path / "plain").mkdir()
+    pyarrow.parquet.write_table(  # as other programs write it: without the schema of datasets
+        pyarrow.parquet.read_table(tmp_path / "saved.parquet").replace_schema_metadata(),
+        tmp_path / "plain" / "a.parquet",
+    )
+    for name in ("parquet", "saved", "plain"):
         found = load_images(str(tmp_path / name), training=False)
         assert (found.classes, found.labels) == (folder.classes, folder.labels)
         assert torch.allclose(compute_features(encoder, found).layer(0), expected.layer(0), atol=1e-6)
@@ -417,6 +424,15 @@ def test_a_cache_of_another_version_is_refused(digits, dinov2, tmp_path):
     (tmp_path / "format.json").write_text('{"format": 0}')
     with pytest.raises(ValueError, match="a cache of another version of this package: remove it, or give --cache-dir"):
         extract(load_encoder(str(dinov2), device="cpu"), load_images(str(digits / "test"), training=False), tmp_path)
+
+
+def test_a_damaged_file_of_the_cache_is_named(digits, dinov2, tmp_path):
+    encoder, images = load_encoder(str(dinov2), device="cpu"), load_images(str(digits / "test"), training=False)
+    extract(encoder, images, tmp_path)
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{file}: damaged: remove it, and it is extracted again"):
+        read_features(encoder, images, tmp_path)
 
 
 def test_features_that_do_not_fit_on_the_disk_are_refused_before(digits, dinov2, tmp_path, encoded, monkeypatch):
