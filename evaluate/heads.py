@@ -163,7 +163,7 @@ class MLPs:
         self.mean, self.std = _statistics(features, chosen)
         batch = self.options.batch_of(len(chosen))
         steps = self.options.epochs * math.ceil(len(chosen) / batch)
-        state = [(torch.zeros_like(one), torch.zeros_like(one)) for one in self.parameters]
+        state = [torch.zeros(3, *one.shape, device=self.device) for one in self.parameters]
         generator, step, losses = torch.Generator().manual_seed(self.options.seed), 0, []
         for _ in range(self.options.epochs):
             total = torch.zeros(self.rates.shape[:2], device=self.device)
@@ -187,18 +187,18 @@ class MLPs:
 
     @torch.no_grad()
     def _update(
-        self, gradients: Sequence[torch.Tensor], state: Sequence[tuple[torch.Tensor, torch.Tensor]], step: int,
+        self, gradients: Sequence[torch.Tensor], state: Sequence[torch.Tensor], step: int,
         decline: float,
     ) -> None:  # fmt: skip
         """Take a step of AdamW (Loshchilov and Hutter, 2019), with the learning rate and weight decay of each head."""
         bias = math.sqrt(1 - BETAS[1] ** step)
         rates, kept = self.rates * (decline * bias / (1 - BETAS[0] ** step)), 1 - self.rates * decline * self.decays
-        for parameter, gradient, (mean, square) in zip(self.parameters, gradients, state, strict=True):
+        for parameter, gradient, (mean, square, change) in zip(self.parameters, gradients, state, strict=True):
             mean.lerp_(gradient, 1 - BETAS[0])
             square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            change = square.sqrt().add_(EPSILON * bias)
+            torch.sqrt(square, out=change).add_(EPSILON * bias)
             torch.div(mean, change, out=change)
-            parameter.mul_(kept).sub_(change.mul_(rates))
+            parameter.mul_(kept).addcmul_(change, rates, value=-1)
 
     @torch.no_grad()
     def classify(self, features: torch.Tensor) -> torch.Tensor:
