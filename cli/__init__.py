@@ -24,6 +24,7 @@ FAMILIES = (
     "data",
     "train",
     "push",
+    "probe",
 )  # files of this folder, in the order of `sailvit --help`
 DESCRIPTION = """\
 Convert, inspect, run and publish the vision encoder SAILViT and the multimodal model SAIL-VL.

@@ -23,12 +23,16 @@ from sailvit import devices
 from sailvit.convert import LAYOUTS, CheckpointError
 from sailvit.convert.plan import DTYPES
 from sailvit.convert.storage.errors import VerificationError
+from sailvit.evaluate.encoders import LAST
+from sailvit.evaluate.heads import KINDS
 from sailvit_cli.arguments import DTYPES as DTYPE_CHOICES
 from sailvit_cli.arguments import LAYOUTS as LAYOUT_CHOICES
+from sailvit_cli.probe import HEADS as HEAD_CHOICES
+from sailvit_cli.probe import LAST as LAST_LAYER
 from sailvit_cli.progress import byte_progress
 
 
-VERBS = ("convert", "compose", "inspect", "encode", "demo", "show", "data", "train", "push")
+VERBS = ("convert", "compose", "inspect", "encode", "demo", "show", "data", "train", "push", "probe")
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -63,12 +67,13 @@ def test_help_of_a_verb_is_a_sentence_two_examples_and_groups(verb, capsys):
         assert options.verb == verb
     titles = [group.splitlines()[0] for group in groups]
     assert titles[0] == "input:" and "output:" in titles
-    assert {*titles[1:]} <= {"output:", "checks:", "compute:", "packing:", "plan:"}
+    assert {*titles[1:]} <= {"output:", "checks:", "compute:", "packing:", "plan:", "heads:"}
 
 
 def test_choices_are_those_of_the_package():
     assert tuple(LAYOUTS) == LAYOUT_CHOICES
     assert set(DTYPES) == set(DTYPE_CHOICES)
+    assert (HEAD_CHOICES, LAST_LAYER) == (KINDS, LAST)
     assert set(devices.DTYPES) == {"auto", *DTYPE_CHOICES}
 
 

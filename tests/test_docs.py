@@ -104,6 +104,7 @@ def test_python_runs_as_written(page, workplace, capsys):
         "docs/sail-vl.md": check_sailvl,
         "docs/converting.md": check_converting,
         "docs/training.md": check_training,
+        "docs/evaluating.md": check_evaluating,
         "docs/scale.md": check_scale,
     }.pop(page_name(page))
     check(scope, printed)
@@ -150,6 +151,11 @@ def check_training(scope: dict, printed: str) -> None:
     after = SAILVLForConditionalGeneration.from_pretrained("stage-1").state_dict()
     changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"mlp1"}
+
+
+def check_evaluating(scope: dict, printed: str) -> None:
+    assert [line.split(":")[0] for line in printed.splitlines() if " of 100" in line] == ["mlp", "linear", "knn"]
+    assert all(result["accuracy"] > 0.2 for result in scope["found"].results) and Path("probe", "results.md").exists()
 
 
 def check_scale(scope: dict, printed: str) -> None:

@@ -36,6 +36,7 @@ SAME_EVERYWHERE = (
     "test_estimate.py",
     "test_layouts.py",
     "test_packing.py",
+    "test_probe_heads.py",
     "test_recipes.py",
     "test_train_formats.py",
     "test_training_checkpoints.py",

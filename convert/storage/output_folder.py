@@ -14,13 +14,13 @@ from .sources import PROVENANCE
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool = False, mark: str = PROVENANCE) -> Iterator[Path]:
     """
     A folder to fill, which is renamed to `out` when the block ends, and removed when it raises. A killed process
     leaves `.NAME.part` and `.NAME.lock`; the next attempt removes them. Raises a CheckpointError if `out` exists and
-    may not be overwritten, or another process is writing it.
+    may not be overwritten, which needs the file `mark` in it, or another process is writing it.
     """
-    check_free(out, overwrite)
+    check_free(out, overwrite, mark)
     out = out.parent.resolve() / out.name
     part = out.with_name(f".{out.name}.part")
     new_parents = [parent for parent in part.parents if not parent.exists()]
@@ -34,7 +34,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{out}: {os.strerror(error.errno or 0)}: choose another name or folder") from error
     try:
-        check_free(out, overwrite)  # again: another process may have written it before the lock was free
+        check_free(out, overwrite, mark)  # again: another process may have written it before the lock was free
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
@@ -55,14 +55,14 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         lock.release()
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise a CheckpointError if `out` exists and may not be overwritten, or no conversion wrote it."""
+def check_free(out: Path, overwrite: bool, mark: str = PROVENANCE) -> None:
+    """Raise a CheckpointError if `out` exists and may not be overwritten, or has no `mark`, so is of others."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} is no folder: give another name")
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists: give --overwrite, or another name")
-    if out.exists() and any(out.iterdir()) and not (out / PROVENANCE).exists():
-        raise CheckpointError(f"{out} contains no {PROVENANCE}, so no conversion wrote it: remove it yourself")
+    if out.exists() and any(out.iterdir()) and not (out / mark).exists():
+        raise CheckpointError(f"{out} contains no {mark}, so sailvit did not write it: remove it yourself")
 
 
 def check_space(folder: Path, nbytes: int) -> None:
