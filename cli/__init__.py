@@ -22,6 +22,7 @@ FAMILIES = (
     "encode",
     "data",
     "train",
+    "suite",
     "push",
 )  # files of this folder, in the order of `sailvit --help`
 DESCRIPTION = """\
