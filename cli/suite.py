@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import Verbs, add_verb, count, positive_integer
+from .startup import exit_on_signals
 
 
 # Those of sailvit.evaluate.suites, whose import takes too long for --help; a test compares them.
@@ -57,6 +58,7 @@ def run_suite(options: argparse.Namespace) -> int:
     modes = [name for name in ("list", "rescore", "compare") if getattr(options, name)]
     if len(modes) > 1 or (modes and options.name):
         raise ValueError("expected one of NAME, --list, --rescore and --compare")
+    exit_on_signals()
     if not modes:
         return _run(options)
     return {"list": _list, "rescore": _rescore, "compare": _compare}[modes[0]](options)

@@ -107,12 +107,13 @@ def read_environment(python: Path, harness: str) -> dict[str, Any]:
         raise HarnessError(f"{python} cannot be run: expected the Python of {harness}; give --python PATH") from error
     if not any(name in found["packages"] for name in PACKAGES[harness]):
         raise HarnessError(
-            f"{harness} is not installed in {python}: `python3 -m venv {harness}-venv && {harness}-venv/bin/pip install "
-            f"{INSTALL[harness]}`, then give --python {harness}-venv/bin/python"
+            f"{harness} is not installed in {python}: `python3 -m venv {harness}-venv && {harness}-venv/bin/pip "
+            f"install {INSTALL[harness]}`, then give --python {harness}-venv/bin/python"
         )
     if harness == LMMS_EVAL and "sail_vl" not in found["lmms_eval_models"]:
         raise HarnessError(
-            f"lmms-eval in {python} does not list the model sail_vl: `{python} -m pip install sailvit` (it has the plugin)"
+            f"lmms-eval in {python} does not list sail_vl, the plugin of this package: `{python} -m pip install "
+            "sailvit`"
         )
     return found
 
@@ -136,8 +137,8 @@ def check_judge(run: SuiteRun) -> None:
     if run.judge != RULES and not os.environ.get(KEY):
         asked = names or " ".join(data_set.name for data_set in needs["optional"])
         raise ValueError(
-            f"the judge of {asked} has no key: expected {KEY} in the environment{fix}; or give --predict-only and score "
-            "later with --rescore"
+            f"the judge of {asked} has no key: expected {KEY} in the environment{fix}; or give --predict-only and "
+            "score later with --rescore"
         )
 
 
