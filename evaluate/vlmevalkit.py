@@ -3,6 +3,7 @@
 """VLMEvalKit: its config, its command, and what it leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ def remove_scores(folder: Path) -> None:
     """Remove all but the predictions, the prompts and the inputs."""
     outputs = folder / "outputs" / MODEL
     names = {f"{MODEL}_{name}.tsv" for name in json.loads((folder / "config.json").read_text())["data"]}
-    for file in outputs.iterdir():
-        if file.name not in names:
-            file.unlink()
+    for path in outputs.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in names:
+            path.unlink()
+    shutil.rmtree(folder / "records" / "questions", ignore_errors=True)
 
 
 def collect(run: SuiteRun, folder: Path) -> dict[str, Outcome]:

@@ -1,0 +1,137 @@
+"""
+The suites through the real harnesses, each in a Python of its own.
+
+SAILVIT_VLMEVALKIT_PYTHON and SAILVIT_LMMS_EVAL_PYTHON are the paths of those; docs/evaluating.md has the commands that
+install them. The tests of a harness without its variable are skipped.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from toy_suite import write_suite_model
+
+from sailvit.evaluate.harness import INSTALL, SuiteRun
+from sailvit.evaluate.suite_run import read_questions, rescore, run_suite
+from sailvit.evaluate.suites import DRAWN, HARNESSES, SUITES
+
+
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("harnesses")]
+VARIABLES = {"vlmevalkit": "SAILVIT_VLMEVALKIT_PYTHON", "lmms-eval": "SAILVIT_LMMS_EVAL_PYTHON"}
+VLMEVALKIT_TABLE = """
+import json, sys, vlmeval.dataset
+from vlmeval.vlm import SailVL
+wrapper, found = object.__new__(SailVL), {}
+for name, class_name in json.load(sys.stdin):
+    wrapper.set_max_num(name)
+    found[name] = [wrapper.max_num, wrapper.total_max_num, name in getattr(vlmeval.dataset, class_name).supported_datasets()]
+print(json.dumps(found))
+"""
+LMMS_EVAL_TABLE = """
+import json, sys
+from lmms_eval.models import get_model, list_available_models
+from lmms_eval.tasks import TaskManager
+names = json.load(sys.stdin)
+known = TaskManager("ERROR").match_tasks(names)
+print(json.dumps([sorted(known), "sail_vl" in list_available_models(), get_model("sail_vl").__name__]))
+"""
+
+
+def find_python(harness: str) -> Path:
+    if path := os.environ.get(VARIABLES[harness]):
+        return Path(path)
+    pytest.skip(f"{VARIABLES[harness]} is not set: expected the Python of a venv with {INSTALL[harness]}")
+
+
+def ask(python: Path, script: str, question: object) -> object:
+    run = subprocess.run([python, "-c", script], input=json.dumps(question), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("suite")
+    return write_suite_model(folder / "sail-vl", folder, seed=1)
+
+
+def make_run(harness: str, model: Path, **options) -> SuiteRun:
+    return SuiteRun(DRAWN, SUITES[DRAWN], harness, model, find_python(harness), **{"questions": 6, **options})
+
+
+def predictions(bundle: Path) -> list[str]:
+    return [question["prediction"] for question in read_questions(bundle, "SAILViTDrawn")]
+
+
+def run_quietly(run: SuiteRun, out: Path) -> dict:
+    return run_suite(run, out, lambda line: None, lambda chunk: None)
+
+
+def test_vlmevalkit_has_the_data_sets_and_the_tiles_of_the_table():
+    data_sets = SUITES["opensource"]
+    found = ask(find_python("vlmevalkit"), VLMEVALKIT_TABLE, [[d.vlmevalkit, d.vlmevalkit_class] for d in data_sets])
+    assert found == {d.vlmevalkit: [d.tiles, 64, True] for d in data_sets}
+
+
+def test_lmms_eval_has_the_tasks_and_lists_the_plugin():
+    names = sorted(d.lmms_eval for d in SUITES["opensource"] if d.lmms_eval)
+    assert ask(find_python("lmms-eval"), LMMS_EVAL_TABLE, names) == [names, True, "SAILVLForLMMsEval"]
+
+
+@pytest.mark.parametrize("harness", HARNESSES)
+def test_scores_are_those_of_the_answers_and_come_back_without_the_model(harness, model, tmp_path):
+    run = make_run(harness, model, max_new_tokens=1)
+    content = run_quietly(run, tmp_path / "out")
+    questions = read_questions(tmp_path / "out", "SAILViTDrawn")
+    right = [question["prediction"] == question["answer"] for question in questions]
+    assert [question["score"] for question in questions] == right and 0 < sum(right) < 6
+    scores = content["data_sets"]["SAILViTDrawn"]["scores"]
+    assert sum(right) / 6 in scores.values()
+    model.rename(model.with_name("away"))
+    try:
+        after = rescore(tmp_path / "out", run.python, None, lambda line: None, lambda chunk: None)
+    finally:
+        model.with_name("away").rename(model)
+    assert after["data_sets"]["SAILViTDrawn"]["scores"] == scores
+    assert read_questions(tmp_path / "out", "SAILViTDrawn") == questions
+
+
+def test_both_harnesses_ask_the_same_with_the_same_tiles(model, tmp_path):
+    prompts = {}
+    for harness in HARNESSES:
+        content = run_quietly(make_run(harness, model, max_new_tokens=1, questions=3), tmp_path / harness)
+        prompts[harness] = content["data_sets"]["SAILViTDrawn"]["prompt"]
+    question, (tiles,) = prompts["vlmevalkit"]["question"], prompts["vlmevalkit"]["tiles"]
+    asked = question.replace("<image>", f"<img><IMG_CONTEXT> x {256 * tiles}</img>")
+    assert f"<|im_start|>user\n{asked}<|im_end|>" in prompts["lmms-eval"]["question"]
+
+
+def test_answers_do_not_depend_on_the_batch_size(model, tmp_path):
+    for size in (1, 3):
+        run = make_run("lmms-eval", model, questions=7, max_new_tokens=4, batch_size=size)
+        run_quietly(run, tmp_path / f"batch-{size}")
+    assert predictions(tmp_path / "batch-1") == predictions(tmp_path / "batch-3")
+    assert len({*predictions(tmp_path / "batch-1")}) > 1
+
+
+def test_an_interrupted_run_asks_only_what_is_left(model, tmp_path):
+    out, python = tmp_path / "out", find_python("lmms-eval")
+    options = ["--model", model, "--harness", "lmms-eval", "--python", python, "--out", out, "--max-new-tokens", "1"]
+    command = [sys.executable, "-m", "sailvit_cli", "suite", "drawn", "--questions", "12", *map(str, options)]
+    kept = tmp_path / ".out.work" / "harness" / "answers" / "answers-0.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while not (kept.exists() and kept.read_bytes().count(b"\n") >= 3) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0 and not out.exists()
+    before = kept.read_bytes()
+    assert 3 <= before.count(b"\n") < 12
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, cwd=ROOT).returncode == 0
+    after = (out / "harness" / "answers" / "answers-0.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 12
