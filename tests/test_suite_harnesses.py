@@ -30,7 +30,26 @@ from vlmeval.vlm import SailVL
 wrapper, found = object.__new__(SailVL), {}
 for name, class_name in json.load(sys.stdin):
     wrapper.set_max_num(name)
-    found[name] = [wrapper.max_num, wrapper.total_max_num, name in getattr(vlmeval.dataset, class_name).supported_datasets()]
+    known = getattr(vlmeval.dataset, class_name).supported_datasets()
+    found[name] = [wrapper.max_num, wrapper.total_max_num, name in known]
+print(json.dumps(found))
+"""
+# Scores invented answers by each kind of data set's own code, and reads the scores of the questions.
+VLMEVALKIT_SCORES = """
+import json, sys
+from pathlib import Path
+script, folder, rows = json.load(sys.stdin)
+sys.path.insert(0, script)
+import pandas, vlmeval.dataset
+from run_vlmevalkit import question_scores
+found = {}
+for name, class_name, key, lines in rows:
+    file = Path(folder) / f"model_{name}.tsv"
+    pandas.DataFrame(lines).to_csv(file, sep="\\t", index=False)
+    data_set = object.__new__(getattr(vlmeval.dataset, class_name))
+    data_set.dataset_name = name
+    result = data_set.evaluate(str(file), model="exact_matching")
+    found[name] = [question_scores(name, file, "exact_matching"), float(result[key] if key else result["Overall"][0])]
 print(json.dumps(found))
 """
 LMMS_EVAL_TABLE = """
@@ -49,8 +68,10 @@ def find_python(harness: str) -> Path:
     pytest.skip(f"{VARIABLES[harness]} is not set: expected the Python of a venv with {INSTALL[harness]}")
 
 
-def ask(python: Path, script: str, question: object) -> object:
-    run = subprocess.run([python, "-c", script], input=json.dumps(question), capture_output=True, text=True)
+def ask(python: Path, script: str, question: object, variables: dict[str, str] | None = None) -> object:
+    environment = {**os.environ, **(variables or {})}
+    text = json.dumps(question)
+    run = subprocess.run([python, "-c", script], input=text, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -77,6 +98,35 @@ def test_vlmevalkit_has_the_data_sets_and_the_tiles_of_the_table():
     data_sets = SUITES["opensource"]
     found = ask(find_python("vlmevalkit"), VLMEVALKIT_TABLE, [[d.vlmevalkit, d.vlmevalkit_class] for d in data_sets])
     assert found == {d.vlmevalkit: [d.tiles, 64, True] for d in data_sets}
+
+
+def test_scores_of_questions_add_up_to_those_of_vlmevalkit(tmp_path):
+    """For each kind of data set that VLMEvalKit scores by rules of its own, in percent."""
+
+    def lines(*answered: tuple[str, str], **others: object) -> list[dict]:
+        return [
+            {"index": 7 + i, "question": "?", "answer": answer, "prediction": given, **others}
+            for i, (answer, given) in enumerate(answered)
+        ]
+
+    rows = [
+        ["ChartQA_TEST", "ImageVQADataset", None, lines(("10", "10.4"), ("3", "4"), ("red", "red"))],
+        ["DocVQA_VAL", "ImageVQADataset", None, lines(("['harbour']", "harbor"), ("['a']", "zzz"))],
+        ["TextVQA_VAL", "ImageVQADataset", None, lines((str(["stop"] * 10), "stop"), (str(["go"] * 10), "halt"))],
+        ["OCRBench", "OCRBench", "Final Score", lines(("['x']", "an x"), ("['q']", "y"), category="Doc-oriented VQA")],
+        ["POPE", "ImageYORNDataset", None, lines(("Yes", "Yes, it is."), ("No", "Yes"), category="random")],
+    ]
+    python, folder = find_python("vlmevalkit"), str(ROOT / "evaluate")
+    found = ask(python, VLMEVALKIT_SCORES, [folder, str(tmp_path), rows], {"PRED_FORMAT": "tsv"})
+    values = {name: [*scores.values()] for name, (scores, _) in found.items()}
+    assert {name: [*scores] for name, (scores, _) in found.items()} == {
+        row[0]: [str(line["index"]) for line in row[3]] for row in rows
+    }
+    assert values["ChartQA_TEST"] == [1, 0, 1] and values["OCRBench"] == [1, 0] and values["POPE"] == [1, 0]
+    assert values["TextVQA_VAL"] == [1, 0] and values["DocVQA_VAL"] == [pytest.approx(1 - 1 / 7), 0]
+    assert found["OCRBench"][1] == 1
+    for name in ("ChartQA_TEST", "DocVQA_VAL", "TextVQA_VAL"):
+        assert 100 * sum(values[name]) / len(values[name]) == pytest.approx(found[name][1], abs=0.01)
 
 
 def test_lmms_eval_has_the_tasks_and_lists_the_plugin():
