@@ -17,7 +17,7 @@ from .suites import LMMS_EVAL, VLMEVALKIT, DataSet
 
 RULES, DEFAULT_JUDGE = "exact_matching", "default"
 KEY = "OPENAI_API_KEY"
-PACKAGES = {VLMEVALKIT: ("ms-vlmeval", "vlmeval"), LMMS_EVAL: ("lmms-eval",)}  # any of these distributions
+PACKAGES = {VLMEVALKIT: "ms-vlmeval", LMMS_EVAL: "lmms-eval"}  # distributions
 INSTALL = {VLMEVALKIT: "ms-vlmeval==0.0.20", LMMS_EVAL: 'lmms-eval==0.7.3 "filelock<4" sailvit'}
 CHUNK = 1 << 16  # bytes of output read at once
 LAST_LINE = 200  # characters
@@ -25,7 +25,7 @@ EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b:?")
 ENVIRONMENT = """
 import contextlib, importlib.metadata as m, json, platform
 found = {}
-for name in ("ms-vlmeval", "vlmeval", "lmms-eval", "sailvit", "torch", "torchvision", "transformers", "accelerate",
+for name in ("ms-vlmeval", "lmms-eval", "sailvit", "torch", "torchvision", "transformers", "accelerate",
              "datasets", "numpy", "pillow"):
     with contextlib.suppress(m.PackageNotFoundError):
         found[name] = m.version(name)
@@ -105,7 +105,7 @@ def read_environment(python: Path, harness: str) -> dict[str, Any]:
         found = json.loads(run.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise HarnessError(f"{python} cannot be run: expected the Python of {harness}; give --python PATH") from error
-    if not any(name in found["packages"] for name in PACKAGES[harness]):
+    if PACKAGES[harness] not in found["packages"]:
         raise HarnessError(
             f"{harness} is not installed in {python}: `python3 -m venv {harness}-venv && {harness}-venv/bin/pip "
             f"install {INSTALL[harness]}`, then give --python {harness}-venv/bin/python"

@@ -91,11 +91,18 @@ def _outcome(run: SuiteRun, task: str, result: dict[str, Any] | None, samples: l
 
 
 def sample_score(sample: dict[str, Any]) -> float | None:
-    """Return the score of a question: its first metric that is a number, or has one called "score"; else None."""
+    """
+    Return the score of a question; None if lmms-eval has none.
+
+    It is the first metric that is a number or has one: "score"; "true_false" (MathVista); the second of "scores", whose
+    first is the reference's (LLaVABench; -1 if the judge failed).
+    """
     for key, value in sample.items():
         if key in FIELDS:
             continue
-        value = value.get("score") if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get("score", value.get("true_false", value.get("scores")))
+            value = value[1] if isinstance(value, list) and len(value) == 2 and min(value) >= 0 else value
         if isinstance(value, numbers.Real):
             return float(value)
     return None

@@ -170,18 +170,26 @@ def test_answers_do_not_depend_on_the_batch_size(model, tmp_path):
     assert len({*predictions(tmp_path / "batch-1")}) > 1
 
 
-def test_an_interrupted_run_asks_only_what_is_left(model, tmp_path):
-    out, python = tmp_path / "out", find_python("lmms-eval")
-    options = ["--model", model, "--harness", "lmms-eval", "--python", python, "--out", out, "--max-new-tokens", "1"]
-    command = [sys.executable, "-m", "sailvit_cli", "suite", "drawn", "--questions", "12", *map(str, options)]
-    kept = tmp_path / ".out.work" / "harness" / "answers" / "answers-0.jsonl"
+# What has a line for every question that was asked, and how many of these may be asked again: VLMEvalKit writes its
+# answers ten at a time.
+ASKED = {"lmms-eval": ("answers/answers-0.jsonl", 0), "vlmevalkit": ("records/prompts/SAILViTDrawn-0.jsonl", 9)}
+
+
+@pytest.mark.parametrize("harness", HARNESSES)
+def test_an_interrupted_run_asks_only_what_is_left(harness, model, tmp_path):
+    out, python = tmp_path / "out", find_python(harness)
+    options = ["--model", model, "--harness", harness, "--python", python, "--out", out, "--max-new-tokens", "1"]
+    command = [sys.executable, "-m", "sailvit_cli", "suite", "drawn", "--questions", "20", *map(str, options)]
+    name, repeated = ASKED[harness]
+    asked = tmp_path / ".out.work" / "harness" / name
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while not (kept.exists() and kept.read_bytes().count(b"\n") >= 3) and process.poll() is None:
+    while not (asked.exists() and asked.read_bytes().count(b"\n") >= 12) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0 and not out.exists()
-    before = kept.read_bytes()
-    assert 3 <= before.count(b"\n") < 12
+    before = asked.read_bytes()
+    assert 12 <= before.count(b"\n") < 20
     assert subprocess.run(command, stderr=subprocess.DEVNULL, cwd=ROOT).returncode == 0
-    after = (out / "harness" / "answers" / "answers-0.jsonl").read_bytes()
-    assert after.startswith(before) and after.count(b"\n") == 12
+    after = (out / "harness" / name).read_bytes()
+    assert after.startswith(before) and 20 <= after.count(b"\n") <= 20 + repeated
+    assert len(predictions(out)) == 20

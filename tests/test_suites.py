@@ -158,6 +158,9 @@ def test_lmms_eval_is_given_tasks_batch_size_and_kept_answers(tmp_path, model):
         ({"doc_id": 3, "exact_match": 1.0}, 1.0),
         ({"doc_id": 3, "relaxed_overall": False, "submission": {}}, 0.0),
         ({"doc_id": 3, "pope_accuracy": {"question_id": 7, "score": 1.0}}, 1.0),
+        ({"doc_id": 3, "llm_as_judge_eval": {"question_id": 7, "true_false": True}}, 1.0),
+        ({"doc_id": 3, "gpt_eval_llava_all": {"question": "?", "scores": [8, 6]}}, 6.0),
+        ({"doc_id": 3, "gpt_eval_llava_all": {"question": "?", "scores": [-1, -1]}}, None),
         ({"doc_id": 3, "token_counts": 4, "mmmu_acc": {"id": 7, "parsed_pred": "A"}}, None),
     ],
 )
