@@ -31,6 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument("--seed", type=count, default=0, metavar="S", help="of drawn; default: 0")
     group = suite.add_argument_group("answers")
     group.add_argument("--batch-size", type=positive_integer, default=1, metavar="N", help="lmms-eval; default: 1")
+    group.add_argument("--processes", type=positive_integer, default=1, metavar="N", help="accelerators; default: 1")
     group.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help="default: as in the harness")
     group.add_argument("--no-msac", action="store_true", help="only one tiling of each image")
     group.add_argument(
@@ -82,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
         model=local_folder(options.model),
         python=options.python,
         batch_size=options.batch_size,
+        processes=options.processes,
         msac=not options.no_msac,
         max_new_tokens=options.max_new_tokens,
         judge=options.judge or DEFAULT_JUDGE,

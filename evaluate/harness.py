@@ -50,6 +50,7 @@ class SuiteRun:
         model: Folder of the model.
         python: The harness' Python.
         batch_size: Questions answered together (lmms-eval; VLMEvalKit asks one at a time).
+        processes: Accelerators to use, one process each.
         msac: Add a second tiling of each single image.
         max_new_tokens: Most tokens of an answer; None: as in the harness.
         judge: "default": the judges that the harness chooses; "exact_matching": rules only; else the name of a model.
@@ -64,6 +65,7 @@ class SuiteRun:
     model: Path
     python: Path = Path(sys.executable)
     batch_size: int = 1
+    processes: int = 1
     msac: bool = True
     max_new_tokens: int | None = None
     judge: str = DEFAULT_JUDGE
@@ -71,6 +73,11 @@ class SuiteRun:
     predict_only: bool = False
     questions: int = 60
     seed: int = 0
+
+    def launcher(self) -> list[str]:
+        """Return the harness' Python, with torchrun for several processes."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+        return [str(self.python), *(torchrun if self.processes > 1 else [])]
 
 
 @dataclass

@@ -40,7 +40,7 @@ def make_command(run: SuiteRun, folder: Path, rescore: bool = False) -> list[str
     for path in (run.model, folder):
         if "," in str(path):
             raise ValueError(f"{path} has a comma, which separates lmms-eval's arguments: rename the folder")
-    command = [str(run.python), "-m", "lmms_eval", "--model", MODEL]
+    command = [*run.launcher(), "-m", "lmms_eval", "--model", MODEL]
     command += ["--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())]
     command += ["--tasks", ",".join(data_set.lmms_eval for data_set in run.data_sets)]
     command += ["--batch_size", str(run.batch_size), "--output_path", str(folder / "results"), "--log_samples"]
@@ -77,7 +77,7 @@ def _outcome(run: SuiteRun, task: str, result: dict[str, Any] | None, samples: l
     if not samples:
         return Outcome(error="lmms-eval did not finish it")
     questions = []
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         line = kept.get((task, sample["doc_id"]), {})
         fields = {"index": str(sample["doc_id"]), "question": sample.get("input"), "answer": sample.get("target")}
         fields |= {"prediction": line.get("answer"), "score": None if run.predict_only else sample_score(sample)}

@@ -61,7 +61,7 @@ class SAILVLForLMMsEval(lmms):
         self.pretrained, self.batch_size, self.msac, self.max_tiles = pretrained, int(batch_size), msac, max_tiles
         self.requested_dtype, self.only_kept = dtype, only_kept
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._rank, self._world_size = (int(os.environ.get(*default)) for default in (("RANK", 0), ("WORLD_SIZE", 1)))
         self.device = self.accelerator.device if self._world_size > 1 else choose_device(device)
         self.answers = KeptAnswers(Path(answers), self._rank) if answers else None
 

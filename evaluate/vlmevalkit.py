@@ -48,7 +48,7 @@ def make_command(run: SuiteRun, folder: Path, rescore: bool = False) -> list[str
     )
     limit = [] if run.limit is None else ["--limit", str(run.limit)]
     mode = ["--mode", "infer"] if run.predict_only else []
-    paths = [str(run.python), str(SCRIPT), str(folder / "records")]
+    paths = [*run.launcher(), str(SCRIPT), str(folder / "records")]
     return [*paths, *source, "--work-dir", str(folder / "outputs"), *judge, *limit, *mode]
 
 

@@ -148,6 +148,8 @@ def test_lmms_eval_is_given_tasks_batch_size_and_kept_answers(tmp_path, model):
     assert options["--tasks"] == "ai2d,mmmu_val" and options["--batch_size"] == "8"
     assert options["--model_args"] == f"pretrained={model},msac=True,answers={tmp_path / 'answers'}"
     assert lmms_eval_harness.make_environment(replace(run, judge="gpt-4o"), tmp_path) == {"MODEL_VERSION": "gpt-4o"}
+    several = lmms_eval_harness.make_command(replace(run, processes=4), tmp_path)
+    assert several[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
     with pytest.raises(ValueError, match="has a comma"):
         lmms_eval_harness.make_command(replace(run, model=Path("a,b")), tmp_path)
 
