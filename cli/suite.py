@@ -29,7 +29,7 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument("--limit", type=positive_integer, metavar="N", help="questions of each data set; for trials")
     group.add_argument("--questions", type=positive_integer, default=60, metavar="N", help="of drawn; default: 60")
     group.add_argument("--seed", type=count, default=0, metavar="S", help="of drawn; default: 0")
-    group = suite.add_argument_group("answers")
+    group = suite.add_argument_group("compute")
     group.add_argument("--batch-size", type=positive_integer, default=1, metavar="N", help="lmms-eval; default: 1")
     group.add_argument("--processes", type=positive_integer, default=1, metavar="N", help="accelerators; default: 1")
     group.add_argument("--max-new-tokens", type=positive_integer, metavar="N", help="default: as in the harness")

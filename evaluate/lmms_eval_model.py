@@ -18,7 +18,6 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .. import SAILVLProcessor
 from ..devices import choose_device, choose_dtype
 from .suites import MOST_TILES, tiles_of_task
 
@@ -131,7 +130,7 @@ class SAILVLForLMMsEval(lmms):
 
     def _tiling(self, task: str, images: int) -> dict[str, Any]:
         """Return the tiling options for questions with at most so many images; {} for another model's processor."""
-        if not isinstance(self.processor, SAILVLProcessor) and type(self.processor).__name__ != "SAILVLProcessor":
+        if type(self.processor).__name__ != "SAILVLProcessor":  # this package's, or the copy in a model folder
             return {}
         most = self.max_tiles or tiles_of_task(task)
         options = {} if most is None or not images else {"max_tiles": max(1, min(most, MOST_TILES // images))}

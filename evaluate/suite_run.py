@@ -72,19 +72,9 @@ def run_suite(run: SuiteRun, out: Path, on_line: Callable[[str], None], on_outpu
         ValueError: The harness or the judge's key is missing, `out` exists, or another run was begun there.
         HarnessError: The harness ended too early; its work is kept for the next call.
     """
-    if out.exists():
-        raise ValueError(
-            f"{out} exists: expected a new folder; give another --out, or score it again with --rescore {out}"
-        )
-    if run.harness == VLMEVALKIT and run.batch_size != 1:
-        raise ValueError(f"VLMEvalKit asks one question at a time: expected --batch-size 1, got {run.batch_size}")
-    left_out = {d.name: f"{run.harness} has no such task" for d in run.data_sets if d.harness_name(run.harness) is None}
+    run, left_out = _checked(run, out)
     for name, reason in left_out.items():
         on_line(f"{name} is left out: {reason}")
-    run = replace(run, data_sets=tuple(d for d in run.data_sets if d.name not in left_out))
-    if not run.data_sets:
-        raise ValueError(f"{run.harness} has none of the data sets: give another --harness, or more with --only")
-    check_judge(run)
     environment = read_environment(run.python, run.harness)
     on_line(f"hashing the weights of {run.model}")
     settings = {**describe(run), "weights": hash_weights(run.model), "versions": environment}
@@ -102,6 +92,22 @@ def run_suite(run: SuiteRun, out: Path, on_line: Callable[[str], None], on_outpu
     return content
 
 
+def _checked(run: SuiteRun, out: Path) -> tuple[SuiteRun, dict[str, str]]:
+    """Return the run without the data sets that the harness lacks, and these with the reason."""
+    if out.exists():
+        raise ValueError(
+            f"{out} exists: expected a new folder; give another --out, or score it again with --rescore {out}"
+        )
+    if run.harness == VLMEVALKIT and run.batch_size != 1:
+        raise ValueError(f"VLMEvalKit asks one question at a time: expected --batch-size 1, got {run.batch_size}")
+    left_out = {d.name: f"{run.harness} has no such task" for d in run.data_sets if d.harness_name(run.harness) is None}
+    run = replace(run, data_sets=tuple(d for d in run.data_sets if d.name not in left_out))
+    if not run.data_sets:
+        raise ValueError(f"{run.harness} has none of the data sets: give another --harness, or more with --only")
+    check_judge(run)
+    return run, left_out
+
+
 def rescore(
     bundle: Path, python: Path, judge: str | None, on_line: Callable[[str], None], on_output: OnOutput
 ) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def rescore(
         ValueError: The folder is no bundle, or the judge's key is missing.
         HarnessError: The harness ended too early; the bundle is unchanged.
     """
-    before = read_bundle(bundle)
+    before, bundle = read_bundle(bundle), bundle.resolve()
     run = replace(restore(before, python), judge=judge or before["judge"], predict_only=False)
     check_judge(run)
     environment = read_environment(python, run.harness)

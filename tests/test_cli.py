@@ -28,7 +28,7 @@ from sailvit_cli.arguments import LAYOUTS as LAYOUT_CHOICES
 from sailvit_cli.progress import byte_progress
 
 
-VERBS = ("convert", "compose", "inspect", "encode", "demo", "data", "train", "push")
+VERBS = ("convert", "compose", "inspect", "encode", "demo", "data", "train", "suite", "push")
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
