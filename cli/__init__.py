@@ -23,8 +23,9 @@ FAMILIES = (
     "show",
     "data",
     "train",
-    "push",
     "probe",
+    "suite",
+    "push",
 )  # files of this folder, in the order of `sailvit --help`
 DESCRIPTION = """\
 Convert, inspect, run and publish the vision encoder SAILViT and the multimodal model SAIL-VL.

@@ -1,5 +1,3 @@
-"""
-Evaluation of vision encoders.
-
-`run_probe` compares encoders by the accuracy of small heads on their frozen features: the paper's recognition protocol.
-"""
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation of vision encoders and multimodal models."""

@@ -1,0 +1,303 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Runs a suite with a harness, and keeps everything in one folder, the bundle:
+
+    bundle.json            command, versions, weights' hash, settings, and per data set prompt, tiles, judge, scores
+    questions/NAME.jsonl   index, prediction, answer and score of every question
+    harness/               inputs, predictions and outputs of the harness itself
+    harness.log            what it printed
+
+The harness works in `.OUT.work` next to the bundle. If it ends too early, that folder stays, and the same command goes
+on with it; OUT appears when all is done.
+"""
+
+import datetime
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+
+from ..convert.storage.files import hash_file
+from . import lmms_eval_harness, vlmevalkit
+from .harness import (
+    HarnessError,
+    Outcome,
+    SuiteRun,
+    check_judge,
+    last_error,
+    read_environment,
+    run_process,
+)
+from .suites import SUITES, VLMEVALKIT
+
+
+BUNDLE, LOG, SETTINGS = "bundle.json", "harness.log", "settings.json"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+OnOutput = Callable[[bytes], None]
+
+
+def local_folder(model: str) -> Path:
+    """
+    Return the folder of a model, downloaded if it is a name on the Hub.
+
+    Raises:
+        ValueError: The folder has no config.json or no weights.
+        OSError: The Hub has no such model, or cannot be reached.
+    """
+    folder = Path(model) if Path(model).exists() else Path(snapshot_download(model))
+    if not (folder / "config.json").exists() or not _weight_files(folder):
+        raise ValueError(f"{model} is no model: expected a folder with config.json and weights")
+    return folder.resolve()
+
+
+def run_suite(run: SuiteRun, out: Path, on_line: Callable[[str], None], on_output: OnOutput) -> dict[str, Any]:
+    """
+    Run a suite and write the bundle `out`; return the content of bundle.json.
+
+    Args:
+        on_line: Called with lines about the run.
+        on_output: Called with the output of the harness as it comes.
+
+    Raises:
+        ValueError: The harness or the judge's key is missing, `out` exists, or another run was begun there.
+        HarnessError: The harness ended too early; its work is kept for the next call.
+    """
+    run, left_out = _checked(run, out)
+    for name, reason in left_out.items():
+        on_line(f"{name} is left out: {reason}")
+    environment = read_environment(run.python, run.harness)
+    on_line(f"hashing the weights of {run.model}")
+    settings = {**describe(run), "weights": hash_weights(run.model), "versions": environment}
+    with _working_folder(out) as work:
+        _check_settings(work, settings)
+        harness = _module(run)
+        (work / "harness").mkdir(exist_ok=True)
+        harness.write_inputs(run, work / "harness")
+        started = _now()
+        outcomes, command = _run_harness(run, work, on_output, rescore=False)
+        record = {**settings, "left_out": left_out, "commit": _commit(), **command}
+        record |= {"started": started, "finished": _now()}
+        content = _write_bundle(work, record, run, outcomes)
+        work.rename(out)
+    return content
+
+
+def _checked(run: SuiteRun, out: Path) -> tuple[SuiteRun, dict[str, str]]:
+    """Return the run without the data sets that the harness lacks, and these with the reason."""
+    if out.exists():
+        raise ValueError(
+            f"{out} exists: expected a new folder; give another --out, or score it again with --rescore {out}"
+        )
+    if run.harness == VLMEVALKIT and run.batch_size != 1:
+        raise ValueError(f"VLMEvalKit asks one question at a time: expected --batch-size 1, got {run.batch_size}")
+    left_out = {d.name: f"{run.harness} has no such task" for d in run.data_sets if d.harness_name(run.harness) is None}
+    run = replace(run, data_sets=tuple(d for d in run.data_sets if d.name not in left_out))
+    if not run.data_sets:
+        raise ValueError(f"{run.harness} has none of the data sets: give another --harness, or more with --only")
+    check_judge(run)
+    return run, left_out
+
+
+def rescore(
+    bundle: Path, python: Path, judge: str | None, on_line: Callable[[str], None], on_output: OnOutput
+) -> dict[str, Any]:
+    """
+    Score the kept predictions of a bundle again, without the model, and replace its scores.
+
+    Args:
+        python: The harness' Python.
+        judge: As in SuiteRun; None: as before.
+
+    Raises:
+        ValueError: The folder is no bundle, or the judge's key is missing.
+        HarnessError: The harness ended too early; the bundle is unchanged.
+    """
+    before, bundle = read_bundle(bundle), bundle.resolve()
+    run = replace(restore(before, python), judge=judge or before["judge"], predict_only=False)
+    check_judge(run)
+    environment = read_environment(python, run.harness)
+    work = bundle.with_name(f".{bundle.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(bundle, work)
+    try:
+        _module(run).remove_scores(work / "harness")
+        _module(run).write_inputs(run, work / "harness")
+        on_line(f"scoring the predictions of {bundle}")
+        outcomes, command = _run_harness(run, work, on_output, rescore=True)
+        earlier = {key: before[key] for key in ("judge", "finished", "versions", "command")}
+        earlier["scores"] = {name: entry["scores"] for name, entry in before["data_sets"].items()}
+        record = {
+            **before,
+            "judge": run.judge,
+            "predict_only": False,
+            "rescored_with": {**command, "versions": environment},
+        }
+        record |= {"finished": _now(), "earlier": [*before.get("earlier", []), earlier]}
+        prompts = {name: entry["prompt"] for name, entry in before["data_sets"].items()}
+        for name, outcome in outcomes.items():
+            outcome.prompt = prompts[name]
+        content = _write_bundle(work, record, run, outcomes)
+        _replace(bundle, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return content
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """
+    Return the content of bundle.json.
+
+    Raises:
+        ValueError: The folder has none.
+    """
+    try:
+        return json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no bundle: expected a folder that `sailvit suite --out` wrote") from error
+
+
+def read_questions(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the questions of a data set of a bundle."""
+    text = (folder / "questions" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def describe(run: SuiteRun) -> dict[str, Any]:
+    """Return the settings of a run for JSON."""
+    fields = asdict(run)
+    fields["data_sets"] = [data_set.name for data_set in run.data_sets]
+    return {**fields, "model": str(run.model), "python": str(run.python)}
+
+
+def restore(content: Mapping[str, Any], python: Path) -> SuiteRun:
+    """Return the run of a bundle, for another Python."""
+    names = content["data_sets"]
+    known = SuiteRun.__dataclass_fields__.keys()
+    fields = {key: content[key] for key in known if key in content}
+    data_sets = tuple(data_set for data_set in SUITES[content["suite"]] if data_set.name in names)
+    return SuiteRun(**{**fields, "data_sets": data_sets, "model": Path(content["model"]), "python": python})
+
+
+def hash_weights(folder: Path) -> dict[str, Any]:
+    """Return the sha256 of every weight file, and one of all of them."""
+    files = {path.name: hash_file(path) for path in _weight_files(folder)}
+    whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in files.items()).encode()).hexdigest()
+    return {"sha256": whole, "files": files}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+
+
+def _module(run: SuiteRun) -> ModuleType:
+    return vlmevalkit if run.harness == VLMEVALKIT else lmms_eval_harness
+
+
+@contextmanager
+def _working_folder(out: Path) -> Iterator[Path]:
+    """A folder next to the output, for one process at a time."""
+    out = out.parent.resolve() / out.name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{out}: another process is writing it") from None
+    work = out.with_name(f".{out.name}.work")
+    try:
+        work.mkdir(exist_ok=True)
+        yield work
+    finally:
+        if work.exists() and not (work / LOG).exists():  # the harness was not started
+            shutil.rmtree(work)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _check_settings(work: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a new run, or compare them with those of the run that is continued."""
+    file, text = work / SETTINGS, json.dumps(settings, indent=1, sort_keys=True)
+    if file.exists() and file.read_text() != text:
+        before = json.loads(file.read_text())
+        names = [key for key in settings if before.get(key) != json.loads(text)[key]]
+        raise ValueError(
+            f"{work} belongs to a run with another {', '.join(names)}: give the same settings to go on with it, or "
+            "remove it to begin again"
+        )
+    file.write_text(text)
+
+
+def _run_harness(
+    run: SuiteRun, work: Path, on_output: OnOutput, rescore: bool
+) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """Run the harness to its end; return what it wrote, and the command with its environment variables."""
+    harness, folder = _module(run), work.resolve() / "harness"
+    command = harness.make_command(run, folder, rescore=rescore)
+    variables = harness.make_environment(run, folder)
+    log = work / LOG
+    start = log.stat().st_size if log.exists() else 0
+    code = run_process(command, variables, log, on_output)
+    outcomes = harness.collect(run, folder)
+    failed = {name: outcome.error for name, outcome in outcomes.items() if outcome.error}
+    if code or failed:
+        end = f"with exit code {code}" if code > 0 else f"by signal {-code}" if code else "without an error"
+        name, reason = next(iter(failed.items()), ("its end", None))
+        reason = reason if reason and len(failed) < len(outcomes) else last_error(log, start)
+        fix = "the bundle is unchanged" if rescore else "the same command goes on with the kept answers"
+        raise HarnessError(f"{run.harness} ended {end} at {name}: {reason}; see {log}; {fix}")
+    return outcomes, {"command": command, "environment": variables}
+
+
+def _write_bundle(work: Path, record: dict[str, Any], run: SuiteRun, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Write questions/ and bundle.json into the working folder, and return the content of bundle.json."""
+    shutil.rmtree(work / "questions", ignore_errors=True)
+    (work / "questions").mkdir()
+    entries = {}
+    for data_set in run.data_sets:
+        outcome = outcomes[data_set.name]
+        lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in outcome.questions]
+        (work / "questions" / f"{data_set.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        entry = {"harness_name": data_set.harness_name(run.harness), "tiles": data_set.tiles, "n": len(lines)}
+        entries[data_set.name] = {**entry, "prompt": outcome.prompt, "judge": outcome.judge, "scores": outcome.scores}
+    content = {**record, "data_sets": entries}
+    (work / BUNDLE).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    return content
+
+
+def _replace(bundle: Path, work: Path) -> None:
+    old = bundle.with_name(f".{bundle.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    bundle.rename(old)
+    try:
+        work.rename(bundle)
+    except OSError:
+        old.rename(bundle)
+        raise
+    shutil.rmtree(old)
+
+
+def _commit() -> str | None:
+    """Return the commit of this package if it runs from a git checkout, with "+changes" if files differ from it."""
+    folder = Path(__file__).parents[1]
+    git = ["git", "-C", str(folder)]
+    try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True)
+        root, commit = top.stdout.split("\n")[:2]
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changes.stdout else "") if Path(root) == folder else None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
