@@ -178,26 +178,26 @@ def test_attention_per_sample_is_that_of_a_mask(processor, encoded, text, checkp
     model(**pack.inputs).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    assert attend_per_sample(model)
     if checkpointing:
         enable_checkpointing(model, ["language"])
-    model(**arguments_of(model, pack)).loss.backward()
+    with attend_per_sample(model) as is_possible:
+        model(**arguments_of(model, pack)).loss.backward()
+    assert is_possible and not is_per_sample(model)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_attention_per_sample_without_lengths_is_an_error(model, encoded):
-    assert attend_per_sample(model)
     inputs = collate(encoded).inputs
     for lengths in (None, [3]):
-        with pytest.raises(ValueError, match="expected sample_lengths that add up to one row"):
+        with attend_per_sample(model), pytest.raises(ValueError, match="sample_lengths that add up to one row"):
             model(**inputs, sample_lengths=lengths)
 
 
 def test_a_language_model_in_chunks_keeps_its_mask(model):
     model.language_model.config.layer_types = ["chunked_attention", "full_attention"]
-    assert not attend_per_sample(model)
-    assert model.language_model.config._attn_implementation == "sdpa"
+    with attend_per_sample(model) as is_possible:
+        assert not is_possible and model.language_model.config._attn_implementation == "sdpa"
 
 
 # A pack without images, an empty pack

@@ -160,9 +160,7 @@ def test_the_card_of_the_vision_encoder_shows_the_stages(stages, tmp_path):
     assert read_stages(tmp_path / "tower", "provenance.json") == read_stages(stages / "s3")
     write_model_card(tmp_path / "tower", "OWNER/NAME")
     card = (tmp_path / "tower" / "README.md").read_text()
-    rows = [line for line in card.splitlines() if line.startswith("| stage")]
-    assert [row.split(" | ")[0] for row in rows] == ["| stage1", "| stage2", "| stage3"]
-    assert str(stages) not in card
+    assert "| recipe | stage1 | stage2 | stage3 |" in card and str(stages) not in card
 
 
 def test_a_checkpoint_is_converted_too(stages, tmp_path):

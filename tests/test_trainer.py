@@ -110,12 +110,13 @@ def test_a_run_equals_a_loop_over_single_samples(corpus, tmp_path, options):
 
 @pytest.mark.parametrize("chosen, expected", [(None, PER_SAMPLE), ("sdpa", "sdpa")])
 def test_a_cpu_attends_per_sample_unless_the_recipe_says_otherwise(corpus, tmp_path, chosen, expected):
-    trainer = make_trainer(corpus, tmp_path, ToyRecipe(attn_implementation=chosen, max_steps=1))
+    trainer = make_trainer(corpus, tmp_path, ToyRecipe(attn_implementation=chosen, max_steps=1, save_steps=1))
+    model, seen = trainer.model, set()
+    model.register_forward_hook(lambda *_: seen.add(model.language_model.config._attn_implementation))
     trainer.train()
-    assert trainer.model.language_model.config._attn_implementation == expected
-    assert trainer.model.vision_model.config._attn_implementation == "sdpa"
-    trainer.save_model()
-    assert PER_SAMPLE not in (tmp_path / "config.json").read_text()
+    assert seen == {expected}
+    assert {part.config._attn_implementation for part in (model.vision_model, model.language_model)} == {"sdpa"}
+    assert PER_SAMPLE not in (tmp_path / "checkpoint-1" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
@@ -148,7 +149,11 @@ def test_every_step_is_logged(corpus, tmp_path):
         assert entry["mfu"] is None and entry["hfu"] is None  # a CPU, whose peak is unknown
     assert log[-1]["epoch"] == 2 and len(log) == len(batches) == 5
     peaks = [entry["memory_gb"] for entry in log]
-    assert resident / 1e9 <= peaks[0] and peaks == sorted(peaks) and peaks[-1] < psutil.virtual_memory().total / 1e9
+    assert (
+        resident / 1e9 <= peaks[0] * 1.001
+        and peaks == sorted(peaks)
+        and peaks[-1] < psutil.virtual_memory().total / 1e9
+    )
     reported = [entry for entry in trainer.state.log_history if "loss" in entry]
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [entry[key] for entry in reported] == pytest.approx([entry[key] for entry in log], rel=1e-4)

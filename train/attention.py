@@ -9,7 +9,8 @@ time, and the memory of the mask, grow with the square of a pack. Here they grow
 Importing this module registers the attention with transformers, under the name PER_SAMPLE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,18 +75,23 @@ def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None
     return causal.triu(1 - window)
 
 
-def attend_per_sample(model: PreTrainedModel) -> bool:
+@contextmanager
+def attend_per_sample(model: PreTrainedModel) -> Iterator[bool]:
     """
-    Replace the sdpa attention of the language model of a SAIL-VL by PER_SAMPLE, and return whether that was possible.
+    Replace the sdpa attention of the language model of a SAIL-VL by PER_SAMPLE; yield whether that is possible.
 
     It is if the language model takes the arguments of FlashAttention, which needs the same ones: boundaries of samples
     and the sliding window of a layer. Other language models keep the mask.
     """
     language = model.language_model
+    before = language.config._attn_implementation
     types = set(getattr(language.config, "layer_types", None) or LAYER_TYPES)
-    if language.config._attn_implementation == "sdpa" and language._supports_flash_attn and types <= LAYER_TYPES:
+    if before == "sdpa" and language._supports_flash_attn and types <= LAYER_TYPES:
         language.set_attn_implementation(PER_SAMPLE)
-    return is_per_sample(model)
+    try:
+        yield is_per_sample(model)
+    finally:
+        language.set_attn_implementation(before)
 
 
 def is_per_sample(model: PreTrainedModel) -> bool:

@@ -31,6 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..devices import choose_device, computes_natively
 from .attention import attend_per_sample, is_per_sample
@@ -294,9 +295,6 @@ class SAILVLTrainer(Trainer):
         args = args or training_arguments(recipe, self.output, len(batches), model)
         self.keeps_logits = model._supports_logits_to_keep()
         self.flops = sample_flops(model, checkpointed_components(recipe))  # before it is sharded
-        if recipe.attn_implementation is None and args.device.type == "cpu":  # elsewhere it was not measured
-            attend_per_sample(model)
-        self.is_per_sample = is_per_sample(model)
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
         if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
@@ -329,6 +327,12 @@ class SAILVLTrainer(Trainer):
         trains_rows = any(hasattr(parameter, "trained_rows") for parameter in self.model.parameters())
         if engine == "fsdp2" and trains_rows:
             raise ValueError("train_added_tokens: not supported by FSDP2, whose gradients have no rows: use zero3")
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Trainer; on a CPU, unless the recipe chooses, the language model attends sample by sample meanwhile."""
+        chooses = self.recipe.attn_implementation is None and self.args.device.type == "cpu"  # not measured elsewhere
+        with attend_per_sample(self.model) if chooses else contextlib.nullcontext():
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by accelerate: the batches are those of this rank, and packs go to the device one by one."""
@@ -467,7 +471,7 @@ class SAILVLTrainer(Trainer):
         tiles = inputs.get("pixel_values")
         if tiles is not None and tiles.dtype == torch.uint8:
             inputs["pixel_values"] = normalize_tiles(tiles, self.batches.corpus.processor.image_processor)
-        if self.is_per_sample:
+        if is_per_sample(self.model):
             inputs["sample_lengths"] = pack.lengths or [1]  # a pack without samples is one token
         with self.compute_loss_context_manager():
             return pack_loss(model, inputs, weights, self.keeps_logits)
