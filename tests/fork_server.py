@@ -61,7 +61,9 @@ def _run(script: str, arguments: list[str], folder: str, env: dict[str, str], ou
     os.environ.update(env)
     os.chdir(folder)
     sys.argv = ["-c", *arguments]
-    sys.path[:] = ["", *(path for path in sys.path if path and path not in OWN_PATHS)]
+    # multiprocessing copies the path of the tests, in which transformers may have put its cache of remote code.
+    foreign = {path for path in sys.path if path in OWN_PATHS or Path(path, "transformers_modules").exists()}
+    sys.path[:] = ["", *(path for path in sys.path if path and path not in foreign)]
     if "sailvit" in sys.modules or "transformers" not in sys.modules:
         raise SystemExit("the fork server: expected transformers imported, and not sailvit")
     import transformers.dynamic_module_utils as remote_code
