@@ -7,15 +7,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; the workers share the cores
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fork_server import run_forked
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
 from sailvit.convert.export.runtimes import timm_config, transformers_config
 from sailvit.convert.models.aimv2_names import AIMv2Dimensions
 from sailvit.convert.synthetic import apple_config, write_synthetic
+from sailvit.convert.verify import outputs
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +41,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
     items.sort(key=lambda item: "test_versions.py" not in item.nodeid)
+
+
+def run_command_forked(
+    command: list[str], cwd: str, env: dict[str, str], **options: object
+) -> subprocess.CompletedProcess:
+    """subprocess.run of `python -c SCRIPT ARGUMENTS`, in a process of the fork server."""
+    _, _, script, *arguments = command
+    return run_forked(script, *arguments, folder=Path(cwd), env=env)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_verification() -> Iterator[None]:
+    """
+    Verify folders in forked processes. New interpreters verify them where a test runs the command in a process, as
+    test_commands_that_run_a_model_print_no_warning does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "subprocess", SimpleNamespace(run=run_command_forked, DEVNULL=subprocess.DEVNULL))
+        yield
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -700,10 +700,10 @@ def test_a_kill_at_any_point_leaves_the_old_folder_or_none(tmp_path):
     shutil.rmtree(tmp_path / "timed")
     before = (tmp_path / "old" / "provenance.json").read_bytes()
     for target in ("new", "old"):
-        for step in range(12):
+        for step in range(6):
             process = subprocess.Popen([sys.executable, "-c", script, "convert", source, tmp_path / target, *arguments])
             try:
-                process.wait(timeout=whole * (step + 0.5) / 12)
+                process.wait(timeout=whole * (step + 0.5) / 6)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()

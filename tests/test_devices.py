@@ -2,14 +2,13 @@
 
 import os
 import platform
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PHOTOGRAPH
+from fork_server import run_forked
 from safetensors.torch import load_file
 
 import sailvit_cli
@@ -61,11 +60,12 @@ def test_float32_is_chosen_if_torch_lacks_the_checks(monkeypatch):
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="needs Linux on x86")
 @pytest.mark.parametrize("limit", ["", "AVX2"])
-def test_this_cpu_matches_its_flags(limit):
+def test_this_cpu_matches_its_flags(limit, tmp_path):
     script = "import torch; from sailvit.devices import computes_natively as n; print(n(torch.bfloat16, 'cpu'))"
     environment = {key: value for key, value in os.environ.items() if key != "ONEDNN_MAX_CPU_ISA"}
     environment |= {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    done = run_forked(script, folder=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     flags = Path("/proc/cpuinfo").read_text().split()
     assert done.stdout.strip() == str(not limit and bool({"avx512_bf16", "amx_bf16"} & set(flags)))
 

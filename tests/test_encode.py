@@ -10,14 +10,18 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import PHOTOGRAPH
+from fork_server import run_forked
 from PIL import Image
 from processes import SAILVIT
 from random_tower import make_random_tower
@@ -26,6 +30,7 @@ from safetensors.torch import load_file
 
 import sailvit_cli
 from sailvit import SAILViTImageProcessor, SAILViTModel
+from sailvit.encode import demo
 from sailvit.encode.images import find_images
 from sailvit.encode.stream import encode_images
 
@@ -233,7 +238,8 @@ def test_image_warnings_are_one_line_and_do_not_change_the_exit_code(folder, tmp
     dark = (np.random.default_rng(0).random((60, 60)) * 4095).astype(np.uint16)
     Image.fromarray(dark).save(tmp_path / "dark.png")
     arguments = ("encode", "dark.png", "--model", folder, "--workers", workers)
-    done = run_command(*arguments, cwd=tmp_path)
+    script = "import sys, sailvit_cli; sys.exit(sailvit_cli.main(sys.argv[1:]))"
+    done = run_forked(script, *map(str, arguments), folder=tmp_path)
     assert done.returncode == 0 and "1 encoded, 0 broken" in done.stdout
     assert re.fullmatch(r"warning: dark\.png: no 16-bit sample exceeds \d+: .*\n", done.stderr)
 
@@ -279,6 +285,7 @@ def run_command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=500)
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_one_line_and_leaves_no_partial_file(folder, tmp_path):
     for index in range(400):
         shutil.copy(PHOTOGRAPH, tmp_path / f"{index}.jpg")
@@ -300,36 +307,54 @@ def test_ctrl_c_prints_one_line_and_leaves_no_partial_file(folder, tmp_path):
     assert not list((tmp_path / "out").glob("*.part"))
 
 
-def test_a_terminal_gets_a_progress_bar(folder, album, tmp_path):
+def test_a_terminal_gets_a_progress_bar(folder, album, tmp_path, monkeypatch):
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [*SAILVIT, "encode", str(album), "--model", str(folder)]
-    done = subprocess.run(command, stderr=follower, stdout=subprocess.DEVNULL, cwd=tmp_path, timeout=300)
-    os.close(follower)
-    shown = os.read(leader, 100_000).decode()
+    with os.fdopen(follower, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        code = encode(album, "--model", folder, "--out", tmp_path)
+    shown = b""
+    with suppress(OSError):  # Linux, at the end
+        while chunk := os.read(leader, 100_000):
+            shown += chunk
     os.close(leader)
-    assert done.returncode == 0 and "4/4" in shown and "image/s" in shown
+    assert code == 0 and b"4/4" in shown and b"image/s" in shown
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_demo_runs_at_published_size(tmp_path, dtype):
+    done = run_command("demo", "--size", "base", "--dtype", dtype, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_demo(done.stdout, tmp_path / "sailvit-demo", dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_demo_runs_from_an_empty_folder(tmp_path, dtype):
-    done = run_command("demo", "--size", "base", "--dtype", dtype, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_demo_runs_from_an_empty_folder(tmp_path, monkeypatch, capfd):
+    """With one block of the twelve."""
+    monkeypatch.setattr(demo, "published_shape", partial(demo.published_shape, blocks=1))
+    monkeypatch.chdir(tmp_path)
+    assert sailvit_cli.main(["demo", "--size", "base", "--dtype", "float32"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    check_demo(printed.out, tmp_path / "sailvit-demo", "float32")
+    assert sailvit_cli.main(["demo"]) == 2
+
+
+def check_demo(printed: str, folder: Path, dtype: str) -> None:
     for expected in (
         "RANDOM weights",
         f"in {dtype}: as requested",
         "(5, 3, 448, 448) -> tokens (5, 256, 3072)",
         "figure.png",
     ):
-        assert expected in done.stdout
-    steps = re.findall(r"^\d\. .*?^   [\d.]+ s$", done.stdout, flags=re.MULTILINE | re.DOTALL)
-    assert len(steps) == 5 and re.search(r"^Done in \d+ s\.$", done.stdout, flags=re.MULTILINE)
-    with Image.open(tmp_path / "sailvit-demo" / "figure.png") as figure:
+        assert expected in printed
+    steps = re.findall(r"^\d\. .*?^   [\d.]+ s$", printed, flags=re.MULTILINE | re.DOTALL)
+    assert len(steps) == 5 and re.search(r"^Done in \d+ s\.$", printed, flags=re.MULTILINE)
+    with Image.open(folder / "figure.png") as figure:
         assert figure.size == (2064, 768)
-    tokens = load_file(tmp_path / "sailvit-demo" / "tokens.safetensors")["tokens"]
+    tokens = load_file(folder / "tokens.safetensors")["tokens"]
     assert tokens.dtype == getattr(torch, dtype)
-    assert run_command("demo", cwd=tmp_path).returncode == 2
 
 
 def test_random_models_are_reproducible(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PHOTOGRAPH, ROOT, TINY, randomize
+from fork_server import run_forked
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
@@ -23,12 +24,19 @@ from sailvit import (
 )
 
 
-def run_isolated(script: str, *arguments: object, home: Path) -> str:
-    """Runs a script where the package is not imported, warnings are errors, and the caches are new."""
+def run_isolated(script: str, *arguments: object, home: Path, fork: bool = True) -> str:
+    """
+    Run a script where the package is not imported, warnings are errors, and the caches are new. Without `fork` in a new
+    interpreter, which shows the warnings of imports too.
+    """
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    strict = ["-W", "error", "-W", "ignore::ResourceWarning"]  # torch 2.6 leaves a temporary folder to the interpreter
-    command = [sys.executable, *strict, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home, timeout=300)
+    words = [*map(str, arguments)]
+    if fork:
+        done = run_forked(script, *words, folder=home, env=environment, strict=True)
+    else:
+        strict = ["-W", "error", "-W", "ignore::ResourceWarning"]  # as in fork_server.py
+        command = [sys.executable, *strict, "-c", script, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home, timeout=300)
     assert done.returncode == 0, done.stderr
     # Progress bars, transformers < 5.4 on its own CLIPImageProcessor, and torch on torchao are not of our making.
     theirs = (
@@ -67,7 +75,7 @@ with torch.no_grad():
 
 
 def test_card_usage_with_remote_code_is_silent_and_gives_the_packages_tokens(folder, tmp_path):
-    run_isolated(CARD, folder, PHOTOGRAPH, tmp_path / "tokens.pt", home=tmp_path)
+    run_isolated(CARD, folder, PHOTOGRAPH, tmp_path / "tokens.pt", home=tmp_path, fork=False)
     plain, features = torch.load(tmp_path / "tokens.pt")
     model = SAILViTModel.from_pretrained(folder).eval()
     processor = SAILViTImageProcessor.from_pretrained(folder)

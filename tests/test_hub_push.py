@@ -215,6 +215,7 @@ def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub, folder):
     assert published(hub, "refs/pr/1") == content(folder) != published(hub)
 
 
+@pytest.mark.slow
 def test_a_killed_push_is_finished_by_the_next(hub, folder, tmp_path):
     hub.faults = [Fault(f"PUT /lfs/{'.' * 64}", "", times=1), Fault("PUT", "hang")]
     script = "import sys; from pathlib import Path; from huggingface_hub import HfApi; from sailvit.hub.push import *"

@@ -194,7 +194,11 @@ def test_lora_is_merged_into_the_result(stages, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment", ["save 4", *(pytest.param(moment, marks=pytest.mark.nightly) for moment in ("step 3", "result"))]
+    "moment",
+    [
+        pytest.param("save 4", marks=pytest.mark.slow),
+        *(pytest.param(moment, marks=pytest.mark.nightly) for moment in ("step 3", "result")),
+    ],
 )
 def test_a_killed_run_goes_on_bit_by_bit(stages, tmp_path, moment):
     """The expected log is that of stage 3 of `stages`, which was not interrupted."""
