@@ -195,6 +195,7 @@ class RandomCorpus(Dataset):
         self.tokens = np.array([len(sample.input_ids) for sample in samples])
         self.tiles = np.array([0 if sample.tiles is None else len(sample.tiles) for sample in samples])
         self.answers = np.array([int((sample.labels != -100).sum()) for sample in samples])
+        self.kind_names, self.kinds = ("random",), np.zeros(len(samples), int)
 
     def __len__(self) -> int:
         return len(self.samples)
