@@ -482,7 +482,7 @@ class SAILVLTrainer(Trainer):
 
         With them come the longest wait and the highest memory: one wait for the device, one exchange of the ranks.
         """
-        step, (own, *of_answers) = self._step, torch.cat([total[None], *losses]).double().cpu().numpy()
+        step, (own, *of_answers) = self._step, torch.cat([total[None], *losses]).cpu().double().numpy()
         by_kind = np.bincount(self._answer_kinds, of_answers, len(step.answers_by_kind))
         ranks = self._gather_over_ranks([own, step.wait_seconds, peak_bytes(self.args.device), *by_kind])
         self._loss = float(ranks[:, 0].sum()) / self.accelerator.num_processes
