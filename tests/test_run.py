@@ -459,6 +459,21 @@ def test_a_rank_that_failed_is_not_called_silent(as_rank):
     assert str(explained) == "stopped, since another rank failed (gloo: closed); RESUME"
 
 
+@pytest.mark.parametrize("was_open", [True, False])
+def test_without_the_store_of_the_launcher_every_rank_prints(as_rank, monkeypatch, was_open):
+    """The store ends with the process that had it, while a rank waits; or there is none."""
+    as_rank(1)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    if was_open:
+        server = torch.distributed.TCPStore("localhost", 0, is_master=True)
+        client = torch.distributed.TCPStore("localhost", server.port, is_master=False)
+        monkeypatch.setattr(failures, "_open_store", lambda: client)
+        del server
+    assert not failures.is_printed_by_first_rank(ValueError("data: no"))
+    explained = failures.explain_lost_rank(RuntimeError("gloo: closed"), "RESUME")
+    assert str(explained) == "the connection to another rank is lost (gloo: closed); RESUME"
+
+
 # Several processes
 
 
