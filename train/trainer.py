@@ -297,9 +297,7 @@ class SAILVLTrainer(Trainer):
         self.flops = sample_flops(model, checkpointed_components(recipe))  # before it is sharded
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
-        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
-            policy = replace(policy, reduce_dtype=torch.float32)  # gradients are added over the packs of a step
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        self._reduce_in_float32()
         self.read_weight = read_weight if self.is_deepspeed_enabled else None
         trains_vision = any(p.requires_grad for part in (model.vision_model, model.mlp1) for p in part.parameters())
         model.always_run_vision = trains_vision or self.accelerator.num_processes > 1
@@ -327,6 +325,12 @@ class SAILVLTrainer(Trainer):
         trains_rows = any(hasattr(parameter, "trained_rows") for parameter in self.model.parameters())
         if engine == "fsdp2" and trains_rows:
             raise ValueError("train_added_tokens: not supported by FSDP2, whose gradients have no rows: use zero3")
+
+    def _reduce_in_float32(self) -> None:
+        """Let FSDP2 reduce gradients in float32: they are added over the packs of a step."""
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            policy = replace(policy, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer; on a CPU, unless the recipe chooses, the language model attends sample by sample meanwhile."""
