@@ -133,9 +133,7 @@ def test_a_pattern_matches_several_files(load, tmp_path):
 
 
 @pytest.mark.parametrize(("most", "entries"), [(1024, 1), (8, 3)])
-def test_many_small_files_share_a_cache_entry_and_keep_their_line_numbers(
-    load, tmp_path, monkeypatch, most, entries
-):
+def test_many_small_files_share_a_cache_entry_and_keep_their_line_numbers(load, tmp_path, monkeypatch, most, entries):
     monkeypatch.setattr("sailvit.train.rows.MOST_FILES", most)
     for number in range(20):
         write_lines(tmp_path / f"part-{number:02}.jsonl", [chat(f"{number}.{line}") for line in range(3)])

@@ -308,7 +308,7 @@ class SAILVLTrainer(Trainer):
         self._unreported: StepTotals | None = None
         self._answer_kinds = np.zeros(0, int)  # of the answer tokens of this rank
         self._loss, self._step_started, self._recorded_step = math.nan, time.perf_counter(), 0
-        self._unreadable: set[tuple[str, int]] = set()
+        self._unreadable: set[tuple[Any, ...]] = set()  # sources, files and rows
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RunState(self))
@@ -427,8 +427,9 @@ class SAILVLTrainer(Trainer):
         self._check_skipped(entries)
 
     def _check_skipped(self, entries: list[dict[str, Any]]) -> None:
-        """Stop if more samples than `max_bad_fraction` of an epoch could not be read since the run started."""
-        self._unreadable.update((entry["path"], entry.get("line", entry.get("index"))) for entry in entries)
+        """Stop if this process met more samples that cannot be read than `max_bad_fraction` of an epoch."""
+        keys = ("source", "path", "line", "index")
+        self._unreadable.update(tuple(map(entry.get, keys)) for entry in entries)
         corpus = self.batches.corpus
         if len(self._unreadable) > corpus.max_bad_fraction * len(corpus):
             raise TrainingError(
