@@ -1,6 +1,7 @@
 """Stages of training from recipe to model: `sailvit train` in one process, and on two."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -217,9 +218,16 @@ def test_a_killed_run_goes_on_bit_by_bit(stages, tmp_path, moment):
 
 
 def test_sigterm_saves_and_exits_with_the_code_for_later(stages, tmp_path, after_step, monkeypatch):
-    recipe = recipe_for(tmp_path / "out", "stage3", "model=runs/s2", "data=corpus3.yaml")
+    """A launcher sends the signal to all processes of the run, those that read data, too."""
+    recipe = recipe_for(tmp_path / "out", "stage3", "model=runs/s2", "data=corpus3.yaml", "workers=1")
+
+    def terminate() -> None:
+        processes = [*(str(worker.pid) for worker in multiprocessing.active_children()), str(os.getpid())]
+        subprocess.run(["kill", *processes], check=True)
+        assert len(processes) == 2
+
     with monkeypatch.context():
-        after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        after_step(3, terminate)
         assert run(recipe) == INTERRUPTED == 75
     assert (tmp_path / "out" / "checkpoint-3" / "complete.json").exists()
     assert not (tmp_path / "out" / "training.json").exists()
@@ -642,7 +650,7 @@ def test_the_loss_of_a_rank_ends_the_others_and_is_named(whole, tmp_path, moment
 
 @pytest.mark.nightly
 def test_sigterm_to_torchrun_leaves_a_file_for_the_scheduler(whole, tmp_path):
-    arguments = stage2_of(tmp_path / "out", "engine=fsdp2")
+    arguments = stage2_of(tmp_path / "out", "engine=fsdp2", "workers=2")
     result = launch("launcher 3", *arguments)
     assert result.returncode not in (0, INTERRUPTED)  # torchrun hides it
     interrupted = tmp_path / "out" / "interrupted"

@@ -11,6 +11,7 @@ accumulation, and the number of the step is all the state that the data has.
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -226,6 +227,11 @@ class StepSampler(Sampler[int]):
         return iter(range(self.trainer.state.global_step, self.steps))
 
 
+def _ignore_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which launchers send to all processes of a run, to the rank: it goes on until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class RunState(TrainerCallback):
     """Prepares log.jsonl, skipped.jsonl, the progress and ZeRO's weights at the start; counts epochs of the corpus."""
 
@@ -345,6 +351,7 @@ class SAILVLTrainer(Trainer):
             batch_size=None,
             sampler=StepSampler(self, self.args.max_steps),
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=_ignore_sigterm,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
