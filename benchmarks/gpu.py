@@ -51,7 +51,7 @@ from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel, SAILVLCo
 from sailvit.devices import choose_device
 from sailvit.train.collate import EncodedSample, Pack, collate
 from sailvit.train.components import checkpointed_components, set_trainable
-from sailvit.train.estimate import TrainingSettings, trained_meta_model
+from sailvit.train.estimate import GIB, TrainingSettings, trained_meta_model
 from sailvit.train.flops import Flops, sample_flops
 from sailvit.train.memory import PackShape, memory_of_engines
 from sailvit.train.packing import PackedBatches, tile_cost
@@ -60,7 +60,6 @@ from sailvit.train.trainer import SAILVLTrainer, training_arguments
 
 
 WARM_UP_STEPS = 2  # of training, not measured
-GIB = 2**30
 
 
 @dataclass(frozen=True)
