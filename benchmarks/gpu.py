@@ -51,7 +51,7 @@ from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel, SAILVLCo
 from sailvit.devices import choose_device
 from sailvit.train.collate import EncodedSample, Pack, collate
 from sailvit.train.components import checkpointed_components, set_trainable
-from sailvit.train.estimate import TrainingSettings, trained_meta_model
+from sailvit.train.estimate import GIB, TrainingSettings, trained_meta_model
 from sailvit.train.flops import Flops, sample_flops
 from sailvit.train.memory import PackShape, memory_of_engines
 from sailvit.train.packing import PackedBatches, tile_cost
@@ -60,7 +60,6 @@ from sailvit.train.trainer import SAILVLTrainer, training_arguments
 
 
 WARM_UP_STEPS = 2  # of training, not measured
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -195,6 +194,7 @@ class RandomCorpus(Dataset):
         self.tokens = np.array([len(sample.input_ids) for sample in samples])
         self.tiles = np.array([0 if sample.tiles is None else len(sample.tiles) for sample in samples])
         self.answers = np.array([int((sample.labels != -100).sum()) for sample in samples])
+        self.kind_names, self.kinds = ("random",), np.zeros(len(samples), int)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -132,7 +132,9 @@ def test_a_pattern_matches_several_files(load, tmp_path):
     assert corpus.locate(2) == ("parts", 1)
 
 
-def test_many_small_files_share_a_cache_entry_and_keep_their_line_numbers(load, tmp_path):
+@pytest.mark.parametrize(("most", "entries"), [(1024, 1), (8, 3)])
+def test_many_small_files_share_a_cache_entry_and_keep_their_line_numbers(load, tmp_path, monkeypatch, most, entries):
+    monkeypatch.setattr("sailvit.train.rows.MOST_FILES", most)
     for number in range(20):
         write_lines(tmp_path / f"part-{number:02}.jsonl", [chat(f"{number}.{line}") for line in range(3)])
     with (tmp_path / "part-12.jsonl").open("a") as file:
@@ -141,7 +143,7 @@ def test_many_small_files_share_a_cache_entry_and_keep_their_line_numbers(load, 
     assert questions(corpus) == [f"{number}.{line}" for number in range(20) for line in range(3)]
     assert [(Path(bad.path).name, bad.location) for bad in corpus.skipped] == [("part-12.jsonl", {"line": 4})]
     assert corpus.locate(40) == ("parts", 2) and corpus.skip(40, "").path.endswith("part-13.jsonl")
-    assert len([*(tmp_path / "cache" / "rows").glob("*.arrow")]) == 1
+    assert len([*(tmp_path / "cache" / "rows").glob("*.arrow")]) == entries
     write_lines(tmp_path / "part-00.jsonl", [chat("new")])
     assert questions(load({"name": "parts", "path": "part-*.jsonl"}, max_bad_fraction=1))[:2] == ["new", "1.0"]
 

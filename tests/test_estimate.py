@@ -82,6 +82,25 @@ def test_flops_of_other_language_models_are_those_that_torch_counts(language, ti
     assert flops.hardware == pytest.approx(counted_flops(config, tuple(COMPONENTS), ("language",)), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"vision_config": {"model_type": "dinov2", "hidden_size": 32, "image_size": 56, "patch_size": 14}},
+        {"text_config": {"model_type": "bloom", "hidden_size": 64, "vocab_size": 300}},
+    ],
+    ids=["dinov2", "bloom"],
+)
+def test_flops_of_models_without_an_intermediate_size(part):
+    """DINOv2's class token and layer scales are not counted."""
+    config = toy_config()
+    ((name, options),) = part.items()
+    blocks = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    parts = {"vision_config": VISION, "text_config": config.text_config.to_dict(), name: options | blocks}
+    config = SAILVLConfig(**parts, image_token_id=3)
+    flops = sample_flops(meta_model(config), ("vision", "language")).of(TOKENS, TILES, ANSWERS)
+    assert flops.hardware == pytest.approx(counted_flops(config, tuple(COMPONENTS), ("vision", "language")), rel=0.05)
+
+
 def add_lora(model: SAILVLForConditionalGeneration) -> SAILVLForConditionalGeneration:
     """Train the language model by adapters of all its linear layers, and nothing else."""
     model.requires_grad_(False)

@@ -19,7 +19,7 @@ from sailvit.train.attention import PER_SAMPLE
 from sailvit.train.components import parameter_groups, set_trainable
 from sailvit.train.flops import meta_model, sample_flops
 from sailvit.train.formats import BadSample
-from sailvit.train.log import Progress, device_peak
+from sailvit.train.log import Progress, append_lines, device_peak, keep_until, read_lines
 from sailvit.train.packing import PackedBatches
 from sailvit.train.trainer import SAILVLTrainer, TrainingError
 
@@ -305,6 +305,19 @@ def test_a_resumed_run_is_bit_equal(corpus, tmp_path, saved_step):
     assert untimed[0] == untimed[1]
     for name, tensor in weights_of(whole).items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("end", [1, 30, 31, 32, 60])
+def test_lines_of_a_killed_run_are_kept_until_the_checkpoint(tmp_path, end):
+    """The last line is torn, also behind a brace or in a character; U+2028 and U+0085 end no line."""
+    path, entries = tmp_path / "log.jsonl", [{"step": step, "by_kind": {"é\u2028\x85": 1.5}} for step in (1, 2, 3)]
+    append_lines(path, entries)
+    whole = path.read_bytes()
+    torn = whole[: len(whole) // 3]
+    path.write_bytes(whole + torn[: min(end, len(torn) - 1)])
+    assert read_lines(path, 9) == entries
+    keep_until(path, 2)
+    assert path.read_bytes() == whole[: 2 * len(torn)] and [*tmp_path.iterdir()] == [path]
 
 
 def test_bfloat16_keeps_float32_weights(corpus, tmp_path):

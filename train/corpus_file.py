@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from ..image_processing_sailvit import MAX_TILES_LIMIT
-from .settings import Strict, first_error, parse_yaml, read_text
+from .settings import Strict, first_error, read_mapping
 
 
 MOST_REPEATS = 1000  # of a sample in an epoch, to catch mistakes
@@ -103,13 +103,7 @@ def read_corpus_file(path: str | Path) -> CorpusFile:
         ValueError: The file is no YAML, or a field is missing, unknown or out of range; the message names the first.
         OSError: The file cannot be read.
     """
-    text = read_text(path)
-    try:
-        fields = parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a mapping with sources, got {type(fields).__name__}")
+    fields, _ = read_mapping(path, "sources")
     try:
         return CorpusFile.model_validate(fields)
     except ValidationError as error:

@@ -20,6 +20,7 @@ from .trainer import TrainingError
 
 
 WAIT_SECONDS = 5.0  # for the messages of other ranks; torchrun waits for 30 s after SIGTERM before it kills
+UNREACHABLE = (OSError, RuntimeError, ValueError)  # of a store that is not there, or no longer
 
 
 def is_lost_connection(error: Exception) -> bool:
@@ -34,17 +35,15 @@ def explain_lost_rank(error: Exception, resume: str) -> TrainingError:
     Args:
         resume: What the same command does next.
     """
-    ranks, cause = int(os.environ.get("WORLD_SIZE", 1)), first_line(error)
-    store = _open_store()
-    if store is None:
-        return TrainingError(f"the connection to another rank is lost ({cause}); {resume}")
-    _publish(store, "")
-    if store.add("lost", 1) > 1:
-        return TrainingError("stopped, since another rank did not answer")
-    silent = _silent_ranks(store, ranks)
-    others = "rank" + "s" * (len(silent) > 1) + " " + ", ".join(map(str, silent)) if silent else ""
-    who = f"no answer from {others}, ended or stuck" if silent else "stopped, since another rank failed"
-    return TrainingError(f"{who} ({cause}); {resume}")
+    try:
+        store = _open_store()
+        _publish(store, "")
+        if store.add("lost", 1) > 1:
+            return TrainingError("stopped, since another rank did not answer")
+        who = _describe_silent(_silent_ranks(store))
+    except UNREACHABLE:
+        who = "the connection to another rank is lost"
+    return TrainingError(f"{who} ({first_line(error)}); {resume}")
 
 
 def is_printed_by_first_rank(error: Exception) -> bool:
@@ -53,20 +52,31 @@ def is_printed_by_first_rank(error: Exception) -> bool:
 
     Other ranks wait for it for a few seconds.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or (store := _open_store()) is None:
+    if _num_ranks() == 1:
         return False
     message = f"{type(error).__name__}: {error}"
-    _publish(store, message)
-    if _rank() == 0:
+    try:
+        store = _open_store()
+        _publish(store, message)
+        if _rank() == 0:
+            return False
+        _wait(store, [_key(0)])
+        return store.check([_key(0)]) and store.get(_key(0)).decode() == message
+    except UNREACHABLE:
         return False
-    _wait(store, [_key(0)])
-    return store.check([_key(0)]) and store.get(_key(0)).decode() == message
 
 
-def _silent_ranks(store: dist.Store, ranks: int) -> list[int]:
+def _silent_ranks(store: dist.Store) -> list[int]:
     """Return the ranks that published no failure."""
-    _wait(store, [_key(rank) for rank in range(ranks)])
-    return [rank for rank in range(ranks) if not store.check([_key(rank)])]
+    keys = [_key(rank) for rank in range(_num_ranks())]
+    _wait(store, keys)
+    return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+
+def _describe_silent(ranks: list[int]) -> str:
+    if not ranks:
+        return "stopped, since another rank failed"
+    return f"no answer from rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}, ended or stuck"
 
 
 def _wait(store: dist.Store, keys: list[str]) -> None:
@@ -83,18 +93,17 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _key(rank: int) -> str:
     return f"failure of rank {rank}"
 
 
-def _open_store() -> dist.Store | None:
-    """Return the store of the launcher; None if it cannot be reached."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not address or not port:
-        return None
-    try:
-        socket.create_connection((address, int(port)), WAIT_SECONDS).close()  # torch prints a page if it cannot connect
-        store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=WAIT_SECONDS))
-    except (OSError, RuntimeError, ValueError):
-        return None
+def _open_store() -> dist.Store:
+    """Return the store of the launcher; raises an error of UNREACHABLE."""
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", ""))
+    socket.create_connection((address, port), WAIT_SECONDS).close()  # torch prints a page if it cannot connect
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=WAIT_SECONDS))
     return dist.PrefixStore(f"sailvit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

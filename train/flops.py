@@ -202,9 +202,10 @@ def _last_products(model: nn.Module, config: Any) -> float:
     torch's checkpoint stops recomputing a block when all that the backward pass needs is there, and the output of the
     last product is not needed (torch.utils.checkpoint.set_checkpoint_early_stop).
     """
-    total = 0
+    total, inner = 0, getattr(config, "intermediate_size", None)  # Dinov2Config and OPTConfig have none
     for block in blocks_of(model, config):
-        inputs = [m for m in block.modules() if isinstance(m, nn.Linear) and m.in_features == config.intermediate_size]
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        inputs = [m for m in linears if (m.in_features == inner if inner else m.in_features > m.out_features)]
         has_experts = any("experts" in name.split(".") for name, _ in block.named_modules())
         total += inputs[-1].weight.numel() if inputs and not has_experts else 0
     return total

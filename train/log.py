@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .cache import new_file
 from .estimate import CARDS, card_of
 from .flops import SampleFlops
 
@@ -186,9 +187,16 @@ def append_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
         file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
+def read_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Return the entries of a JSONL file up to a step; [] if it does not exist. A torn last line is left out."""
+    content = path.read_bytes() if path.exists() else b""
+    entries = map(json.loads, content.split(b"\n")[:-1])
+    return [entry for entry in entries if entry["step"] <= last_step]
+
+
 def keep_until(path: Path, step: int) -> None:
     """Remove the lines of later steps, which a run that goes on from a checkpoint repeats, and a torn last line."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in kept), "utf-8")
+    kept = read_lines(path, step)
+    with new_file(path) as temporary:
+        temporary.touch()
+        append_lines(temporary, kept)

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from .foreign_settings import FOREIGN_SETTINGS
-from .settings import Loader, Strict, dump_yaml, first_error, parse_yaml, read_text, suggest
+from .settings import Loader, Strict, dump_yaml, first_error, parse_yaml, read_mapping, suggest
 
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -319,13 +319,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str
 
 def _read_fields(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the fields of a file, and of each its source: the file, and the comment next to it."""
-    text = read_text(path)
-    try:
-        fields = parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: expected a mapping with trainable, learning_rate, ..., got {type(fields).__name__}")
+    fields, text = read_mapping(path, "trainable, learning_rate, ...")
     sources: dict[str, str] = {}
     for key, value in yaml.compose(text, Loader).value:
         is_one_line = value.start_mark.line == value.end_mark.line == key.start_mark.line

@@ -15,7 +15,7 @@ from ..convert.storage.checkpoint import Checkpoint
 from ..convert.storage.sources import public_name
 from ..convert.storage.training_record import read_training
 from .cache import content_hash, hash_of
-from .log import LOG
+from .log import LOG, read_lines
 
 
 if TYPE_CHECKING:
@@ -102,12 +102,9 @@ def describe_stage(
 def _sum_log(output: Path, step: int) -> Counter:
     """Return the sums of log.jsonl up to a step, and the loss of that step."""
     total: Counter = Counter()
-    path = output / LOG
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        entry = json.loads(line)
-        if entry["step"] <= step:
-            total.update({name: entry[name] for name in (*SUMS, "skipped", "seconds")})
-            total["loss"] = entry["loss"]
+    for entry in read_lines(output / LOG, step):
+        total.update({name: entry[name] for name in (*SUMS, "skipped", "seconds")})
+        total["loss"] = entry["loss"]
     return total
 
 

@@ -35,8 +35,8 @@ from .formats import BadSample
 BATCH_BYTES = 16 << 20  # of text in an Arrow batch
 HUB_TIMEOUT = 20.0  # seconds
 OPEN_FILES = 64  # Arrow files that a process has open
-# Many JSONL files up to this size (in bytes) share one entry of the cache, and are counted together.
-SMALL_FILE, MANY_FILES = 1 << 16, 16
+# JSONL files up to this size (in bytes), so many of a folder at least and at most, share one entry of the cache.
+SMALL_FILE, MANY_FILES, MOST_FILES = 1 << 16, 16, 1024
 TEXT = "json"  # the column that holds a record of a JSON or JSONL file
 LINES = (".jsonl", ".jsonl.gz")
 
@@ -186,7 +186,8 @@ def _open_files(files: Iterable[Path], cache_dir: Path) -> Iterator[Rows]:
         if folder is None or len(own) < MANY_FILES:
             yield from (_open_file(file, cache_dir) for file in own)
         else:
-            yield _open_small(own, cache_dir)
+            for start in range(0, len(own), MOST_FILES):
+                yield _open_small(own[start : start + MOST_FILES], cache_dir)
 
 
 def _open_small(files: Sequence[Path], cache_dir: Path) -> Rows:

@@ -52,10 +52,11 @@ from .estimate import PAPER_STAGES, Plan, make_plan, oom_hint
 from .failures import explain_lost_rank, is_lost_connection
 from .flops import meta_model
 from .handover import build_result, load_model, trained_weights, weight_reader, write_result
+from .log import SKIPPED
 from .packing import PackedBatches, tile_cost
 from .recipe import Recipe
 from .record import describe_stage, differences, identity, parent_stages, settings_of
-from .trainer import SKIPPED, SAILVLTrainer, TrainingError, resolve_engine, training_arguments
+from .trainer import SAILVLTrainer, TrainingError, resolve_engine, training_arguments
 
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again

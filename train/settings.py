@@ -59,20 +59,29 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump([value], Dumper=Dumper, **options).strip()[1:-1]
 
 
-def read_text(path: str | Path) -> str:
+def read_mapping(path: str | Path, keys: str) -> tuple[dict[str, Any], str]:
     """
-    Return the text of a file.
+    Return the mapping of a YAML file, and the text of the file.
+
+    Args:
+        keys: Some that it has, for the error message.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not UTF-8.
+        ValueError: It is not UTF-8, not YAML, or not a mapping.
     """
     try:
-        return Path(path).read_text("utf-8")
+        text = Path(path).read_text("utf-8")
+        value = parse_yaml(text)
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a mapping with {keys}, got {type(value).__name__}")
+    return value, text
 
 
 def first_error(error: ValidationError, document: Any, fields_at: Mapping[tuple[str, ...], Iterable[str]]) -> str:

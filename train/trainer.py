@@ -11,6 +11,7 @@ accumulation, and the number of the step is all the state that the data has.
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -226,6 +227,11 @@ class StepSampler(Sampler[int]):
         return iter(range(self.trainer.state.global_step, self.steps))
 
 
+def _ignore_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which launchers send to all processes of a run, to the rank: it goes on until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class RunState(TrainerCallback):
     """Prepares log.jsonl, skipped.jsonl, the progress and ZeRO's weights at the start; counts epochs of the corpus."""
 
@@ -297,9 +303,7 @@ class SAILVLTrainer(Trainer):
         self.flops = sample_flops(model, checkpointed_components(recipe))  # before it is sharded
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
-        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
-            policy = replace(policy, reduce_dtype=torch.float32)  # gradients are added over the packs of a step
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        self._reduce_in_float32()
         self.read_weight = read_weight if self.is_deepspeed_enabled else None
         trains_vision = any(p.requires_grad for part in (model.vision_model, model.mlp1) for p in part.parameters())
         model.always_run_vision = trains_vision or self.accelerator.num_processes > 1
@@ -310,7 +314,7 @@ class SAILVLTrainer(Trainer):
         self._unreported: StepTotals | None = None
         self._answer_kinds = np.zeros(0, int)  # of the answer tokens of this rank
         self._loss, self._step_started, self._recorded_step = math.nan, time.perf_counter(), 0
-        self._unreadable: set[tuple[str, int]] = set()
+        self._unreadable: set[tuple[Any, ...]] = set()  # sources, files and rows
         for callback in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RunState(self))
@@ -328,6 +332,12 @@ class SAILVLTrainer(Trainer):
         if engine == "fsdp2" and trains_rows:
             raise ValueError("train_added_tokens: not supported by FSDP2, whose gradients have no rows: use zero3")
 
+    def _reduce_in_float32(self) -> None:
+        """Let FSDP2 reduce gradients in float32: they are added over the packs of a step."""
+        if self.is_fsdp_enabled and (policy := self.accelerator.state.fsdp_plugin.mixed_precision_policy):
+            policy = replace(policy, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer; on a CPU, unless the recipe chooses, the language model attends sample by sample meanwhile."""
         chooses = self.recipe.attn_implementation is None and self.args.device.type == "cpu"  # not measured elsewhere
@@ -341,6 +351,7 @@ class SAILVLTrainer(Trainer):
             batch_size=None,
             sampler=StepSampler(self, self.args.max_steps),
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=_ignore_sigterm,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
@@ -423,8 +434,9 @@ class SAILVLTrainer(Trainer):
         self._check_skipped(entries)
 
     def _check_skipped(self, entries: list[dict[str, Any]]) -> None:
-        """Stop if more samples than `max_bad_fraction` of an epoch could not be read since the run started."""
-        self._unreadable.update((entry["path"], entry.get("line", entry.get("index"))) for entry in entries)
+        """Stop if this process met more samples that cannot be read than `max_bad_fraction` of an epoch."""
+        keys = ("source", "path", "line", "index")
+        self._unreadable.update(tuple(map(entry.get, keys)) for entry in entries)
         corpus = self.batches.corpus
         if len(self._unreadable) > corpus.max_bad_fraction * len(corpus):
             raise TrainingError(
@@ -482,7 +494,7 @@ class SAILVLTrainer(Trainer):
 
         With them come the longest wait and the highest memory: one wait for the device, one exchange of the ranks.
         """
-        step, (own, *of_answers) = self._step, torch.cat([total[None], *losses]).double().cpu().numpy()
+        step, (own, *of_answers) = self._step, torch.cat([total[None], *losses]).cpu().double().numpy()
         by_kind = np.bincount(self._answer_kinds, of_answers, len(step.answers_by_kind))
         ranks = self._gather_over_ranks([own, step.wait_seconds, peak_bytes(self.args.device), *by_kind])
         self._loss = float(ranks[:, 0].sum()) / self.accelerator.num_processes
