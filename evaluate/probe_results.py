@@ -1,6 +1,6 @@
 """Results of `sailvit probe`, matched by the hashes of weights to the models of a report."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,20 +52,36 @@ class ProbeFindings:
     paper: dict[str, str] = field(default_factory=dict)
 
 
-def read_probes(folders: Sequence[Path], hashes: Mapping[str, str]) -> ProbeFindings:
+def read_probe(folder: Path) -> dict[str, Any]:
     """
-    Read the results of probes.
+    Return results.json of a folder that `sailvit probe` wrote.
+
+    Raises:
+        ValueError: There is none, or it lacks a part.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise ValueError(f"--probe {folder}: no {RESULTS} in it: expected a folder that `sailvit probe` wrote")
+    content = read_json(path)
+    is_whole = all(isinstance(content.get(name), kind) for name, kind in SECTIONS.items())
+    if not is_whole or not {"encoders", "data", "heads", "train"} <= content["settings"].keys():
+        raise ValueError(f"{path}: no results of this release's `sailvit probe`: probe again")
+    return content
+
+
+def match_probes(probes: Mapping[Path, Entry], hashes: Mapping[str, str]) -> ProbeFindings:
+    """
+    Return the results of some models.
 
     Args:
-        folders: As `sailvit probe` writes them.
+        probes: Folder -> content, as `read_probe` returns it.
         hashes: Name of a model -> hash of its encoder's weights; models with equal ones have the same results.
 
     Raises:
-        ValueError: A folder has no results, or none of these models; or two have results of the same.
+        ValueError: A probe has results of none of these models, or two have results of the same.
     """
     findings = ProbeFindings()
-    for folder in folders:
-        content = _read(folder)
+    for folder, content in probes.items():
         names = _match(folder, content["settings"]["encoders"], hashes)
         for section, kept in (("results", findings.results), ("layers", findings.layers)):
             kept += _entries(folder, content[section], names)
@@ -77,17 +93,6 @@ def read_probes(folders: Sequence[Path], hashes: Mapping[str, str]) -> ProbeFind
         findings.paper |= _paper_tests(content)
     _check_twice(findings.results)
     return findings
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS
-    if not path.is_file():
-        raise ValueError(f"--probe {folder}: no {RESULTS} in it: expected a folder that `sailvit probe` wrote")
-    content = read_json(path)
-    is_whole = all(isinstance(content.get(name), kind) for name, kind in SECTIONS.items())
-    if not is_whole or not {"encoders", "data", "heads", "train"} <= content["settings"].keys():
-        raise ValueError(f"{path}: no results of this release's `sailvit probe`: probe again")
-    return content
 
 
 def _match(folder: Path, encoders: Mapping[str, Entry], hashes: Mapping[str, str]) -> dict[str, str]:

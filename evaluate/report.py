@@ -17,7 +17,7 @@ from ..convert.storage.sources import without_local_path
 from ..convert.storage.training_run import open_checkpoint
 from .datasets import SUFFIXES, decode
 from .pictures import PrincipalColours, fit_image
-from .probe_results import ProbeFindings, read_probes
+from .probe_results import ProbeFindings, match_probes, read_probe
 from .runs import Run, find_base, find_runs
 from .similarity import EncoderView, compare_encoders
 from .weights_change import WeightsChange, weights_change
@@ -88,6 +88,7 @@ def build_report(
     runs = find_runs(paths)
     base = find_base(runs, base)
     names = _names(base, runs)
+    contents = {folder: read_probe(folder) for folder in probes}
     files, unreadable = find_images(images or EXAMPLES, most_images)
     for line in unreadable:
         log(f"left out: {line}")
@@ -97,7 +98,7 @@ def build_report(
     sources = [base, *(str(run.folder) for run in runs)]
     views = tuple(compare_encoders(sources, files, PICTURES, device, dtype, log))
     hashes = {name: view.weights_hash for name, view in zip(names, views, strict=True)}
-    probe = read_probes(probes, hashes) if probes else None
+    probe = match_probes(contents, hashes) if contents else None
     tokens = torch.stack([view.tokens for view in views])
     colours = PrincipalColours.fit(tokens)
     pictures = tuple((file.name, fit_image(decode(file.read_bytes()), PICTURE_SIDE)) for file in files[:PICTURES])
