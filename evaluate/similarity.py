@@ -104,27 +104,26 @@ def compare_encoders(
         log: Called with each message.
 
     Raises:
-        ValueError: An encoder cannot be loaded, has other blocks or patches than the first, or returns NaN.
+        ValueError: An encoder cannot be loaded, has other blocks, patches or width than the first, or returns NaN.
     """
     views: list[EncoderView] = []
-    expected: list[list[torch.Tensor]] = []
+    expected: list[list[torch.Tensor]] = []  # the samples of the first encoder
     for name in names:
-        encoder = load_encoder(name, device=device, dtype=dtype, log=log)
-        layers = (*range(1, len(blocks_of(encoder.model) or ()) + 1), LAST)
-        if views and layers != views[0].layers:
-            raise ValueError(
-                f"{name}: expected {len(views[0].layers) - 1} blocks, as in {names[0]}, got {len(layers) - 1}"
-            )
-        tokens: list[torch.Tensor] = []
-        batches = _samples(encoder, layers, images, tokens, pictures)
-        if not views:
-            expected = list(batches)
-            batches = iter(expected)
-        similarity = _similarity(name, expected, batches, len(layers))
-        grid = _grid(encoder, tokens[0])
-        unit = F.normalize(torch.stack(tokens), dim=-1).unflatten(1, grid)
-        views.append(EncoderView(encoder.weights_hash, layers, similarity, unit))
+        views.append(_view(load_encoder(name, device=device, dtype=dtype, log=log), images, pictures, expected))
     return views
+
+
+def _view(encoder: Encoder, images: Sequence[Path], pictures: int, expected: list[list[torch.Tensor]]) -> EncoderView:
+    """Return the view of an encoder; `expected` are the samples of the first one, which fills it."""
+    layers = (*range(1, len(blocks_of(encoder.model) or ()) + 1), LAST)
+    tokens: list[torch.Tensor] = []
+    batches = _samples(encoder, layers, images, tokens, pictures)
+    if not expected:
+        expected += batches
+        batches = iter(expected)
+    similarity = _similarity(encoder.name, expected, batches)
+    unit = F.normalize(torch.stack(tokens), dim=-1).unflatten(1, _grid(encoder, tokens[0]))
+    return EncoderView(encoder.weights_hash, layers, similarity, unit)
 
 
 def _samples(
@@ -144,12 +143,17 @@ def _samples(
 
 
 def _similarity(
-    name: str, expected: Sequence[list[torch.Tensor]], batches: Iterator[list[torch.Tensor]], layers: int
+    name: str, expected: Sequence[list[torch.Tensor]], batches: Iterator[list[torch.Tensor]]
 ) -> tuple[float | None, ...]:
-    estimates = [MinibatchCKA() for _ in range(layers)]
+    """Return the CKA of each layer."""
+    estimates = [MinibatchCKA() for _ in expected[0]]
     for first, second in zip(expected, batches, strict=True):
-        if len(first[0]) != len(second[0]):
-            raise ValueError(f"{name}: expected {len(first[0])} tokens of a batch of images, got {len(second[0])}")
+        sizes = [(len(samples) - 1, *samples[0].shape) for samples in (first, second)]
+        if sizes[0] != sizes[1]:
+            text = "{} blocks, {} tokens of a batch of images, width {}".format
+            raise ValueError(
+                f"{name}: expected {text(*sizes[0])}, as in the base, got {text(*sizes[1])}: name its base"
+            )
         for estimate, *pair in zip(estimates, first, second, strict=True):
             estimate.update(*pair)
     return tuple(estimate.value() for estimate in estimates)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sailvit_cli
-from sailvit import SAILVLForConditionalGeneration
+from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
 from sailvit.convert.storage.training_run import open_checkpoint
 from sailvit.evaluate import runs as runs_module
 from sailvit.evaluate.charts import Line, line_chart, nice_ticks
@@ -213,6 +213,14 @@ def test_an_encoder_is_compared_by_its_own_tokens(place):
     batches = [slice(0, 8), slice(8, 9)]  # 16 patches: all are drawn
     pairs = [(hidden[2][part].flatten(0, 1), states.hidden_states[2][part].flatten(0, 1)) for part in batches]
     assert second.similarity[1] == pytest.approx(cka(*pairs), abs=1e-4)
+
+
+def test_encoders_of_another_depth_are_not_compared(place, folder, tmp_path):
+    config = SAILViTConfig.from_pretrained(folder, num_hidden_layers=2)
+    SAILViTModel(config).save_pretrained(tmp_path)
+    shutil.copy(folder / "preprocessor_config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"expected 3 blocks, 16 tokens .* got 2 blocks"):
+        compare_encoders([str(folder), str(tmp_path)], [PHOTOGRAPH], pictures=1, device="cpu")
 
 
 # Weights
