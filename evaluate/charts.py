@@ -1,7 +1,7 @@
 """Line charts and bars as inline SVG, which takes its colours and fonts from the CSS of a page."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -54,7 +54,9 @@ def line_chart(
     numbers = [float(at) for at in positions] if _are_numbers(positions) else [float(i) for i in range(len(positions))]
     values = [v for line in lines for part in (line.values, line.low, line.high) for v in part if _is_finite(v)]
     ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
-    xs = [LEFT + (WIDTH - LEFT - RIGHT) * share for share in _shares(numbers, min(numbers), max(numbers))]
+    shifts = _shifts(lines)
+    inset = max(map(abs, shifts), default=0.0)  # intervals stay clear of the axis
+    xs = [LEFT + inset + (WIDTH - LEFT - RIGHT - 2 * inset) * share for share in _shares(numbers)]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     return Markup(
         environment.get_template("chart.svg").render(
@@ -69,7 +71,7 @@ def line_chart(
             x_ticks=_x_ticks(positions, xs),
             lines=[
                 _draw(line, positions, [x + shift for x in xs], ticks, percent)
-                for line, shift in zip(lines, _shifts(lines), strict=True)
+                for line, shift in zip(lines, shifts, strict=True)
             ],
         )
     )
@@ -119,7 +121,9 @@ def _y(value: float, ticks: Sequence[float]) -> float:
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
-def _shares(values: Iterable[float], low: float, high: float) -> list[float]:
+def _shares(values: Sequence[float]) -> list[float]:
+    """Return where values are between the least, 0, and the largest, 1."""
+    low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
 
 
