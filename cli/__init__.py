@@ -24,6 +24,7 @@ FAMILIES = (
     "data",
     "train",
     "probe",
+    "report",
     "suite",
     "push",
 )  # files of this folder, in the order of `sailvit --help`

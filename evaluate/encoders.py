@@ -75,6 +75,12 @@ class Encoder:
         tokens = _tokens(self.model, pixels.to(self.device, self.dtype), self.layers)
         return torch.stack([one[:, skipped:].float().mean(1) for one in tokens], dim=1)
 
+    @torch.inference_mode()
+    def patch_tokens(self, pixels: torch.Tensor, layers: Sequence[int | str]) -> list[torch.Tensor]:
+        """Return the tokens (B, N, D) of layers, one for each patch, in float32 on the CPU, of pixels (B, 3, H, W)."""
+        tokens = _tokens(self.model, pixels.to(self.device, self.dtype), layers)
+        return [one[:, self.prefix_tokens :].float().cpu() for one in tokens]
+
     def describe(self) -> dict[str, Any]:
         """Return all that the features depend on besides the images, for the cache and for results.json."""
         return {

@@ -78,7 +78,7 @@ def _accuracy_tables(results: Sequence[Entry], row_key: str) -> list[str]:
         tests = _distinct(chosen, "test")
         cells = {(one[row_key], one["test"]): one for one in chosen}
         rows = [[str(row), *(_percent(cells[row, test]) for test in tests)] for row in _distinct(chosen, row_key)]
-        tables.append(_table([f"{row_key}, {HEADS[head]}", *tests], rows))
+        tables.append(markdown_table([f"{row_key}, {HEADS[head]}", *tests], rows))
     return tables
 
 
@@ -95,10 +95,11 @@ def _comparison_table(comparisons: Iterable[Entry]) -> str:
         ]
         for one in comparisons
     ]  # fmt: skip
-    return _table(["test", "head", "first", "second", "second - first, points", "p", "n"], rows)
+    return markdown_table(["test", "head", "first", "second", "second - first, points", "p", "n"], rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -221,7 +221,8 @@ def _pack(*arrays: torch.Tensor) -> str:
     return base64.b64encode(zlib.compress(data)).decode()
 
 
-def _data_url(image: Image.Image, kind: str, **options: Any) -> str:
+def data_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """Return an image as a data URL, in a format and with options of Pillow."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -230,7 +231,7 @@ def _data_url(image: Image.Image, kind: str, **options: Any) -> str:
 def _photo_url(image: Image.Image) -> str:
     """Return a JPEG of at most PICTURE_BYTES, of the best quality that fits."""
     for quality in (90, 80, 65, 50):
-        url = _data_url(image, "JPEG", quality=quality)
+        url = data_url(image, "JPEG", quality=quality)
         if len(url) * 3 // 4 <= PICTURE_BYTES:
             break
     return url
@@ -318,13 +319,18 @@ def page(shown: ShownImage, at: tuple[float, float] = (0.5, 0.5), command: str =
         facts=Markup(json.dumps(facts).replace("<", "\\u003c")),
         blobs=blobs,
         picture=_photo_url(shown.image),
-        components=[_data_url(Image.fromarray(each.numpy()), "PNG", optimize=True) for each in components],
+        components=[data_url(Image.fromarray(each.numpy()), "PNG", optimize=True) for each in components],
         shares=colours[1].shares,
         reductions=_reductions(shown, tokens),
         command=command,
-        style=Markup((TEMPLATES / "show.css").read_text(encoding="utf-8")),
+        style=read_style("show.css"),
         script=Markup((TEMPLATES / "show.js").read_text(encoding="utf-8")),
     )
+
+
+def read_style(name: str) -> Markup:
+    """Return the CSS that all pages have, and that of one."""
+    return Markup("".join((TEMPLATES / file).read_text(encoding="utf-8") for file in ("page.css", name)))
 
 
 def _principal_colours(shown: ShownImage) -> tuple[torch.Tensor, PrincipalColours]:
@@ -439,15 +445,16 @@ def check_outputs(source: str, out: Path, folder: Path | None = None, overwrite:
 
 def write_outputs(html: str, out: Path, pngs: Mapping[str, Image.Image], folder: Path | None = None) -> Iterator[Path]:
     """Write the page and the PNGs, each atomically; yield the path of each."""
-    yield _write(html.encode(), out)
+    yield write_file(html.encode(), out)
     for name, image in pngs.items():
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         folder.mkdir(parents=True, exist_ok=True)
-        yield _write(buffer.getvalue(), folder / f"{name}.png")
+        yield write_file(buffer.getvalue(), folder / f"{name}.png")
 
 
-def _write(data: bytes, path: Path) -> Path:
+def write_file(data: bytes, path: Path) -> Path:
+    """Write a file that appears complete or not at all; return its path."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:

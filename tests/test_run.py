@@ -23,6 +23,7 @@ from sailvit.configuration_sailvl import SAILVLConfig
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import write_model_card
 from sailvit.convert.models.sailvl import verify_sailvl
+from sailvit.evaluate.runs import find_base, find_runs
 from sailvit.train import failures, load_recipe
 from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_language, plan_run, run
 
@@ -113,6 +114,15 @@ def test_only_the_components_of_the_recipe_change(stages):
         assert changed <= {key for key in after if key.startswith(trained)}
         assert {key.split(".")[0] for key in changed} == {key.split(".")[0] for key in after if key.startswith(trained)}
         before = after
+
+
+def test_the_report_reads_what_the_stages_wrote(stages, monkeypatch):
+    monkeypatch.chdir(stages)
+    runs = find_runs([Path("s3"), Path("s1"), Path("s2")])
+    assert [run.name for run in runs] == ["s1", "s2", "s3"] and Path(find_base(runs)).samefile(stages.parent / "new-vl")
+    for one in runs:
+        assert [entry["loss"] for entry in one.log] == [entry[1] for entry in read_log(stages / one.name)]
+        assert sum(one.kinds.values()) == one.stage["data_samples"] and {*one.log[0]["loss_by_kind"]} <= {*one.kinds}
 
 
 def test_a_stage_starts_with_the_exact_weights_of_the_one_before(stages):
