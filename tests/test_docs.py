@@ -15,6 +15,7 @@ from doc_pages import TRAINING, code_blocks, outputs, write_large_tiles, write_m
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
 from sailvit.train.corpus_file import CorpusFile, Source, read_corpus_file
+from sailvit.train.recipe import load_recipe
 
 
 README = ROOT / "README.md"
@@ -189,10 +190,12 @@ def test_data_check_prints_what_the_page_shows(number, tmp_path, monkeypatch, ca
     assert code == (2 if "skipped" in expected else 0)
 
 
-def test_corpus_files_of_the_page_are_valid(tmp_path):
-    blocks = code_blocks(TRAINING, "yaml")
-    assert len(blocks) == 3
-    for block in blocks:
+def test_recipes_and_corpus_files_of_the_page_are_valid(tmp_path):
+    recipe, *corpora = code_blocks(TRAINING, "yaml")
+    (tmp_path / "adapters.yaml").write_text(recipe)
+    assert load_recipe(str(tmp_path / "adapters.yaml")).lora
+    assert len(corpora) == 3
+    for block in corpora:
         (tmp_path / "corpus.yaml").write_text(block)
         assert read_corpus_file(tmp_path / "corpus.yaml").sources
 

@@ -17,6 +17,7 @@ from conftest import ROOT
 from doc_pages import TRAINING, code_blocks, write_model, write_training_data
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, TrainerCallback
+from transformers.integrations import integration_utils
 
 import sailvit_cli
 from sailvit.configuration_sailvl import SAILVLConfig
@@ -25,7 +26,7 @@ from sailvit.convert.export.card import write_model_card
 from sailvit.convert.models.sailvl import verify_sailvl
 from sailvit.evaluate.runs import find_base, find_runs
 from sailvit.train import failures, load_recipe
-from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_language, plan_run, run
+from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_environment, check_language, plan_run, run
 
 
 TOY = ["samples_per_step=4", "epochs=3", "save_steps=2", "workers=0", "report_to=[]", "precision=float32"]
@@ -290,6 +291,18 @@ def test_a_damaged_checkpoint_does_not_count(place, tmp_path, after_step, damage
     assert any(line.endswith("from checkpoint-2") for line in lines)
 
 
+@pytest.mark.parametrize("offset", [200, -200], ids=["pickle", "directory of the archive"])
+def test_a_checkpoint_that_was_overwritten_is_named(place, tmp_path, after_step, offset):
+    recipe = recipe_for(tmp_path / "out", "stage1", "max_steps=5")
+    after_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(recipe) == INTERRUPTED
+    with (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
+        file.seek(offset, os.SEEK_SET if offset > 0 else os.SEEK_END)
+        file.write(bytes(150))
+    with pytest.raises(ValueError, match=r"checkpoint-4: .*: a file is corrupt: remove this folder"):
+        run(recipe)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -338,6 +351,7 @@ def test_a_run_does_not_go_on_as_another(place, changes, message):
             ["language_parameters=[400000000, 600000000]"],
             r"expects a language model of .* parameters, got [\d,]+ in new-vl",
         ),
+        (["report_to=[tensorbord]"], "report_to: expected some of .*tensorboard.*, got 'tensorbord'"),
         (["data=text.yaml"], "text.yaml: all steps are text alone"),
     ],
 )
@@ -368,6 +382,12 @@ def prepare_bad_input(place: Path) -> None:
         changed = change(tensors.pop(key))
         tensors |= {} if changed is None else {key: changed.contiguous()}
         save_file(tensors, place / name / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_integration_that_is_not_installed_is_named_before_anything_is_loaded(place, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(ImportError, match=r"report_to: wandb: WandbCallback requires wandb .*, or set report_to=\[\]"):
+        check_environment(recipe_for("out", "stage1", "report_to=[wandb]"), 1)
 
 
 def test_fewer_samples_than_ranks_are_refused(place, monkeypatch):

@@ -373,7 +373,9 @@ def test_too_many_samples_that_cannot_be_read_stop_the_run(processor, tmp_path):
     samples[4] = BadSample("broken image")
     make_trainer(corpus, tmp_path / "one").train()  # once an epoch, and one sample all the same
     samples[5] = BadSample("Input/output error")
-    with pytest.raises(TrainingError, match=r"2 samples could not be read, more than max_bad_fraction 0\.1 of 12"):
+    with pytest.raises(
+        TrainingError, match=r"2 samples could not be read, more than max_bad_fraction 0\.1 of 12: restore"
+    ):
         make_trainer(corpus, tmp_path / "two").train()
 
 

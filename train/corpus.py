@@ -250,7 +250,7 @@ class Corpus(Sequence):
         limit = f"{max_tokens} tokens" + ("" if max_tiles is None else f", {max_tiles} tiles")
         return (
             f"{len(excess)} of {len(self)} samples do not fit into a pack of {limit}: the first is {source} {number}, "
-            f"{got}; raise max_tokens_per_pack, lower max_tiles, or pass too_long='truncate' or 'drop'"
+            f"{got}; raise max_tokens_per_pack, lower max_tiles, or set too_long to truncate or drop"
         )
 
     def _truncate(self, excess: np.ndarray, max_tokens: int, max_tiles: int) -> dict[int, tuple[int, int, int, int]]:

@@ -10,10 +10,11 @@ The same call goes on where a run was interrupted, and does nothing where it is 
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..configuration_sailvl import SAILVLConfig
 from ..convert.storage.checkpoint import Checkpoint, FileCheckpoint
@@ -122,9 +124,24 @@ def check_environment(recipe: Recipe, ranks: int) -> str:
         raise ValueError(f"engine: {engine} needs a launcher: torchrun --nproc_per_node N -m sailvit.train ...")
     if engine.startswith("zero"):
         _check_compiler()
-    if "tensorboard" in recipe.report_to and not is_tensorboard_available():
-        raise ImportError("report_to: tensorboard is missing: pip install tensorboard, or report_to=[]")
+    _check_integrations(recipe.report_to)
     return engine
+
+
+def _is_corrupt_file(error: Exception) -> bool:
+    """Return whether torch.load raised an error that is about the content of a file."""
+    return isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in str(error)
+
+
+def _check_integrations(names: Sequence[str]) -> None:
+    """Check what transformers would only check after the model is loaded."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: expected some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got {name!r}")
+        try:
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError) as error:
+            raise ImportError(f"report_to: {name}: {first_line(error)}: install it, or set report_to=[]") from error
 
 
 def _check_compiler() -> None:
@@ -349,6 +366,9 @@ class Stage:
         except torch.OutOfMemoryError as error:
             raise TrainingError(self._describe_memory()) from error
         except Exception as error:
+            if self.resumed and _is_corrupt_file(error):
+                fix = "a file is corrupt: remove this folder, and the same command goes on from the one before"
+                raise ValueError(f"{self.resumed}: {first_line(error)}: {fix}") from error
             if is_lost_connection(error):
                 raise explain_lost_rank(error, _describe_resume(self.output)) from error
             raise

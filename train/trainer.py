@@ -38,6 +38,7 @@ from ..devices import choose_device, computes_natively
 from .attention import attend_per_sample, is_per_sample
 from .collate import Pack, normalize_tiles
 from .components import check_trainable, checkpointed_components, parameter_groups
+from .corpus import Skipped
 from .flops import sample_flops
 from .log import (
     LOG,
@@ -204,10 +205,11 @@ def check_engine(trainer: Trainer, engine: str) -> None:
     is_fsdp1 = running == DistributedType.FSDP and not accelerator.is_fsdp2
     if running not in expected or is_fsdp1 or (stage and stage != int(engine[-1])):
         got = f"ZeRO-{stage}" if stage else "FSDP 1" if is_fsdp1 else running.value
-        raise TrainingError(
-            f"engine: expected {engine}, but accelerate runs {got} on {accelerator.num_processes} process(es): start "
-            "several processes with torchrun, and set no engine in the launcher"
-        )
+        fix = "start several processes with torchrun, and set no engine in the launcher"
+        if engine == "fsdp2" and accelerator.device.type == "cpu":
+            fix = "accelerate runs FSDP2 on GPUs only: use zero3 or ddp on CPUs"
+        processes = accelerator.num_processes
+        raise TrainingError(f"engine: expected {engine}, but accelerate runs {got} on {processes} process(es): {fix}")
 
 
 # Data
@@ -437,12 +439,14 @@ class SAILVLTrainer(Trainer):
         """Stop if this process met more samples that cannot be read than `max_bad_fraction` of an epoch."""
         keys = ("source", "path", "line", "index")
         self._unreadable.update(tuple(map(entry.get, keys)) for entry in entries)
-        corpus = self.batches.corpus
+        corpus, last = self.batches.corpus, entries[-1]
+        location = {name: last[name] for name in ("line", "index") if name in last}
+        last = Skipped(last["source"], last["path"], location, last["reason"])
         if len(self._unreadable) > corpus.max_bad_fraction * len(corpus):
             raise TrainingError(
                 f"{len(self._unreadable)} samples could not be read, more than max_bad_fraction "
-                f"{corpus.max_bad_fraction:g} of {len(corpus)}; {self.output / SKIPPED} lists them, the last: "
-                f"{entries[-1]['path']}: {entries[-1]['reason']}"
+                f"{corpus.max_bad_fraction:g} of {len(corpus)}: restore their files, or raise max_bad_fraction in "
+                f"corpus.yaml; {self.output / SKIPPED} lists them, the last: {last}"
             )
 
     def training_step(
