@@ -69,6 +69,18 @@ def add_compute_dtype(group: Group) -> None:
     )
 
 
+def add_computation(group: Group, batch_size: int, batch: str) -> None:
+    """Add the options of a command that runs an encoder over many images."""
+    group.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
+    add_compute_dtype(group)
+    group.add_argument(
+        "--batch-size", type=positive_integer, default=batch_size, metavar="N", help=f"{batch}; default: {batch_size}"
+    )
+    group.add_argument(
+        "--workers", type=count, default=0, metavar="N", help="processes that read images ahead; default: 0"
+    )
+
+
 def add_max_tiles(group: Group) -> None:
     group.add_argument(
         "--max-tiles", type=positive_integer, metavar="N", help="most tiles of an image, without the thumbnail"

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from .arguments import (
     Group,
     Verbs,
+    add_computation,
     add_compute_dtype,
     add_max_tiles,
     add_verb,
-    count,
     named_value,
     pick,
-    positive_integer,
 )
 from .progress import interval_timer, log, progress_bar
 from .startup import import_without_torch
@@ -40,15 +39,7 @@ def _add_encode(verbs: Verbs) -> None:
     _add_encode_output(encode.add_argument_group("output"))
     group = encode.add_argument_group("checks")
     group.add_argument("--strict", action="store_true", help="stop at the first broken image")
-    group = encode.add_argument_group("compute")
-    group.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
-    add_compute_dtype(group)
-    group.add_argument(
-        "--batch-size", type=positive_integer, default=8, metavar="N", help="tiles in a micro-batch; default: 8"
-    )
-    group.add_argument(
-        "--workers", type=count, default=0, metavar="N", help="processes that read images ahead; default: 0"
-    )
+    add_computation(encode.add_argument_group("compute"), 8, "tiles in a micro-batch")
 
 
 def _add_encode_input(group: Group) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Group, Verbs, add_compute_dtype, add_verb, count, positive_integer
+from .arguments import Group, Verbs, add_computation, add_verb, count, positive_integer
 from .progress import interval_timer, log, progress_bar
 
 
@@ -31,15 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help="of features; default: in the cache of the Hub")
     group.add_argument("--no-cache", action="store_true", help="keep features in memory")
     _add_heads(probe.add_argument_group("heads"))
-    group = probe.add_argument_group("compute")
-    group.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
-    add_compute_dtype(group)
-    group.add_argument(
-        "--batch-size", type=positive_integer, default=64, metavar="N", help="images in a batch, up to 256; default: 64"
-    )
-    group.add_argument(
-        "--workers", type=count, default=0, metavar="N", help="processes that read images ahead; default: 0"
-    )
+    add_computation(probe.add_argument_group("compute"), 64, "images in a batch, up to 256")
 
 
 def _add_input(group: Group) -> None:

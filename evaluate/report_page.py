@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def as_markdown(report: Report, command: str = "") -> str:
 
 def _title(report: Report) -> str:
     """Return the names of the models, with arrows if each stage began with the one before it."""
-    before = [(), *(run.stages for run in report.runs)]
-    is_chain = all(run.stages[:-1] == stages for run, stages in zip(report.runs, before, strict=False))
+    stages = [(), *(run.stages for run in report.runs)]
+    is_chain = all(now[:-1] == before for before, now in pairwise(stages))
     return (" → " if is_chain else ", ").join(report.names)
 
 

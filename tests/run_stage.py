@@ -42,6 +42,8 @@ AFTER_STEP = {
 
 
 class Do(TrainerCallback):
+    """Calls a function after a step."""
+
     def __init__(self, step: int, action):
         self.step, self.action = step, action
 

@@ -14,6 +14,7 @@ from doc_pages import TRAINING, code_blocks, outputs, write_large_tiles, write_m
 
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
+from sailvit.evaluate.probe_results import PAPER_ACCURACIES
 from sailvit.train.corpus_file import CorpusFile, Source, read_corpus_file
 from sailvit.train.recipe import load_recipe
 
@@ -26,15 +27,7 @@ MOST_LINES = 150
 LARGEST_PICTURE = 60_000  # bytes
 SLOW_CALLS = re.compile(r"convert_checkpoint|make_plan\(")
 TILE = 56  # pixels of the tiny encoder; the pages have 448
-# Top-1 accuracy on ImageNet-1k, -A, -R and -V2: arXiv 2507.01643, the table on visual recognition.
-SCORES = {
-    "AIMv2 large": (79.88, 25.41, 55.73, 76.45),
-    "SAILViT large": (80.71, 29.31, 56.42, 77.06),
-    "AIMv2 huge": (81.68, 28.96, 58.13, 77.32),
-    "SAILViT huge": (82.21, 33.04, 60.33, 78.94),
-    "InternViT-300M": (73.70, 13.45, 39.99, 69.55),
-    "InternViT-6B": (84.18, 46.27, 59.88, 80.92),
-}
+SCORES = {name.replace("-Large", " large").replace("-Huge", " huge"): row for name, row in PAPER_ACCURACIES.items()}
 
 
 def page_name(page: Path) -> str:

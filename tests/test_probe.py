@@ -206,9 +206,9 @@ def test_another_head_opens_no_image(digits, dinov2, tmp_path, monkeypatch):
 def test_settled_images_are_not_even_read_again(digits, dinov2, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "SETTLED_SECONDS", -1)
     encoder, images = load_encoder(str(dinov2), device="cpu"), load_images(str(digits / "test"), training=False)
-    extract(encoder, images, tmp_path)
+    before = extract(encoder, images, tmp_path).layer(0)
     monkeypatch.setattr(Path, "read_bytes", None)
-    extract(encoder, images, tmp_path)
+    assert torch.equal(extract(encoder, images, tmp_path).layer(0), before)
 
 
 def test_a_change_of_weights_image_or_preprocessing_is_noticed(dinov2, images, tmp_path, encoded, monkeypatch):

@@ -15,8 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 from doc_pages import TRAINING, code_blocks, write_model, write_training_data
+from run_stage import Do
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, TrainerCallback
+from transformers import AutoProcessor
 from transformers.integrations import integration_utils
 
 import sailvit_cli
@@ -74,17 +75,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_stages(folder: Path, file: str = "training.json") -> list[dict]:
     return json.loads((folder / file).read_text())["training"]["stages"]
-
-
-class Do(TrainerCallback):
-    """Calls a function after a step."""
-
-    def __init__(self, step: int, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            self.action()
 
 
 @pytest.fixture
