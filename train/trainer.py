@@ -80,7 +80,7 @@ class TrainingError(RuntimeError):
 
 def resolve_engine(engine: str, processes: int | None = None) -> str:
     """
-    Return the engine that "auto" stands for: single for one process, else zero3, the engine of the paper.
+    Return the engine of a recipe; of "auto" single for one process, else zero3, the engine of the paper.
 
     Args:
         processes: Default: as the launcher set WORLD_SIZE.
@@ -436,7 +436,7 @@ class SAILVLTrainer(Trainer):
         self._check_skipped(entries)
 
     def _check_skipped(self, entries: list[dict[str, Any]]) -> None:
-        """Stop if this process met more samples that cannot be read than `max_bad_fraction` of an epoch."""
+        """Stop if more samples could not be read since the start than `max_bad_fraction` of an epoch."""
         keys = ("source", "path", "line", "index")
         self._unreadable.update(tuple(map(entry.get, keys)) for entry in entries)
         corpus, last = self.batches.corpus, entries[-1]
