@@ -19,7 +19,6 @@ import argparse
 import gc
 import itertools
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from sailvit import SAILVLConfig, SAILVLForConditionalGeneration
 from sailvit.train.components import enable_checkpointing
 from sailvit.train.flops import COMPONENTS, blocks_of, meta_model
+from sailvit.train.log import peak_bytes
 from sailvit.train.memory import PackShape, memory_of_engines
 
 
@@ -57,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PRECISIONS = ("float32", "bfloat16")
 CHECKPOINTED: dict[str, tuple[str, ...]] = {"none": (), "both": ("vision", "language")}
+CPU = torch.device("cpu")
 FSDP_RANKS = 2
 
 
@@ -93,13 +94,13 @@ def measured_bytes_of_gpu(name: str, precision: str, checkpointed: str = "none")
     return torch.cuda.max_memory_allocated() - before
 
 
-def train(name: str, precision: str, checkpointed: str) -> int:
+def train(name: str, precision: str, checkpointed: str) -> float:
     """Train two steps of two packs; return the bytes of the peak above the start."""
     warm_up()
-    before = peak_resident_bytes()
+    before = peak_bytes(CPU)
     model = build(name, checkpointed)
     step_twice(model, name, precision)
-    return peak_resident_bytes() - before
+    return peak_bytes(CPU) - before
 
 
 def train_sharded(name: str, precision: str, checkpointed: str) -> int:
@@ -172,11 +173,6 @@ def train_on_pack(model: SAILVLForConditionalGeneration, pack: PackShape, precis
         loss = torch.nn.functional.cross_entropy(output.logits[0].float(), ids[0, kept], reduction="sum")
     del output
     (loss / pack.answers).backward()
-
-
-def peak_resident_bytes() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def compare_on_gpu() -> dict[str, float]:

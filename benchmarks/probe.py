@@ -24,8 +24,8 @@ from timing import medians, print_ratios
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILViTModel
 from sailvit.evaluate.datasets import load_images
 from sailvit.evaluate.encoders import Encoder, load_encoder
-from sailvit.evaluate.features import compute_features, extract_features, read_features
-from sailvit.evaluate.heads import HeadOptions, LogisticRegressions, MLPs, fit_heads
+from sailvit.evaluate.probe.features import compute_features, extract_features, read_features
+from sailvit.evaluate.probe.heads import HeadOptions, LogisticRegressions, MLPs, fit_heads
 
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from .progress import interval_timer, log, progress_bar
 
 
 if TYPE_CHECKING:
-    from sailvit.evaluate.probe import ProbeOptions
+    from sailvit.evaluate.probe.run import ProbeOptions
 
 HEADS = ("mlp", "linear", "knn")
 LAST = "last"
@@ -120,7 +120,7 @@ def run_probe(options: argparse.Namespace) -> int:
     from transformers import logging
 
     try:
-        from sailvit.evaluate.probe import run_probe as run
+        from sailvit.evaluate.probe.run import run_probe as run
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: pip install "sailvit[evaluate]"') from error
     logging.disable_progress_bar()
@@ -142,8 +142,8 @@ def run_probe(options: argparse.Namespace) -> int:
 
 
 def _probe_options(options: argparse.Namespace) -> "ProbeOptions":
-    from sailvit.evaluate.heads import HeadOptions
-    from sailvit.evaluate.probe import ProbeOptions
+    from sailvit.evaluate.probe.heads import HeadOptions
+    from sailvit.evaluate.probe.run import ProbeOptions
 
     grids = {
         name: tuple(getattr(options, name))

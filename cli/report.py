@@ -57,8 +57,8 @@ def run_report(options: argparse.Namespace) -> int:
     from transformers import logging
 
     try:
-        from sailvit.evaluate.report import build_report
-        from sailvit.evaluate.report_page import check_outputs, write_report
+        from sailvit.evaluate.report.build import build_report
+        from sailvit.evaluate.report.page import check_outputs, write_report
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: pip install "sailvit[evaluate]"') from error
     logging.disable_progress_bar()

@@ -64,8 +64,15 @@ def run_show(options: argparse.Namespace) -> int:
     """
     from transformers import logging
 
-    from sailvit.evaluate.show import check_outputs, draw_pngs, page, relative_place, show_image, write_outputs
-    from sailvit.evaluate.tiled_encoder import load_tiled_encoder
+    from sailvit.evaluate.show import (
+        check_outputs,
+        draw_pngs,
+        load_tiled_encoder,
+        page,
+        relative_place,
+        show_image,
+        write_outputs,
+    )
 
     logging.disable_progress_bar()
     out = options.out or Path(Path(options.image).name).with_suffix(".html")

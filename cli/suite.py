@@ -12,7 +12,7 @@ from .arguments import Verbs, add_verb, count, positive_integer
 from .startup import exit_on_signals
 
 
-# Those of sailvit.evaluate.suites, whose import takes too long for --help; a test compares them.
+# Those of sailvit.evaluate.suites.sets, whose import takes too long for --help; a test compares them.
 HARNESSES = ("vlmevalkit", "lmms-eval")
 
 
@@ -66,9 +66,9 @@ def run_suite(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from sailvit.evaluate.harness import DEFAULT_JUDGE, SuiteRun
-    from sailvit.evaluate.suite_run import local_folder, run_suite
-    from sailvit.evaluate.suites import SUITES, choose_data_sets
+    from sailvit.evaluate.suites.harness import DEFAULT_JUDGE, SuiteRun
+    from sailvit.evaluate.suites.run import local_folder, run_suite
+    from sailvit.evaluate.suites.sets import SUITES, choose_data_sets
 
     if not options.name:
         raise ValueError(f"expected NAME, one of {', '.join(SUITES)}; or --list, --rescore, --compare")
@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _rescore(options: argparse.Namespace) -> int:
-    from sailvit.evaluate.suite_run import rescore
+    from sailvit.evaluate.suites.run import rescore
 
     content = rescore(options.rescore, options.python, options.judge, _log_to_stderr, _pass_on)
     _print_scores(content, options)
@@ -106,7 +106,7 @@ def _rescore(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from sailvit.evaluate.suite_compare import compare_bundles
+    from sailvit.evaluate.suites.compare import compare_bundles
 
     result = compare_bundles(*options.compare)
     if options.json:
@@ -126,7 +126,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from sailvit.evaluate.suites import SUITES
+    from sailvit.evaluate.suites.sets import SUITES
 
     for suite, data_sets in SUITES.items():
         print(f"{suite} ({len(data_sets)})")

@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .show import TEMPLATES
+from .pages import render
 
 
 WIDTH, HEIGHT = 460, 270  # of a chart, in units of its view box; a phone shows 350 of them
@@ -57,9 +56,9 @@ def line_chart(
     shifts = _shifts(lines)
     inset = max(map(abs, shifts), default=0.0)  # intervals stay clear of the axis
     xs = [LEFT + inset + (WIDTH - LEFT - RIGHT - 2 * inset) * share for share in _shares(numbers)]
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     return Markup(
-        environment.get_template("chart.svg").render(
+        render(
+            "chart.svg",
             title=title,
             x_label=x_label,
             width=WIDTH,

@@ -7,33 +7,32 @@ returns the mean over the patch tokens of chosen blocks.
 """
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
+from transformers import AutoImageProcessor
 
-from ..configuration_sailvit import SAILViTConfig
-from ..configuration_sailvl import SAILVLConfig
-from ..convert.storage.files import first_line, read_json
-from ..convert.storage.sources import check_name, find_source
+from ..convert.storage.files import first_line
 from ..devices import choose_device, choose_dtype, dtype_name
+from .models import (
+    check_source,
+    explained_errors,
+    import_timm,
+    is_timm,
+    load_timm,
+    load_transformers,
+    read_config,
+    timm_name,
+)
+from .versions import library_versions
 
 
-TIMM = "timm:"
 LAST = "last"  # the encoder's output: the last block, after the encoder's final norm
-MULTIMODAL = ("sailvl", "internvl_chat")  # model types whose encoder is loaded without the language model
-VISION_PARTS = ("vision_model", "vision_tower", "visual")  # attributes of multimodal models of transformers
-UNUSED = ("pooler", "head", "mask_token")  # parts of weight names that the tokens of an encoder do not depend on
 ONE_TILE = ("do_tile", "crop_to_patches", "do_image_splitting")  # options of image processors, False for one tile
 TRIAL_SIZE = (640, 480)  # pixels of the image that finds out the shapes
 Log = Callable[[str], None]
@@ -96,12 +95,6 @@ class Encoder:
         }
 
 
-def library_versions() -> dict[str, str]:
-    """Return the releases of the libraries that compute pixels and features."""
-    names = ("torch", "torchvision", "transformers", "timm", "pillow")
-    return {name: version(name) for name in names if importlib.util.find_spec(name.replace("pillow", "PIL"))}
-
-
 def load_encoder(
     name: str,
     layers: Sequence[int | str] = (LAST,),
@@ -127,10 +120,8 @@ def load_encoder(
         ValueError: There is no such model, it is no image model, weights are missing, it has no such block, or it does
             not take the pixels.
     """
-    if not name.startswith(TIMM):
-        _check_source(name)
     device = choose_device(device)
-    model, config = _load_timm(name) if is_timm(name) else _load_transformers(name)
+    model, config = load_timm(name) if is_timm(name) else _load_transformers(name, log)
     weights_hash = _hash_weights(model)
     compute_dtype, reason = choose_dtype(next(model.parameters()).dtype, device, dtype)
     model = model.to(device, compute_dtype).eval().requires_grad_(False)
@@ -146,119 +137,10 @@ def load_encoder(
     )
 
 
-def check_encoder(name: str) -> None:
-    """Raise ValueError if there is no such encoder, from its configuration alone."""
-    if is_timm(name):
-        base = name.removeprefix(TIMM).split(".")[0]
-        if name.startswith(TIMM) and ":" not in base and not _timm().is_model(base):
-            raise ValueError(f"{name}: timm has no such model: `timm.list_models()` lists them")
-        return
-    _check_source(name)
-    _read_config(name)
-
-
-def is_timm(name: str) -> bool:
-    """Return whether a name is `timm:NAME` or a local folder whose config.json is timm's."""
-    config = Path(name, "config.json")
-    if name.startswith(TIMM) or not config.is_file():
-        return name.startswith(TIMM)
-    content = read_json(config)
-    return "architecture" in content and "model_type" not in content
-
-
-def _check_source(name: str) -> None:
-    check_name(name)
-    if Path(name).is_file():
-        raise ValueError(f"{name}: expected a folder, a name on the Hub or timm:NAME, got a file")
-    if not Path(name).exists():
-        find_source(name)  # one request; transformers would retry for half a minute if the Hub is unreachable
-    elif not Path(name, "config.json").is_file():
-        raise ValueError(f"{name}: no config.json, so this is no model folder: `sailvit convert` writes one")
-
-
-# timm
-
-
-def _timm() -> Any:
-    if not importlib.util.find_spec("timm"):
-        raise ImportError('timm is not installed: pip install "sailvit[evaluate]"')
-    import timm
-
-    return timm
-
-
-def _timm_name(name: str) -> str:
-    return name.removeprefix(TIMM) if name.startswith(TIMM) else f"local-dir:{name}"
-
-
-def _load_timm(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    with _load_errors(name, "not in timm, or its weights cannot be downloaded"):
-        model = _timm().create_model(_timm_name(name), pretrained=True, num_classes=0)
-    folder = Path(_timm_name(name).removeprefix("local-dir:"))
-    arguments = read_json(folder / "config.json").get("model_args") if folder.is_dir() else None
-    return model, {"timm": model.pretrained_cfg.get("architecture"), "model_args": arguments, "modules": repr(model)}
-
-
-# transformers
-
-
-def _load_transformers(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    config, prefix = _read_config(name)
-    options = {"key_mapping": {rf"^{prefix}\.": ""}} if prefix else {}
-    with _load_errors(name, "transformers cannot load it as an image encoder"):
-        model, report = AutoModel.from_pretrained(
-            name, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    part, model = _vision_part(name, model)
-    _check_weights(name, report, part)
-    fields = model.config.to_dict()
+def _load_transformers(name: str, log: Log) -> tuple[nn.Module, dict[str, Any]]:
+    model = load_transformers(name, read_config(name), log)
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
-    return model, {key: value for key, value in sorted(fields.items()) if key not in ignored}
-
-
-def _read_config(name: str) -> tuple[PretrainedConfig, str]:
-    """Return the config of an encoder, and the prefix of its weights in a multimodal model that is ours."""
-    fields, _ = PretrainedConfig.get_config_dict(name)
-    if fields.get("model_type") in MULTIMODAL:
-        vision = SAILVLConfig.from_dict(fields).vision_config
-        # SAILViTModel knows this prefix as that of its classifier, and removes it itself.
-        return vision, "" if vision.model_type == SAILViTConfig.model_type else VISION_PARTS[0]
-    if fields.get("model_type") == "aimv2" and "vision_config" not in fields:  # as Apple publishes it
-        return SAILViTConfig.from_dict(fields), ""
-    with _load_errors(name, f"transformers has no image encoder of model_type {fields.get('model_type')!r}"):
-        return AutoConfig.from_pretrained(name), ""
-
-
-def _vision_part(name: str, model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the encoder of a multimodal model, and its name in the model; else the model."""
-    if hasattr(model.config, "vision_config"):
-        for part in VISION_PARTS:
-            if isinstance(getattr(model, part, None), nn.Module):
-                return f"{part}.", getattr(model, part)
-    if getattr(model, "main_input_name", None) != "pixel_values":
-        raise ValueError(f"{name}: expected an image encoder, got a {type(model).__name__}: name a vision model")
-    return "", model
-
-
-def _check_weights(name: str, report: Mapping[str, Any], part: str) -> None:
-    for kind in ("missing_keys", "mismatched_keys"):
-        keys = [key if isinstance(key, str) else key[0] for key in report[kind]]
-        wrong = [key for key in keys if key.startswith(part) and not any(word in key for word in UNUSED)]
-        if wrong:
-            what = kind.replace("_", " ")
-            raise ValueError(
-                f"{name}: {len(wrong)} {what} in the weights, such as {min(wrong)}: convert or download again"
-            )
-
-
-@contextmanager
-def _load_errors(name: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{name}: the weights are truncated or corrupt, download them again: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{name}: {what}: {first_line(error)}") from error
+    return model, {key: value for key, value in sorted(model.config.to_dict().items()) if key not in ignored}
 
 
 def _hash_weights(model: nn.Module) -> str:
@@ -296,13 +178,13 @@ def load_preprocessing(name: str) -> Preprocessing:
         ValueError: The folder or Hub name has none.
     """
     if is_timm(name):
-        timm = _timm()
-        with _load_errors(name, "not in timm"):
-            model = timm.create_model(_timm_name(name), pretrained=False, num_classes=0)
+        timm = import_timm()
+        with explained_errors(name, "not in timm"):
+            model = timm.create_model(timm_name(name), pretrained=False, num_classes=0)
         settings = timm.data.resolve_model_data_config(model)
         return Preprocessing(name, timm.data.create_transform(**settings, is_training=False), _as_json(settings))
-    _check_source(name)
-    with _load_errors(name, "no image processor (preprocessor_config.json): give --preprocessing NAME"):
+    check_source(name)
+    with explained_errors(name, "no image processor (preprocessor_config.json): give --preprocessing NAME"):
         processor = AutoImageProcessor.from_pretrained(name)
     settings = {"class": type(processor).__name__, **processor.to_dict()}
     return Preprocessing(name, _OneTile(processor), _as_json(settings))

@@ -24,7 +24,7 @@ from sailvit.convert import LAYOUTS, CheckpointError
 from sailvit.convert.plan import DTYPES
 from sailvit.convert.storage.errors import VerificationError
 from sailvit.evaluate.encoders import LAST
-from sailvit.evaluate.heads import KINDS
+from sailvit.evaluate.probe.heads import KINDS
 from sailvit_cli.arguments import DTYPES as DTYPE_CHOICES
 from sailvit_cli.arguments import LAYOUTS as LAYOUT_CHOICES
 from sailvit_cli.probe import HEADS as HEAD_CHOICES

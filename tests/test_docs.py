@@ -14,7 +14,7 @@ from doc_pages import TRAINING, code_blocks, outputs, write_large_tiles, write_m
 
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
-from sailvit.evaluate.probe_results import PAPER_ACCURACIES
+from sailvit.evaluate.probe.results import PAPER_ACCURACIES
 from sailvit.train.corpus_file import CorpusFile, Source, read_corpus_file
 from sailvit.train.recipe import load_recipe
 

@@ -24,12 +24,12 @@ import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel
 from sailvit.convert.export.card import write_model_card
 from sailvit.evaluate import encoders as encoders_module
-from sailvit.evaluate import features as features_module
 from sailvit.evaluate.datasets import load_images, match_classes
 from sailvit.evaluate.encoders import LAST, load_encoder
-from sailvit.evaluate.features import compute_features, extract_features, read_features
-from sailvit.evaluate.heads import HeadOptions
-from sailvit.evaluate.probe import ProbeOptions, run_probe
+from sailvit.evaluate.probe import features as features_module
+from sailvit.evaluate.probe.features import compute_features, extract_features, read_features
+from sailvit.evaluate.probe.heads import HeadOptions
+from sailvit.evaluate.probe.run import ProbeOptions, run_probe
 
 
 QUICK = HeadOptions(epochs=2, learning_rates=(1e-3, 1e-2), weight_decays=(0.0,), strengths=(0.1, 1.0), iterations=20)

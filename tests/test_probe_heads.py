@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from sailvit.evaluate.heads import HeadOptions, LogisticRegressions, MLPs, fit_heads, split_of
+from sailvit.evaluate.probe.heads import HeadOptions, LogisticRegressions, MLPs, fit_heads, split_of
 from sailvit.evaluate.statistics import compare_paired, wilson_interval
 
 

@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
 from sailvit.convert.storage.training_run import open_checkpoint
-from sailvit.evaluate import runs as runs_module
 from sailvit.evaluate.charts import Line, line_chart, nice_ticks
 from sailvit.evaluate.encoders import load_encoder
-from sailvit.evaluate.probe_results import PAPER_ACCURACIES, match_probes, read_probe
-from sailvit.evaluate.report import Report, build_report
-from sailvit.evaluate.report_page import as_markdown, page
-from sailvit.evaluate.similarity import MinibatchCKA, compare_encoders, unbiased_hsic
-from sailvit.evaluate.weights_change import weights_change
+from sailvit.evaluate.probe.results import PAPER_ACCURACIES, match_probes, read_probe
+from sailvit.evaluate.report import runs as runs_module
+from sailvit.evaluate.report.build import Report, build_report
+from sailvit.evaluate.report.page import as_markdown, page
+from sailvit.evaluate.report.similarity import MinibatchCKA, compare_encoders, unbiased_hsic
+from sailvit.evaluate.report.weights_change import weights_change
 from sailvit.train import checkpoints, log
 
 

@@ -25,7 +25,7 @@ from sailvit.configuration_sailvl import SAILVLConfig
 from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import write_model_card
 from sailvit.convert.models.sailvl import verify_sailvl
-from sailvit.evaluate.runs import find_base, find_runs
+from sailvit.evaluate.report.runs import find_base, find_runs
 from sailvit.train import failures, load_recipe
 from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_environment, check_language, plan_run, run
 

@@ -23,12 +23,11 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 import sailvit_cli
 from sailvit import SAILViTImageProcessor, SAILViTModel, SAILVLForConditionalGeneration
-from sailvit.evaluate import attention as attention_module
-from sailvit.evaluate import show as show_module
-from sailvit.evaluate.attention import count_regions, evenly_spaced, expand_regions, plan_attention
 from sailvit.evaluate.pictures import PrincipalColours, stitch_tokens
-from sailvit.evaluate.show import ShownImage, draw_pngs, page, show_image
-from sailvit.evaluate.tiled_encoder import load_tiled_encoder
+from sailvit.evaluate.show import ShownImage, draw_pngs, load_tiled_encoder, page, show_image
+from sailvit.evaluate.show import attention as attention_module
+from sailvit.evaluate.show import view as view_module
+from sailvit.evaluate.show.attention import count_regions, evenly_spaced, expand_regions, plan_attention
 from sailvit.modeling_sailvit import SAILViTAttention, eager_attention_forward
 
 
@@ -203,7 +202,7 @@ def test_names_are_escaped(shown):
     patches=st.tuples(st.integers(1, 74), st.integers(1, 74)),
 )
 def test_attention_fits_its_share_of_the_page(blocks, heads, tiles, patches):
-    limits = show_module.ATTENTION_BYTES, show_module.MEAN_ATTENTION_BYTES
+    limits = view_module.ATTENTION_BYTES, view_module.MEAN_ATTENTION_BYTES
     plan = plan_attention(blocks, heads, tiles, patches, *limits)
     sizes = [count_regions(patches, side) for side in (plan.query_side, plan.key_side, plan.mean_side)]
     assert len(plan.blocks) * heads * tiles * sizes[0] * sizes[1] <= limits[0]
@@ -214,7 +213,7 @@ def test_attention_fits_its_share_of_the_page(blocks, heads, tiles, patches):
 def test_a_page_of_nine_tiles_and_a_thumbnail_is_below_10_mb(shown):
     """Tokens, attention and picture of noise, which do not compress, of the shape of SAILViT-Large."""
     torch.manual_seed(0)
-    plan = plan_attention(24, 8, 10, (32, 32), show_module.ATTENTION_BYTES, show_module.MEAN_ATTENTION_BYTES)
+    plan = plan_attention(24, 8, 10, (32, 32), view_module.ATTENTION_BYTES, view_module.MEAN_ATTENTION_BYTES)
     queries, keys, means = (count_regions((32, 32), side) for side in (plan.query_side, plan.key_side, plan.mean_side))
     attention = attention_module.Attention(
         plan,

@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT
 from toy_suite import write_suite_model
 
-from sailvit.evaluate.harness import INSTALL, SuiteRun
-from sailvit.evaluate.suite_run import read_questions, rescore, run_suite
-from sailvit.evaluate.suites import DRAWN, HARNESSES, SUITES
+from sailvit.evaluate.suites.harness import INSTALL, SuiteRun
+from sailvit.evaluate.suites.run import read_questions, rescore, run_suite
+from sailvit.evaluate.suites.sets import DRAWN, HARNESSES, SUITES
 
 
 pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("harnesses")]

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sailvit_cli
-from sailvit.evaluate import lmms_eval_harness, vlmevalkit
-from sailvit.evaluate.drawn_questions import LETTERS, draw_questions, write_task, write_tsv
-from sailvit.evaluate.harness import HarnessError, SuiteRun
 from sailvit.evaluate.statistics import mcnemar, paired_bootstrap, wilson_interval
-from sailvit.evaluate.suite_compare import compare_bundles
-from sailvit.evaluate.suite_run import read_bundle, read_questions, rescore, run_suite
-from sailvit.evaluate.suites import DRAWN, HARNESSES, SUITES, choose_data_sets, tiles_of_task
+from sailvit.evaluate.suites import lmms_eval_harness, vlmevalkit
+from sailvit.evaluate.suites.compare import compare_bundles
+from sailvit.evaluate.suites.drawn_questions import LETTERS, draw_questions, write_task, write_tsv
+from sailvit.evaluate.suites.harness import HarnessError, SuiteRun
+from sailvit.evaluate.suites.run import read_bundle, read_questions, rescore, run_suite
+from sailvit.evaluate.suites.sets import DRAWN, HARNESSES, SUITES, choose_data_sets, tiles_of_task
 from sailvit_cli import suite as verb
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .suites import LMMS_EVAL, VLMEVALKIT, DataSet
+from .sets import LMMS_EVAL, VLMEVALKIT, DataSet
 
 
 RULES, DEFAULT_JUDGE = "exact_matching", "default"

@@ -11,7 +11,7 @@ from typing import Any
 
 from .drawn_questions import draw_questions, write_task
 from .harness import DEFAULT_JUDGE, RULES, Outcome, SuiteRun
-from .suites import DRAWN
+from .sets import DRAWN
 
 
 MODEL = "sail_vl"

@@ -18,8 +18,8 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..devices import choose_device, choose_dtype
-from .suites import MOST_TILES, tiles_of_task
+from ...devices import choose_device, choose_dtype
+from .sets import MOST_TILES, tiles_of_task
 
 
 # Options of a task that `generate` takes; `until` is not used: the end-of-turn token ends an answer.

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .datasets import decode
-from .encoders import LAST, Encoder, blocks_of, load_encoder
+from ..datasets import decode
+from ..encoders import LAST, Encoder, blocks_of, load_encoder
 
 
 IMAGES_PER_BATCH = 8

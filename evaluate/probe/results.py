@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..convert.storage.files import read_json
-from ..convert.storage.sources import without_local_path
-from .probe_report import HEADS, RESULTS
+from ...convert.storage.files import read_json
+from ...convert.storage.sources import without_local_path
+from .files import HEADS, RESULTS
 
 
 Entry = Mapping[str, Any]

@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..convert.storage.files import first_line
-from ..convert.storage.sources import without_local_path
-from ..convert.storage.training_run import open_checkpoint
-from .datasets import SUFFIXES, decode
-from .pictures import PrincipalColours, fit_image
-from .probe_results import ProbeFindings, match_probes, read_probe
+from ...convert.storage.files import first_line
+from ...convert.storage.sources import without_local_path
+from ...convert.storage.training_run import open_checkpoint
+from ..datasets import SUFFIXES, decode
+from ..pictures import PrincipalColours, fit_image
+from ..probe.results import ProbeFindings, match_probes, read_probe
 from .runs import Run, find_base, find_runs
 from .similarity import EncoderView, compare_encoders
 from .weights_change import WeightsChange, weights_change
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = 5
 PICTURE_SIDE = 420  # pixels in the page
 Log = Callable[[str], None]

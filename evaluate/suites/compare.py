@@ -5,8 +5,8 @@
 from pathlib import Path
 from typing import Any
 
-from .statistics import mcnemar, paired_bootstrap, wilson_interval
-from .suite_run import read_bundle, read_questions
+from ..statistics import mcnemar, paired_bootstrap, wilson_interval
+from .run import read_bundle, read_questions
 
 
 # Settings that should be equal; the others are those that one compares.

@@ -7,8 +7,6 @@ set; pairs of encoders are compared on the same test images.
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,14 +19,16 @@ from typing import Any
 import torch
 from psutil import virtual_memory
 
-from ..convert.storage.output_folder import check_free, new_folder
-from ..devices import choose_device
-from .datasets import LabelledImages, load_images, match_classes
-from .encoders import LAST, Encoder, check_encoder, library_versions, load_encoder
+from ...convert.storage.output_folder import check_free, new_folder
+from ...devices import choose_device
+from ..datasets import LabelledImages, load_images, match_classes
+from ..encoders import LAST, Encoder, load_encoder
+from ..models import check_model
+from ..statistics import compare_paired, wilson_interval
+from ..versions import library_versions, package_commit
 from .features import CHUNK, Features, compute_features, default_cache, extract_features, read_features
+from .files import RESULTS, write_report
 from .heads import KINDS, FittedHead, HeadOptions, describe_options, fit_heads
-from .probe_report import RESULTS, write_report
-from .statistics import compare_paired, wilson_interval
 
 
 Log = Callable[[str], None]
@@ -123,7 +123,7 @@ def run_probe(
     if out is not None:
         check_free(out, overwrite, RESULTS)
     for name in dict.fromkeys([*encoders, *([options.preprocessing] if options.preprocessing else [])]):
-        check_encoder(name)  # before hours of work on the others
+        check_model(name)  # before hours of work on the others
     train_set, test_sets = _load_data(train, tests)
     probe = _Probe(train_set, test_sets, options, log, progress or _no_progress, (rank, ranks, wait))
     for name in encoders:
@@ -332,17 +332,8 @@ class _Probe:
             "batch_size": options.batch_size,
             "processes": self.ranks,
             "versions": {"sailvit": version("sailvit"), **library_versions()},
-            "commit": _commit(),
+            "commit": package_commit(),
         }
-
-
-def _commit() -> str | None:
-    """Return the commit of this package, if it is a git checkout."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _describe_tokens(options: ProbeOptions) -> str:

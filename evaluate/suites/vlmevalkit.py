@@ -9,7 +9,7 @@ from typing import Any
 
 from .drawn_questions import draw_questions, write_tsv
 from .harness import DEFAULT_JUDGE, RULES, Outcome, SuiteRun
-from .suites import DRAWN
+from .sets import DRAWN
 
 
 MODEL = "sail_vl"  # the model's name in file names

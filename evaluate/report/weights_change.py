@@ -8,9 +8,9 @@ from math import prod
 
 import numpy as np
 
-from ..convert.storage.checkpoint import Checkpoint
-from ..convert.storage.names import strip_wrapper_prefixes
-from ..convert.storage.tensors import StoredTensor, cast_stream, spans
+from ...convert.storage.checkpoint import Checkpoint
+from ...convert.storage.names import strip_wrapper_prefixes
+from ...convert.storage.tensors import StoredTensor, cast_stream, spans
 
 
 CHUNK = 1 << 20  # elements in memory at a time

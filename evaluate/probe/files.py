@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..convert.export.card import RESULTS as EVALUATION
-from ..convert.storage.files import write_json
-from ..convert.storage.sources import without_local_path
+from ...convert.export.card import RESULTS as EVALUATION
+from ...convert.storage.files import write_json
+from ...convert.storage.sources import without_local_path
 
 
 RESULTS = "results.json"

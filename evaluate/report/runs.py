@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.storage.files import first_line, is_number, read_json
-from ..convert.storage.training_record import TRAINING, read_training
+from ...convert.storage.files import first_line, is_number, read_json
+from ...convert.storage.training_record import TRAINING, read_training
 
 
 RUN, LOG, SKIPPED = "run.json", "log.jsonl", "skipped.jsonl"  # as `sailvit train` names them; a test compares them

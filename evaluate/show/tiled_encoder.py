@@ -1,29 +1,19 @@
 """Loading a vision encoder of any kind, alone or from a multimodal folder, with the processor that cuts its tiles."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
-from ..configuration_sailvl import SAILVLConfig
-from ..convert.storage.checkpoint import Checkpoint
-from ..convert.storage.names import strip_wrapper_prefixes
-from ..convert.storage.sources import check_name
-from ..convert.storage.tensors import load_float32, torch_name
-from ..convert.storage.training_run import open_checkpoint
-from ..devices import choose_device, choose_dtype, dtype_name
-from ..image_processing_sailvit import SAILViTImageProcessor
+from ...devices import choose_device, choose_dtype, dtype_name
+from ...image_processing_sailvit import SAILViTImageProcessor
+from ..models import load_transformers, read_config
 
 
-# Segments of the names under which multimodal models keep their vision encoder: "vision_model.", "model.vision_tower.".
-VISION_PREFIX = re.compile(r"((?:\w+\.)*?(?:vision_model|vision_tower|vision_encoder)\.)")
-# Parameters after the tokens: a classifier, a pooling head.
-HEADS = re.compile(r"(classifier|head|pooler)\.")
 # Of folders whose encoder is not that of a SAIL-VL: the image is one tile, as the encoder was trained.
 ONE_TILE = {"max_tiles": 1}
 
@@ -89,8 +79,8 @@ def load_tiled_encoder(
     **image_options: Any,
 ) -> TiledEncoder:
     """
-    Return the vision encoder of a folder or Hub name, loaded strictly: any that AutoModel loads, or the vision part of
-    a SAIL-VL or another multimodal model, whose language model is not read.
+    Return the vision encoder of a folder or Hub name, any that AutoModel loads, or the vision part of a SAIL-VL or
+    another multimodal model, whose language model is not read.
 
     Args:
         path: The folder, or the name on the Hub.
@@ -102,36 +92,21 @@ def load_tiled_encoder(
         image_options: Options of SAILViTImageProcessor that replace those of the folder.
 
     Raises:
-        ValueError: It is no vision encoder, weights are missing or unexpected, or an option is wrong; the message names
-            them.
+        ValueError: It is no vision encoder of transformers, weights are missing, or an option is wrong; the message
+            names them.
     """
-    check_name(path)
     device = choose_device(device)
-    checkpoint = open_checkpoint(path)
-    config = _read_config(path, checkpoint)
+    config = read_config(path)
     vision = getattr(config, "vision_config", config)
     _check_config(path, vision)
     layer = getattr(config, "select_layer", -1) if layer is None else layer
     if not -(vision.num_hidden_layers + 1) <= layer <= vision.num_hidden_layers:
         raise ValueError(f"layer {layer}: expected -1, or 0 to {vision.num_hidden_layers} (0: the embeddings)")
     processor = _load_processor(path, vision, log, **image_options)
-    if vision is config:
-        model = _load_alone(path)
-    else:
-        model = _load_part(path, checkpoint, vision)
-        log(f"the vision part of {path}")
+    model = load_transformers(path, config, log)
     compute_dtype, reason = choose_dtype(model.dtype, device, dtype)
     log(f"runs on {device} in {dtype_name(compute_dtype)}: {reason}")
     return TiledEncoder(Path(path).name, model.to(device, compute_dtype).eval(), processor, layer)
-
-
-def _read_config(path: str, checkpoint: Checkpoint) -> PretrainedConfig:
-    fields = checkpoint.document("config.json")
-    if not fields:
-        raise ValueError(f"{path}: config.json is missing: expected a model folder, as `sailvit convert` writes it")
-    if fields.get("model_type") == "internvl_chat":  # of SAIL-VL releases
-        return SAILVLConfig.from_pretrained(path)
-    return AutoConfig.from_pretrained(path)
 
 
 def _check_config(path: str, config: PretrainedConfig) -> None:
@@ -140,44 +115,6 @@ def _check_config(path: str, config: PretrainedConfig) -> None:
     if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(config, name, None), kind)]:
         what = f"model_type {config.model_type!r} without one {', '.join(wrong)}"
         raise ValueError(f"{path}: {what}: expected a vision encoder of one token per patch, or a model that has one")
-
-
-def _load_alone(path: str) -> PreTrainedModel:
-    model, report = AutoModel.from_pretrained(path, dtype="auto", output_loading_info=True)
-    _check_report(path, report)
-    return model
-
-
-def _load_part(path: str, checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
-    """Return the vision encoder in a multimodal model; only its tensors are read."""
-    names = {strip_wrapper_prefixes(name): name for name in checkpoint.weight_map}
-    prefixes = {match[1] for name in names if (match := VISION_PREFIX.match(name))}
-    if len(prefixes) != 1:
-        found = ", ".join(sorted(prefixes)) or "none"
-        raise ValueError(f"{path}: expected the tensors of one vision encoder (vision_model.*, ...), got {found}")
-    (prefix,) = prefixes
-    own = {name.removeprefix(prefix): checkpoint[stored] for name, stored in names.items() if name.startswith(prefix)}
-    dtypes = {getattr(torch, torch_name(stored.dtype)) for stored in own.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    tensors = {name: load_float32(stored).to(dtype) for name, stored in own.items()}
-    model_class = AutoModel._model_mapping[type(config)]
-    with torch.device("meta"):
-        expected = model_class(config).state_dict().keys()
-    inner = f"{prefix.split('.')[-2]}."  # transformers < 5: the encoder of CLIP and SigLIP alone has this segment, too
-    if any(f"{inner}{name}" in expected for name in tensors):
-        tensors = {f"{inner}{name}": tensor for name, tensor in tensors.items()}
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-    )
-    _check_report(path, report)
-    return model
-
-
-def _check_report(path: str, report: dict[str, Any]) -> None:
-    """Raise a ValueError that names keys which model and checkpoint do not have in common; heads do not count."""
-    for kind in ("missing", "unexpected", "mismatched"):
-        if names := sorted(str(name) for name in report[f"{kind}_keys"] if not HEADS.match(str(name))):
-            raise ValueError(f"{path}: {kind} keys in the checkpoint: {', '.join(names[:5])}")
 
 
 def _load_processor(

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from ..convert.storage.files import first_line, read_json
-from .datasets import Group, LabelledImages, Skipped, decode, hash_content
-from .encoders import Encoder, Preprocessing
+from ...convert.storage.files import first_line, read_json
+from ..datasets import Group, LabelledImages, Skipped, decode, hash_content
+from ..encoders import Encoder, Preprocessing
 
 
 FORMAT = 1  # of the cache; raised when its files change

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from .charts import Line, line_chart
-from .encoders import LAST, library_versions
-from .probe_report import HEADS, markdown_table
-from .probe_results import PAPER_ACCURACIES, PAPER_TESTS
-from .report import Report
+from ..charts import Line, line_chart
+from ..encoders import LAST
+from ..pages import data_url, read_template, render, write_file
+from ..probe.files import HEADS, markdown_table
+from ..probe.results import PAPER_ACCURACIES, PAPER_TESTS
+from ..versions import library_versions
+from .build import Report
 from .runs import Run
-from .show import TEMPLATES, data_url, read_style, write_file
 
 
 PAPER = "SAILViT, arXiv 2507.01643"
@@ -48,8 +48,8 @@ class Chart:
 
 def page(report: Report, command: str = "") -> str:
     """Return the HTML page of a report: self-contained, without scripts or requests to a network."""
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         report=report,
         title=_title(report),
         stages=stage_table(report),
@@ -69,7 +69,7 @@ def page(report: Report, command: str = "") -> str:
         missing=missing(report),
         made_with=_made_with(),
         command=command,
-        style=read_style("report.css"),
+        style=read_template("page.css", "report.css"),
     )
 
 

@@ -16,7 +16,6 @@ import datetime
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -27,7 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
-from ..convert.storage.files import hash_file
+from ...convert.storage.files import hash_file
+from ..versions import package_commit
 from . import lmms_eval_harness, vlmevalkit
 from .harness import (
     HarnessError,
@@ -38,7 +38,7 @@ from .harness import (
     read_environment,
     run_process,
 )
-from .suites import SUITES, VLMEVALKIT
+from .sets import SUITES, VLMEVALKIT
 
 
 BUNDLE, LOG, SETTINGS = "bundle.json", "harness.log", "settings.json"
@@ -85,7 +85,7 @@ def run_suite(run: SuiteRun, out: Path, on_line: Callable[[str], None], on_outpu
         harness.write_inputs(run, work / "harness")
         started = _now()
         outcomes, command = _run_harness(run, work, on_output, rescore=False)
-        record = {**settings, "left_out": left_out, "commit": _commit(), **command}
+        record = {**settings, "left_out": left_out, "commit": package_commit(), **command}
         record |= {"started": started, "finished": _now()}
         content = _write_bundle(work, record, run, outcomes)
         work.rename(out)
@@ -284,19 +284,6 @@ def _replace(bundle: Path, work: Path) -> None:
         old.rename(bundle)
         raise
     shutil.rmtree(old)
-
-
-def _commit() -> str | None:
-    """Return the commit of this package if it runs from a git checkout, with "+changes" if files differ from it."""
-    folder = Path(__file__).parents[1]
-    git = ["git", "-C", str(folder)]
-    try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True)
-        root, commit = top.stdout.split("\n")[:2]
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changes.stdout else "") if Path(root) == folder else None
 
 
 def _now() -> str:
