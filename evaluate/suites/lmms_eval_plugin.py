@@ -9,4 +9,4 @@ lmms-eval loads it while it imports its models, so the class itself is in anothe
 from lmms_eval.models.registry_v2 import ModelManifest
 
 
-MANIFEST = ModelManifest("sail_vl", chat_class_path="sailvit.evaluate.lmms_eval_model.SAILVLForLMMsEval")
+MANIFEST = ModelManifest("sail_vl", chat_class_path="sailvit.evaluate.suites.lmms_eval_model.SAILVLForLMMsEval")
