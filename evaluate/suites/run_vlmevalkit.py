@@ -24,6 +24,7 @@ RANK = os.environ.get("RANK", "0")
 
 
 def main() -> None:
+    sys.path.remove(str(Path(__file__).parent))  # its modules would hide others of the same names
     records = Path(sys.argv.pop(1))
     if not torch.cuda.is_available():
         use_cpu()
