@@ -610,7 +610,7 @@ def _pixel_values(tiles: list[torch.Tensor], options: SimpleNamespace, tensor_ty
 def _without_repetitions(tiles: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
     """Return every tensor of tiles once, and for each tile of `tiles` its index in their concatenation."""
     different = {id(tensor): tensor for tensor in tiles}
-    starts = dict(zip(different, accumulate(map(len, different.values()), initial=0)))
+    starts = dict(zip(different, accumulate(map(len, different.values()), initial=0), strict=False))
     return [*different.values()], [starts[id(tensor)] + index for tensor in tiles for index in range(len(tensor))]
 
 

@@ -1,6 +1,7 @@
 """A corpus in memory, and toy samples with text, images and videos of various sizes."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,16 @@ def make_sample(
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return Sample(messages, kind)
+
+
+def make_independent(rng: np.random.Generator, images: int = 2, turns: int = 3, kind: str | None = None) -> Sample:
+    """Return a sample of independent turns about the same images."""
+    return replace(make_sample(rng, images, turns=turns, kind=kind), independent_turns=True)
+
+
+def split_turns(sample: Sample) -> list[Sample]:
+    """Return a sample for each of its conversations."""
+    return [Sample(messages, sample.kind, sample.options) for messages in sample.conversations]
 
 
 def make_samples(count: int, seed: int = 0) -> list[Sample]:

@@ -257,9 +257,9 @@ class Corpus(Sequence):
         """Return index -> (messages, tokens, answers, tiles) of the samples that fit with fewer turns."""
         shorter = {}
         for index in map(int, excess):
-            reader, messages = self._find(index)[0].reader, self[index].messages
-            for end in range(len(messages) - 2, 1, -2):
-                counts = reader.count([Sample(messages[:end])])[0]
+            reader, sample = self._find(index)[0].reader, self[index]
+            for end in range(len(sample.messages) - 2, 1, -2):
+                counts = reader.count([replace(sample, messages=sample.messages[:end])])[0]
                 if not isinstance(counts, str) and counts.tokens <= max_tokens and counts.tiles <= max_tiles:
                     shorter[index] = (end, *counts)
                     break
@@ -297,9 +297,8 @@ def _open_files(
 
 def _format_options(source: Source, image_root: Path | None) -> FormatOptions:
     try:
-        return FormatOptions(
-            image_root, source.allow_outside, min_rating=source.min_rating, num_frames=source.num_frames
-        )
+        names = ("allow_outside", "min_rating", "num_frames", "independent_turns")
+        return FormatOptions(image_root, **{name: getattr(source, name) for name in names})
     except ValueError as error:
         raise ValueError(f"source {source.name}: {error}") from error
 

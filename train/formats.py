@@ -61,11 +61,24 @@ class Sample:
             path or URL, a PIL image, or a list of these, the frames of a video.
         kind: caption, ocr, ...; None if unknown.
         options: Options of the processor for this sample: max_tiles, num_frames, ...
+        independent_turns: Every question is asked without the turns before it; images are in the first one only.
     """
 
     messages: list[dict[str, Any]]
     kind: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    independent_turns: bool = False
+
+    @property
+    def conversations(self) -> list[list[dict[str, Any]]]:
+        """The messages; of independent turns a conversation for each question, all with the images of the first."""
+        if not self.independent_turns:
+            return [self.messages]
+        system = [message for message in self.messages if message["role"] == "system"]
+        first, *turns = self.messages[len(system) :]
+        media = [part for part in first["content"] if part["type"] != "text"]
+        questions = [first, *({**turn, "content": [*media, *turn["content"]]} for turn in turns[1::2])]
+        return [[*system, question, answer] for question, answer in zip(questions, turns[::2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,8 @@ class FormatOptions:
         min_rating: Drop the turns of rated `texts` with a rating below this number, or below the number given for a
             rating, {"relevance": 4}. A turn whose rating is None is kept.
         num_frames: Take at most this many frames of a video that is a list of frames.
+        independent_turns: Read the turns of a record as questions about the same images that do not depend on each
+            other.
 
     Raises:
         ValueError: min_rating names an unknown rating, or num_frames is below 1.
@@ -88,6 +103,7 @@ class FormatOptions:
     allow_outside: bool = False
     min_rating: float | Mapping[str, float] | None = None
     num_frames: int | None = None
+    independent_turns: bool = False
 
     def __post_init__(self) -> None:
         names = self.min_rating if isinstance(self.min_rating, Mapping) else ()
@@ -130,8 +146,10 @@ def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
     _place(turns, "video", videos, options)
     _place(turns, "image", images, options)
     _check_reserved(turns)
+    if options.independent_turns:
+        _check_independent(turns)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return Sample(messages, _kind_of(fields))
+    return Sample(messages, _kind_of(fields), independent_turns=options.independent_turns)
 
 
 def _kind_of(fields: Mapping[str, Any]) -> str | None:
@@ -253,6 +271,18 @@ def _check_order(turns: list[Turn]) -> None:
             raise BadSample(f"{turn.location}: the answer is empty")
     if dialogue[-1].role == "user":
         raise BadSample(f"{dialogue[-1].location}: the last user turn has no answer")
+
+
+def _check_independent(turns: list[Turn]) -> None:
+    """Check that images and videos are in the first question, which all independent turns then show."""
+    first = next(turn for turn in turns if turn.role == "user")
+    for turn in turns:
+        media = [part["type"] for part in turn.content if part["type"] != "text"]
+        if media and turn is not first:
+            raise BadSample(
+                f"{turn.location}: independent_turns: expected images and videos in the first question only, got "
+                f"{media[0]}: move it there, or leave independent_turns out"
+            )
 
 
 def _check_reserved(turns: list[Turn]) -> None:

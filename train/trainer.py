@@ -391,9 +391,11 @@ class SAILVLTrainer(Trainer):
 
     def _kinds_of_answers(self, packs: list[Pack]) -> np.ndarray:
         """Return the number of the kind of every answer token."""
-        kinds, samples = self.batches.corpus.kinds, [np.array(pack.samples, int) for pack in packs]
+        kinds, samples = self.batches.corpus.kinds, [np.repeat(pack.samples, pack.conversations) for pack in packs]
         counts = [count_answers(pack).numpy() for pack in packs]
-        return np.concatenate([np.repeat(kinds[own], each) for own, each in zip(samples, counts, strict=True)])
+        return np.concatenate(
+            [np.repeat(kinds[own.astype(int)], each) for own, each in zip(samples, counts, strict=True)]
+        )
 
     def _count(self, packs: list[Pack]) -> tuple[float, StepTotals]:
         """Return the sum of the weights of all answer tokens, and the counts, of all ranks."""
