@@ -294,6 +294,27 @@ def test_turns_with_a_high_rating_may_be_independent():
     assert conversations_of(sample) == expected
 
 
+KINDS_OF_TURNS = {
+    "one": (["ocr", "ocr"], None, "ocr", ()),
+    "several": (["ocr", "caption"], None, "caption+ocr", ("ocr", "caption")),
+    "some from the record": (["ocr", None], "math", "math+ocr", ("ocr", "math")),
+    "one unknown": ([None, "ocr"], None, "ocr+unknown", ("unknown", "ocr")),
+    "none": ([None, None], "math", "math", ()),
+}
+
+
+@pytest.mark.parametrize("of_turns, of_record, kind, turn_kinds", KINDS_OF_TURNS.values(), ids=KINDS_OF_TURNS)
+def test_independent_turns_may_have_kinds_of_their_own(of_turns, of_record, kind, turn_kinds):
+    texts = [{"user": "Why?", "assistant": "So.", "kind": each} for each in of_turns]
+    record = {"texts": texts, "kind": of_record}
+    sample = parse_record(record, FormatOptions(independent_turns=True))
+    assert (sample.kind, sample.turn_kinds) == (kind, turn_kinds)
+    assert (parse_record(record, OPTIONS).kind, parse_record(record, OPTIONS).turn_kinds) == (of_record, ())
+    texts[0]["kind"] = "a+b"
+    with pytest.raises(BadSample, match=r"texts\[0\].kind: expected a name without \+, got .*a\+b"):
+        parse_record(record, OPTIONS)
+
+
 @pytest.mark.parametrize(
     "record",
     [

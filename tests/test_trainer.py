@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,21 +142,25 @@ def test_the_loss_of_a_step_does_not_depend_on_packs(corpus, tmp_path, reduction
         assert packed["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_step_of_independent_turns_equals_one_of_separate_samples(processor, tmp_path, packing):
+def test_a_step_of_independent_turns_equals_one_of_separate_samples(processor, tmp_path):
     rng, recipe = np.random.default_rng(0), ToyRecipe(loss_reduction="square", max_steps=1)
     samples = [make_independent(rng, kind="ocr"), make_sample(rng, 1, kind="caption"), make_independent(rng, 1, 2)]
+    samples[0] = replace(samples[0], turn_kinds=("ocr", "short_qa", "caption"))
+    separate = [one for own in samples for one in split_turns(own)]
+    separate[1:3] = [replace(one, kind=kind) for one, kind in zip(separate[1:3], ("short_qa", "caption"), strict=True)]
     entries = []
-    for name, each in {"shared": samples, "separate": [one for own in samples for one in split_turns(own)]}.items():
-        corpus = make_corpus(each, processor, tmp_path / name)
+    for index, (each, packing) in enumerate([(separate, True), (samples, True), (samples, False)]):
+        corpus = make_corpus(each, processor, tmp_path / f"{index}")
         options = {"samples_per_step": len(each), "max_tokens_per_pack": 2048, "packing": packing}
-        make_trainer(corpus, tmp_path / name / "run", recipe, **options).train()
-        entries += read_log(tmp_path / name / "run")
-    shared, separate = entries
-    for name in ("loss", "grad_norm", "loss_by_kind"):
-        assert shared[name] == pytest.approx(separate[name], rel=1e-5), name
-    assert [shared[name] == separate[name] for name in ("tokens", "answer_tokens")] == [True, True]
-    assert (shared["samples"], separate["samples"]) == (3, 6) and shared["tiles"] < separate["tiles"] / 1.5
+        make_trainer(corpus, tmp_path / f"{index}" / "run", recipe, **options).train()
+        entries += read_log(tmp_path / f"{index}" / "run")
+    expected, *shared = entries
+    assert expected["loss_by_kind"].keys() == {"ocr", "short_qa", "caption", "unknown"} and expected["samples"] == 6
+    for entry in shared:
+        for name in ("loss", "grad_norm", "loss_by_kind"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+        assert [entry[name] - expected[name] for name in ("tokens", "answer_tokens")] == [0, 0]
+        assert entry["samples"] == 3 and entry["tiles"] < expected["tiles"] / 1.5
 
 
 def test_every_step_is_logged(corpus, tmp_path):

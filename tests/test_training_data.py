@@ -79,6 +79,18 @@ def test_the_cache_notices_independent_turns(tmp_path, processor):  # noqa: F811
     assert pack.skipped == [] and pack.conversations == [3, 3] and len(pack.inputs["pixel_values"]) == 6
 
 
+@pytest.mark.parametrize("kind, counts", [(None, {"caption+ocr": 1, "ocr": 1}), ("text", {"text": 2})])
+def test_kinds_of_turns_are_those_of_the_corpus(tmp_path, processor, kind, counts):  # noqa: F811
+    texts = [{"user": "What?", "assistant": "A.", "kind": each} for each in ("ocr", "caption")]
+    write_lines(tmp_path / "a.jsonl", [{"texts": texts}, {"texts": texts[:1]}])
+    source = {"path": "a.jsonl", "independent_turns": True} | ({"kind": kind} if kind else {})
+    corpus = Corpus.from_yaml(write_corpus(tmp_path, source), processor, tmp_path / "cache")
+    assert corpus.count_kinds() == counts and corpus.kind_names == (
+        ("text",) if kind else ("caption", "caption+ocr", "ocr")
+    )
+    assert read_pack(corpus, [0, 1]).kinds == ([None] * 3 if kind else ["ocr", "caption", None])
+
+
 def test_an_image_that_breaks_later_is_skipped_and_named(corpus, tmp_path):
     whole = (tmp_path / "2.jpg").read_bytes()
     (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2])

@@ -39,7 +39,8 @@ class MemoryCorpus:
         self._samples, self.processor, self.cache_dir = samples, processor, Path(cache_dir)
         self.tokens, self.tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
         kinds = [getattr(sample, "kind", None) or "unknown" for sample in samples]
-        self.kind_names = tuple(sorted({*kinds}))
+        named = {name for sample in samples for name in getattr(sample, "turn_kinds", ())}
+        self.kind_names = tuple(sorted({*kinds} | named))
         self.kinds = np.array([self.kind_names.index(kind) for kind in kinds], np.int32)
         self.fingerprint = hashlib.sha256(self.tokens.tobytes() + self.tiles.tobytes()).hexdigest()
 

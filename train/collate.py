@@ -5,8 +5,8 @@ Batches: samples -> tokens, labels and tiles -> packs, each one row of tensors t
 
 A sample is one conversation, or several that do not depend on each other and show the same tiles, encoded once.
 
-Shapes: S tokens of a sample or a pack, n tiles, m >= n tiles that its conversations show together, h and w the height and
-width of a tile in pixels.
+Shapes: S tokens of a sample or a pack, n tiles, m >= n tiles that its conversations show together, h and w the height
+and width of a tile in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +38,7 @@ class EncodedSample:
         tiles: (n, 3, h, w), float32 pixel_values or uint8; None without images.
         tile_indices: (m,) int64, the tiles that its conversations show; None if each is shown once, in order.
         splits: Tokens of each of its conversations; () if it is one.
+        kinds: The kind of each of its conversations; () if all are of the kind of the sample.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +46,7 @@ class EncodedSample:
     tiles: torch.Tensor | None = None
     tile_indices: torch.Tensor | None = None
     splits: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -65,6 +67,7 @@ class Pack:
         skipped: (corpus index, reason) of the samples that were left out.
         num_labels: Positions with a label.
         conversations: The number of conversations of each sample.
+        kinds: The kind of each conversation; None if it is that of its sample.
     """
 
     inputs: dict[str, Any]
@@ -73,6 +76,7 @@ class Pack:
     skipped: list[tuple[int, str]] = field(default_factory=list)
     num_labels: int = 0
     conversations: list[int] = field(default_factory=list)
+    kinds: list[str | None] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with its tensors on a device."""
@@ -117,6 +121,7 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
         tiles.to(torch.uint8) if uint8_tiles and tiles is not None else tiles,
         None if indices is None else torch.tensor(indices),
         tuple(map(len, ids)),
+        sample.turn_kinds[: len(ids)],  # fewer if it is truncated
     )
 
 
@@ -174,8 +179,15 @@ def collate(
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     num_labels = int((inputs["labels"] != IGNORED).sum())
-    conversations = [len(row.lengths) for row in encoded]
-    return Pack(inputs, list(samples), lengths if encoded else [], list(skipped), num_labels, conversations)
+    return Pack(
+        inputs,
+        samples=list(samples),
+        lengths=lengths if encoded else [],
+        skipped=list(skipped),
+        num_labels=num_labels,
+        conversations=[len(row.lengths) for row in encoded],
+        kinds=[kind for row in encoded for kind in row.kinds or [None] * len(row.lengths)],
+    )
 
 
 def _concatenate_tiles(rows: list[EncodedSample]) -> dict[str, torch.Tensor]:

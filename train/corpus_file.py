@@ -37,7 +37,7 @@ class Source(Strict):
         image_root: Folder that relative paths of images and videos start from. Default: the folder of the file.
         allow_outside: Accept images outside of `image_root`.
         kind: Kind of the samples: caption, ocr, open_qa, short_qa, math, text or another. Default: the kind that a
-            record names, else "unknown".
+            record names, or its independent turns, else "unknown".
         fraction: Use a random part of the samples.
         repeat: Use every sample this often in an epoch; a fractional part is a random part of the samples.
         min_rating: Drop turns with a lower rating, in any or in the named ratings of FineVision.
