@@ -283,6 +283,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         cache: Any = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        tile_indices: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """
@@ -297,6 +298,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             image_features: (n, N, E) instead of `pixel_values`: the output of `get_image_features`.
             logits_to_keep: Number of last positions, or the positions, to compute logits for; 0 for all.
             mm_token_type_ids: (B, S) from the processor; unused, accepted so that its whole output can be passed.
+            tile_indices: (m,) integers: for every tile that the prompts show, in their order, its index among the n
+                tiles. A tile that is shown several times is encoded once. Default: each is shown once, in order.
             kwargs: Passed to the language model: use_cache, num_items_in_batch, ...
 
         Returns:
@@ -304,15 +307,16 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
         Raises:
             ValueError: The numbers of placeholders and visual tokens differ; both or neither of `input_ids` and
-                `inputs_embeds` are given; the tiles have a wrong shape.
+                `inputs_embeds` are given; the tiles have a wrong shape; `tile_indices` are not indices of tiles.
         """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
         if labels is not None and (placeholders := self._placeholders(input_ids, inputs_embeds)) is not None:
             labels = labels.masked_fill(placeholders.to(labels.device), -100)
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:  # some language models lack this argument
             kwargs["logits_to_keep"] = logits_to_keep
+        vision = (pixel_values, image_features, tile_indices)
         return self.language_model(
-            inputs_embeds=self._embed(input_ids, inputs_embeds, pixel_values, image_features, kwargs.get(CACHE)),
+            inputs_embeds=self._embed(input_ids, inputs_embeds, *vision, kwargs.get(CACHE)),
             attention_mask=attention_mask,
             position_ids=position_ids,
             labels=labels,
@@ -325,6 +329,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         inputs_embeds: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         image_features: torch.Tensor | None,
+        tile_indices: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
         """Return the input embeddings (B, S, E), with visual tokens at the positions of the placeholders."""
@@ -337,6 +342,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
+        if tile_indices is not None:
+            image_features = _select_tiles(image_features, tile_indices)
         is_first = _is_first_step(cache, inputs_embeds.shape[1])
         if image_features is None and is_first and self.always_run_vision:
             inputs_embeds = inputs_embeds + self._zero_of_vision(inputs_embeds)
@@ -401,6 +408,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         image_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = None,
+        tile_indices: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; images are passed in the first step only."""
@@ -411,7 +419,7 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         # in assisted generation is_first_iteration is False even for the first step
         is_first = is_first_iteration or _is_first_step(kwargs.get(CACHE), step.shape[1])
         if is_first or (is_first_iteration is None and self._continues_with_images(inputs.get("input_ids"))):
-            inputs |= {"pixel_values": pixel_values, "image_features": image_features}
+            inputs |= {"pixel_values": pixel_values, "image_features": image_features, "tile_indices": tile_indices}
         return inputs
 
     def _continues_with_images(self, input_ids: torch.Tensor | None) -> bool:
@@ -433,17 +441,19 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         Images are encoded once; their visual tokens are repeated prompt by prompt, which keeps the tiles of a prompt
         together.
         """
-        pixel_values, features = model_kwargs.pop("pixel_values", None), model_kwargs.pop("image_features", None)
+        names = ("pixel_values", "image_features", "tile_indices")
+        pixel_values, features, tile_indices = (model_kwargs.pop(name, None) for name in names)
         if expand_size > 1 and (pixel_values is not None or features is not None):
             features = self.get_image_features(pixel_values) if features is None else features
+            features = features if tile_indices is None else _select_tiles(features, tile_indices)
             placeholders = self._placeholders(input_ids, model_kwargs.get("inputs_embeds"))
             self._check_count(placeholders.sum(), features.shape[:2].numel())
             features = _repeat_by_prompt(features, placeholders, expand_size)
-            pixel_values = None
+            pixel_values = tile_indices = None
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return input_ids, {**model_kwargs, "pixel_values": pixel_values, "image_features": features}
+        return input_ids, model_kwargs | dict(zip(names, (pixel_values, features, tile_indices), strict=True))
 
 
 class SAILVLModel(nn.Module):
@@ -473,6 +483,7 @@ class SAILVLModel(nn.Module):
         image_features: torch.Tensor | None = None,
         cache: Any = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        tile_indices: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[torch.Tensor, ...]:
         """
@@ -482,7 +493,8 @@ class SAILVLModel(nn.Module):
             ValueError: As in SAILVLForConditionalGeneration.forward.
         """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
-        embeds = self.full_model._embed(input_ids, inputs_embeds, pixel_values, image_features, kwargs.get(CACHE))
+        vision = (pixel_values, image_features, tile_indices)
+        embeds = self.full_model._embed(input_ids, inputs_embeds, *vision, kwargs.get(CACHE))
         return self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -510,6 +522,20 @@ def _concatenate_outputs(outputs: Sequence[BaseModelOutputWithPooling]) -> BaseM
         is_tensor = isinstance(values[0], torch.Tensor)
         concatenated[name] = torch.cat(values) if is_tensor else tuple(map(torch.cat, zip(*values, strict=True)))
     return BaseModelOutputWithPooling(**concatenated)
+
+
+def _select_tiles(features: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor:
+    """Return the visual tokens (m, N, E) of the tiles with the `indices` (m,)."""
+    if features is None:
+        raise ValueError("tile_indices needs the tiles: pass pixel_values or image_features, too")
+    if indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
+        shape = tuple(indices.shape)
+        raise ValueError(f"tile_indices: expected integers of shape (tiles shown,), got {indices.dtype}, shape {shape}")
+    if len(indices) and not torch.compiler.is_compiling():
+        least, most = indices.aminmax()
+        if least < 0 or most >= len(features):
+            raise ValueError(f"tile_indices: expected 0 to {len(features) - 1}, got {least} to {most}")
+    return features[indices.to(features.device)]
 
 
 def _repeat_by_prompt(features: torch.Tensor, placeholders: torch.Tensor, times: int) -> torch.Tensor:

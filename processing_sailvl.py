@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ class SAILVLTextKwargs(TextKwargs, total=False):
     return_token_type_ids: bool | None
     return_mm_token_type_ids: bool | None
     return_text_replacement_offsets: bool | None
+    return_tile_indices: bool | None
     return_tensors: str | None
 
 
@@ -196,7 +198,9 @@ class SAILVLProcessor(ProcessorMixin):
         Returns:
             input_ids, attention_mask (B, S); with images, pixel_values (n, 3, h, w) in the order of the prompts. On
             request mm_token_type_ids (B, S), 1 for the tokens of images and frames including start and end tokens;
-            text_replacement_offsets, the spans of every placeholder and of its replacement; video_metadata.
+            text_replacement_offsets, the spans of every placeholder and of its replacement; video_metadata;
+            tile_indices (m,), then pixel_values has the tiles of an image only once that is given several times, as
+            the same object or path: for every tile that the prompts show, in their order, its index in pixel_values.
 
         Raises:
             ValueError: The placeholders do not match the images or videos; a video cannot be decoded, or its frame rate
@@ -309,12 +313,16 @@ class SAILVLProcessor(ProcessorMixin):
             )
 
     def _replace_images(self, images: list[Any], options: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the replacement text of each image and its tiles (tiles, 3, h, w)."""
+        """Yield the replacement text of each image and its tiles (tiles, 3, h, w): one tensor of equal images."""
         if not images:
             return
-        inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
-        for index, tiles in enumerate(inputs["pixel_values"].split(inputs["num_tiles"].tolist())):
-            yield self.replace_image_token(inputs, index), tiles
+        keys = [image if isinstance(image, str) else id(image) for image in images]
+        different = dict(zip(keys, images, strict=True))
+        inputs = self.image_processor([*different.values()], **{**options, "return_tensors": "pt"})
+        tiles = inputs["pixel_values"].split(inputs["num_tiles"].tolist())
+        indices = {key: index for index, key in enumerate(different)}
+        for key in keys:
+            yield self.replace_image_token(inputs, indices[key]), tiles[indices[key]]
 
     def _replace_videos(self, clips: list[list[Any]], options: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the replacement text of each video and its frames, one tile each, (frames, 3, h, w)."""
@@ -361,6 +369,7 @@ class SAILVLProcessor(ProcessorMixin):
     ) -> BatchFeature:
         tensor_type = options.text.pop("return_tensors", None)
         with_token_types = options.text.pop("return_mm_token_type_ids", None)
+        with_tile_indices = options.text.pop("return_tile_indices", None)
         data = dict(self.tokenizer(prompts, **options.text))
         self._check_image_tokens(prompts, data["input_ids"], options.text.get("max_length"))
         if with_token_types:
@@ -368,6 +377,9 @@ class SAILVLProcessor(ProcessorMixin):
                 [int(token in self.image_token_ids) for token in ids] for ids in data["input_ids"]
             ]
         batch = BatchFeature(data=data, tensor_type=tensor_type)
+        if tiles and with_tile_indices:
+            tiles, tile_indices = _without_repetitions(tiles)
+            batch.update(BatchFeature({"tile_indices": tile_indices}, tensor_type=tensor_type))
         if tiles:
             batch.update(_pixel_values(tiles, options, tensor_type))
         batch.update(extra)
@@ -531,7 +543,7 @@ class SAILVLProcessor(ProcessorMixin):
         replacements[self.video_token] = ((text, None) for text in frames)
         expanded, offsets, _ = self._expand(prompts, replacements)
         skipped = {"return_tensors", "padding", "truncation", "max_length", "return_offsets_mapping"}
-        skipped |= {"return_mm_token_type_ids", "return_text_replacement_offsets"}
+        skipped |= {"return_mm_token_type_ids", "return_text_replacement_offsets", "return_tile_indices"}
         text_options = {k: v for k, v in options.text.items() if k not in skipped}
         encoded = self.tokenizer(expanded, **{**text_options, "return_attention_mask": False})
         counts = []
@@ -593,6 +605,13 @@ def _pixel_values(tiles: list[torch.Tensor], options: SimpleNamespace, tensor_ty
     if len({tile.shape[1:] for tile in tiles}) > 1 or len(types) > 1:
         raise ValueError("images and frames are concatenated: expected the same size and return_tensors for both")
     return BatchFeature({"pixel_values": torch.cat(tiles)}, tensor_type=types.pop())
+
+
+def _without_repetitions(tiles: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
+    """Return every tensor of tiles once, and for each tile of `tiles` its index in their concatenation."""
+    different = {id(tensor): tensor for tensor in tiles}
+    starts = dict(zip(different, accumulate(map(len, different.values()), initial=0), strict=False))
+    return [*different.values()], [starts[id(tensor)] + index for tensor in tiles for index in range(len(tensor))]
 
 
 def _count(token: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,23 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data._utils.pin_memory import pin_memory
-from toy_corpus import MemoryCorpus, component_gradients, make_corpus, make_model, make_processor, make_samples
+from toy_corpus import (
+    MemoryCorpus,
+    component_gradients,
+    make_corpus,
+    make_independent,
+    make_model,
+    make_processor,
+    make_samples,
+    split_turns,
+)
 from transformers import DataCollatorWithFlattening
 
 from sailvit import SAILVLForConditionalGeneration, SAILVLProcessor
 from sailvit.train.attention import PER_SAMPLE, attend_per_sample, is_per_sample
 from sailvit.train.collate import EncodedSample, Pack, collate, encode_sample, normalize_tiles, read_pack
 from sailvit.train.formats import BadSample, Sample
+from sailvit.train.loss import answer_weights, pack_loss
 from sailvit.train.memory import enable_checkpointing
 
 
@@ -125,10 +136,10 @@ def logits_of_samples(model, samples: list[EncodedSample], **options) -> list[to
 
 def changed(sample: EncodedSample, what: str) -> EncodedSample:
     if what == "pixels":
-        return EncodedSample(sample.input_ids, sample.labels, -sample.tiles)
+        return replace(sample, tiles=-sample.tiles)
     ids = sample.input_ids.clone()
     ids[2:5] = torch.tensor([10, 11, 12])
-    return EncodedSample(ids, sample.labels, sample.tiles)
+    return replace(sample, input_ids=ids)
 
 
 def leakage(model, encoded: list[EncodedSample], what: str, **options) -> tuple[float, float]:
@@ -158,6 +169,70 @@ def test_with_a_cache_the_samples_of_a_pack_would_see_each_other(model, encoded)
 def test_other_attention_ignores_the_arguments_of_flash_attention(model, encoded):
     plain, more = (model(**collate(encoded, flash_attention=flag).inputs) for flag in (False, True))
     assert torch.equal(plain.logits, more.logits)
+
+
+# Independent turns
+
+
+@pytest.fixture(scope="module")
+def independent() -> list[Sample]:
+    """Samples with and without independent turns and images."""
+    rng, (plain, *_, pictured) = np.random.default_rng(3), make_samples(3)
+    return [plain, make_independent(rng), pictured, make_independent(rng, 0, 2), make_independent(rng, 1, 4)]
+
+
+def weighted_loss(model, packs: list[Pack], reduction: str) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Return loss and gradients of a step, and how many tiles it encodes."""
+    calls, total = [], 0.0
+    weights = [answer_weights(pack, reduction) for pack in packs]
+    model.zero_grad()
+    with model.vision_model.register_forward_hook(lambda module, inputs, output: calls.append(output)):
+        for pack, own in zip(packs, weights, strict=True):
+            loss = pack_loss(model, arguments_of(model, pack), own, True)[0] / sum(map(torch.sum, weights))
+            loss.backward()
+            total += loss.item()
+    return total, component_gradients(model), sum(len(call.last_hidden_state) for call in calls)
+
+
+@pytest.mark.parametrize("reduction, attention", [("token", "sdpa"), ("sample", PER_SAMPLE), ("square", PER_SAMPLE)])
+def test_independent_turns_have_the_loss_and_gradients_of_samples_of_their_own(
+    model, processor, independent, reduction, attention
+):
+    model.language_model.set_attn_implementation(attention)
+    separate = [encode_sample(each, processor) for sample in independent for each in split_turns(sample)]
+    encoded = [encode_sample(sample, processor) for sample in independent]
+    expected, gradients, tiles = weighted_loss(model, [collate([sample]) for sample in separate], reduction)
+    for packs in ([collate(encoded)], [collate([sample]) for sample in encoded]):
+        loss, found, encoded_tiles = weighted_loss(model, packs, reduction)
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for name, gradient in found.items():
+            assert gradient.norm() > 0
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+        assert encoded_tiles == sum(len(sample.tiles) for sample in encoded if sample.tiles is not None) < tiles / 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", PER_SAMPLE])
+def test_changing_a_turn_changes_no_other_independent_turn(model, processor, independent, attention):
+    model.eval().language_model.set_attn_implementation(attention)
+    sample, logits = encode_sample(independent[1], processor), []
+    for one in (sample, changed(sample, "tokens")):
+        pack = collate([one])
+        with torch.no_grad():
+            logits.append(model(**arguments_of(model, pack)).logits[0].split(pack.lengths))
+    own, *others = [(before - after).abs().max().item() for before, after in zip(*logits, strict=True)]
+    assert own > 1e-2 and len(others) == 2
+    assert max(others) <= 1e-6
+
+
+def test_independent_turns_show_the_same_tiles(processor, independent):
+    pack = collate([encode_sample(sample, processor) for sample in independent], flash_attention=True)
+    separate = collate([encode_sample(each, processor) for sample in independent for each in split_turns(sample)])
+    inputs = pack.inputs
+    assert torch.equal(inputs["pixel_values"][inputs["tile_indices"]], separate.inputs["pixel_values"])
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(inputs[name], separate.inputs[name]), name
+    assert pack.lengths == separate.lengths == inputs["cu_seq_lens_q"].diff().tolist()
+    assert pack.conversations == [1, 3, 1, 2, 4] and pack.num_labels == separate.num_labels
 
 
 # Attention sample by sample

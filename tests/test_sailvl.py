@@ -335,6 +335,47 @@ def test_image_features_replace_pixel_values(model):
         assert torch.equal(model(ids, image_features=features).logits, model(ids, pixels).logits)
 
 
+SHOWN = torch.tensor([1, 2, 0, 1, 1])  # by prompts of two, two and one of three tiles
+
+
+@pytest.mark.parametrize("kind", ["pixel_values", "image_features"])
+def test_tiles_that_are_shown_several_times_are_encoded_once(model, kind):
+    ids = torch.cat([prompt(2, 1), prompt(2, 2), prompt(1, 3)], 1)
+    pixels, calls = random_pixels(3, 3, 56, 56), []
+    tiles = {kind: pixels if kind == "pixel_values" else model.get_image_features(pixels)}
+    hook = model.vision_model.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    with hook, torch.no_grad():
+        shared = [part(ids, **tiles, tile_indices=SHOWN)[0] for part in (model, model.base_model)]
+    assert sum(len(call.last_hidden_state) for call in calls) == (2 * 3 if kind == "pixel_values" else 0)
+    with torch.no_grad():
+        expected = [part(ids, pixels[SHOWN])[0] for part in (model, model.base_model)]
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_questions_about_one_image_are_answered_together(model, beams):
+    ids, pixels = torch.cat([prompt(2, 1), prompt(2, 2), prompt(2, 3)]), random_pixels(2, 3, 56, 56)
+    settings = {"num_beams": beams, "do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    together = model.generate(ids, pixel_values=pixels, tile_indices=torch.tensor([0, 1] * 3), **settings)
+    assert torch.equal(together, model.generate(ids, pixel_values=pixels.repeat(3, 1, 1, 1), **settings))
+
+
+def test_wrong_tile_indices_are_an_error(model):
+    ids, pixels = prompt(3), random_pixels(2, 3, 56, 56)
+    wrong = {
+        r"expected 0 to 1, got 0 to 2": torch.tensor([0, 1, 2]),
+        r"expected 0 to 1, got -1 to 1": torch.tensor([0, 1, -1]),
+        r"12 placeholders .* 8 visual tokens": torch.tensor([0, 1]),
+        r"expected integers .* got torch.float32, shape \(3,\)": torch.zeros(3),
+        r"expected integers .* got torch.int64, shape \(1, 3\)": torch.zeros(1, 3, dtype=torch.long),
+    }
+    for message, indices in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model(ids, pixels, tile_indices=indices)
+    with pytest.raises(ValueError, match="tile_indices needs the tiles"):
+        model(prompt(0), tile_indices=SHOWN)
+
+
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
 }  # fmt: skip

@@ -786,6 +786,28 @@ def test_replacement_offsets_map_placeholders_to_their_expansion(processor):
             assert own == processor.tokenizer(entry["replacement"])["input_ids"]
 
 
+def test_an_image_given_several_times_is_tiled_once(processor, tmp_path, monkeypatch):
+    wide, tall, path, sizes = noise(112, 56), noise(56, 112), str(tmp_path / "square.png"), []
+    noise(56, 56).save(path)
+
+    def ask(*images):
+        content = [{"type": "image", "image": image} for image in images]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": "Why?"}]}]
+
+    chats = [ask(*images) for images in ([wide], [wide, path], [tall], [path, wide])]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    expected = processor.apply_chat_template(chats, **options)
+    preprocess = SAILViTImageProcessor.preprocess
+    count = lambda self, images, **kwargs: sizes.append(len(images)) or preprocess(self, images, **kwargs)  # noqa: E731
+    monkeypatch.setattr(SAILViTImageProcessor, "preprocess", count)
+    shared = processor.apply_chat_template(chats, **options, return_tile_indices=True)
+    assert sizes == [3] and len(shared["pixel_values"]) == 3 + 1 + 3
+    assert shared["tile_indices"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 3, 0, 1, 2]
+    assert torch.equal(shared["pixel_values"][shared["tile_indices"]], expected["pixel_values"])
+    assert torch.equal(shared["input_ids"], expected["input_ids"]) and "tile_indices" not in expected
+    assert "tile_indices" not in processor.apply_chat_template([ask()], **options, return_tile_indices=True)
+
+
 @pytest.mark.skipif(RELEASE < (5, 24), reason="of transformers 5.24")
 def test_escaped_placeholders_stay_text(processor):
     text = "What is <IMG_CONTEXT> and <|im_end|>?"

@@ -7,6 +7,7 @@ import re
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,6 +268,66 @@ def test_images_and_videos_without_marks_come_before_the_first_user_text():
 
 
 # Images
+
+
+def conversations_of(sample: Sample) -> list[list[tuple[str, list]]]:
+    return [shape_of(Sample(messages)) for messages in sample.conversations]
+
+
+def test_every_independent_turn_shows_the_images_of_the_first():
+    record = llava("Look: <image>\n<image> What?", "A.", "And?", "B.", images=[CHART, RECEIPT], system="Be brief.")
+    images = ["chart.png", "receipt.png"]
+    first = [("system", ["Be brief."]), ("user", ["Look: ", *images, " What?"]), ("assistant", ["A."])]
+    sample = parse_record(record, replace(OPTIONS, independent_turns=True))
+    second = [("system", ["Be brief."]), ("user", [*images, "And?"]), ("assistant", ["B."])]
+    assert conversations_of(sample) == [first, second]
+    dialogue = parse_record(record, OPTIONS)
+    assert conversations_of(dialogue) == [[*first, ("user", ["And?"]), ("assistant", ["B."])]]
+    assert dialogue.messages == sample.messages
+
+
+def test_turns_with_a_high_rating_may_be_independent():
+    texts = [{"user": f"{number}?", "assistant": f"{number}."} for number in range(3)]
+    record = {"images": [CHART], "texts": texts, "relevance_ratings": [1, 5, 5]}
+    sample = parse_record(record, replace(OPTIONS, min_rating=4, independent_turns=True))
+    expected = [[("user", ["chart.png", f"{n}?"]), ("assistant", [f"{n}."])] for n in (1, 2)]
+    assert conversations_of(sample) == expected
+
+
+KINDS_OF_TURNS = {
+    "one": (["ocr", "ocr"], None, "ocr", ()),
+    "several": (["ocr", "caption"], None, "caption+ocr", ("ocr", "caption")),
+    "some from the record": (["ocr", None], "math", "math+ocr", ("ocr", "math")),
+    "one unknown": ([None, "ocr"], None, "ocr+unknown", ("unknown", "ocr")),
+    "none": ([None, None], "math", "math", ()),
+}
+
+
+@pytest.mark.parametrize("of_turns, of_record, kind, turn_kinds", KINDS_OF_TURNS.values(), ids=KINDS_OF_TURNS)
+def test_independent_turns_may_have_kinds_of_their_own(of_turns, of_record, kind, turn_kinds):
+    texts = [{"user": "Why?", "assistant": "So.", "kind": each} for each in of_turns]
+    record = {"texts": texts, "kind": of_record}
+    sample = parse_record(record, FormatOptions(independent_turns=True))
+    assert (sample.kind, sample.turn_kinds) == (kind, turn_kinds)
+    assert (parse_record(record, OPTIONS).kind, parse_record(record, OPTIONS).turn_kinds) == (of_record, ())
+    texts[0]["kind"] = "a+b"
+    with pytest.raises(BadSample, match=r"texts\[0\].kind: expected a name without \+, got .*a\+b"):
+        parse_record(record, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        llava("Why?", "So.", "<image> And?", "So.", image=CHART),
+        llava("<image>", "So.", "<video>", "So.", image=CHART, video=CLIP),
+    ],
+)
+def test_images_in_a_later_independent_turn_are_a_bad_sample(record):
+    assert parse_record(record, OPTIONS)
+    with pytest.raises(
+        BadSample, match=r"conversations\[2\]: independent_turns: .* first question only, got (image|video)"
+    ):
+        parse_record(record, replace(OPTIONS, independent_turns=True))
 
 
 def encoded(size: tuple[int, int] = (30, 20), image_format: str = "PNG") -> bytes:

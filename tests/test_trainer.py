@@ -3,14 +3,25 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy_corpus import MemoryCorpus, make_corpus, make_model, make_processor, make_samples
+from toy_corpus import (
+    MemoryCorpus,
+    make_corpus,
+    make_independent,
+    make_model,
+    make_processor,
+    make_sample,
+    make_samples,
+    split_turns,
+)
 from toy_recipe import ToyRecipe
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -129,6 +140,27 @@ def test_the_loss_of_a_step_does_not_depend_on_packs(corpus, tmp_path, reduction
     for packed, single in zip(*logs, strict=True):
         assert packed["loss"] == pytest.approx(single["loss"], rel=1e-5)
         assert packed["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
+
+
+def test_a_step_of_independent_turns_equals_one_of_separate_samples(processor, tmp_path):
+    rng, recipe = np.random.default_rng(0), ToyRecipe(loss_reduction="square", max_steps=1)
+    samples = [make_independent(rng, kind="ocr"), make_sample(rng, 1, kind="caption"), make_independent(rng, 1, 2)]
+    samples[0] = replace(samples[0], turn_kinds=("ocr", "short_qa", "caption"))
+    separate = [one for own in samples for one in split_turns(own)]
+    separate[1:3] = [replace(one, kind=kind) for one, kind in zip(separate[1:3], ("short_qa", "caption"), strict=True)]
+    entries = []
+    for index, (each, packing) in enumerate([(separate, True), (samples, True), (samples, False)]):
+        corpus = make_corpus(each, processor, tmp_path / f"{index}")
+        options = {"samples_per_step": len(each), "max_tokens_per_pack": 2048, "packing": packing}
+        make_trainer(corpus, tmp_path / f"{index}" / "run", recipe, **options).train()
+        entries += read_log(tmp_path / f"{index}" / "run")
+    expected, *shared = entries
+    assert expected["loss_by_kind"].keys() == {"ocr", "short_qa", "caption", "unknown"} and expected["samples"] == 6
+    for entry in shared:
+        for name in ("loss", "grad_norm", "loss_by_kind"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+        assert [entry[name] - expected[name] for name in ("tokens", "answer_tokens")] == [0, 0]
+        assert entry["samples"] == 3 and entry["tiles"] < expected["tiles"] / 1.5
 
 
 def test_every_step_is_logged(corpus, tmp_path):

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_corpus import chat, processor, tokenizer, write_corpus, write_lines  # noqa: F401, fixtures
 from torch.utils.data import DataLoader
 
 from sailvit.train import Corpus, PackedBatches
+from sailvit.train.collate import collate, encode_sample, read_pack
+from sailvit.train.formats import FormatOptions, Sample
+from sailvit.train.lengths import SampleReader
 
 
 @pytest.fixture
@@ -36,6 +41,54 @@ def test_lengths_options_and_truncation_agree_with_the_tensors(corpus, workers):
         assert tiles == batches.corpus.tiles[pack.samples].sum()
         assert pack.num_labels == batches.corpus.answers[pack.samples].sum()
     assert set(corpus.tiles[:12].tolist()) == {1, 3}  # two tiles and a thumbnail at most, by the option of the source
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200)), max_size=2),
+    texts=st.lists(st.tuples(st.text(max_size=9), st.text("abc", min_size=1, max_size=9)), min_size=1, max_size=4),
+    system=st.sampled_from(["", "Be brief."]),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lengths_of_independent_turns_are_those_of_their_tensors(processor, sizes, texts, system):  # noqa: F811
+    formats = FormatOptions(independent_turns=True)
+    reader = SampleReader(processor, "", formats, {})
+    turns = [{"user": question, "assistant": answer} for question, answer in texts]
+    record = {"images": [Image.new("RGB", size) for size in sizes], "texts": turns}
+    assume("<" not in "".join(question for question, _ in texts))
+    sample = reader.read(record)
+    (counts,), pack = reader.count([sample]), collate([encode_sample(sample, processor)])
+    assert counts == (sum(pack.lengths), pack.num_labels, len(pack.inputs.get("pixel_values", ())))
+    alone = [reader.count([Sample(messages)])[0] for messages in sample.conversations]
+    assert [count.tokens for count in alone] == pack.lengths and pack.conversations == [len(texts)]
+    assert {count.tiles for count in alone} == {counts.tiles}
+
+
+def test_the_cache_notices_independent_turns(tmp_path, processor):  # noqa: F811
+    Image.new("RGB", (112, 56)).save(tmp_path / "wide.png")
+    turns = [{"from": role, "value": f"{role} {number}"} for number in range(4) for role in ("human", "gpt")]
+    write_lines(tmp_path / "a.jsonl", [{"image": "wide.png", "conversations": turns}] * 2)
+    source, corpora = {"path": "a.jsonl"}, []
+    for options in ({}, {"independent_turns": True}, {}):
+        path = write_corpus(tmp_path, source | options)
+        corpora.append(Corpus.from_yaml(path, processor, tmp_path / "cache"))
+    dialogue, independent, again = corpora
+    assert len(independent) == 2 and independent.tiles.tolist() == dialogue.tiles.tolist() == [3, 3]
+    assert (independent.tokens > 2 * dialogue.tokens).all() and (independent.answers == dialogue.answers).all()
+    assert again.fingerprint == dialogue.fingerprint != independent.fingerprint
+    pack = read_pack(independent.fit(int(independent.tokens[0]) - 1, None, "truncate"), [0, 1])
+    assert pack.skipped == [] and pack.conversations == [3, 3] and len(pack.inputs["pixel_values"]) == 6
+
+
+@pytest.mark.parametrize("kind, counts", [(None, {"caption+ocr": 1, "ocr": 1}), ("text", {"text": 2})])
+def test_kinds_of_turns_are_those_of_the_corpus(tmp_path, processor, kind, counts):  # noqa: F811
+    texts = [{"user": "What?", "assistant": "A.", "kind": each} for each in ("ocr", "caption")]
+    write_lines(tmp_path / "a.jsonl", [{"texts": texts}, {"texts": texts[:1]}])
+    source = {"path": "a.jsonl", "independent_turns": True} | ({"kind": kind} if kind else {})
+    corpus = Corpus.from_yaml(write_corpus(tmp_path, source), processor, tmp_path / "cache")
+    assert corpus.count_kinds() == counts and corpus.kind_names == (
+        ("text",) if kind else ("caption", "caption+ocr", "ocr")
+    )
+    assert read_pack(corpus, [0, 1]).kinds == ([None] * 3 if kind else ["ocr", "caption", None])
 
 
 def test_an_image_that_breaks_later_is_skipped_and_named(corpus, tmp_path):

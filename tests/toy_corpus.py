@@ -1,6 +1,7 @@
 """A corpus in memory, and toy samples with text, images and videos of various sizes."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ class MemoryCorpus:
         self._samples, self.processor, self.cache_dir = samples, processor, Path(cache_dir)
         self.tokens, self.tiles = np.asarray(tokens, np.int32), np.asarray(tiles, np.int32)
         kinds = [getattr(sample, "kind", None) or "unknown" for sample in samples]
-        self.kind_names = tuple(sorted({*kinds}))
+        named = {name for sample in samples for name in getattr(sample, "turn_kinds", ())}
+        self.kind_names = tuple(sorted({*kinds} | named))
         self.kinds = np.array([self.kind_names.index(kind) for kind in kinds], np.int32)
         self.fingerprint = hashlib.sha256(self.tokens.tobytes() + self.tiles.tobytes()).hexdigest()
 
@@ -101,6 +103,16 @@ def make_sample(
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return Sample(messages, kind)
+
+
+def make_independent(rng: np.random.Generator, images: int = 2, turns: int = 3, kind: str | None = None) -> Sample:
+    """Return a sample of independent turns about the same images."""
+    return replace(make_sample(rng, images, turns=turns, kind=kind), independent_turns=True)
+
+
+def split_turns(sample: Sample) -> list[Sample]:
+    """Return a sample for each of its conversations."""
+    return [Sample(messages, sample.kind, sample.options) for messages in sample.conversations]
 
 
 def make_samples(count: int, seed: int = 0) -> list[Sample]:

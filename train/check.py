@@ -167,6 +167,7 @@ def show_samples(corpus: Corpus, count: int, seed: int = 0) -> Iterator[ShownSam
             continue
         tiles = 0 if encoded.tiles is None else len(encoded.tiles)
         title = f"{source} {number}: {len(encoded.input_ids)} tokens, {tiles} tiles"
+        title += f", {len(encoded.lengths)} independent turns" if len(encoded.lengths) > 1 else ""
         yield ShownSample(title, mark_trained(encoded, corpus.processor), encoded.tiles)
 
 
@@ -183,12 +184,21 @@ def _different(corpus: Corpus, count: int, seed: int) -> list[int]:
 
 
 def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:
-    """Return the text of a sample, trained tokens in white square brackets, equal visual tokens counted."""
-    is_trained = encoded.labels != IGNORED
+    """
+    Return the text of a sample, trained tokens in white square brackets, equal visual tokens counted.
+
+    An empty line is between conversations of the same sample.
+    """
+    ids, labels = (tensor.split(encoded.lengths) for tensor in (encoded.input_ids, encoded.labels))
+    return "\n\n".join(_mark_conversation(*row, processor) for row in zip(ids, labels, strict=True))
+
+
+def _mark_conversation(ids: torch.Tensor, labels: torch.Tensor, processor: SAILVLProcessor) -> str:
+    is_trained = labels != IGNORED
     edges = (is_trained.diff().nonzero().flatten() + 1).tolist()
     text = ""
     for begin, end in zip([0, *edges], [*edges, len(is_trained)], strict=True):
-        part = processor.tokenizer.decode(encoded.input_ids[begin:end])
+        part = processor.tokenizer.decode(ids[begin:end])
         text += part.join(TRAINED) if is_trained[begin] else part
     text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)  # no terminal codes
     token = re.escape(processor.image_token)

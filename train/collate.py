@@ -3,7 +3,10 @@
 """
 Batches: samples -> tokens, labels and tiles -> packs, each one row of tensors that `model(**pack.inputs)` takes.
 
-Shapes: S tokens of a sample or a pack, n tiles, h and w the height and width of a tile in pixels.
+A sample is one conversation, or several that do not depend on each other and show the same tiles, encoded once.
+
+Shapes: S tokens of a sample or a pack, n tiles, m >= n tiles that its conversations show together, h and w the height
+and width of a tile in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,11 +36,22 @@ class EncodedSample:
         input_ids: (S,) int64, visual tokens included.
         labels: (S,) int64: the token at positions of answers and their end of turn, else -100.
         tiles: (n, 3, h, w), float32 pixel_values or uint8; None without images.
+        tile_indices: (m,) int64, the tiles that its conversations show; None if each is shown once, in order.
+        splits: Tokens of each of its conversations; () if it is one.
+        kinds: The kind of each of its conversations; () if all are of the kind of the sample.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     tiles: torch.Tensor | None = None
+    tile_indices: torch.Tensor | None = None
+    splits: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each of its conversations."""
+        return self.splits or (len(self.input_ids),)
 
 
 @dataclass
@@ -47,11 +61,13 @@ class Pack:
 
     Attributes:
         inputs: Arguments of the model: input_ids, labels, position_ids (1, S), use_cache=False, and pixel_values
-            (n, 3, h, w) if there are tiles.
+            (n, 3, h, w) if there are tiles, tile_indices (m,) if some are shown several times.
         samples: Corpus indices of its samples.
-        lengths: Tokens of each of them.
+        lengths: Tokens of each of their conversations.
         skipped: (corpus index, reason) of the samples that were left out.
         num_labels: Positions with a label.
+        conversations: The number of conversations of each sample.
+        kinds: The kind of each conversation; None if it is that of its sample.
     """
 
     inputs: dict[str, Any]
@@ -59,6 +75,8 @@ class Pack:
     lengths: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
     num_labels: int = 0
+    conversations: list[int] = field(default_factory=list)
+    kinds: list[str | None] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with its tensors on a device."""
@@ -77,28 +95,43 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
     """
     Turn a sample into tokens, labels and tiles. Only answers of the assistant and their end of turn have a label.
 
+    Its conversations follow each other; each has its own placeholders of the same tiles.
+
     Args:
         uint8_tiles: Return the tiles as uint8, before they are rescaled and normalised; see `normalize_tiles`.
 
     Raises:
         BadSample: An image or video cannot be read, or nothing is left to learn from.
     """
+    conversations = sample.conversations
     options = {**sample.options, **({"do_rescale": False, "do_normalize": False} if uint8_tiles else {})}
+    options |= {"return_assistant_tokens_mask": True, "return_tile_indices": len(conversations) > 1}
     try:
-        batch = processor.apply_chat_template(
-            sample.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-        )
+        batch = processor.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
     except ImportError:  # of PyAV, which all videos need
         raise
     except Exception as error:  # decoders raise nearly anything on a broken file
         raise BadSample(" ".join(str(error).split()) or type(error).__name__) from error
-    ids, mask = (torch.tensor(batch[name][0]) for name in ("input_ids", "assistant_masks"))
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:1] = IGNORED  # its prediction would come from the sample before it in the pack
+    ids = [torch.tensor(row) for row in batch["input_ids"]]
+    labels = [_labels(*row) for row in zip(ids, batch["assistant_masks"], strict=True)]
+    tiles, indices = batch.get("pixel_values"), batch.get("tile_indices")
+    return EncodedSample(
+        torch.cat(ids),
+        torch.cat(labels),
+        tiles.to(torch.uint8) if uint8_tiles and tiles is not None else tiles,
+        None if indices is None else torch.tensor(indices),
+        tuple(map(len, ids)),
+        sample.turn_kinds[: len(ids)],  # fewer if it is truncated
+    )
+
+
+def _labels(ids: torch.Tensor, mask: list[int]) -> torch.Tensor:
+    """Return the labels of a conversation."""
+    labels = ids.masked_fill(torch.tensor(mask) == 0, IGNORED)
+    labels[:1] = IGNORED  # its prediction would come from the conversation before it in the pack
     if (labels == IGNORED).all():
         raise BadSample("expected an answer of the assistant, got none")
-    tiles = batch.get("pixel_values")
-    return EncodedSample(ids, labels, tiles.to(torch.uint8) if uint8_tiles and tiles is not None else tiles)
+    return labels
 
 
 def normalize_tiles(tiles: torch.Tensor, image_processor: SAILViTImageProcessor) -> torch.Tensor:
@@ -120,8 +153,8 @@ def collate(
     """
     Concatenate samples to a pack.
 
-    Attention keeps the samples apart: sdpa and eager attention of transformers by position_ids that restart at each
-    sample, without an attention mask and with use_cache=False; FlashAttention by the boundaries of the samples.
+    Attention keeps the conversations apart: sdpa and eager attention of transformers by position_ids that restart at
+    each one, without an attention mask and with use_cache=False; FlashAttention by their boundaries.
 
     Without samples the pack is one padding token without a label: its loss is 0 if num_items_in_batch is passed to the
     model, and not a number (a mean over nothing) if it is not.
@@ -129,10 +162,10 @@ def collate(
     Args:
         samples: Corpus indices of `encoded`.
         skipped: (corpus index, reason) of samples that belong to the pack but could not be read.
-        flash_attention: Add cu_seq_lens_q, cu_seq_lens_k (samples + 1) int32 and max_length_q, max_length_k.
+        flash_attention: Add cu_seq_lens_q, cu_seq_lens_k (conversations + 1) int32 and max_length_q, max_length_k.
     """
     rows = list(encoded) or [EncodedSample(torch.tensor([pad_token_id]), torch.tensor([IGNORED]))]
-    lengths = [len(row.input_ids) for row in rows]
+    lengths = [length for row in rows for length in row.lengths]
     inputs = {
         "input_ids": torch.cat([row.input_ids for row in rows])[None],
         "labels": torch.cat([row.labels for row in rows])[None],
@@ -140,15 +173,35 @@ def collate(
         "use_cache": False,
     }
     inputs["labels"][0, [0, *accumulate(lengths[:-1])]] = IGNORED
-    tiles = [row.tiles for row in rows if row.tiles is not None]
-    if tiles:
-        inputs["pixel_values"] = torch.cat(tiles)
+    inputs |= _concatenate_tiles([row for row in rows if row.tiles is not None])
     if flash_attention:
         boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     num_labels = int((inputs["labels"] != IGNORED).sum())
-    return Pack(inputs, list(samples), lengths if encoded else [], list(skipped), num_labels)
+    return Pack(
+        inputs,
+        samples=list(samples),
+        lengths=lengths if encoded else [],
+        skipped=list(skipped),
+        num_labels=num_labels,
+        conversations=[len(row.lengths) for row in encoded],
+        kinds=[kind for row in encoded for kind in row.kinds or [None] * len(row.lengths)],
+    )
+
+
+def _concatenate_tiles(rows: list[EncodedSample]) -> dict[str, torch.Tensor]:
+    """Return the arguments of the model for the tiles of samples with tiles."""
+    if not rows:
+        return {}
+    inputs = {"pixel_values": torch.cat([row.tiles for row in rows])}
+    if all(row.tile_indices is None for row in rows):
+        return inputs
+    shown = [torch.arange(len(row.tiles)) if row.tile_indices is None else row.tile_indices for row in rows]
+    starts = accumulate((len(row.tiles) for row in rows), initial=0)
+    return inputs | {
+        "tile_indices": torch.cat([start + indices for start, indices in zip(starts, shown, strict=False)])
+    }
 
 
 def read_pack(

@@ -22,13 +22,12 @@ import numpy as np
 from ..processing_sailvl import SAILVLProcessor
 from .cache import MappedArrays, cache_errors, hash_of, store_arrays
 from .corpus_file import MOST_REPEATS, CorpusFile, Source, expand_meta, read_corpus_file
-from .formats import FORMATS, BadSample, FilteredSample, FormatOptions, Sample
+from .formats import FORMATS, JOINT, UNKNOWN, BadSample, FilteredSample, FormatOptions, Sample
 from .lengths import COLUMNS, Lengths, SampleReader, hash_processor, measure, remeasure_skipped
 from .mix import draw, scale_kinds
 from .rows import Rows, open_rows
 
 
-UNKNOWN = "unknown"  # the kind of samples that neither their record nor corpus.yaml gives a kind
 TOO_LONG = ("drop", "truncate", "fail")
 
 
@@ -76,7 +75,7 @@ class Corpus(Sequence):
         files: The files of all sources.
         arrays: tokens, answers, tiles (samples,) int32; rows (samples,) int64, numbered over all files; kinds
             (samples,) int32; turns (samples,) int32, the messages that a sample is truncated to, 0 for all.
-        kind_names: The kinds, in the order of `kinds`.
+        kind_names: The kinds, in the order of `kinds`; of samples with turns of several kinds also that of each turn.
         skipped: The bad samples of all files.
         fingerprint: Changes with the samples, their order and their lengths.
         cache_dir: The cache.
@@ -138,7 +137,8 @@ class Corpus(Sequence):
         if not sum(_count_bad(lengths)):
             raise ValueError(f"{path}: its sources have no samples: they are empty, or min_rating leaves none")
         pairs = zip(files, lengths, strict=True)
-        kinds = tuple(sorted({file.kind_of(name) for file, one in pairs for name in one.kind_names}))
+        kinds = {file.kind_of(name) for file, one in pairs for name in one.kind_names}
+        kinds = tuple(sorted(kinds.union(*(name.split(JOINT) for name in kinds))))
         described = [[file.source.model_dump(), file.rows.length] for file in files]
         mix = [content.kinds, content.total, content.seed]
         fingerprint = hash_of([described, mix, [one.digest for one in lengths]])
@@ -178,6 +178,8 @@ class Corpus(Sequence):
             sample = file.reader.read(file.rows.record(row))
         except FilteredSample as error:  # files in use were changed
             raise BadSample(str(error)) from error
+        if file.source.kind:
+            sample = replace(sample, turn_kinds=())
         turns = int(self.arrays["turns"][index])
         return replace(sample, messages=sample.messages[:turns]) if turns else sample
 
@@ -257,9 +259,9 @@ class Corpus(Sequence):
         """Return index -> (messages, tokens, answers, tiles) of the samples that fit with fewer turns."""
         shorter = {}
         for index in map(int, excess):
-            reader, messages = self._find(index)[0].reader, self[index].messages
-            for end in range(len(messages) - 2, 1, -2):
-                counts = reader.count([Sample(messages[:end])])[0]
+            reader, sample = self._find(index)[0].reader, self[index]
+            for end in range(len(sample.messages) - 2, 1, -2):
+                counts = reader.count([replace(sample, messages=sample.messages[:end])])[0]
                 if not isinstance(counts, str) and counts.tokens <= max_tokens and counts.tiles <= max_tiles:
                     shorter[index] = (end, *counts)
                     break
@@ -297,9 +299,8 @@ def _open_files(
 
 def _format_options(source: Source, image_root: Path | None) -> FormatOptions:
     try:
-        return FormatOptions(
-            image_root, source.allow_outside, min_rating=source.min_rating, num_frames=source.num_frames
-        )
+        names = ("allow_outside", "min_rating", "num_frames", "independent_turns")
+        return FormatOptions(image_root, **{name: getattr(source, name) for name in names})
     except ValueError as error:
         raise ValueError(f"source {source.name}: {error}") from error
 

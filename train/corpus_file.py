@@ -37,10 +37,12 @@ class Source(Strict):
         image_root: Folder that relative paths of images and videos start from. Default: the folder of the file.
         allow_outside: Accept images outside of `image_root`.
         kind: Kind of the samples: caption, ocr, open_qa, short_qa, math, text or another. Default: the kind that a
-            record names, else "unknown".
+            record names, or its independent turns, else "unknown".
         fraction: Use a random part of the samples.
         repeat: Use every sample this often in an epoch; a fractional part is a random part of the samples.
         min_rating: Drop turns with a lower rating, in any or in the named ratings of FineVision.
+        independent_turns: The turns of a record are questions about the same images that do not depend on each other:
+            each is a conversation of its own, and the images are encoded once for all.
         max_tiles, num_frames: Options of the processor for these samples.
     """
 
@@ -54,6 +56,7 @@ class Source(Strict):
     fraction: float = Field(1, gt=0, le=1)
     repeat: float = Field(1, gt=0, le=MOST_REPEATS)
     min_rating: float | dict[str, float] | None = None
+    independent_turns: bool = False
     max_tiles: int | None = Field(None, ge=1, le=MAX_TILES_LIMIT)
     num_frames: int | None = Field(None, ge=1)
 

@@ -8,7 +8,7 @@ The keys of a record that are not None decide its format:
     conversations       LLaVA, InternVL, LLaMA-Factory: [{"from": "human", "value": "<image>\\nWhy?"}, ...]
     messages            OpenAI, TRL, ms-swift, LLaMA-Factory: [{"role": "user", "content": a string or parts}, ...]
     prompt, completion  TRL: two lists of messages
-    texts               FineVision, The Cauldron: [{"user": "Why?", "assistant": "So."}, ...]
+    texts               FineVision, The Cauldron: [{"user": "Why?", "assistant": "So."}, ...]; also with a `kind` each
 
 with the images in `image` or `images` and the videos in `video` or `videos`, each one or a list. `<image>` and
 `<video>` in a user's text mark where they are; in a record without marks they are put before the first user's text, as
@@ -42,6 +42,8 @@ UNSUPPORTED = ("objects", "tools", "tool_calls", "reasoning_content")
 FORMATS = (("messages",), ("conversations",), ("prompt", "completion"), ("texts",))
 # Per-turn ratings of FineVision: relevance_ratings, ...
 RATINGS = ("relevance", "visual_dependency", "image_correspondence", "formatting")
+UNKNOWN = "unknown"  # the kind of samples and turns whose kind neither their record nor corpus.yaml names
+JOINT = "+"  # between the kinds of a sample whose independent turns are of several kinds
 
 Part = dict[str, Any]
 
@@ -59,13 +61,28 @@ class Sample:
         messages: A system message or none, then user and assistant in turn; every content is a list of parts,
             {"type": "text", "text": str}, {"type": "image", "image": X} or {"type": "video", "video": X}, where X is a
             path or URL, a PIL image, or a list of these, the frames of a video.
-        kind: caption, ocr, ...; None if unknown.
+        kind: caption, ocr, ...; None if unknown; "caption+ocr" if its independent turns are of several kinds.
         options: Options of the processor for this sample: max_tiles, num_frames, ...
+        independent_turns: Every question is asked without the turns before it; images are in the first one only.
+        turn_kinds: The kinds of independent turns, if they are of several kinds.
     """
 
     messages: list[dict[str, Any]]
     kind: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    independent_turns: bool = False
+    turn_kinds: tuple[str, ...] = ()
+
+    @property
+    def conversations(self) -> list[list[dict[str, Any]]]:
+        """The messages; of independent turns a conversation for each question, all with the images of the first."""
+        if not self.independent_turns:
+            return [self.messages]
+        system = [message for message in self.messages if message["role"] == "system"]
+        first, *turns = self.messages[len(system) :]
+        media = [part for part in first["content"] if part["type"] != "text"]
+        questions = [first, *({**turn, "content": [*media, *turn["content"]]} for turn in turns[1::2])]
+        return [[*system, question, answer] for question, answer in zip(questions, turns[::2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,8 @@ class FormatOptions:
         min_rating: Drop the turns of rated `texts` with a rating below this number, or below the number given for a
             rating, {"relevance": 4}. A turn whose rating is None is kept.
         num_frames: Take at most this many frames of a video that is a list of frames.
+        independent_turns: Read the turns of a record as questions about the same images that do not depend on each
+            other.
 
     Raises:
         ValueError: min_rating names an unknown rating, or num_frames is below 1.
@@ -88,6 +107,7 @@ class FormatOptions:
     allow_outside: bool = False
     min_rating: float | Mapping[str, float] | None = None
     num_frames: int | None = None
+    independent_turns: bool = False
 
     def __post_init__(self) -> None:
         names = self.min_rating if isinstance(self.min_rating, Mapping) else ()
@@ -102,12 +122,20 @@ class FormatOptions:
 
 
 class Turn(NamedTuple):
-    """A turn of a record; `location` names it in error messages, as in `messages[2]`; `is_list` of its content."""
+    """
+    A turn of a record.
+
+    Attributes:
+        location: Its name in error messages, as in `messages[2]`.
+        is_list: Whether its content is a list of parts.
+        kind: As in a record; read from `texts` only.
+    """
 
     role: str
     content: list[Part]
     location: str
     is_list: bool = False
+    kind: str | None = None
 
 
 def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
@@ -131,12 +159,26 @@ def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
     _place(turns, "image", images, options)
     _check_reserved(turns)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return Sample(messages, _kind_of(fields))
+    if not options.independent_turns:
+        return Sample(messages, _kind_of(fields))
+    _check_independent(turns)
+    kind, turn_kinds = _kinds_of_turns(turns, _kind_of(fields))
+    return Sample(messages, kind, independent_turns=True, turn_kinds=turn_kinds)
 
 
-def _kind_of(fields: Mapping[str, Any]) -> str | None:
+def _kind_of(fields: Mapping[str, Any], location: str = "") -> str | None:
     kind = fields.get("kind") or fields.get("channel")
-    return _text_part(kind, "kind")["text"] if kind else None
+    return _text_part(kind, f"{location}kind")["text"] if kind else None
+
+
+def _kinds_of_turns(turns: list[Turn], kind: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """Return the kind of a sample of independent turns, and those of its turns if they are several."""
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if not any(turn.kind for turn in answers):
+        return kind, ()
+    kinds = tuple(turn.kind or kind or UNKNOWN for turn in answers)
+    different = sorted({*kinds})
+    return JOINT.join(different), kinds if len(different) > 1 else ()
 
 
 # Turns
@@ -255,6 +297,18 @@ def _check_order(turns: list[Turn]) -> None:
         raise BadSample(f"{dialogue[-1].location}: the last user turn has no answer")
 
 
+def _check_independent(turns: list[Turn]) -> None:
+    """Check that images and videos are in the first question, which all independent turns then show."""
+    first = next(turn for turn in turns if turn.role == "user")
+    for turn in turns:
+        media = [part["type"] for part in turn.content if part["type"] != "text"]
+        if media and turn is not first:
+            raise BadSample(
+                f"{turn.location}: independent_turns: expected images and videos in the first question only, got "
+                f"{media[0]}: move it there, or leave independent_turns out"
+            )
+
+
 def _check_reserved(turns: list[Turn]) -> None:
     """Check that no text contains a token that would end a turn, or that the processor replaces."""
     for turn in turns:
@@ -279,9 +333,12 @@ def _read_texts(fields: Mapping[str, Any], options: FormatOptions) -> list[Turn]
     for index in kept:
         if not isinstance(texts[index], Mapping):
             raise BadSample(f"texts[{index}]: expected user and assistant, got {type(texts[index]).__name__}")
+        kind = _kind_of(texts[index], f"texts[{index}].")
+        if kind and JOINT in kind:
+            raise BadSample(f"texts[{index}].kind: expected a name without {JOINT}, got {shorten(kind)}")
         for role in ("user", "assistant"):
             location = f"texts[{index}].{role}"
-            turns.append(Turn(role, [_text_part(texts[index].get(role), location)], location))
+            turns.append(Turn(role, [_text_part(texts[index].get(role), location)], location, kind=kind))
     return turns
 
 

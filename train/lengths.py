@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +100,31 @@ class SampleReader:
 
     def count(self, samples: list[Sample]) -> list[TokenCounts | str]:
         """Return the counts of samples, or the reason why one cannot be used."""
+        chats = [sample.conversations for sample in samples]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                counts = self.processor.count_tokens([s.messages for s in samples], **self.processor_options)
+                counts = self.processor.count_tokens([c for chat in chats for c in chat], **self.processor_options)
         except ImportError:  # of PyAV, which all videos need
             raise
         except Exception as error:  # decoders raise nearly anything on a broken file
             if len(samples) == 1:
                 return [" ".join(str(error).split()) or type(error).__name__]
             return [count for sample in samples for count in self.count([sample])]
-        return [count if count.answers else "no token of an answer" for count in counts]
+        remaining = iter(counts)
+        return [_of_sample(list(islice(remaining, len(chat)))) for chat in chats]
 
     def hash(self) -> str:
         """Return a hash of all that the counts of a record depend on."""
         formats = {**asdict(self.formats), "image_root": str(Path(self.formats.image_root or "").resolve())}
         return hash_of([VERSION, self.processor_hash, dict(self.processor_options), formats])
+
+
+def _of_sample(counts: list[TokenCounts]) -> TokenCounts | str:
+    """Return the counts of a sample from those of its conversations, which all show the same tiles."""
+    if not all(count.answers for count in counts):
+        return "no token of an answer"
+    return TokenCounts(sum(c.tokens for c in counts), sum(c.answers for c in counts), counts[0].tiles)
 
 
 def hash_processor(processor: SAILVLProcessor) -> str:

@@ -9,6 +9,8 @@ The loss of an optimizer step, over the answer tokens of all of its packs and ra
     sample: w = 1 / n        the mean over samples of the mean over their n answer tokens
     square: w = 1 / sqrt(n)  between the two, as in the training code of InternVL
 
+Of a sample with independent turns each turn counts as a sample, as it would in a row of its own.
+
 Logits are computed at the positions that predict an answer token only: memory and time of the LM head follow the
 answers, not the length of a pack.
 
@@ -46,7 +48,7 @@ def answer_weights(pack: Pack, reduction: str) -> torch.Tensor:
 
 
 def count_answers(pack: Pack) -> torch.Tensor:
-    """Return the number of answer tokens (samples,) int64 of every sample of a pack."""
+    """Return the number of answer tokens (conversations,) int64 of every conversation of a pack."""
     ends = torch.tensor([0, *pack.lengths]).cumsum(0)
     before = F.pad((pack.inputs["labels"][0].cpu() != IGNORED).cumsum(0), (1, 0))  # answer tokens before a position
     return before[ends].diff()

@@ -391,9 +391,14 @@ class SAILVLTrainer(Trainer):
 
     def _kinds_of_answers(self, packs: list[Pack]) -> np.ndarray:
         """Return the number of the kind of every answer token."""
-        kinds, samples = self.batches.corpus.kinds, [np.array(pack.samples, int) for pack in packs]
-        counts = [count_answers(pack).numpy() for pack in packs]
-        return np.concatenate([np.repeat(kinds[own], each) for own, each in zip(samples, counts, strict=True)])
+        return np.concatenate([np.repeat(self._kinds_of(pack), count_answers(pack).numpy()) for pack in packs])
+
+    def _kinds_of(self, pack: Pack) -> np.ndarray:
+        """Return the number of the kind of every conversation of a pack."""
+        corpus = self.batches.corpus
+        of_samples = np.repeat(corpus.kinds[np.array(pack.samples, int)], np.array(pack.conversations, int))
+        names = zip(pack.kinds, of_samples, strict=True)
+        return np.array([corpus.kind_names.index(name) if name else kind for name, kind in names], int)
 
     def _count(self, packs: list[Pack]) -> tuple[float, StepTotals]:
         """Return the sum of the weights of all answer tokens, and the counts, of all ranks."""
