@@ -51,14 +51,19 @@ class Pack:
         samples: Corpus indices of its samples.
         lengths: Tokens of each of them.
         skipped: (corpus index, reason) of the samples that were left out.
-        num_labels: Positions with a label.
+        answers: Positions with a label of each sample; of next-patch prediction its predicted patches.
     """
 
     inputs: dict[str, Any]
     samples: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
-    num_labels: int = 0
+    answers: list[int] = field(default_factory=list)
+
+    @property
+    def num_labels(self) -> int:
+        """Positions with a label."""
+        return sum(self.answers)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with its tensors on a device."""
@@ -147,8 +152,10 @@ def collate(
         boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-    num_labels = int((inputs["labels"] != IGNORED).sum())
-    return Pack(inputs, list(samples), lengths if encoded else [], list(skipped), num_labels)
+    answers = [int((labels != IGNORED).sum()) for labels in inputs["labels"][0].split(lengths)]
+    if not encoded:
+        lengths, answers = [], []
+    return Pack(inputs, list(samples), lengths, list(skipped), answers)
 
 
 def read_pack(
