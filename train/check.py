@@ -31,7 +31,7 @@ TILES_PER_ROW = 8
 # Model type -> its name in messages, and how to get such a folder.
 TITLES = {"sailvl": "SAIL-VL", "sailvit": "SAILViT"}
 FIXES = {
-    "sailvl": "build one with `sailvit compose --vision VISION --language LANGUAGE OUT`",
+    "sailvl": "build one with `sailvit compose`, or convert a released one with `sailvit convert`",
     "sailvit": "make one with `sailvit convert SRC OUT --part vision`",
 }
 

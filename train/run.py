@@ -33,7 +33,7 @@ from ..convert.storage.checkpoint import Checkpoint, FileCheckpoint
 from ..convert.storage.files import first_line
 from ..convert.storage.sources import check_separate, find_source
 from ..devices import choose_device
-from .check import TITLES, load_processor, load_tile_processor
+from .check import FIXES, TITLES, load_processor, load_tile_processor
 from .checkpoints import (
     RUN,
     STOPPED,
@@ -162,7 +162,7 @@ def open_source(model: str, model_type: str = "sailvl") -> Checkpoint:
     source = FileCheckpoint(*find_source(model))
     found = source.document("config.json").get("model_type")
     if found != model_type:
-        fix = "build one with `sailvit compose`, or convert a released one with `sailvit convert`"
+        fix = FIXES[model_type]
         got = f"model_type {found!r}" if found else "no config"
         raise ValueError(f"{model}: expected a {TITLES[model_type]}, got {got}: {fix}")
     if not source.entry.endswith((".safetensors", ".safetensors.index.json")):
