@@ -37,6 +37,7 @@ LLAVA = {
     "regime-b-sft": (["connector", "language"], 2e-5, 128),
     "regime-b-sft-unfrozen": (ALL, 2e-5, 128),
 }
+PRETRAINING = {"aim-pretrain": (["vision"], 1e-3, 4096)}  # AIM's paper, of what comes before the stages
 DATA_SIZES = {"2m": 2_000_000, "4m": 4_000_000, "8m": 8_000_000, "16m": 16_000_000, "24m": 24_000_000}
 STEPS = {"1": 21_000_000, "2": 12_000_000, "3": 3_500_000}
 KINDS = ("caption", "ocr", "open_qa", "short_qa", "text", "math")
@@ -53,17 +54,17 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
     return str(folder / name)
 
 
-@pytest.mark.parametrize("name", [*PAPER, *LLAVA])
+@pytest.mark.parametrize("name", [*PAPER, *LLAVA, *PRETRAINING])
 def test_stages_and_regimes_have_the_values_of_the_paper(name):
     recipe = load_recipe(name)
-    assert (recipe.trainable, recipe.learning_rate, recipe.samples_per_step) == {**PAPER, **LLAVA}[name]
+    assert (recipe.trainable, recipe.learning_rate, recipe.samples_per_step) == {**PAPER, **LLAVA, **PRETRAINING}[name]
     assert recipe.epochs == 1 and recipe.max_steps is None and recipe.kinds is None
 
 
 def test_what_the_paper_leaves_out_is_that_of_internvl_and_of_llava():
     decays = {name: load_recipe(name).weight_decay for name in ("stage1", "stage2", "stage3", *LLAVA)}
     assert decays == {"stage1": 0.01, "stage2": 0.05, "stage3": 0.01, **dict.fromkeys(LLAVA, 0.0)}
-    for name in list_recipes():
+    for name in list_recipes().keys() - PRETRAINING.keys():
         recipe = load_recipe(name)
         assert (recipe.warmup_ratio, recipe.lr_scheduler_type, recipe.max_grad_norm) == (0.03, "cosine", 1.0)
         assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_epsilon) == (0.9, 0.999, 1e-8)
@@ -86,14 +87,15 @@ def test_ablations_are_the_stage_and_what_they_change():
 def test_nothing_of_the_paper_is_missing():
     ablations = ["frozen-language", "language-0.5b", *(f"step{step}" for step in STEPS)]
     ablations += [f"data-{size}" for size in DATA_SIZES] + [f"half-{kind.replace('_', '-')}" for kind in KINDS]
-    assert {*list_recipes()} == {*PAPER, *LLAVA, *(f"stage3-{name}" for name in ablations)}
+    assert {*list_recipes()} == {*PAPER, *LLAVA, *PRETRAINING, *(f"stage3-{name}" for name in ablations)}
     assert all(list_recipes().values())
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_short_and_names_its_commands_and_sources(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 20 and re.search("paper, (section 3|appendix [AF]|experiments)", text)
+    source = "AIM, appendix" if path.stem in PRETRAINING else "paper, (section 3|appendix [AF]|experiments)"
+    assert len(text.splitlines()) <= 20 and re.search(source, text)
     commands = [shlex.split(line) for line in re.findall(r"^#   .*sailvit\.train (.*)", text, re.MULTILINE)]
     assert path.stem in [command[0] for command in commands]
     for name, *overrides in commands:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 
+from ..configuration_sailvit import SAILViTConfig
 from ..configuration_sailvl import SAILVLConfig
 from ..convert.storage.sources import check_name, find_source
 from ..processing_sailvl import SAILVLProcessor
@@ -22,10 +23,17 @@ from .corpus import Corpus
 from .formats import BadSample
 from .order import permutation
 from .packing import PackedBatches
+from .tile_processor import TileProcessor
 
 
 TRAINED = ("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}")
 TILES_PER_ROW = 8
+# Model type -> its name in messages, and how to get such a folder.
+TITLES = {"sailvl": "SAIL-VL", "sailvit": "SAILViT"}
+FIXES = {
+    "sailvl": "build one with `sailvit compose`, or convert a released one with `sailvit convert`",
+    "sailvit": "make one with `sailvit convert SRC OUT --part vision`",
+}
 
 
 def load_processor(path: str | Path) -> tuple[SAILVLProcessor, SAILVLConfig]:
@@ -35,15 +43,7 @@ def load_processor(path: str | Path) -> tuple[SAILVLProcessor, SAILVLConfig]:
     Raises:
         ValueError: There is no such folder or name, it is no SAIL-VL, or its tokenizer and model do not match.
     """
-    check_name(str(path))
-    if Path(path).is_file():
-        raise ValueError(f"{path}: expected the folder of a SAIL-VL, got a file")
-    if not Path(path).exists():
-        find_source(str(path))  # one request; transformers would retry for half a minute if the Hub is unreachable
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type != "sailvl":
-        fix = "build one with `sailvit compose --vision VISION --language LANGUAGE OUT`"
-        raise ValueError(f"{path}: expected a SAIL-VL, got model_type {config.model_type!r}: {fix}")
+    config = _load_config(path, "sailvl")
     processor = AutoProcessor.from_pretrained(path)
     vocabulary, rows = len(processor.tokenizer), config.text_config.vocab_size
     if vocabulary > rows:
@@ -53,6 +53,35 @@ def load_processor(path: str | Path) -> tuple[SAILVLProcessor, SAILVLConfig]:
         if ours != model:
             raise ValueError(f"{path}: {name} is {ours} in the processor, {model} in config.json: use its processor")
     return processor, config
+
+
+def load_tile_processor(path: str | Path) -> tuple[TileProcessor, SAILViTConfig]:
+    """
+    Return what makes tiles for a SAILViT folder or Hub name, and its config.
+
+    Raises:
+        ValueError: There is no such folder or name, it is no SAILViT, or its tiles have another size than its config.
+        OSError: It has no preprocessor_config.json.
+    """
+    config = _load_config(path, "sailvit")
+    image_processor = AutoImageProcessor.from_pretrained(path)
+    size, expected = dict(image_processor.size), {"height": config.image_size, "width": config.image_size}
+    if size != expected:
+        raise ValueError(f"{path}: preprocessor_config.json: size: expected {expected} as in config.json, got {size}")
+    return TileProcessor(image_processor, config.grid_size**2), config
+
+
+def _load_config(path: str | Path, model_type: str) -> Any:
+    check_name(str(path))
+    if Path(path).is_file():
+        raise ValueError(f"{path}: expected the folder of a {TITLES[model_type]}, got a file")
+    if not Path(path).exists():
+        find_source(str(path))  # one request; transformers would retry for half a minute if the Hub is unreachable
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != model_type:
+        got = f"expected a {TITLES[model_type]}, got model_type {config.model_type!r}"
+        raise ValueError(f"{path}: {got}: {FIXES[model_type]}")
+    return config
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Pack:
         samples: Corpus indices of its samples.
         lengths: Tokens of each of their conversations.
         skipped: (corpus index, reason) of the samples that were left out.
-        num_labels: Positions with a label.
+        answers: Positions with a label of each conversation; of next-patch prediction the predicted patches of each sample.
         conversations: The number of conversations of each sample.
         kinds: The kind of each conversation; None if it is that of its sample.
     """
@@ -74,9 +74,14 @@ class Pack:
     samples: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
-    num_labels: int = 0
+    answers: list[int] = field(default_factory=list)
     conversations: list[int] = field(default_factory=list)
     kinds: list[str | None] = field(default_factory=list)
+
+    @property
+    def num_labels(self) -> int:
+        """Positions with a label."""
+        return sum(self.answers)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with its tensors on a device."""
@@ -178,13 +183,13 @@ def collate(
         boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-    num_labels = int((inputs["labels"] != IGNORED).sum())
+    answers = [int((labels != IGNORED).sum()) for labels in inputs["labels"][0].split(lengths)]
     return Pack(
         inputs,
         samples=list(samples),
         lengths=lengths if encoded else [],
         skipped=list(skipped),
-        num_labels=num_labels,
+        answers=answers if encoded else [],
         conversations=[len(row.lengths) for row in encoded],
         kinds=[kind for row in encoded for kind in row.kinds or [None] * len(row.lengths)],
     )

@@ -36,6 +36,14 @@ LORA_FIELDS = {
 ADDED_TOKENS = ("image_start_token", "image_end_token")
 
 
+HEAD = "head"  # of next-patch prediction: trained together with the encoder, at its rate, and dropped at the end
+
+
+def components_of(model: PreTrainedModel) -> dict[str, str]:
+    """Return component -> the module of a model: of a SAIL-VL, or of an encoder with the head that pretrains it."""
+    return getattr(model, "components", COMPONENTS)
+
+
 # Freezing
 
 
@@ -47,7 +55,7 @@ def set_trainable(model: PreTrainedModel, recipe: "Recipe", added_tokens: Sequen
     step, which undoes a plain `eval()`.
 
     Args:
-        model: A SAIL-VL, just loaded, not wrapped by an engine.
+        model: A SAIL-VL or NextPatchModel, just loaded, not wrapped by an engine.
         recipe: Its fields trainable, lora, train_added_tokens and gradient_checkpointing are used.
         added_tokens: Ids of the tokens whose rows are trained with `train_added_tokens`; see `added_token_ids`.
 
@@ -56,16 +64,21 @@ def set_trainable(model: PreTrainedModel, recipe: "Recipe", added_tokens: Sequen
     """
     _check_options(recipe, added_tokens)
     model.requires_grad_(False)
-    for name in recipe.trainable:
+    for name, attribute in components_of(model).items():
+        part = getattr(model, attribute)
         if name in recipe.lora:
             _add_lora(model, name, recipe.lora[name], recipe.seed)
+        elif _trains(recipe, name):
+            part.requires_grad_(True)
         else:
-            getattr(model, COMPONENTS[name]).requires_grad_(True)
-    for name in COMPONENTS.keys() - {*recipe.trainable}:
-        _pin_to_eval(getattr(model, COMPONENTS[name]))
+            _pin_to_eval(part)
     if recipe.train_added_tokens and "language" not in recipe.trainable:
         train_rows(model.get_input_embeddings().weight, added_tokens)
     enable_checkpointing(model, checkpointed_components(recipe))
+
+
+def _trains(recipe: "Recipe", component: str) -> bool:
+    return component in (*recipe.trainable, HEAD)
 
 
 def _check_options(recipe: "Recipe", added_tokens: Sequence[int]) -> None:
@@ -122,8 +135,8 @@ def check_trainable(model: PreTrainedModel, recipe: "Recipe") -> None:
     Raises:
         RuntimeError: A parameter is trained, frozen, or in training mode against the recipe.
     """
-    for name, attribute in COMPONENTS.items():
-        part, is_trained = getattr(model, attribute), name in recipe.trainable
+    for name, attribute in components_of(model).items():
+        part, is_trained = getattr(model, attribute), _trains(recipe, name)
         if not is_trained and any(module.training for module in part.modules() if not _may_checkpoint(module)):
             raise RuntimeError(f"{name}: expected eval mode, since it is frozen: call set_trainable after loading")
         for key, parameter in part.named_parameters():
@@ -155,7 +168,7 @@ def _add_lora(model: PreTrainedModel, name: str, options: Any, seed: int) -> Non
 @torch.no_grad()
 def merge_adapters(model: PreTrainedModel) -> None:
     """Merge all LoRA into the layers below, in place; the model then has its original names."""
-    for attribute in COMPONENTS.values():
+    for attribute in components_of(model).values():
         part = getattr(model, attribute)
         for name, module in list(part.named_modules()):
             if isinstance(module, LoraLayer):
@@ -193,7 +206,7 @@ def parameter_groups(model: PreTrainedModel, recipe: "Recipe") -> list[dict[str,
 
 
 def _trained_parameters(model: PreTrainedModel) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    for name, attribute in COMPONENTS.items():
+    for name, attribute in components_of(model).items():
         if trained := [parameter for parameter in getattr(model, attribute).parameters() if parameter.requires_grad]:
             yield name, trained
 
@@ -205,7 +218,7 @@ def _decays(parameter: nn.Parameter) -> bool:
 
 def learning_rate_of(recipe: "Recipe", component: str) -> float:
     """Return the peak learning rate of a component."""
-    rates = recipe.learning_rate
+    rates, component = recipe.learning_rate, "vision" if component == HEAD else component
     if isinstance(rates, (int, float)):
         return float(rates)
     if component not in rates:
@@ -224,7 +237,7 @@ def trainable_table(model: PreTrainedModel, recipe: "Recipe") -> str:
 
 def component_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return component -> numbers of parameters, adapters included, and of trained ones."""
-    parts = {name: list(getattr(model, attribute).parameters()) for name, attribute in COMPONENTS.items()}
+    parts = {name: list(getattr(model, attribute).parameters()) for name, attribute in components_of(model).items()}
     return {name: (sum(map(_size, part)), sum(map(_trained_size, part))) for name, part in parts.items()}
 
 
@@ -253,7 +266,7 @@ def enable_checkpointing(model: PreTrainedModel, components: Collection[str]) ->
 
     A frozen language model needs it, too, where the connector before it is trained: the gradient passes through it.
     """
-    for name in components:
+    for name in components_of(model).keys() & {*components}:
         part = getattr(model, COMPONENTS[name])
         enable = getattr(part, "activation_checkpointing_enable", None)  # its name since transformers 5.24
         (enable or part.gradient_checkpointing_enable)({"use_reentrant": False})

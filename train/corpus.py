@@ -26,6 +26,7 @@ from .formats import FORMATS, JOINT, UNKNOWN, BadSample, FilteredSample, FormatO
 from .lengths import COLUMNS, Lengths, SampleReader, hash_processor, measure, remeasure_skipped
 from .mix import draw, scale_kinds
 from .rows import Rows, open_rows
+from .tile_processor import TileProcessor
 
 
 TOO_LONG = ("drop", "truncate", "fail")
@@ -83,7 +84,7 @@ class Corpus(Sequence):
         max_bad_fraction: The part of the samples that may be bad.
     """
 
-    processor: SAILVLProcessor
+    processor: SAILVLProcessor | TileProcessor
     files: tuple[SourceFile, ...]
     arrays: MappedArrays
     kind_names: tuple[str, ...]
@@ -97,7 +98,7 @@ class Corpus(Sequence):
     def from_yaml(
         cls,
         path: str | Path,
-        processor: SAILVLProcessor,
+        processor: SAILVLProcessor | TileProcessor,
         cache_dir: str | Path | None = None,
         num_proc: int | None = None,
         max_bad_fraction: float | None = None,
@@ -283,7 +284,11 @@ def _folder(cache: Path, fingerprint: str) -> Path:
 
 
 def _open_files(
-    content: CorpusFile, folder: Path, processor: SAILVLProcessor, cache: Path, log: Callable[[str], None]
+    content: CorpusFile,
+    folder: Path,
+    processor: SAILVLProcessor | TileProcessor,
+    cache: Path,
+    log: Callable[[str], None],
 ) -> Iterator[SourceFile]:
     start, processor_hash = 0, hash_processor(processor)
     for source, base in expand_meta(content.sources, folder):

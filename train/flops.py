@@ -66,9 +66,14 @@ def _multiplied(module: nn.Module, is_expert: bool) -> list[nn.Parameter]:
 
 
 def tile_attention(config: SAILVLConfig) -> float:
-    """Return the FLOPs of the vision encoder's attention in a tile: 4 L N^2 D."""
-    vision, (rows, columns) = config.vision_config, config.grid_size
-    return 4 * vision.num_hidden_layers * (rows * columns) ** 2 * vision.hidden_size
+    """Return the FLOPs of the vision encoder's attention in a tile."""
+    rows, columns = config.grid_size
+    return _encoder_attention(config.vision_config, rows * columns)
+
+
+def _encoder_attention(config: Any, patches: int) -> float:
+    """Return 4 L N^2 D."""
+    return 4 * config.num_hidden_layers * patches**2 * config.hidden_size
 
 
 def forward_flops_of_tile(model: SAILVLForConditionalGeneration) -> float:
@@ -181,10 +186,20 @@ def _linear_flops(positions: int, module: nn.Module, config: Any, is_reached: bo
 
 
 def _vision_flops(model: SAILVLForConditionalGeneration, is_trained: bool, is_checkpointed: bool) -> Flops:
-    """Return the FLOPs of the vision encoder for a tile. Pixels need no gradient: the patch convolution has none."""
-    encoder, config = model.vision_model, model.config.vision_config
     rows, columns = model.config.grid_size
-    patches, attention = rows * columns, tile_attention(model.config)
+    return _encoder_flops(model.vision_model, model.config.vision_config, rows * columns, is_trained, is_checkpointed)
+
+
+def next_patch_flops(model: nn.Module, checkpointed: Collection[str] = ()) -> SampleFlops:
+    """Return the FLOPs of training a NextPatchModel; its answers are the predicted patches, which the head computes."""
+    config, nothing = model.config, Flops(0.0, 0.0)
+    tile = _encoder_flops(model.vision_model, config, config.grid_size**2, True, "vision" in checkpointed)
+    return SampleFlops(tile, nothing, nothing, _linear_flops(1, model.head, config, True))
+
+
+def _encoder_flops(encoder: nn.Module, config: Any, patches: int, is_trained: bool, is_checkpointed: bool) -> Flops:
+    """Return the FLOPs of a vision encoder for a tile. Pixels need no gradient: the patch convolution has none."""
+    attention = _encoder_attention(config, patches)
     linear = _linear_flops(patches, encoder, config, is_trained)
     embedding = sum(2 * patches * m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Conv2d))
     blocks = linear.forward - embedding - 2 * patches * _last_products(encoder, config) + attention

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
+from ..convert.export.card import write_conversion_card
 from ..convert.export.code_files import copy_code
 from ..convert.export.provenance import save_record
 from ..convert.export.sailvl_files import PROCESSOR_FILES, write_sailvl_card
@@ -20,10 +21,12 @@ from ..convert.storage.files import hash_file
 from ..convert.storage.output_folder import sync
 from ..convert.storage.sources import PROVENANCE, describe_source
 from ..convert.storage.tensors import load_float32
+from ..modeling_sailvit import SAILViTModel
 from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .attention import PER_SAMPLE
 from .checkpoints import read_json, write_json, write_training
 from .components import merge_adapters, set_trainable
+from .next_patch import PREFIX_CAUSAL, NextPatchModel
 
 
 if TYPE_CHECKING:
@@ -35,16 +38,29 @@ SHARD_SIZE = "5GB"
 
 def load_model(source: Checkpoint, attn_implementation: str | None = None) -> PreTrainedModel:
     """
-    Return the model of a folder in float32.
+    Return the SAIL-VL of a folder in float32.
 
     Raises:
         ValueError: Its weights do not fit its config.json.
         OSError: A file cannot be read.
     """
-    name, folder = source.source.name, source.source.path("config.json").parent
     chosen = {"text_config": PER_SAMPLE} if attn_implementation == PER_SAMPLE else attn_implementation
     options = {} if chosen is None else {"attn_implementation": chosen}
-    model, report = SAILVLForConditionalGeneration.from_pretrained(
+    return _load(SAILVLForConditionalGeneration, source, **options)
+
+
+def load_for(recipe: "Recipe", source: Checkpoint, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Return the model that a recipe trains: a SAIL-VL, or an encoder with a new head; see `load_model`."""
+    if recipe.objective == "next_token":
+        return load_model(source, attn_implementation)
+    encoder = _load(SAILViTModel, source, attn_implementation=PREFIX_CAUSAL)
+    return NextPatchModel(encoder, recipe.head_blocks, recipe.seed)
+
+
+def _load(cls: type[PreTrainedModel], source: Checkpoint, **options: Any) -> PreTrainedModel:
+    """Return the model of a folder in float32, every weight of it read."""
+    name, folder = source.source.name, source.source.path("config.json").parent
+    model, report = cls.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     # entries are names, in transformers >= 5 with the two shapes
@@ -52,7 +68,7 @@ def load_model(source: Checkpoint, attn_implementation: str | None = None) -> Pr
         expected, stored = tuple(model.state_dict()[mismatched[0]].shape), source[mismatched[0]].shape
         raise ValueError(
             f"{name}: {mismatched[0]}: expected the shape {expected}, got {stored}: the weights are of another "
-            "width than config.json says; build a model with `sailvit compose`"
+            "width than config.json says; build a model with `sailvit compose` or `sailvit convert`"
         )
     if missing := sorted(report.get("missing_keys") or []):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -93,14 +109,14 @@ def build_result(trained: Mapping[str, torch.Tensor], recipe: "Recipe", source: 
     Args:
         rows: Ids of the added tokens, see `set_trainable`.
     """
-    model = load_model(source)
+    model = load_for(recipe, source)
     set_trainable(model, recipe, rows)
     missing, unexpected = model.load_state_dict(trained, strict=False)  # frozen tensors stay those of the source
     lacking = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name in missing]
     if wrong := [*unexpected, *lacking]:
         raise RuntimeError(f"{wrong[0]}: the trained weights and the model do not match in {len(wrong)} tensors")
     merge_adapters(model)
-    return model
+    return model.vision_model if isinstance(model, NextPatchModel) else model  # without the head
 
 
 # The folder
@@ -120,8 +136,8 @@ def write_result(model: PreTrainedModel, source: Checkpoint, output: Path, stage
     names = (*PROCESSOR_FILES, *TOKENIZER_FILES, "generation_config.json")
     for name in [name for name in names if name in source.source.files]:
         shutil.copyfile(source.source.path(name), part / name)
-    copy_code(part)
-    write_sailvl_card(part, [source.source], model.config, "F32")
+    copy_code(part, model.config.model_type)
+    _write_card(part, source, model.config)
     weights = {path.name: {"sha256": hash_file(path)} for path in part.glob("*.safetensors")}
     before = source.document(PROVENANCE).get("source")
     origin = {**describe_source(source.source), **({"source": before} if before else {})}
@@ -136,11 +152,20 @@ def write_result(model: PreTrainedModel, source: Checkpoint, output: Path, stage
     write_training(output, stages)
 
 
+def _write_card(part: Path, source: Checkpoint, config: Any) -> None:
+    if config.model_type == "sailvl":
+        write_sailvl_card(part, [source.source], config, "F32")
+        return
+    size = f"width {config.hidden_size}, {config.num_hidden_layers} blocks, {config.image_size} pixels"
+    description = f"A vision encoder, {size}, float32, pretrained to predict the next patch, as AIM (arXiv 2401.08541)."
+    write_conversion_card(part, [source.source], description, ("vision", "sailvit", "custom_code"))
+
+
 def _write_config(part: Path, source: Checkpoint) -> None:
     """Write the source's config.json, for float32 and with the code that the folder has."""
     own = read_json(part / "config.json")
     config = {name: value for name, value in source.document("config.json").items() if name != "torch_dtype"}
-    for fields in (config, config["text_config"], config["vision_config"]):
+    for fields in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
         fields.pop("torch_dtype", None)
         if "dtype" in fields:
             fields["dtype"] = "float32"

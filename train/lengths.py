@@ -31,6 +31,7 @@ from ..processing_sailvl import SAILVLProcessor, TokenCounts
 from .cache import hash_of, locked, new_file
 from .formats import BadSample, FilteredSample, FormatOptions, Sample, parse_record
 from .rows import Rows, read_records
+from .tile_processor import TileProcessor
 
 
 BATCH_SIZE = 200
@@ -73,13 +74,13 @@ class SampleReader:
     Reads the records of a source as samples.
 
     Attributes:
-        processor: Tokenizes the samples.
+        processor: Tokenizes the samples, or makes tiles of their pictures alone.
         processor_hash: `hash_processor` of it.
         formats: How the records are read.
         processor_options: Options of the processor for these samples: max_tiles, num_frames.
     """
 
-    processor: SAILVLProcessor
+    processor: SAILVLProcessor | TileProcessor
     processor_hash: str
     formats: FormatOptions
     processor_options: Mapping[str, Any]
@@ -96,7 +97,8 @@ class SampleReader:
             raise record
         if record is None:
             raise FilteredSample("an empty line")
-        return replace(parse_record(record, self.formats), options=self.processor_options)
+        sample = replace(parse_record(record, self.formats), options=self.processor_options)
+        return self.processor.select(sample) if isinstance(self.processor, TileProcessor) else sample
 
     def count(self, samples: list[Sample]) -> list[TokenCounts | str]:
         """Return the counts of samples, or the reason why one cannot be used."""
@@ -127,15 +129,18 @@ def _of_sample(counts: list[TokenCounts]) -> TokenCounts | str:
     return TokenCounts(sum(c.tokens for c in counts), sum(c.answers for c in counts), counts[0].tiles)
 
 
-def hash_processor(processor: SAILVLProcessor) -> str:
+def hash_processor(processor: SAILVLProcessor | TileProcessor) -> str:
     """Return a hash of tokenizer, chat template and tiling options."""
+    tiling = {name: getattr(processor.image_processor, name) for name in TILING_OPTIONS}
+    if isinstance(processor, TileProcessor):
+        return hash_of({"patches": processor.patches, "tiling": tiling})
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     described = {
         "tokenizer": {key: tokenizer[key] for key in tokenizer.keys() - {"padding", "truncation"}},
         "special_tokens": processor.tokenizer.special_tokens_map,
         "chat_template": processor.chat_template,
         "image_seq_length": processor.image_seq_length,
-        "tiling": {name: getattr(processor.image_processor, name) for name in TILING_OPTIONS},
+        "tiling": tiling,
     }
     return hash_of(described)
 

@@ -43,15 +43,8 @@ def answer_weights(pack: Pack, reduction: str) -> torch.Tensor:
     """
     if reduction not in WEIGHTS:
         raise ValueError(f"loss_reduction: expected one of {', '.join(WEIGHTS)}, got {reduction!r}")
-    answers = count_answers(pack)
+    answers = torch.tensor(pack.answers, dtype=torch.int64)
     return WEIGHTS[reduction](answers.double()).repeat_interleave(answers)
-
-
-def count_answers(pack: Pack) -> torch.Tensor:
-    """Return the number of answer tokens (conversations,) int64 of every conversation of a pack."""
-    ends = torch.tensor([0, *pack.lengths]).cumsum(0)
-    before = F.pad((pack.inputs["labels"][0].cpu() != IGNORED).cumsum(0), (1, 0))  # answer tokens before a position
-    return before[ends].diff()
 
 
 def pack_loss(

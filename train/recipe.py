@@ -82,9 +82,12 @@ class Recipe(Strict):
     Attributes:
         name: Name in records; default: that of the file.
         description: One line for `sailvit train --list`.
-        model: Folder or name on the Hub of the SAIL-VL to train.
+        model: Folder or name on the Hub of the SAIL-VL to train; with next_patch of a SAILViT.
         data: corpus.yaml.
         output: Folder of the run, and of the trained model.
+        objective: "next_token" trains a SAIL-VL on the answers of conversations, "next_patch" pretrains a SAILViT on
+            pixels as AIM does: samples are the pictures of conversations, tokens are patches.
+        head_blocks: With next_patch, the MLPs of the prediction head.
         trainable: The components that are trained.
         learning_rate: Peak learning rate, of all trained components or by component.
         samples_per_step: Samples of an optimizer step, all ranks together: the global batch.
@@ -129,6 +132,8 @@ class Recipe(Strict):
     model: str | None = None
     data: str | None = None
     output: str | None = None
+    objective: Literal["next_token", "next_patch"] = "next_token"
+    head_blocks: int = Field(12, ge=0)
     trainable: Components
     learning_rate: LearningRate
     samples_per_step: Count
@@ -167,6 +172,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        if self.objective == "next_patch":
+            self._check_next_patch()
         if isinstance(self.learning_rate, dict):
             self._check_rates(self.learning_rate)
         frozen = [component for component in self.lora if component not in self.trainable]
@@ -179,6 +186,16 @@ class Recipe(Strict):
         if sum((self.kinds or {}).values()) > 1 + 1e-9:
             raise ValueError(f"kinds: expected shares of at most 1 together, got {sum(self.kinds.values()):g}")
         return self
+
+    def _check_next_patch(self) -> None:
+        """Raise an error for what only a SAIL-VL has."""
+        if self.trainable != ["vision"]:
+            raise ValueError(f"trainable: expected [vision] with objective next_patch, got {self.trainable}")
+        if self.gradient_checkpointing == "language":
+            raise ValueError("gradient_checkpointing: expected true, false or vision with objective next_patch")
+        for name in ("lora", "train_added_tokens", "attn_implementation", "language_parameters"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: not supported with objective next_patch: remove it")
 
     def _check_rates(self, rates: Mapping[Component, float]) -> None:
         """Raise an error if a component that is trained has no rate, or another has one."""
@@ -193,6 +210,7 @@ class Recipe(Strict):
 # Field -> where its default comes from. InternVL2.5: internvl_chat/shell/internvl2.5 of OpenGVLab/InternVL; LLaVA-1.5:
 # scripts/v1_5 of haotian-liu/LLaVA.
 SOURCES = {
+    "head_blocks": "AIM, section 3.2",
     "epochs": "paper, section 3",
     "max_tokens_per_pack": "LLaVA-OneVision-1.5",
     "loss_reduction": "transformers.Trainer; InternVL2.5: square; the paper names none",

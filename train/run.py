@@ -33,7 +33,7 @@ from ..convert.storage.checkpoint import Checkpoint, FileCheckpoint
 from ..convert.storage.files import first_line
 from ..convert.storage.sources import check_separate, find_source
 from ..devices import choose_device
-from .check import load_processor
+from .check import FIXES, TITLES, load_processor, load_tile_processor
 from .checkpoints import (
     RUN,
     STOPPED,
@@ -53,11 +53,12 @@ from .corpus import Corpus
 from .estimate import PAPER_STAGES, Plan, make_plan, oom_hint
 from .failures import explain_lost_rank, is_lost_connection
 from .flops import meta_model
-from .handover import build_result, load_model, trained_weights, weight_reader, write_result
+from .handover import build_result, load_for, trained_weights, weight_reader, write_result
 from .log import SKIPPED
 from .packing import PackedBatches, tile_cost
 from .recipe import Recipe
 from .record import describe_stage, differences, identity, parent_stages, settings_of
+from .tile_batches import TileBatches
 from .trainer import SAILVLTrainer, TrainingError, resolve_engine, training_arguments
 
 
@@ -151,18 +152,19 @@ def _check_compiler() -> None:
         raise ImportError(f"engine: DeepSpeed on CPU needs {' and '.join(missing)} on PATH: install it")
 
 
-def open_source(model: str) -> Checkpoint:
+def open_source(model: str, model_type: str = "sailvl") -> Checkpoint:
     """
     Return the checkpoint of the model to train.
 
     Raises:
-        ValueError: There is none, or it is no SAIL-VL.
+        ValueError: There is none, or it is of another type.
     """
     source = FileCheckpoint(*find_source(model))
     found = source.document("config.json").get("model_type")
-    if found != "sailvl":
-        fix = "build one with `sailvit compose`, or convert a released one with `sailvit convert`"
-        raise ValueError(f"{model}: expected a SAIL-VL, got {f'model_type {found!r}' if found else 'no config'}: {fix}")
+    if found != model_type:
+        fix = FIXES[model_type]
+        got = f"model_type {found!r}" if found else "no config"
+        raise ValueError(f"{model}: expected a {TITLES[model_type]}, got {got}: {fix}")
     if not source.entry.endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(f"{model}: expected safetensors, got {source.entry}: convert it with `sailvit convert`")
     return source
@@ -282,7 +284,8 @@ class RunTrainer(SAILVLTrainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
         elif self.is_world_process_zero():
-            for part in (self.model.config, self.model.generation_config, self.processing_class):
+            parts = (self.model.config, self.model.generation_config, self.processing_class)
+            for part in filter(None, parts):  # an encoder generates nothing
                 part.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -316,9 +319,11 @@ class Stage:
     def __init__(self, recipe: Recipe, engine: str, rank: int, ranks: int, log: Log):
         self.recipe, self.engine, self.rank, self.log = recipe, engine, rank, log
         self.output, self.precision = Path(recipe.output), recipe.precision
-        self.source = open_source(recipe.model)
+        self.is_encoder = recipe.objective == "next_patch"
+        self.source = open_source(recipe.model, "sailvit" if self.is_encoder else "sailvl")
         check_separate(self.output, [self.source.source])
-        self.processor, self.config = load_processor(self.source.source.path("config.json").parent)
+        load = load_tile_processor if self.is_encoder else load_processor
+        self.processor, self.config = load(self.source.source.path("config.json").parent)
         check_language(recipe, self.config)
         self.batches = self._open_batches(ranks)
         self.resumed = self._find_checkpoint()
@@ -329,7 +334,8 @@ class Stage:
         recipe = self.recipe
         corpus = Corpus.from_yaml(recipe.data, self.processor, num_proc=recipe.workers or None, log=self.log)
         check_kinds(recipe, corpus)
-        return PackedBatches(
+        batches = TileBatches if self.is_encoder else PackedBatches
+        return batches(
             corpus,
             recipe.samples_per_step,
             recipe.max_tokens_per_pack,
@@ -339,7 +345,7 @@ class Stage:
             seed=recipe.seed,
             epochs=recipe.epochs,
             too_long=recipe.too_long,
-            tile_cost=tile_cost(self.config),
+            tile_cost=0.0 if self.is_encoder else tile_cost(self.config),  # patches are the tokens of an encoder
             packing=recipe.packing,
             uint8_tiles=True,
             flash_attention="flash" in (recipe.attn_implementation or ""),
@@ -394,7 +400,7 @@ class Stage:
         self.log(f"stopped after step {step} ({reason}); the same command goes on")
 
     def _make_trainer(self) -> RunTrainer:
-        model = load_model(self.source, self.recipe.attn_implementation)
+        model = load_for(self.recipe, self.source, self.recipe.attn_implementation)
         set_trainable(model, self.recipe, self.rows)
         self.log(trainable_table(model, self.recipe))
         arguments = training_arguments(
@@ -448,6 +454,9 @@ class Stage:
 
     def _describe_memory(self) -> str:
         """Return which settings would fit into the memory of the device."""
+        if self.is_encoder:
+            most = self.recipe.max_tokens_per_pack
+            return f"out of memory: lower max_tokens_per_pack={most}, or set gradient_checkpointing=true"
         corpus, ranks = self.batches.corpus, self.batches.ranks
         plan = make_plan(self.config, self.recipe, corpus=corpus, ranks=ranks)
         available = USED_MEMORY * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -469,6 +478,8 @@ def plan_run(recipe: Recipe, ranks: int, card: str | None, samples: int | None =
     """
     if not recipe.model:
         raise ValueError("model: missing; give it as model=...")
+    if recipe.objective != "next_token":
+        raise ValueError(f"--plan: {recipe.name}: expected objective next_token, got {recipe.objective}")
     processor, config = load_processor(recipe.model)
     check_language(recipe, config)
     corpus = Corpus.from_yaml(recipe.data, processor) if recipe.data and samples is None else None

@@ -35,11 +35,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..devices import choose_device, computes_natively
-from .attention import attend_per_sample, is_per_sample
 from .collate import Pack, normalize_tiles
-from .components import check_trainable, checkpointed_components, parameter_groups
+from .components import check_trainable, checkpointed_components, components_of, parameter_groups
 from .corpus import Skipped
-from .flops import sample_flops
 from .log import (
     LOG,
     SKIPPED,
@@ -52,7 +50,8 @@ from .log import (
     peak_bytes,
     step_figures,
 )
-from .loss import answer_weights, count_answers, pack_loss
+from .loss import answer_weights
+from .objectives import objective_of
 from .packing import PackedBatches
 
 
@@ -182,9 +181,9 @@ def _engine_arguments(engine: str, recipe: "Recipe", model: PreTrainedModel) -> 
 
 
 def _fsdp_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    parts = (model.vision_model, model.language_model)
+    parts = (getattr(model, attribute) for attribute in components_of(model).values())
     present = {type(module).__name__ for module in model.modules()}
-    layers = sorted({name for part in parts for name in part._no_split_modules or ()} & present)
+    layers = sorted({name for part in parts for name in getattr(part, "_no_split_modules", None) or ()} & present)
     config = {"transformer_layer_cls_to_wrap": layers, "state_dict_type": "SHARDED_STATE_DICT"}
     if int(transformers.__version__.split(".")[0]) < 5:
         return {"fsdp": "full_shard auto_wrap", "fsdp_config": {**config, "fsdp_version": 2}}
@@ -275,7 +274,7 @@ class SAILVLTrainer(Trainer):
     transformers' Trainer over packed batches: the loss is normalised over the step, whatever its packs and ranks.
 
     Args:
-        model: A SAIL-VL in float32, after `set_trainable`.
+        model: A SAIL-VL or NextPatchModel in float32, after `set_trainable`; it decides on the objective.
         recipe: Of the stage.
         batches: The packs of this rank.
         output: Folder of the run; gets log.jsonl and skipped.jsonl.
@@ -301,14 +300,13 @@ class SAILVLTrainer(Trainer):
     ):
         self.recipe, self.batches, self.output = recipe, batches, Path(output)
         args = args or training_arguments(recipe, self.output, len(batches), model)
-        self.keeps_logits = model._supports_logits_to_keep()
-        self.flops = sample_flops(model, checkpointed_components(recipe))  # before it is sharded
+        self.objective = objective_of(model)
+        self.flops = self.objective.flops(checkpointed_components(recipe))  # before it is sharded
         super().__init__(model, args, train_dataset=batches, **kwargs)
         self._check_ranks(batches)
         self._reduce_in_float32()
         self.read_weight = read_weight if self.is_deepspeed_enabled else None
-        trains_vision = any(p.requires_grad for part in (model.vision_model, model.mlp1) for p in part.parameters())
-        model.always_run_vision = trains_vision or self.accelerator.num_processes > 1
+        self.objective.prepare(self.accelerator.num_processes)
         peak = device_peak(recipe.peak_tflops, self.args.device, self.args.bf16)
         self.peak_flops = peak and peak * self.accelerator.num_processes
         self.progress: Progress | None = None
@@ -343,7 +341,7 @@ class SAILVLTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer; on a CPU, unless the recipe chooses, the language model attends sample by sample meanwhile."""
         chooses = self.recipe.attn_implementation is None and self.args.device.type == "cpu"  # not measured elsewhere
-        with attend_per_sample(self.model) if chooses else contextlib.nullcontext():
+        with self.objective.cpu_attention() if chooses else contextlib.nullcontext():
             return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -391,7 +389,7 @@ class SAILVLTrainer(Trainer):
 
     def _kinds_of_answers(self, packs: list[Pack]) -> np.ndarray:
         """Return the number of the kind of every answer token."""
-        return np.concatenate([np.repeat(self._kinds_of(pack), count_answers(pack).numpy()) for pack in packs])
+        return np.concatenate([np.repeat(self._kinds_of(pack), pack.answers) for pack in packs])
 
     def _kinds_of(self, pack: Pack) -> np.ndarray:
         """Return the number of the kind of every conversation of a pack."""
@@ -492,10 +490,8 @@ class SAILVLTrainer(Trainer):
         tiles = inputs.get("pixel_values")
         if tiles is not None and tiles.dtype == torch.uint8:
             inputs["pixel_values"] = normalize_tiles(tiles, self.batches.corpus.processor.image_processor)
-        if is_per_sample(self.model):
-            inputs["sample_lengths"] = pack.lengths or [1]  # a pack without samples is one token
         with self.compute_loss_context_manager():
-            return pack_loss(model, inputs, weights, self.keeps_logits)
+            return self.objective.loss(model, inputs, pack.lengths, weights)
 
     def _sum_losses(self, total: torch.Tensor, losses: list[torch.Tensor]) -> None:
         """
