@@ -309,22 +309,25 @@ class SAILViTImageProcessor(TorchvisionBackend):
             ValueError: The image cannot be opened.
         """
         self.check_option_names(kwargs)
-        options = self._options(kwargs)
-        if isinstance(image, (str, Path)):
-            ((name, source),) = _named_images(image)
-            with open_image(source, name) as opened:
-                return _upright_size(opened, options)
-        if isinstance(image, Image.Image):
-            return _upright_size(image, options)
-        return tuple(_read_image(image, "image", options).shape[:2])
+        return _size_in_header(image, self._options(kwargs))
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
         """Return the number of tiles of an image of `height` x `width` pixels, its thumbnail included."""
         self.check_option_names(images_kwargs or {})
-        options = self._options(images_kwargs or {})
-        return sum(map(math.prod, _all_grids(_choose_grid(width, height, options), width, height, options)))
+        return _count_tiles(height, width, self._options(images_kwargs or {}))
+
+    def count_tiles(self, images: Sequence[Any], **kwargs: Any) -> list[int]:
+        """
+        Return the number of tiles of every image, of any type that `preprocess` takes; only headers of files are read.
+
+        Raises:
+            ValueError: An image cannot be opened.
+        """
+        self.check_option_names(kwargs)
+        options = self._options(kwargs)
+        return [_count_tiles(*_size_in_header(image, options), options) for image in images]
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """
@@ -448,6 +451,10 @@ def _choose_grid(width: int, height: int, options: SimpleNamespace) -> tuple[int
     return choose_tile_grid(width, height, *bounds, tile_size=options.tile_size)
 
 
+def _count_tiles(height: int, width: int, options: SimpleNamespace) -> int:
+    return sum(map(math.prod, _all_grids(_choose_grid(width, height, options), width, height, options)))
+
+
 def _all_grids(grid: tuple[int, int], width: int, height: int, options: SimpleNamespace) -> list[tuple[int, int]]:
     """Return the grids that an image is cut into, in order: its own, the second of msac, 1 x 1 for the thumbnail."""
     thumbnail = [(1, 1)] if options.use_thumbnail or grid == (1, 1) else []
@@ -555,6 +562,17 @@ def _pil_to_array(image: Image.Image, name: str, options: SimpleNamespace) -> to
         array = _scale_to_8_bits(array, stored, used, 8, name)
     tensor = torch.from_numpy(array).reshape(image.height, image.width, -1)
     return _check_values(tensor.expand(-1, -1, 3), name, options)
+
+
+def _size_in_header(image: Any, options: SimpleNamespace) -> tuple[int, int]:
+    """Return (height, width) of an image as it is cut into tiles; of a file only the header is read."""
+    if isinstance(image, (str, Path)):
+        ((name, source),) = _named_images(image)
+        with open_image(source, name) as opened:
+            return _upright_size(opened, options)
+    if isinstance(image, Image.Image):
+        return _upright_size(image, options)
+    return tuple(_read_image(image, "image", options).shape[:2])
 
 
 def _upright_size(image: Image.Image, options: SimpleNamespace) -> tuple[int, int]:

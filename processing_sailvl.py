@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -515,29 +515,32 @@ class SAILVLProcessor(ProcessorMixin):
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        tiles = [self._count_tiles(chat, options) for chat in chats]
-        counts = self._count_prompts(prompts, spans, tiles, options)
+        tiles = self._count_tiles(chats, options)
+        frames = [self._count_frames(chat, options) for chat in chats]
+        counts = self._count_prompts(prompts, spans, tiles, frames, options)
         return counts if is_batch else counts[0]
 
-    def _count_tiles(self, chat: list[dict[str, Any]], options: SimpleNamespace) -> tuple[list[int], list[int]]:
-        """Return the tiles of every image, and the frames of every video."""
-        processor = self.image_processor
-        images = _flatten_images(_collect_media(chat, "image"))
+    def _count_tiles(self, chats: list[list[dict[str, Any]]], options: SimpleNamespace) -> list[list[int]]:
+        """Return the tiles of every image of every conversation."""
+        images = [_flatten_images(_collect_media(chat, "image")) for chat in chats]
+        counts = iter(self.image_processor.count_tiles(_flatten_images(images), **options.images))
+        return [list(islice(counts, len(own))) for own in images]
+
+    def _count_frames(self, chat: list[dict[str, Any]], options: SimpleNamespace) -> list[int]:
+        """Return the frames of every video of a conversation."""
         videos = flatten_videos(group_frames(_collect_media(chat, "video")))
-        sizes = [processor.image_size(image, **options.images) for image in images]
-        tiles = [processor.get_number_of_image_patches(*size, options.images) for size in sizes]
-        return tiles, [count_frames(video, options.videos) for video in videos]
+        return [count_frames(video, options.videos) for video in videos]
 
     def _count_prompts(
         self,
         prompts: list[str],
         spans: list[list[tuple[int, int]]],
-        tiles: list[tuple[list[int], list[int]]],
+        images: list[list[int]],
+        videos: list[list[int]],
         options: SimpleNamespace,
     ) -> list[TokenCounts]:
-        images, videos = zip(*tiles, strict=True)
-        self._check_count(prompts, self.image_token, "images", list(images))
-        self._check_count(prompts, self.video_token, "videos", list(videos))
+        self._check_count(prompts, self.image_token, "images", images)
+        self._check_count(prompts, self.video_token, "videos", videos)
         frames = [_number_frames(self.image_token, number) for numbers in videos for number in numbers]
         replacements = {self.image_token: ((self.image_token, None) for numbers in images for _ in numbers)}
         replacements[self.video_token] = ((text, None) for text in frames)
@@ -547,7 +550,7 @@ class SAILVLProcessor(ProcessorMixin):
         text_options = {k: v for k, v in options.text.items() if k not in skipped}
         encoded = self.tokenizer(expanded, **{**text_options, "return_attention_mask": False})
         counts = []
-        for index, (image_tiles, video_frames) in enumerate(tiles):
+        for index, (image_tiles, video_frames) in enumerate(zip(images, videos, strict=True)):
             number, total = len(image_tiles) + sum(video_frames), sum(image_tiles) + sum(video_frames)
             tokens = len(encoded["input_ids"][index]) + self.image_seq_length * total + number  # start, end: 2 for 1
             answers = _shift_spans(spans[index], offsets[index])
@@ -616,7 +619,7 @@ def _without_repetitions(tiles: list[torch.Tensor]) -> tuple[list[torch.Tensor],
 
 def _count(token: str, text: str) -> int:
     """Count a token in a text, without those that transformers escaped because they are user text."""
-    return len(re.findall(NOT_ESCAPED + re.escape(token), text))
+    return text.count(token) - (text.count(ESCAPE + token) if ESCAPE else 0)
 
 
 def _sum_of(counts: list[int]) -> str:

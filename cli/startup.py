@@ -20,6 +20,13 @@ def import_without_torch() -> None:
     sys.modules.setdefault("sailvit", importlib.util.module_from_spec(spec))
 
 
+def import_with_torch() -> None:
+    """Run the package's `__init__` after `import_without_torch`, for verbs that turn out to need the model classes."""
+    package = sys.modules["sailvit"]
+    if not hasattr(package, "__version__"):
+        package.__spec__.loader.exec_module(package)
+
+
 def exit_on_signals() -> None:
     """Exit on SIGTERM and SIGHUP as on an error, so that unfinished output is removed."""
     for end in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:

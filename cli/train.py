@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .arguments import Verbs, add_verb, positive_integer
+from .startup import import_with_torch, import_without_torch
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def run_train(options: argparse.Namespace) -> int:
         raise ValueError(f"expected --list alone, got {options.stage}")
     if not options.list and not options.stage:
         raise ValueError("expected STAGE, such as stage1, or --list")
+    import_without_torch()
     if options.list:
         return _print_recipes()
     from sailvit.train import describe_recipe, load_recipe
@@ -61,6 +63,7 @@ def run_train(options: argparse.Namespace) -> int:
         print(describe_recipe(options.stage, options.overrides))
         return 0
     recipe = load_recipe(options.stage, options.overrides)
+    import_with_torch()
     return _print_plan(recipe, options) if options.plan else _train(recipe)
 
 

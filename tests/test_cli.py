@@ -168,7 +168,12 @@ def test_what_reads_and_writes_files_imports_no_framework_and_prints_no_warning(
         "import sys, sailvit_cli; sailvit_cli.main(sys.argv[1:]);"
         "assert not {'torch', 'torchao', 'transformers', 'timm'} & set(sys.modules)"
     )
-    for arguments in (["inspect", "apple", "--deep"], ["convert", "apple", "out", "--no-verify"]):
+    for arguments in (
+        ["inspect", "apple", "--deep"],
+        ["convert", "apple", "out", "--no-verify"],
+        ["train", "--list"],
+        ["train", "stage1", "--print-config"],
+    ):
         command = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")

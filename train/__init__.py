@@ -1,30 +1,37 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training: recipes of its stages, corpora of conversations, and batches of packed samples."""
+"""
+Training: recipes of its stages, corpora of conversations, and batches of packed samples.
 
-try:
-    from .check import check_corpus, describe, load_processor, show_samples
-    from .collate import Pack, normalize_tiles
-    from .corpus import Corpus, Skipped, TooManyBadSamplesError
-    from .packing import PackedBatches, tile_cost
-    from .recipe import Recipe, describe_recipe, list_recipes, load_recipe
-except ImportError as error:
-    raise ImportError(f'{error}: training needs more packages: pip install "sailvit[train]"') from error
+A name imports its module when it is used: recipes need no torch, so that `sailvit train` checks its arguments at once.
+"""
 
-__all__ = [
-    "Corpus",
-    "Pack",
-    "PackedBatches",
-    "Recipe",
-    "Skipped",
-    "TooManyBadSamplesError",
-    "check_corpus",
-    "describe",
-    "describe_recipe",
-    "list_recipes",
-    "load_processor",
-    "load_recipe",
-    "normalize_tiles",
-    "show_samples",
-    "tile_cost",
-]
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+_MODULES = {
+    "check": ("check_corpus", "describe", "load_processor", "show_samples"),
+    "collate": ("Pack", "normalize_tiles"),
+    "corpus": ("Corpus", "Skipped", "TooManyBadSamplesError"),
+    "packing": ("PackedBatches", "tile_cost"),
+    "recipe": ("Recipe", "describe_recipe", "list_recipes", "load_recipe"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_PACKAGES = ("accelerate", "datasets", "peft", "pyarrow", "pydantic", "xxhash", "yaml")  # all modules import these
+
+if _missing := [name for name in _PACKAGES if find_spec(name) is None]:
+    raise ImportError(f'training needs more packages ({", ".join(_missing)}): pip install "sailvit[train]"')
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -65,7 +65,7 @@ class Pack:
         samples: Corpus indices of its samples.
         lengths: Tokens of each of their conversations.
         skipped: (corpus index, reason) of the samples that were left out.
-        answers: Positions with a label of each conversation; of next-patch prediction the predicted patches of each sample.
+        answers: Positions with a label of each conversation; of next-patch prediction predicted patches of each sample.
         conversations: The number of conversations of each sample.
         kinds: The kind of each conversation; None if it is that of its sample.
     """
