@@ -50,7 +50,7 @@ class TileProcessor:
         parts = [part for message in sample.messages for part in message["content"] if part["type"] == "image"]
         if not parts:
             raise FilteredSample("no pictures")
-        return replace(sample, messages=[{"role": "user", "content": parts}])
+        return replace(sample, messages=[{"role": "user", "content": parts}], independent_turns=False, turn_kinds=())
 
     def count_tokens(self, conversations: Sequence[list[dict[str, Any]]], **options: Any) -> list[TokenCounts]:
         """Return the patches and tiles of the pictures of samples; of a file only the header is read."""
