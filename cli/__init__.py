@@ -26,6 +26,7 @@ FAMILIES = (
     "probe",
     "report",
     "suite",
+    "miniature",
     "push",
 )  # files of this folder, in the order of `sailvit --help`
 DESCRIPTION = """\

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from ...chat_sailvl import SYSTEM_MESSAGE
 from ...configuration_sailvit import SAILViTConfig
 from ...image_processing_sailvit import SAILViTImageProcessor
 from ...modeling_sailvit import SAILViTModel
@@ -100,7 +101,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
-    tokenizer.train_from_iterator([*texts, *ROLES], trainers.BpeTrainer(vocab_size=vocabulary, **options))
+    lines = [*texts]
+    every_turn = [*ROLES, SYSTEM_MESSAGE] * max(len(lines), 1)  # so that they are a few tokens
+    tokenizer.train_from_iterator([*lines, *every_turn], trainers.BpeTrainer(vocab_size=vocabulary, **options))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE
     )

@@ -73,7 +73,7 @@ class WorldPlan:
             "transfer2": split_counts(6_000, ALL),
         }
     )
-    language: tuple[int, int] = (40_000, 1_000)
+    language: tuple[int, int] = (20_000, 1_000)
     questions: int = 6
     tests: int = 2_500
     probe: tuple[int, int] = (100, 50)

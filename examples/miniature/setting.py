@@ -1,0 +1,65 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How large a miniature is: its world, its models, how many questions test it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .world import WorldPlan
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    What `run_miniature` makes.
+
+    Attributes:
+        world: The pictures, questions and texts.
+        encoder: Fields of SAILViTConfig, over those of `random_encoder`.
+        language: Fields of Qwen2Config, over those of `random_language`.
+        vocabulary: Entries of the tokenizer.
+        max_tiles: Of a picture, without its thumbnail.
+        recipe: Overrides of every recipe, KEY=VALUE.
+        questions: Held-out questions of each category that the model answers.
+    """
+
+    world: WorldPlan = field(default_factory=lambda: WorldPlan(independent_turns=True))
+    encoder: Mapping[str, Any] = field(default_factory=dict)
+    language: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: int = 640
+    max_tiles: int = 4
+    recipe: tuple[str, ...] = ()
+    questions: int = 2000
+
+    def scaled(self, factor: float) -> "Setting":
+        """Return the setting with all numbers of pictures, texts and questions multiplied."""
+        return replace(self, world=self.world.scaled(factor), questions=max(1, round(self.questions * factor)))
+
+    def with_seed(self, seed: int) -> "Setting":
+        """Return the setting with another seed of world, weights and order."""
+        return replace(self, world=replace(self.world, seed=seed))
+
+
+# Name -> widths. Parameters of the encoder: 0.2, 3, 30 and 300 million.
+SIZES = {
+    "32px": Setting(),
+    "48px": Setting(
+        WorldPlan(size=48, independent_turns=True),
+        {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6,
+         "image_size": 48},
+        {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
+    ),
+    "224px": Setting(
+        WorldPlan(size=224, independent_turns=True),
+        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
+         "image_size": 224, "patch_size": 14},
+        {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    ),
+    "448px": Setting(
+        WorldPlan(size=448, independent_turns=True),
+        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8,
+         "image_size": 448, "patch_size": 14},
+        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    ),
+}  # fmt: skip
