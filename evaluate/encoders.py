@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Encoder:
             "device": self.device.type,
             "prefix_tokens": self.prefix_tokens,
             "averages_prefix_tokens": self.keeps_prefix,
-            "versions": library_versions(),
+            "versions": {"sailvit": version("sailvit"), **library_versions()},
         }
 
 
@@ -163,11 +164,12 @@ class _OneTile:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = self.processor(image, return_tensors="pt", **self.options)["pixel_values"]
-        if pixels.ndim != 4 or len(pixels) != 1:
+        if pixels.ndim < 4 or pixels.shape[:-3].numel() != 1:
             raise ValueError(
-                f"the image processor returns pixels of shape {tuple(pixels.shape)}, expected (1, 3, H, W)"
+                f"the image processor returns pixels of shape {tuple(pixels.shape)}, expected one tile, (1, 3, H, W): "
+                "give --preprocessing NAME of an encoder that makes one"
             )
-        return pixels[0]
+        return pixels.reshape(pixels.shape[-3:])
 
 
 def load_preprocessing(name: str) -> Preprocessing:

@@ -5,6 +5,7 @@ Weights that tokens depend on have to be there; what else a checkpoint has is re
 """
 
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,7 +141,7 @@ def load_transformers(name: str, config: PretrainedConfig, log: Log = lambda lin
             model, report = AutoModel.from_pretrained(
                 name, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
-    if getattr(model, "main_input_name", None) != "pixel_values":
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name}: expected an image encoder, got a {type(model).__name__}: name a vision model")
     _check_report(name, report, log)
     return model

@@ -105,7 +105,9 @@ def _fit_mlp(
     losses = trial.train(features, labels, fit, measure)
     best = accuracies[-1].argmax(1).tolist()
     final = MLPs(features, classes, [[grid[index]] for index in best], options)
-    final.train(features, labels, torch.arange(len(labels)))
+    last = final.train(features, labels, torch.arange(len(labels)))[-1]
+    if not last.isfinite().all():
+        raise ValueError("mlp: the training loss is NaN or infinite: give smaller --learning-rates")
     curves = {"train_loss": torch.stack(losses, -1).tolist(), "split_accuracy": torch.stack(accuracies, -1).tolist()}
     names = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in grid]
     return [
@@ -421,7 +423,11 @@ def _fit_neighbours(
     features: torch.Tensor, labels: torch.Tensor, classes: int, options: HeadOptions, fit: torch.Tensor,
     split: torch.Tensor,
 ) -> list[FittedHead]:  # fmt: skip
-    heads, counts = [], [count for count in options.neighbours if count <= len(fit)] or [1]
+    heads, counts = [], [count for count in options.neighbours if count <= len(fit)]
+    if not counts:
+        raise ValueError(
+            f"--neighbours: expected a number up to {len(fit)}, the training images, got {options.neighbours}"
+        )
     for layer, values in enumerate(features):
         trials = [_neighbours(values[fit], labels[fit], classes, count, options.temperature) for count in counts]
         accuracies = torch.stack([accuracy(trial(values[split], None), labels[split].cpu()) for trial in trials])

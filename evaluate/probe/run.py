@@ -8,7 +8,7 @@ set; pairs of encoders are compared on the same test images.
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from psutil import virtual_memory
 
 from ...convert.storage.output_folder import check_free, new_folder
 from ...devices import choose_device
-from ..datasets import LabelledImages, load_images, match_classes
+from ..datasets import LabelledImages, check_apart, load_images, match_classes
 from ..encoders import LAST, Encoder, load_encoder
 from ..models import check_model
 from ..statistics import compare_paired, wilson_interval
@@ -166,6 +166,7 @@ def _load_data(train: str, tests: Sequence[str]) -> tuple[LabelledImages, list[T
     names = _short_names(tests)
     for test in tests:
         images = load_images(test, training=False)
+        check_apart(train_set, images)
         labels, present = match_classes(train_set, images)
         subset = torch.tensor(present) if len(present) < len(train_set.classes) else None
         found.append(TestSet(names[test], images, torch.tensor(labels), subset))
@@ -201,7 +202,7 @@ class _Probe:
         self.rank, self.ranks, self.wait = processes
         self.cache = options.cache_dir or default_cache()
         self.results = ProbeResults({})
-        self.encoders: dict[str, dict[str, Any]] = {}
+        self.encoders: dict[str, dict[str, Any]] = {}  # as they describe themselves
         self.data: dict[str, dict[str, Any]] = {}
         self.skipped: dict[tuple[str, str], str] = {}
         # (test, head) -> encoder -> whether each image is right, with -1 for unreadable ones
@@ -214,6 +215,8 @@ class _Probe:
             name, options.layers, options.preprocessing, options.keeps_prefix, options.device, options.dtype, self.log
         )
         self.encoders[name] = encoder.describe()
+        if len({one["dtype"] for one in self.encoders.values()}) > 1:
+            self.log(f"encoders run in {_describe_dtypes(self.encoders)}: --dtype float32 computes all in one dtype")
         images = [self.train, *(test.images for test in self.tests)]
         features = [self._features(encoder, one) for one in images]
         encoder.model.to("meta")  # its memory is free for the heads
@@ -326,6 +329,7 @@ class _Probe:
             "train": self.train.name,
             "data": self.data,
             "tokens": _describe_tokens(options),
+            "computed_in": _describe_dtypes(self.encoders),
             "preprocessing": options.preprocessing or "own",
             "heads": describe_options(options.head, options.heads),
             "intervals": "95%: Wilson for accuracies, paired bootstrap for differences; exact McNemar tests",
@@ -336,9 +340,19 @@ class _Probe:
         }
 
 
+def _describe_dtypes(encoders: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the dtype that encoders compute in; where they have several, with the encoders of each."""
+    names: dict[str, list[str]] = {}
+    for name, about in encoders.items():
+        names.setdefault(about["dtype"], []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return " and ".join(f"{dtype} ({', '.join(of)})" for dtype, of in sorted(names.items()))
+
+
 def _describe_tokens(options: ProbeOptions) -> str:
     which = "all tokens, class and register tokens too" if options.keeps_prefix else "patch tokens"
-    layers = "the last block after the encoder's final norm"
+    layers = "the encoder's output (last block, after the final norm where the encoder applies one to all tokens)"
     if options.layers != (LAST,):
         layers = (
             f"layers {', '.join(map(str, options.layers))} (a number: output of that block, without the final norm)"

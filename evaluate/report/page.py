@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..charts import Line, line_chart
 from ..encoders import LAST
-from ..pages import data_url, read_template, render, write_file
+from ..pages import data_url, read_template, render, write_files
 from ..probe.files import HEADS, markdown_table
 from ..probe.results import PAPER_ACCURACIES, PAPER_TESTS
 from ..versions import library_versions
@@ -123,8 +123,7 @@ def write_report(report: Report, out: Path, overwrite: bool = False, command: st
     """Write the page and, next to it, the Markdown file; return their paths. Raises as `check_outputs`."""
     files = check_outputs(out, overwrite)
     contents = page(report, command), as_markdown(report, command)
-    for file, content in zip(files, contents, strict=True):
-        write_file(content.encode(), file)
+    write_files({file: content.encode() for file, content in zip(files, contents, strict=True)})
     return files
 
 
@@ -202,8 +201,8 @@ def _probe_charts(report: Report) -> list[Chart]:
         for number, model in enumerate(report.names):
             found = [cells.get((model, layer), {}) for layer in layers]
             if any(found):
-                lines.append(Line(model, *([one.get(key) for one in found] for key in ("accuracy",)), number,
-                                  *([one.get(key) for one in found] for key in ("low", "high"))))  # fmt: skip
+                values, low, high = ([one.get(key) for one in found] for key in ("accuracy", "low", "high"))
+                lines.append(Line(model, values, number, low, high))
         charts.append(_chart(f"{test}: {HEADS[head]}", "block", layers, lines, percent=True))
     return charts
 
