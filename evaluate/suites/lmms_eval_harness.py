@@ -4,6 +4,7 @@
 
 import json
 import numbers
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,9 @@ def make_command(run: SuiteRun, folder: Path, rescore: bool = False) -> list[str
 
 
 def make_environment(run: SuiteRun, folder: Path) -> dict[str, str]:
-    """Return environment variables: the judge's name, if one is given."""
-    return {} if run.judge in (DEFAULT_JUDGE, RULES) else {"MODEL_VERSION": run.judge}
+    """Return environment variables: the judge's name, if `run` or the environment names one."""
+    name = os.environ.get("MODEL_VERSION") if run.judge == DEFAULT_JUDGE else run.judge
+    return {"MODEL_VERSION": name} if name and name != RULES else {}
 
 
 def remove_scores(folder: Path) -> None:
@@ -85,7 +87,8 @@ def _outcome(run: SuiteRun, task: str, result: dict[str, Any] | None, samples: l
     scores = {key: value for key, value in (result or {}).items() if isinstance(value, (int, float))}
     first = kept.get((task, samples[0]["doc_id"]), {})
     prompt = {"question": first.get("prompt"), "tiling": first.get("tiling"), "options": first.get("options")}
-    judge = run.judge if next(d for d in run.data_sets if d.lmms_eval == task).lmms_eval_judge != "none" else None
+    data_set = next(d for d in run.data_sets if d.lmms_eval == task)
+    judge = None if data_set.lmms_eval_judge == "none" else data_set.fixed_judge or run.judge
     error = None if scores or run.predict_only else "no scores"
     return Outcome(scores, questions, prompt, {"model": judge, "failed": None, "total": None}, error)
 

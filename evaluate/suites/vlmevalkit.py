@@ -21,7 +21,7 @@ def make_config(run: SuiteRun) -> dict[str, Any]:
     Return the content of VLMEvalKit's `--config`.
 
     The class must be one of VLMEvalKit's own; its SailVL calls `chat` of the model folder. The tiles of a data set are
-    set by that class (suites.py has the same table), so they are no part of the config.
+    set by that class (sets.py has the same table), so they are no part of the config.
     """
     options = {} if run.max_new_tokens is None else {"max_new_tokens": run.max_new_tokens}
     model = {"class": "SailVL", "model_path": str(run.model), "use_msac": run.msac, **options}
