@@ -122,7 +122,7 @@ def load_encoder(
             not take the pixels.
     """
     device = choose_device(device)
-    model, config = load_timm(name) if is_timm(name) else _load_transformers(name, log)
+    model, config = _load_model(name, log)
     weights_hash = _hash_weights(model)
     compute_dtype, reason = choose_dtype(next(model.parameters()).dtype, device, dtype)
     model = model.to(device, compute_dtype).eval().requires_grad_(False)
@@ -138,7 +138,16 @@ def load_encoder(
     )
 
 
-def _load_transformers(name: str, log: Log) -> tuple[nn.Module, dict[str, Any]]:
+def stored_dtype(name: str) -> torch.dtype:
+    """Return the dtype of the weights of an encoder, which is loaded for it. Raises as `load_encoder`."""
+    model, _ = _load_model(name, lambda line: None)
+    return next(model.parameters()).dtype
+
+
+def _load_model(name: str, log: Log) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model on the CPU, and what its tokens depend on besides weights."""
+    if is_timm(name):
+        return load_timm(name)
     model = load_transformers(name, read_config(name), log)
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
     return model, {key: value for key, value in sorted(model.config.to_dict().items()) if key not in ignored}

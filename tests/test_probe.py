@@ -425,19 +425,33 @@ def test_numbered_folders_are_labels_of_a_data_set(tmp_path, no_cache_of_dataset
         match_classes(train, load_images(str(pictures(tmp_path / "other", "1")), training=False))
 
 
-def test_encoders_that_compute_in_several_dtypes_are_named(digits, dinov2, tmp_path):
+def test_all_encoders_compute_in_one_dtype(digits, dinov2, tmp_path):
     double = Path(shutil.copytree(dinov2, tmp_path / "double"))
     AutoModel.from_pretrained(dinov2).double().save_pretrained(double)
-    words = [str(dinov2), str(double)], str(digits / "train"), [str(digits / "test")], tmp_path / "out"
+
+    def dtypes(*names: Path, **settings) -> tuple[str, set[str]]:
+        options = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=QUICK, **settings)
+        words = [*map(str, names)], str(digits / "train"), [str(digits / "test")]
+        found = run_probe(*words, tmp_path / "out", options, overwrite=True, log=lines.append).settings
+        assert f"; computed in {found['computed_in']}." in (tmp_path / "out" / "results.md").read_text()
+        return found["computed_in"], {one["dtype"] for one in found["encoders"].values()}
+
     lines: list[str] = []
-    options = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=QUICK)
-    found = run_probe(*words, options, log=lines.append)
-    both = f"float32 ({dinov2}) and float64 ({double})"
-    assert f"encoders run in {both}: --dtype float32 computes all in one dtype" in lines
-    assert f"computed in {both}." in (tmp_path / "out" / "results.md").read_text()
-    one = ProbeOptions(("knn",), device="cpu", dtype="float32", uses_cache=False, head=QUICK)
-    assert found.settings["computed_in"] == both
-    assert run_probe(*words[:3], None, one).settings["computed_in"] == "float32"
+    assert dtypes(double) == ("float64", {"float64"}) and dtypes(dinov2) == ("float32", {"float32"})
+    assert not any("all encoders compute" in line for line in lines)
+    assert dtypes(dinov2, double) == ("float32", {"float32"})
+    assert any(f"all encoders compute in float32, since the dtypes of their weights differ (float32 of {dinov2}, "
+               f"float64 of {double})" in line for line in lines)  # fmt: skip
+    assert dtypes(dinov2, double, dtype="float64") == ("float64", {"float64"})
+
+
+def test_a_broken_encoder_is_found_before_the_work_on_others(digits, dinov2, tmp_path, encoded):
+    broken = Path(shutil.copytree(dinov2, tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    options = ProbeOptions(("knn",), device="cpu", cache_dir=tmp_path / "cache", head=QUICK)
+    with pytest.raises(ValueError, match=r"broken: .*truncated or corrupt"):
+        run_probe([str(dinov2), str(broken)], str(digits / "train"), [str(digits / "test")], None, options)
+    assert encoded == [] and not (tmp_path / "cache").exists()
 
 
 def test_accuracy_is_over_the_classes_of_the_test_set_and_over_all(digits, dinov2, images, tmp_path):

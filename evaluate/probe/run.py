@@ -8,8 +8,8 @@ set; pairs of encoders are compared on the same test images.
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import combinations
@@ -20,9 +20,9 @@ import torch
 from psutil import virtual_memory
 
 from ...convert.storage.output_folder import check_free, new_folder
-from ...devices import choose_device
+from ...devices import choose_device, choose_dtype, dtype_name
 from ..datasets import LabelledImages, check_apart, load_images, match_classes
-from ..encoders import LAST, Encoder, load_encoder
+from ..encoders import LAST, Encoder, load_encoder, stored_dtype
 from ..models import check_model
 from ..statistics import compare_paired, wilson_interval
 from ..versions import library_versions, package_commit
@@ -125,6 +125,7 @@ def run_probe(
     for name in dict.fromkeys([*encoders, *([options.preprocessing] if options.preprocessing else [])]):
         check_model(name)  # before hours of work on the others
     train_set, test_sets = _load_data(train, tests)
+    options = replace(options, dtype=_common_dtype(encoders, options, log))
     probe = _Probe(train_set, test_sets, options, log, progress or _no_progress, (rank, ranks, wait))
     for name in encoders:
         probe.add(name)
@@ -159,6 +160,22 @@ def _check_options(encoders: Sequence[str], tests: Sequence[str], options: Probe
         raise ValueError(f"--head: expected {', '.join(KINDS)}, got {unknown[0]!r}")
     if not 1 <= options.batch_size <= CHUNK:
         raise ValueError(f"--batch-size: expected 1 to {CHUNK}, got {options.batch_size}")
+
+
+def _common_dtype(encoders: Sequence[str], options: ProbeOptions, log: Log) -> str:
+    """
+    Return the dtype that all encoders compute in: where "auto" chooses several, float32, so that rounding is no
+    difference between encoders. All of them are loaded once, so a broken one is found before the work on the others.
+    """
+    if options.dtype != "auto" or len(encoders) == 1:
+        return options.dtype
+    device = choose_device(options.device)
+    dtypes = {name: dtype_name(choose_dtype(stored_dtype(name), device)[0]) for name in encoders}
+    if len({*dtypes.values()}) == 1:
+        return "auto"
+    chosen = ", ".join(f"{dtype} of {name}" for name, dtype in dtypes.items())
+    log(f"all encoders compute in float32, since the dtypes of their weights differ ({chosen}); --dtype overrides it")
+    return "float32"
 
 
 def _load_data(train: str, tests: Sequence[str]) -> tuple[LabelledImages, list[TestSet]]:
@@ -215,8 +232,6 @@ class _Probe:
             name, options.layers, options.preprocessing, options.keeps_prefix, options.device, options.dtype, self.log
         )
         self.encoders[name] = encoder.describe()
-        if len({one["dtype"] for one in self.encoders.values()}) > 1:
-            self.log(f"encoders run in {_describe_dtypes(self.encoders)}: --dtype float32 computes all in one dtype")
         images = [self.train, *(test.images for test in self.tests)]
         features = [self._features(encoder, one) for one in images]
         encoder.model.to("meta")  # its memory is free for the heads
@@ -329,7 +344,7 @@ class _Probe:
             "train": self.train.name,
             "data": self.data,
             "tokens": _describe_tokens(options),
-            "computed_in": _describe_dtypes(self.encoders),
+            "computed_in": self.encoders[encoders[0]]["dtype"],
             "preprocessing": options.preprocessing or "own",
             "heads": describe_options(options.head, options.heads),
             "intervals": "95%: Wilson for accuracies, paired bootstrap for differences; exact McNemar tests",
@@ -338,16 +353,6 @@ class _Probe:
             "versions": {"sailvit": version("sailvit"), **library_versions()},
             "commit": package_commit(),
         }
-
-
-def _describe_dtypes(encoders: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the dtype that encoders compute in; where they have several, with the encoders of each."""
-    names: dict[str, list[str]] = {}
-    for name, about in encoders.items():
-        names.setdefault(about["dtype"], []).append(name)
-    if len(names) == 1:
-        return next(iter(names))
-    return " and ".join(f"{dtype} ({', '.join(of)})" for dtype, of in sorted(names.items()))
 
 
 def _describe_tokens(options: ProbeOptions) -> str:

@@ -82,10 +82,15 @@ def as_markdown(report: Report, command: str = "") -> str:
         (
             "Change of weights",
             change_table(report),
-            "Norm of the difference to the base, relative to its norm, in percent.",
+            "Norm of the difference to the base, relative to its norm, in percent: a stage that began with another one "
+            "contains its change.",
         ),
         ("Similarity of features", similarity_table(report), _similarity_caption(report)),
-        ("Data", data_table(report), "Shares of the samples of an epoch by kind, in percent, and samples left out."),
+        (
+            "Data",
+            data_table(report),
+            "Shares of the samples of an epoch by kind, in percent, and samples that could not be read.",
+        ),
     ]
     parts = [f"# {_title(report)}"]
     for title, (header, rows), caption in tables:
@@ -335,7 +340,7 @@ def data_table(report: Report) -> Table:
         total = sum(run.kinds.values())
         shares = [f"{100 * run.kinds.get(kind, 0) / total:.1f}" if total else "" for kind in kinds]
         rows.append([run.name, f"{total:,}" if total else "", *shares, f"{len(run.skipped):,}"])
-    return ["stage", "samples", *kinds, "left out"], rows
+    return ["stage", "samples", *kinds, "could not be read"], rows
 
 
 @dataclass(frozen=True)
