@@ -133,7 +133,9 @@ def _list(options: argparse.Namespace) -> int:
         print(f"{suite} ({len(data_sets)})")
         for found in data_sets:
             names = f"{found.vlmevalkit:<20} {found.lmms_eval or '-':<26}"
-            print(f"  {found.name:<16} {names} {found.tiles:>2} tiles, judge: {found.judge}")
+            differs = found.lmms_eval and found.lmms_eval_judge != found.judge
+            other = f", in lmms-eval {found.lmms_eval_judge}" if differs else ""
+            print(f"  {found.name:<16} {names} {found.tiles:>2} tiles, judge: {found.judge}{other}")
     return 0
 
 

@@ -27,6 +27,7 @@ from .models import (
     is_timm,
     load_timm,
     load_transformers,
+    needed_names,
     read_config,
     timm_name,
 )
@@ -154,8 +155,10 @@ def _load_model(name: str, log: Log) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _hash_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    """Return a hash of the weights that tokens depend on: a head that a checkpoint lacks is random in every process."""
+    digest, weights = hashlib.sha256(), model.state_dict()
+    for key in sorted(weights) if _is_timms(model) else needed_names(weights):
+        tensor = weights[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -208,9 +211,13 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 # tokens
 
 
+def _is_timms(model: nn.Module) -> bool:
+    return hasattr(model, "forward_features")
+
+
 def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
     """Return the blocks of a plain vision transformer; None for other models."""
-    if hasattr(model, "forward_features"):  # timm
+    if _is_timms(model):
         blocks = getattr(model, "blocks", None)
         return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
     count = getattr(model.config, "num_hidden_layers", None)
@@ -247,10 +254,7 @@ def _tokens(model: nn.Module, pixels: torch.Tensor, layers: Sequence[int | str])
     blocks = blocks_of(model)
     handles = [blocks[number - 1].register_forward_hook(keep(number)) for number in layers if number != LAST]
     try:
-        if hasattr(model, "forward_features"):
-            output = model.forward_features(pixels)
-        else:
-            output = model(pixel_values=pixels).last_hidden_state
+        output = model.forward_features(pixels) if _is_timms(model) else model(pixel_values=pixels).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()

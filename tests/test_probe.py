@@ -18,8 +18,8 @@ from doc_pages import write_model
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from toy_images import write_clip, write_digits, write_dinov2, write_timm
-from transformers import AutoModel, BertConfig, BertModel, CLIPImageProcessor
+from toy_images import SMALL, write_clip, write_digits, write_dinov2, write_timm
+from transformers import AutoModel, BertConfig, BertModel, CLIPImageProcessor, ViTConfig, ViTForImageClassification
 
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel
@@ -520,6 +520,16 @@ def test_weights_that_are_missing_are_named(dinov2, tmp_path):
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 missing keys in the weights, such as encoder.layer.1.mlp.fc2.bias"):
         load_encoder(str(path), device="cpu")
+
+
+def test_a_head_that_a_checkpoint_lacks_does_not_change_the_hash(dinov2, tmp_path):
+    """transformers fills the pooler of a classifier's checkpoint with random values."""
+    config = ViTConfig(**SMALL, image_size=28, patch_size=14)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    shutil.copy(dinov2 / "preprocessor_config.json", tmp_path)
+    first, second = (load_encoder(str(tmp_path), device="cpu") for _ in range(2))
+    assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
+    assert first.describe() == second.describe()
 
 
 def test_a_cache_of_another_version_is_refused(digits, dinov2, tmp_path):

@@ -292,6 +292,12 @@ def test_data_sets_without_scores_of_questions_are_named(tmp_path):
     assert compare_bundles(a, b)["skipped"] == {"AI2D": "no question that both bundles have a score for"}
 
 
+def test_a_data_set_that_one_bundle_lacks_is_named(tmp_path):
+    a, b = write_bundle(tmp_path / "a", {"1": 1.0}), write_bundle(tmp_path / "b", {"1": 1.0})
+    (b / "bundle.json").write_text(json.dumps({"harness": "vlmevalkit", "data_sets": {"AI2D": {}, "MMMU": {}}}))
+    assert compare_bundles(a, b)["skipped"] == {"MMMU": f"in {b} only"}
+
+
 def test_a_question_that_one_judge_failed_on_is_left_out_of_both(tmp_path, capsys):
     a = write_bundle(tmp_path / "a", {"1": 1.0, "2": 0.0, "3": 1.0})
     b = write_bundle(tmp_path / "b", {"1": None, "2": 1.0, "3": 1.0})

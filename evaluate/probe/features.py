@@ -224,17 +224,14 @@ class FeatureCache:
 
     def known_file(self, chunk: Chunk) -> Path | None:
         """Return the existing file of a chunk whose images are unchanged by their time stamps, without reading them."""
-        name = self._memo_name(chunk)
-        with suppress(OSError, ValueError):
-            file = self._file(read_json(self._memo(name))["content"])
-            return file if file.exists() else None
-        return None
+        file = self._remembered(self._memo_name(chunk))
+        return file if file and file.exists() else None
 
     def file_of(self, chunk: Chunk) -> Path:
         """Return the file of a chunk; its images are read and hashed if one has changed or is new."""
         name = self._memo_name(chunk)
-        with suppress(OSError, ValueError, KeyError):
-            return self._file(read_json(self._memo(name))["content"])
+        if file := self._remembered(name):
+            return file
         started, hashes = time.time(), _hash_images(chunk)
         content = _hash_chunk(hashes)
         # An image that cannot be read now, for example from a network disk, is read again by the next call.
@@ -259,9 +256,13 @@ class FeatureCache:
     def _file(self, content: str) -> Path:
         return self.folder / f"{content}.safetensors"
 
+    def _remembered(self, name: str) -> Path | None:
+        """Return the file of a chunk by the time stamps of its images, of which a memo has this name."""
+        with suppress(OSError, ValueError, KeyError):
+            return self._file(read_json(self._memo(name))["content"])
+        return None
+
     def _memo(self, name: str) -> Path:
-        if not name:
-            raise FileNotFoundError
         return self.root / "images" / name[:2] / f"{name}.json"
 
     def _memo_name(self, chunk: Chunk) -> str:

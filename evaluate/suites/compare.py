@@ -31,6 +31,8 @@ def compare_bundles(a: Path, b: Path) -> dict[str, Any]:
     if not shared:
         raise ValueError(f"{a} and {b} share no data set: expected bundles of the same suite")
     compared, skipped = {}, {}
+    for name in [name for name in first["data_sets"] | second["data_sets"] if name not in shared]:
+        skipped[name] = f"in {a if name in first['data_sets'] else b} only"
     for name in shared:
         pairs = _pairs(a, b, name)
         scored = [pair for pair in pairs if None not in pair]
