@@ -116,7 +116,7 @@ def test_scores_of_questions_add_up_to_those_of_vlmevalkit(tmp_path):
         ["OCRBench", "OCRBench", "Final Score", lines(("['x']", "an x"), ("['q']", "y"), category="Doc-oriented VQA")],
         ["POPE", "ImageYORNDataset", None, lines(("Yes", "Yes, it is."), ("No", "Yes"), category="random")],
     ]
-    python, folder = find_python("vlmevalkit"), str(ROOT / "evaluate")
+    python, folder = find_python("vlmevalkit"), str(ROOT / "evaluate" / "suites")
     found = ask(python, VLMEVALKIT_SCORES, [folder, str(tmp_path), rows], {"PRED_FORMAT": "tsv"})
     values = {name: [*scores.values()] for name, (scores, _) in found.items()}
     assert {name: [*scores] for name, (scores, _) in found.items()} == {
