@@ -29,6 +29,7 @@ from sailvit.evaluate.suites import lmms_eval_harness, run_vlmevalkit, vlmevalki
 from sailvit.evaluate.suites.compare import compare_bundles
 from sailvit.evaluate.suites.drawn_questions import LETTERS, draw_questions, write_task, write_tsv
 from sailvit.evaluate.suites.harness import HarnessError, SuiteRun
+from sailvit.evaluate.suites.kept_answers import KeptAnswers, read_lines
 from sailvit.evaluate.suites.run import read_bundle, read_questions, rescore, run_suite
 from sailvit.evaluate.suites.sets import DRAWN, HARNESSES, SUITES, choose_data_sets, tiles_of_task
 from sailvit_cli import suite as verb
@@ -236,6 +237,22 @@ def test_a_harness_that_dies_leaves_no_bundle_and_goes_on_later(run, tmp_path, m
     monkeypatch.setenv("LEAVES", LEFT[run.harness][1])
     run_suite(run, tmp_path / "out", silent, silent)
     assert len(read_questions(tmp_path / "out", "SAILViTDrawn")) == 6 and not work.exists()
+
+
+def request(number: int) -> SimpleNamespace:
+    return SimpleNamespace(args=("question?", None, {}, number, "ai2d", "test"), idx=0)
+
+
+def test_an_answer_that_a_killed_process_cut_is_asked_again_and_harms_no_other(tmp_path):
+    kept = KeptAnswers(tmp_path, 0)
+    kept.add([request(0), request(1)], ["A", "B"], ["", ""], {})
+    file = tmp_path / "answers-0.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    again = KeptAnswers(tmp_path, 0)
+    assert (again.find(request(0)), again.find(request(1))) == ("A", None)
+    again.add([request(1)], ["C"], [""], {})
+    assert [KeptAnswers(tmp_path, 0).find(request(number)) for number in range(2)] == ["A", "C"]
+    assert [line["answer"] for line in read_lines(file)] == ["A", "C"]
 
 
 def test_other_weights_do_not_go_on(run, tmp_path, monkeypatch):

@@ -6,12 +6,12 @@ import json
 import numbers
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .drawn_questions import draw_questions, write_task
 from .harness import DEFAULT_JUDGE, RULES, Outcome, SuiteRun
+from .kept_answers import read_lines
 from .sets import DRAWN
 
 
@@ -66,11 +66,11 @@ def collect(run: SuiteRun, folder: Path) -> dict[str, Outcome]:
     """Return what lmms-eval wrote about each data set; the newest files count."""
     files = sorted((folder / "results").rglob("*_results.json"))
     results = json.loads(files[-1].read_text())["results"] if files else {}
-    kept = {_key(line): line for file in sorted((folder / "answers").glob("*.jsonl")) for line in _lines(file)}
+    kept = {_key(line): line for file in sorted((folder / "answers").glob("*.jsonl")) for line in read_lines(file)}
     outcomes = {}
     for data_set in run.data_sets:
         samples = sorted((folder / "results").rglob(f"*_samples_{data_set.lmms_eval}.jsonl"))
-        lines = list(_lines(samples[-1])) if samples else []
+        lines = [json.loads(line) for line in samples[-1].read_bytes().splitlines()] if samples else []
         outcomes[data_set.name] = _outcome(run, data_set.lmms_eval, results.get(data_set.lmms_eval), lines, kept)
     return outcomes
 
@@ -113,8 +113,3 @@ def sample_score(sample: dict[str, Any]) -> float | None:
 
 def _key(line: dict[str, Any]) -> tuple[str, int]:
     return line["task"], line["doc_id"]
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_bytes().split(b"\n")[:-1]:
-        yield json.loads(line)
