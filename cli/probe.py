@@ -86,7 +86,7 @@ def _add_heads(group: Group) -> None:
 
 
 def _layer(text: str) -> int | str:
-    if text != LAST and not text.lstrip("-").isdecimal():
+    if text != LAST and not text.removeprefix("-").isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number of a block or {LAST}, got {text!r}")
     return text if text == LAST else int(text)
 

@@ -119,7 +119,8 @@ def _compare(options: argparse.Namespace) -> int:
         interval = f"{row['low']:+.4f} {row['high']:+.4f}"
         p = "" if row["p"] is None else f"{row['p']:.4f}"
         means = f"{row['a']:>8.4f} {row['b']:>8.4f} {row['difference']:>+8.4f}"
-        print(f"{name:<16} {row['n']:>6} {means}  {interval:<18} {p:>7}")
+        left_out = f"  {row['left_out']} without a score left out" if row["left_out"] else ""
+        print(f"{name:<16} {row['n']:>6} {means}  {interval:<18} {p:>7}{left_out}")
     for name, reason in result["skipped"].items():
         print(f"{name:<16} not compared: {reason}")
     return 0
@@ -132,7 +133,9 @@ def _list(options: argparse.Namespace) -> int:
         print(f"{suite} ({len(data_sets)})")
         for found in data_sets:
             names = f"{found.vlmevalkit:<20} {found.lmms_eval or '-':<26}"
-            print(f"  {found.name:<16} {names} {found.tiles:>2} tiles, judge: {found.judge}")
+            differs = found.lmms_eval and found.lmms_eval_judge != found.judge
+            other = f", in lmms-eval {found.lmms_eval_judge}" if differs else ""
+            print(f"  {found.name:<16} {names} {found.tiles:>2} tiles, judge: {found.judge}{other}")
     return 0
 
 
@@ -142,7 +145,17 @@ def _print_scores(content: dict[str, Any], options: argparse.Namespace) -> None:
         return
     for name, entry in content["data_sets"].items():
         scores = ", ".join(f"{key} {value:g}" for key, value in entry["scores"].items()) or "not scored"
-        print(f"{name} ({entry['n']} questions): {scores}")
+        print(f"{name} ({entry['n']} questions): {scores}{_judge_note(entry)}")
+
+
+def _judge_note(entry: dict[str, Any]) -> str:
+    """Return what a reader of the scores should know of the judge; "" if it scored all, or none was asked."""
+    model, failed = entry["judge"]["model"], entry["judge"]["failed"]
+    if not entry["scores"] or model in (None, "exact_matching"):
+        return ""
+    if failed is None:
+        return f"; judge {model}: the harness does not report its failures, and scores these answers, too"
+    return f"; judge {model} failed to score {failed} of {entry['judge']['total']}" if failed else ""
 
 
 def _log_to_stderr(line: str) -> None:

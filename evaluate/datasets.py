@@ -6,13 +6,14 @@ Images are read as the bytes of their files, so that they can be hashed without 
 
 import hashlib
 import io
+import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..convert.storage.files import first_line
 
@@ -51,7 +52,8 @@ class Group:
         """Return the name of an image, for messages."""
         if not self.column:
             return str(self.images[index])
-        return self.images[index][self.column].get("path") or f"row {self.start + index}"
+        value = self.images[index][self.column] or {}
+        return value.get("path") or f"row {self.start + index}"
 
     def read(self, index: int) -> bytes:
         """Return the bytes of an image file; raises OSError or ValueError if there are none."""
@@ -75,9 +77,10 @@ class LabelledImages:
     """Images with the numbers of their classes."""
 
     name: str  # as the user named it
-    classes: list[str]
+    classes: list[str]  # that have images
     labels: list[int]
     groups: list[Group]
+    numbered: list[str]  # all classes in the order of their numbers, those without images, too
     skipped: list[Skipped] = field(default_factory=list)  # files of many images that cannot be read
 
     def __len__(self) -> int:
@@ -95,15 +98,17 @@ def decode(content: bytes) -> Image.Image:
     Return an RGB image; transparency is dropped and no EXIF rotation applied, as torchvision's ImageFolder does it.
 
     Raises:
-        OSError, ValueError: It is no image, or a truncated or oversized one.
+        ValueError: It is no image, or a truncated or oversized one.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about palettes and EXIF
-        with Image.open(io.BytesIO(content)) as image:
-            try:
+        try:
+            with Image.open(io.BytesIO(content)) as image:
                 return image.convert("RGB")
-            except (SyntaxError, EOFError) as error:  # Pillow's for broken PNG files
-                raise ValueError(str(error)) from error
+        except UnidentifiedImageError as error:  # its message is an address in memory
+            raise ValueError("no image, or of a format that Pillow does not read") from error
+        except Exception as error:  # Pillow's readers raise almost any on broken files: SyntaxError, struct.error, ...
+            raise ValueError(first_line(error)) from error
 
 
 def hash_content(content: bytes) -> bytes:
@@ -134,18 +139,25 @@ def load_images(name: str, training: bool) -> LabelledImages:
 
 
 def _load_folder(name: str, folder: Path) -> LabelledImages:
-    paths, labels, classes = [], [], []
+    paths, labels, classes, empty = [], [], [], []
     for entry in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = sorted(file for file in entry.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if files:
             labels += [len(classes)] * len(files)
             classes.append(entry.name)
             paths += files
+        else:
+            empty.append(entry.name)
     if not paths:
         raise ValueError(
             f"{name}: no images: expected a folder for each class, with {', '.join(sorted(SUFFIXES))} files"
         )
-    return LabelledImages(name, classes, labels, [Group(paths)])
+    if empty:
+        raise ValueError(
+            f"{name}: {len(empty)} of {len(classes) + len(empty)} class folders have no images, such as {empty[0]}: "
+            "remove these folders, or complete them"
+        )
+    return LabelledImages(name, classes, labels, [Group(paths)], classes)
 
 
 # The datasets library
@@ -177,8 +189,8 @@ def _load_dataset(name: str, base: str, split: str, training: bool) -> LabelledI
         values += list(table[label])
     if not values:
         raise ValueError(f"{name}: no images in the data set")
-    classes, labels = _number_classes(name, first.features[label], values)
-    return LabelledImages(name, classes, labels, groups, skipped)
+    numbered, classes, labels = _number_classes(name, first.features[label], values)
+    return LabelledImages(name, classes, labels, groups, numbered, skipped)
 
 
 def _open_tables(name: str, base: str, split: str, training: bool) -> tuple[list["datasets.Dataset"], list[Skipped]]:
@@ -265,25 +277,46 @@ def _label_column(name: str, table: "datasets.Dataset") -> str:
     return found[0]
 
 
-def _number_classes(name: str, feature: Any, values: list[Any]) -> tuple[list[str], list[int]]:
-    """Return the names of the classes that have images, and the number of each image's class among them."""
+def _number_classes(name: str, feature: Any, values: list[Any]) -> tuple[list[str], list[str], list[int]]:
+    """Return all classes by number, those that have images, and the number of each image's class among the latter."""
     if any(value is None or value == -1 for value in values):
         raise ValueError(f"{name}: images without a label (-1 or null): give a split that has labels, as NAME:SPLIT")
     distinct = sorted({*values})
     numbers = {value: index for index, value in enumerate(distinct)}
-    is_named = isinstance(feature, _datasets().ClassLabel)
-    return [feature.names[value] if is_named else str(value) for value in distinct], [numbers[one] for one in values]
+    labels = [numbers[value] for value in values]
+    if not isinstance(feature, _datasets().ClassLabel):
+        classes = [str(value) for value in distinct]
+        return classes, classes, labels
+    return feature.names, [feature.names[value] for value in distinct], labels
 
 
-# Classes of a test set
+# Training and test set
+
+
+def check_apart(train: LabelledImages, test: LabelledImages) -> None:
+    """Raise ValueError if a test set has files of the training set, such as the only split of a data set."""
+    files = set(_files(test))
+    shared = next((file for file in _files(train) if file in files), None)
+    if shared:
+        raise ValueError(
+            f"{test.name}: {shared} is in the training set {train.name}, too: expected a test set of other images; "
+            "NAME:SPLIT names a split"
+        )
+
+
+def _files(images: LabelledImages) -> Iterator[str]:
+    """Yield the absolute paths of image files, or of the files of a data set."""
+    for group in images.groups:
+        found = [file["filename"] for file in group.images.cache_files] if group.column else group.images
+        yield from map(os.path.abspath, found)
 
 
 def match_classes(train: LabelledImages, test: LabelledImages) -> tuple[list[int], list[int]]:
     """
     Return the labels of a test set in the numbers of the training set's classes, and the classes that it has.
 
-    Folders that are numbers, as ImageNet-V2's, are positions in the sorted names of the training set, unless its names
-    are numbers, too.
+    Names that are numbers, as ImageNet-V2's, are numbers of the training set's classes (positions in its sorted
+    folders, or labels of a data set), unless its names are numbers, too.
 
     Raises:
         ValueError: The training set has one class, or lacks one of the test set.
@@ -293,7 +326,7 @@ def match_classes(train: LabelledImages, test: LabelledImages) -> tuple[list[int
     numbers = {name: number for number, name in enumerate(train.classes)}
     used = sorted(test.classes)
     if all(name.isdecimal() for name in used) and not any(name.isdecimal() for name in numbers):
-        ordered = sorted(numbers)
+        ordered = train.numbered
         names = {name: ordered[int(name)] if int(name) < len(ordered) else name for name in used}
     else:
         names = {name: name for name in used}

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .models import (
     is_timm,
     load_timm,
     load_transformers,
+    needed_names,
     read_config,
     timm_name,
 )
@@ -91,7 +93,7 @@ class Encoder:
             "device": self.device.type,
             "prefix_tokens": self.prefix_tokens,
             "averages_prefix_tokens": self.keeps_prefix,
-            "versions": library_versions(),
+            "versions": {"sailvit": version("sailvit"), **library_versions()},
         }
 
 
@@ -121,7 +123,7 @@ def load_encoder(
             not take the pixels.
     """
     device = choose_device(device)
-    model, config = load_timm(name) if is_timm(name) else _load_transformers(name, log)
+    model, config = _load_model(name, log)
     weights_hash = _hash_weights(model)
     compute_dtype, reason = choose_dtype(next(model.parameters()).dtype, device, dtype)
     model = model.to(device, compute_dtype).eval().requires_grad_(False)
@@ -137,15 +139,26 @@ def load_encoder(
     )
 
 
-def _load_transformers(name: str, log: Log) -> tuple[nn.Module, dict[str, Any]]:
+def stored_dtype(name: str) -> torch.dtype:
+    """Return the dtype of the weights of an encoder, which is loaded for it. Raises as `load_encoder`."""
+    model, _ = _load_model(name, lambda line: None)
+    return next(model.parameters()).dtype
+
+
+def _load_model(name: str, log: Log) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model on the CPU, and what its tokens depend on besides weights."""
+    if is_timm(name):
+        return load_timm(name)
     model = load_transformers(name, read_config(name), log)
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map", "architectures")
     return model, {key: value for key, value in sorted(model.config.to_dict().items()) if key not in ignored}
 
 
 def _hash_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    """Return a hash of the weights that tokens depend on: a head that a checkpoint lacks is random in every process."""
+    digest, weights = hashlib.sha256(), model.state_dict()
+    for key in sorted(weights) if _is_timms(model) else needed_names(weights):
+        tensor = weights[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -163,11 +176,12 @@ class _OneTile:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = self.processor(image, return_tensors="pt", **self.options)["pixel_values"]
-        if pixels.ndim != 4 or len(pixels) != 1:
+        if pixels.ndim < 4 or pixels.shape[:-3].numel() != 1:
             raise ValueError(
-                f"the image processor returns pixels of shape {tuple(pixels.shape)}, expected (1, 3, H, W)"
+                f"the image processor returns pixels of shape {tuple(pixels.shape)}, expected one tile, (1, 3, H, W): "
+                "give --preprocessing NAME of an encoder that makes one"
             )
-        return pixels[0]
+        return pixels.reshape(pixels.shape[-3:])
 
 
 def load_preprocessing(name: str) -> Preprocessing:
@@ -197,9 +211,13 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 # tokens
 
 
+def _is_timms(model: nn.Module) -> bool:
+    return hasattr(model, "forward_features")
+
+
 def blocks_of(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
     """Return the blocks of a plain vision transformer; None for other models."""
-    if hasattr(model, "forward_features"):  # timm
+    if _is_timms(model):
         blocks = getattr(model, "blocks", None)
         return blocks if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else None
     count = getattr(model.config, "num_hidden_layers", None)
@@ -236,10 +254,7 @@ def _tokens(model: nn.Module, pixels: torch.Tensor, layers: Sequence[int | str])
     blocks = blocks_of(model)
     handles = [blocks[number - 1].register_forward_hook(keep(number)) for number in layers if number != LAST]
     try:
-        if hasattr(model, "forward_features"):
-            output = model.forward_features(pixels)
-        else:
-            output = model(pixel_values=pixels).last_hidden_state
+        output = model.forward_features(pixels) if _is_timms(model) else model(pixel_values=pixels).last_hidden_state
     finally:
         for handle in handles:
             handle.remove()

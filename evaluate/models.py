@@ -5,8 +5,9 @@ Weights that tokens depend on have to be there; what else a checkpoint has is re
 """
 
 import importlib.util
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def load_transformers(name: str, config: PretrainedConfig, log: Log = lambda lin
             model, report = AutoModel.from_pretrained(
                 name, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
-    if getattr(model, "main_input_name", None) != "pixel_values":
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name}: expected an image encoder, got a {type(model).__name__}: name a vision model")
     _check_report(name, report, log)
     return model
@@ -182,14 +183,19 @@ def _read_part(name: str) -> tuple[dict[str, torch.Tensor], torch.dtype]:
 def _check_report(name: str, report: Mapping[str, Any], log: Log) -> None:
     """Check that the checkpoint has all weights that tokens depend on; tell what else it has."""
     for kind in ("missing", "mismatched"):
-        if wrong := _needed(report[f"{kind}_keys"]):
+        if wrong := needed_names(report[f"{kind}_keys"]):
             what = f"{len(wrong)} {kind} keys in the weights, such as {wrong[0]}"
             raise ValueError(f"{name}: {what}: convert or download again")
-    if extra := _needed(report["unexpected_keys"]):
+    if extra := needed_names(report["unexpected_keys"]):
         log(f"{name}: {len(extra)} tensors are not of the encoder and are not used, such as {extra[0]}")
 
 
-def _needed(keys: Any) -> list[str]:
-    """Return the names that are not of heads, in order; transformers gives mismatched ones with their shapes."""
+def needed_names(keys: Iterable[Any]) -> list[str]:
+    """
+    Return the names of weights that tokens depend on, not those of heads, in order.
+
+    Args:
+        keys: Names, or tuples that begin with one: transformers reports mismatched ones with their shapes.
+    """
     names = sorted(key if isinstance(key, str) else key[0] for key in keys)
     return [key for key in names if not UNUSED.search(key)]

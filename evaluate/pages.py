@@ -1,8 +1,9 @@
-"""What the pages of this package share: templates, CSS, images in a page, files that appear at once."""
+"""What the pages of this package share: templates, CSS, images in a page, files that appear complete or not at all."""
 
 import base64
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,28 @@ def data_url(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def write_file(data: bytes, path: Path) -> Path:
-    """Write a file that appears complete or not at all; return its path."""
-    part = path.with_name(f".{path.name}.part")
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """
+    Write files that appear when all are complete, or not at all.
+
+    Raises:
+        OSError: The disk is full, or a file cannot be written; earlier files of these names are unchanged.
+    """
+    parts = {path: path.with_name(f".{path.name}.part") for path in contents}
     try:
-        with part.open("wb") as file:
-            file.write(data)
-            os.fsync(file.fileno())
-        return part.replace(path)
+        for path, part in parts.items():
+            _write(part, contents[path])
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise OSError(f"{path}: cannot be written: {what}: free space, or name another folder") from error
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())

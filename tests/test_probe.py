@@ -1,5 +1,6 @@
 """`sailvit probe`: encoders of any library, features cached by content, results and what is wrong with the input."""
 
+import io
 import json
 import os
 import shutil
@@ -17,14 +18,14 @@ from doc_pages import write_model
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from toy_images import write_clip, write_digits, write_dinov2, write_timm
-from transformers import AutoModel, BertConfig, BertModel, CLIPImageProcessor
+from toy_images import SMALL, write_clip, write_digits, write_dinov2, write_timm
+from transformers import AutoModel, BertConfig, BertModel, CLIPImageProcessor, ViTConfig, ViTForImageClassification
 
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel
 from sailvit.convert.export.card import write_model_card
 from sailvit.evaluate import encoders as encoders_module
-from sailvit.evaluate.datasets import load_images, match_classes
+from sailvit.evaluate.datasets import decode, load_images, match_classes
 from sailvit.evaluate.encoders import LAST, load_encoder
 from sailvit.evaluate.probe import features as features_module
 from sailvit.evaluate.probe.features import compute_features, extract_features, read_features
@@ -269,8 +270,45 @@ def test_a_corrupt_image_is_named_and_moves_no_other_result(dinov2, images, tmp_
     bad = sorted(images.rglob("*.png"))[7]
     bad.write_bytes(bad.read_bytes()[:60])
     found = extract(encoder, load_images(str(images), training=False), tmp_path / "cache")
-    assert [(one.image, one.data) for one in found.skipped] == [(str(bad), str(images))] and found.skipped[0].reason
+    assert [(one.image, one.data) for one in found.skipped] == [(str(bad), str(images))]
+    assert "truncated" in found.skipped[0].reason
     assert torch.equal(found.layer(0), torch.cat([before[:7], before[8:]]))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "WEBP", "JPEG", "BMP", "none"])
+def test_what_is_wrong_with_an_image_is_in_words(kind):
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 40), 90).save(buffer, "PNG" if kind == "none" else kind)
+    whole = buffer.getvalue() if kind != "none" else b"no picture"
+    for broken in (whole[: len(whole) // 2], b"", whole[:12], b"II*\0" + bytes(8) + whole):
+        with pytest.raises(ValueError, match=r"\w+") as caught:
+            decode(broken)
+        assert "object at" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_image_that_is_too_large_is_skipped_like_a_broken_one(images, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="exceeds limit"):
+        decode(next(images.rglob("*.png")).read_bytes())
+
+
+def test_an_image_that_cannot_be_read_now_is_read_again(dinov2, images, tmp_path, monkeypatch):
+    """As on a network disk that fails for a moment: time stamps do not change."""
+    monkeypatch.setattr(features_module, "SETTLED_SECONDS", -1)
+    encoder, bad = load_encoder(str(dinov2), device="cpu"), sorted(images.rglob("*.png"))[7]
+    with monkeypatch.context() as patch:
+        read = Path.read_bytes
+
+        def fail(path: Path) -> bytes:
+            if path == bad:
+                raise OSError(5, "Input/output error")
+            return read(path)
+
+        patch.setattr(Path, "read_bytes", fail)
+        found = extract(encoder, load_images(str(images), training=False), tmp_path / "cache")
+    assert [one.image for one in found.skipped] == [str(bad)] and "Input/output" in found.skipped[0].reason
+    again = extract(encoder, load_images(str(images), training=False), tmp_path / "cache")
+    assert again.skipped == [] and len(again.layer(0)) == 60
 
 
 def test_results_leave_corrupt_images_out_of_all_encoders(dinov2, folder, digits, images, tmp_path):
@@ -334,6 +372,16 @@ def test_a_corrupt_parquet_file_is_named_and_moves_no_other_result(digits, dinov
     assert torch.equal(found.layer(0), torch.cat([whole[:20], whole[40:]]))
 
 
+def test_a_row_without_an_image_is_named(digits, dinov2, no_cache_of_datasets, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    path = str(next((digits / "test").rglob("*.png")))
+    rows = datasets.Dataset.from_dict({"image": [path, None, path], "label": [0, 1, 1]}, features)
+    rows.to_parquet(tmp_path / "test.parquet")
+    encoder, images = load_encoder(str(dinov2), device="cpu"), load_images(str(tmp_path), training=False)
+    found = compute_features(encoder, images)
+    assert [(one.image, one.reason) for one in found.skipped] == [("row 1", "no image in this row")]
+
+
 def pictures(folder: Path, *classes: str) -> Path:
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -356,6 +404,54 @@ def test_numbered_folders_are_positions_in_the_sorted_classes(tmp_path):
 
 def test_numbered_folders_of_both_sets_are_names(tmp_path):
     assert matched(tmp_path, ("1", "5"), ("5",)) == ([1], [1])
+
+
+def labelled(tmp_path: Path, names: list[str], labels: list[int]) -> Path:
+    """Write a data set with names of classes, as the Hub's ImageNet has them, in their own order."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    picture = Image.new("RGB", (8, 8))
+    rows = datasets.Dataset.from_dict({"image": [picture] * len(labels), "label": labels}, features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    return tmp_path
+
+
+def test_numbered_folders_are_labels_of_a_data_set(tmp_path, no_cache_of_datasets):
+    """Names of a data set are not sorted, and classes without images keep their numbers."""
+    (tmp_path / "set").mkdir()
+    train = load_images(str(labelled(tmp_path / "set", ["tench", "shark", "hen", "crane"], [3, 0, 2])), training=True)
+    test = load_images(str(pictures(tmp_path / "v2", "0", "2", "3")), training=False)
+    assert train.classes == ["tench", "hen", "crane"] and match_classes(train, test)[0] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"1 of 1 classes are not in .* such as '1'"):
+        match_classes(train, load_images(str(pictures(tmp_path / "other", "1")), training=False))
+
+
+def test_all_encoders_compute_in_one_dtype(digits, dinov2, tmp_path):
+    double = Path(shutil.copytree(dinov2, tmp_path / "double"))
+    AutoModel.from_pretrained(dinov2).double().save_pretrained(double)
+
+    def dtypes(*names: Path, **settings) -> tuple[str, set[str]]:
+        options = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=QUICK, **settings)
+        words = [*map(str, names)], str(digits / "train"), [str(digits / "test")]
+        found = run_probe(*words, tmp_path / "out", options, overwrite=True, log=lines.append).settings
+        assert f"; computed in {found['computed_in']}." in (tmp_path / "out" / "results.md").read_text()
+        return found["computed_in"], {one["dtype"] for one in found["encoders"].values()}
+
+    lines: list[str] = []
+    assert dtypes(double) == ("float64", {"float64"}) and dtypes(dinov2) == ("float32", {"float32"})
+    assert not any("all encoders compute" in line for line in lines)
+    assert dtypes(dinov2, double) == ("float32", {"float32"})
+    assert any(f"all encoders compute in float32, since the dtypes of their weights differ (float32 of {dinov2}, "
+               f"float64 of {double})" in line for line in lines)  # fmt: skip
+    assert dtypes(dinov2, double, dtype="float64") == ("float64", {"float64"})
+
+
+def test_a_broken_encoder_is_found_before_the_work_on_others(digits, dinov2, tmp_path, encoded):
+    broken = Path(shutil.copytree(dinov2, tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    options = ProbeOptions(("knn",), device="cpu", cache_dir=tmp_path / "cache", head=QUICK)
+    with pytest.raises(ValueError, match=r"broken: .*truncated or corrupt"):
+        run_probe([str(dinov2), str(broken)], str(digits / "train"), [str(digits / "test")], None, options)
+    assert encoded == [] and not (tmp_path / "cache").exists()
 
 
 def test_accuracy_is_over_the_classes_of_the_test_set_and_over_all(digits, dinov2, images, tmp_path):
@@ -386,6 +482,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
     text = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     text.save_pretrained(tmp_path / "bert")
     one, other = pictures(tmp_path / "one", "a"), pictures(tmp_path / "other", "a", "b")
+    incomplete = pictures(tmp_path / "incomplete", "a", "c")
+    (incomplete / "b").mkdir()
     broken = randomize(SAILViTModel(SAILViTConfig(**TINY)))
     broken.trunk.post_trunk_norm.weight.data[3] = float("nan")
     nan = Path(shutil.copytree(folder, tmp_path / "nan"))
@@ -393,6 +491,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
     for words, message in {
         (dinov2, "--data", tmp_path / "empty", *data[2:]): "empty: no images: expected a folder for each class",
         (dinov2, "--data", tmp_path / "gone", *data[2:]): "gone: no such folder",
+        (dinov2, "--data", incomplete, *data[2:]): "incomplete: 1 of 3 class folders have no images, such as b",
+        (dinov2, *data[:3], f"{digits}/../{digits.name}/train"): ".png is in the training set ",
+        (dinov2, *data, "--head", "knn", "--neighbours", "109"): "--neighbours: expected a number up to 108",
+        (dinov2, *data, "--learning-rates", "1e30"): "mlp: the training loss is NaN or infinite: give smaller --learn",
         (dinov2, "--data", one, "--test", other): "one: expected at least two classes, got 'a' alone",
         (dinov2, "--data", other, *data[2:]): "test: 8 of 10 classes are not in ",
         (tmp_path / "bert", *data): "bert: expected an image encoder, got a BertModel",
@@ -418,6 +520,16 @@ def test_weights_that_are_missing_are_named(dinov2, tmp_path):
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 missing keys in the weights, such as encoder.layer.1.mlp.fc2.bias"):
         load_encoder(str(path), device="cpu")
+
+
+def test_a_head_that_a_checkpoint_lacks_does_not_change_the_hash(dinov2, tmp_path):
+    """transformers fills the pooler of a classifier's checkpoint with random values."""
+    config = ViTConfig(**SMALL, image_size=28, patch_size=14)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    shutil.copy(dinov2 / "preprocessor_config.json", tmp_path)
+    first, second = (load_encoder(str(tmp_path), device="cpu") for _ in range(2))
+    assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
+    assert first.describe() == second.describe()
 
 
 def test_a_cache_of_another_version_is_refused(digits, dinov2, tmp_path):

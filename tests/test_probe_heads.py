@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from sailvit.evaluate.probe import heads as heads_module
 from sailvit.evaluate.probe.heads import HeadOptions, LogisticRegressions, MLPs, fit_heads, split_of
 from sailvit.evaluate.statistics import compare_paired, wilson_interval
 
@@ -100,6 +101,18 @@ def test_nearest_neighbours_are_scikit_learns(digits):
         10, metric="cosine", algorithm="brute", weights=lambda distance: np.exp(-distance / 0.07)
     ).fit(features[:TRAIN], labels[:TRAIN])
     assert (head.predict(features[TRAIN:], None).numpy() == theirs.predict(features[TRAIN:])).mean() > 0.998
+
+
+def test_neighbours_do_not_depend_on_how_many_similarities_fit_in_memory(digits, monkeypatch):
+    features, labels = digits
+    words = "knn", features[None, :TRAIN], labels[:TRAIN], 10
+    expected = fit_heads(*words)[0].predict(features[TRAIN:], None)
+    monkeypatch.setattr(heads_module, "SIMILARITIES", 7 * TRAIN)
+    sizes: list[int] = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda self, count: (sizes.append(self.numel()), topk(self, count))[1])
+    assert torch.equal(fit_heads(*words)[0].predict(features[TRAIN:], None), expected)
+    assert max(sizes) <= 7 * TRAIN
 
 
 def test_heads_are_chosen_on_the_split_and_trained_on_all(digits):

@@ -274,7 +274,7 @@ def test_the_page_shows_every_stage_in_every_part(html):
         assert all(stage in sections[name] for stage in ("s1", "s2", "s3")), name
     assert "new-vl (base) → s1 → s2 → s3" in parsed.text
     assert sections["pictures"].count('class="row"') == 5 and sections["pictures"].count("data:image/png") == 20
-    assert "broken.png: no image" in parsed.text and "/data/secret" not in html
+    assert "broken.png: no image, or of a format" in parsed.text and "/data/secret" not in html
     assert "1 × truncated <image> ocr: ocr.parquet, index 7" in parsed.text
 
 

@@ -326,6 +326,7 @@ def test_pngs_show_the_image_and_its_heads(shown):
         (["{image}", "--png", "there.html"], "expected a folder"),
         (["{image}", "--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["{image}", "--model", "nowhere"], "no such file or folder"),
+        (["{image}", "--model", "timm:vit_tiny_patch16_224"], "a model of timm: expected a vision encoder or multimod"),
     ],
 )
 def test_invalid_input_is_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, arguments, message):

@@ -3,15 +3,20 @@
 import ast
 import base64
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
+import os
+import shutil
 import sys
 from configparser import ConfigParser
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -20,10 +25,11 @@ from PIL import Image
 
 import sailvit_cli
 from sailvit.evaluate.statistics import mcnemar, paired_bootstrap, wilson_interval
-from sailvit.evaluate.suites import lmms_eval_harness, vlmevalkit
+from sailvit.evaluate.suites import lmms_eval_harness, run_vlmevalkit, vlmevalkit
 from sailvit.evaluate.suites.compare import compare_bundles
 from sailvit.evaluate.suites.drawn_questions import LETTERS, draw_questions, write_task, write_tsv
 from sailvit.evaluate.suites.harness import HarnessError, SuiteRun
+from sailvit.evaluate.suites.kept_answers import KeptAnswers, read_lines
 from sailvit.evaluate.suites.run import read_bundle, read_questions, rescore, run_suite
 from sailvit.evaluate.suites.sets import DRAWN, HARNESSES, SUITES, choose_data_sets, tiles_of_task
 from sailvit_cli import suite as verb
@@ -233,6 +239,22 @@ def test_a_harness_that_dies_leaves_no_bundle_and_goes_on_later(run, tmp_path, m
     assert len(read_questions(tmp_path / "out", "SAILViTDrawn")) == 6 and not work.exists()
 
 
+def request(number: int) -> SimpleNamespace:
+    return SimpleNamespace(args=("question?", None, {}, number, "ai2d", "test"), idx=0)
+
+
+def test_an_answer_that_a_killed_process_cut_is_asked_again_and_harms_no_other(tmp_path):
+    kept = KeptAnswers(tmp_path, 0)
+    kept.add([request(0), request(1)], ["A", "B"], ["", ""], {})
+    file = tmp_path / "answers-0.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    again = KeptAnswers(tmp_path, 0)
+    assert (again.find(request(0)), again.find(request(1))) == ("A", None)
+    again.add([request(1)], ["C"], [""], {})
+    assert [KeptAnswers(tmp_path, 0).find(request(number)) for number in range(2)] == ["A", "C"]
+    assert [line["answer"] for line in read_lines(file)] == ["A", "C"]
+
+
 def test_other_weights_do_not_go_on(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LEAVES", LEFT[run.harness][0])
     with pytest.raises(HarnessError):
@@ -283,8 +305,139 @@ def test_graded_scores_are_compared_by_bootstrap_alone(tmp_path):
 
 
 def test_data_sets_without_scores_of_questions_are_named(tmp_path):
-    a, b = (write_bundle(tmp_path / name, {"1": None}) for name in "ab")
-    assert [*compare_bundles(a, b)["skipped"]] == ["AI2D"]
+    a, b = write_bundle(tmp_path / "a", {"1": 1.0}), write_bundle(tmp_path / "b", {"1": None})
+    assert compare_bundles(a, b)["skipped"] == {"AI2D": "no question that both bundles have a score for"}
+
+
+def test_a_data_set_that_one_bundle_lacks_is_named(tmp_path):
+    a, b = write_bundle(tmp_path / "a", {"1": 1.0}), write_bundle(tmp_path / "b", {"1": 1.0})
+    (b / "bundle.json").write_text(json.dumps({"harness": "vlmevalkit", "data_sets": {"AI2D": {}, "MMMU": {}}}))
+    assert compare_bundles(a, b)["skipped"] == {"MMMU": f"in {b} only"}
+
+
+def test_a_question_that_one_judge_failed_on_is_left_out_of_both(tmp_path, capsys):
+    a = write_bundle(tmp_path / "a", {"1": 1.0, "2": 0.0, "3": 1.0})
+    b = write_bundle(tmp_path / "b", {"1": None, "2": 1.0, "3": 1.0})
+    row = compare_bundles(a, b)["data_sets"]["AI2D"]
+    assert (row["n"], row["left_out"], row["a"], row["b"], row["b_only"]) == (2, 1, 0.5, 1.0, 1)
+    assert sailvit_cli.main(["suite", "--compare", str(a), str(b)]) == 0
+    assert "1 without a score left out" in capsys.readouterr().out
+
+
+def test_questions_of_another_seed_are_not_compared(run, tmp_path):
+    for seed in (0, 1):
+        bundle = run_suite(run, tmp_path / f"out{seed}", silent, silent)
+        bundle["seed"] = seed
+        (tmp_path / f"out{seed}" / "bundle.json").write_text(json.dumps(bundle))
+    assert compare_bundles(tmp_path / "out0", tmp_path / "out1")["different"] == {"seed": [0, 1]}
+    file = tmp_path / "out1" / "questions" / "SAILViTDrawn.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "answer": "Z"}) + "\n" for line in lines))
+    with pytest.raises(
+        ValueError, match=r"SAILViTDrawn: answer 0 of .* differ: expected bundles of the same questions"
+    ):
+        compare_bundles(tmp_path / "out0", tmp_path / "out1")
+
+
+def test_other_versions_of_two_bundles_are_named(tmp_path):
+    bundles = [
+        write_bundle(tmp_path / torch, {"1": 1.0}, versions={"packages": {"torch": torch, "numpy": "2"}})
+        for torch in ("2.13", "2.14")
+    ]
+    assert compare_bundles(*bundles)["different"] == {"torch": ["2.13", "2.14"]}
+
+
+# Judges
+
+
+@pytest.mark.parametrize(
+    ("judge", "note"),
+    [
+        ({"model": None, "failed": None, "total": None}, ""),
+        ({"model": "exact_matching", "failed": 0, "total": 9}, ""),
+        ({"model": "gpt-4o", "failed": 0, "total": 9}, ""),
+        ({"model": "gpt-4o", "failed": 4, "total": 9}, "; judge gpt-4o failed to score 4 of 9"),
+        (
+            {"model": "gpt-4o", "failed": None, "total": None},
+            "; judge gpt-4o: the harness does not report its failures",
+        ),
+    ],
+)
+def test_scores_are_printed_with_the_failures_of_the_judge(judge, note, capsys):
+    entry = {"n": 9, "scores": {"all": 0.5}, "judge": judge}
+    verb._print_scores({"data_sets": {"MMVet": entry}}, SimpleNamespace(json=False))
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith(f"MMVet (9 questions): all 0.5{note}") and bool(note) is ("judge" in printed)
+
+
+def test_the_judge_of_a_bundle_is_the_one_that_lmms_eval_asks(tmp_path, model, monkeypatch):
+    monkeypatch.delenv("MODEL_VERSION", raising=False)
+    run = SuiteRun("opencompass", choose_data_sets("opencompass", ["HallusionBench", "MMVet", "MMStar"]), "lmms-eval",
+                   model, judge="gpt-4o-mini")  # fmt: skip
+    (tmp_path / "results").mkdir()
+    for data_set in run.data_sets:
+        line = json.dumps({"doc_id": 0, "score": 1.0})
+        (tmp_path / "results" / f"1_samples_{data_set.lmms_eval}.jsonl").write_text(line + "\n")
+    found = lmms_eval_harness.collect(run, tmp_path)
+    judges = {name: outcome.judge["model"] for name, outcome in found.items()}
+    assert judges == {"HallusionBench": "gpt-4", "MMVet": "gpt-4o-mini", "MMStar": None}
+    assert lmms_eval_harness.make_environment(run, tmp_path) == {"MODEL_VERSION": "gpt-4o-mini"}
+    monkeypatch.setenv("MODEL_VERSION", "gpt-4.1")
+    assert lmms_eval_harness.make_environment(replace(run, judge="default"), tmp_path) == {"MODEL_VERSION": "gpt-4.1"}
+    assert lmms_eval_harness.make_environment(replace(run, judge="exact_matching"), tmp_path) == {}
+
+
+def test_a_question_that_vlmevalkits_judge_failed_on_has_no_score(tmp_path, monkeypatch):
+    load = lambda file: pandas.read_csv(file, sep="\t")  # noqa: E731
+    monkeypatch.setitem(sys.modules, "vlmeval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vlmeval.smp", SimpleNamespace(load=load))
+    (tmp_path / "m_MMVet_gpt-4o.tsv").write_text("index\tscore\n1\t0.5\n2\t\n")
+    assert run_vlmevalkit.question_scores("MMVet", tmp_path / "m_MMVet.tsv", "gpt-4o") == {"1": 0.5}
+
+
+# Full disks
+
+
+def fill_disk(monkeypatch, name: str) -> None:
+    """Let the disk be full when a file of this name is written."""
+    write = Path.write_text
+
+    def fill(path: Path, text: str, **options: object) -> int:
+        if path.name != name:
+            return write(path, text, **options)
+        write(path, text[:9], **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fill)
+
+
+def test_a_bundle_on_a_full_disk_is_written_by_the_next_call(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "bundle.json")
+        with pytest.raises(OSError, match="out: cannot be written: No space left on device: free space; the same comm"):
+            run_suite(run, tmp_path / "out", silent, silent)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.work" / "harness").is_dir()
+    run_suite(run, tmp_path / "out", silent, silent)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "python", "sail-vl"}
+
+
+def test_rescoring_on_a_full_disk_leaves_the_bundle_as_it_was(run, tmp_path, monkeypatch):
+    before = run_suite(run, tmp_path / "out", silent, silent)
+
+    def copytree(source: Path, target: Path) -> Path:
+        target.mkdir()
+        raise shutil.Error([(str(source), str(target), f"[Errno 28] {os.strerror(errno.ENOSPC)}")])
+
+    for name in ("copy", "bundle.json"):
+        with monkeypatch.context() as patch:
+            if name == "copy":
+                patch.setattr(shutil, "copytree", copytree)
+            else:
+                fill_disk(patch, name)
+            with pytest.raises(OSError, match=r"No space left on device.*the bundle is unchanged"):
+                rescore(tmp_path / "out", run.python, None, silent, silent)
+        assert read_bundle(tmp_path / "out") == before
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "python", "sail-vl"}
 
 
 @settings(max_examples=30, deadline=None)

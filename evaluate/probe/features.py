@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ from uuid import uuid4
 
 import torch
 from huggingface_hub import constants
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +35,7 @@ from ..encoders import Encoder, Preprocessing
 FORMAT = 1  # of the cache; raised when its files change
 CHUNK = 256  # images of a file, at most, and of a batch
 SETTLED_SECONDS = 2.0  # a file may change again within the resolution of its time stamps
+OLD_SECONDS = 3600  # a file that is being written is not older
 READERS = 8  # threads that hash image files
 Progress = Callable[[int, int], None]
 
@@ -95,9 +95,11 @@ def extract_features(
         OSError: The disk cannot hold the features.
     """
     cache = FeatureCache(cache_dir, encoder)
-    chunks = split_chunks(images)[rank::ranks]
-    cache.check_space([chunk for chunk in chunks if cache.known_file(chunk) is None])
+    chunks = split_chunks(images)
+    if rank == 0:  # for the processes together
+        cache.check_space([chunk for chunk in chunks if cache.known_file(chunk) is None])
     cache.prepare()
+    chunks = chunks[rank::ranks]
     total, done = sum(len(chunk.indices) for chunk in chunks), 0
     missing: list[tuple[Chunk, Path]] = []
 
@@ -150,7 +152,7 @@ def compute_features(encoder: Encoder, images: LabelledImages, batch_size: int =
     encoded = _encode_chunks(encoder, images, iter(chunks), batch_size, workers)
     for chunk, (features, errors) in zip(chunks, encoded, strict=True):
         _check_finite(encoder, chunk, features, errors)
-        digest.update(_hash_chunk(chunk).encode())
+        digest.update(_hash_chunk(_hash_images(chunk)).encode())
         _note_errors(images, chunk, errors, readable, skipped)
         parts.append(lambda position, features=features: features[:, position])
     return Features(parts, readable, skipped, digest.hexdigest())
@@ -203,10 +205,10 @@ class FeatureCache:
         mark = self.root / "format.json"
         if mark.exists() and read_json(mark).get("format") != FORMAT:
             raise ValueError(f"{self.root}: a cache of another version of this package: remove it, or give --cache-dir")
-        with suppress(FileNotFoundError):
-            for rest in self.folder.glob(".*.part"):  # of a killed process
-                if time.time() - rest.stat().st_mtime > 3600:
-                    rest.unlink(missing_ok=True)
+        for rest in (*self.root.glob("images/*/.*.part"), *self.folder.glob(".*.part")):  # of a killed process
+            with suppress(FileNotFoundError):  # another process may remove it
+                if time.time() - rest.stat().st_mtime > OLD_SECONDS:
+                    rest.unlink()
         _write_json(mark, {"format": FORMAT})
         _write_json(self.folder / "encoder.json", {"name": self.encoder.name, **self.settings})
 
@@ -222,19 +224,19 @@ class FeatureCache:
 
     def known_file(self, chunk: Chunk) -> Path | None:
         """Return the existing file of a chunk whose images are unchanged by their time stamps, without reading them."""
-        name = self._memo_name(chunk)
-        with suppress(OSError, ValueError):
-            file = self._file(read_json(self._memo(name))["content"])
-            return file if file.exists() else None
-        return None
+        file = self._remembered(self._memo_name(chunk))
+        return file if file and file.exists() else None
 
     def file_of(self, chunk: Chunk) -> Path:
         """Return the file of a chunk; its images are read and hashed if one has changed or is new."""
         name = self._memo_name(chunk)
-        with suppress(OSError, ValueError, KeyError):
-            return self._file(read_json(self._memo(name))["content"])
-        started, content = time.time(), _hash_chunk(chunk)
-        if name and name == self._memo_name(chunk) and _newest(chunk) < started - SETTLED_SECONDS:
+        if file := self._remembered(name):
+            return file
+        started, hashes = time.time(), _hash_images(chunk)
+        content = _hash_chunk(hashes)
+        # An image that cannot be read now, for example from a network disk, is read again by the next call.
+        is_settled = None not in hashes and name and name == self._memo_name(chunk)
+        if is_settled and _newest(chunk) < started - SETTLED_SECONDS:
             _write_json(self._memo(name), {"content": content})
         return self._file(content)
 
@@ -254,9 +256,13 @@ class FeatureCache:
     def _file(self, content: str) -> Path:
         return self.folder / f"{content}.safetensors"
 
+    def _remembered(self, name: str) -> Path | None:
+        """Return the file of a chunk by the time stamps of its images, of which a memo has this name."""
+        with suppress(OSError, ValueError, KeyError):
+            return self._file(read_json(self._memo(name))["content"])
+        return None
+
     def _memo(self, name: str) -> Path:
-        if not name:
-            raise FileNotFoundError
         return self.root / "images" / name[:2] / f"{name}.json"
 
     def _memo_name(self, chunk: Chunk) -> str:
@@ -275,17 +281,22 @@ def _newest(chunk: Chunk) -> float:
     return max(max(stat.st_mtime, stat.st_ctime) for stat in (file.stat() for file in chosen))
 
 
-def _hash_chunk(chunk: Chunk) -> str:
+def _hash_images(chunk: Chunk) -> list[bytes | None]:
+    """Return the hash of each image file, None for one that cannot be read."""
     with ThreadPoolExecutor(READERS) as pool:
-        hashes = list(pool.map(lambda index: _hash_image(chunk.group, index), chunk.indices))
-    return hashlib.sha256(b"".join(hashes)).hexdigest()
+        return list(pool.map(lambda index: _hash_image(chunk.group, index), chunk.indices))
 
 
-def _hash_image(group: Group, index: int) -> bytes:
+def _hash_image(group: Group, index: int) -> bytes | None:
     try:
         return hash_content(group.read(index))
     except (OSError, ValueError):
-        return hash_content(b"unreadable")
+        return None
+
+
+def _hash_chunk(hashes: Iterable[bytes | None]) -> str:
+    unreadable = hash_content(b"unreadable")
+    return hashlib.sha256(b"".join(one or unreadable for one in hashes)).hexdigest()
 
 
 def _hash_json(value: Any) -> str:
@@ -299,6 +310,7 @@ def _write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         what = error.strerror or str(error)
         raise OSError(f"{path.parent}: the cache cannot be written: {what}: give another --cache-dir") from error
 
@@ -319,7 +331,7 @@ class _Batches(Dataset):
         for row, index in enumerate(indices):
             try:
                 one = self.preprocessing(decode(self.groups[number].read(index)))
-            except (OSError, ValueError, RuntimeError, TypeError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, RuntimeError, TypeError) as error:
                 errors[row] = first_line(error)
                 continue
             if tuple(one.shape) != self.shape:

@@ -109,8 +109,8 @@ def _caption(settings: Mapping[str, Any]) -> str:
     own = "each encoder's own" if preprocessing == "own" else f"that of {preprocessing}, for all encoders"
     return (
         f"Top-1 accuracy in percent of heads on frozen features, trained on {settings['train']}. Features: "
-        f"{settings['tokens']}. Preprocessing: {own}. {settings['heads']['caption']} Intervals, "
-        f"{settings['intervals']}."
+        f"{settings['tokens']}; computed in {settings['computed_in']}. Preprocessing: {own}. "
+        f"{settings['heads']['caption']} Intervals, {settings['intervals']}."
     )
 
 

@@ -24,7 +24,8 @@ HISTORY, HALVINGS, ARMIJO = 10, 20, 1e-4  # of L-BFGS and its line search
 TOLERANCE, ROUNDING = 1e-5, 1e-7  # of gradients; of values in float32
 MIN_STD = 1e-6
 STEPS = 64  # of an epoch, at least, where the batch size is not given
-ROWS = 1024  # images that are classified at a time
+ROWS = 1024  # images that are classified at a time, at most
+SIMILARITIES = 1 << 28  # to neighbours, in memory at a time
 
 Predict = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
@@ -105,7 +106,9 @@ def _fit_mlp(
     losses = trial.train(features, labels, fit, measure)
     best = accuracies[-1].argmax(1).tolist()
     final = MLPs(features, classes, [[grid[index]] for index in best], options)
-    final.train(features, labels, torch.arange(len(labels)))
+    last = final.train(features, labels, torch.arange(len(labels)))[-1]
+    if not last.isfinite().all():
+        raise ValueError("mlp: the training loss is NaN or infinite: give smaller --learning-rates")
     curves = {"train_loss": torch.stack(losses, -1).tolist(), "split_accuracy": torch.stack(accuracies, -1).tolist()}
     names = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in grid]
     return [
@@ -224,12 +227,12 @@ def _statistics(features: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Ten
     return means, stds.clamp(min=MIN_STD)
 
 
-def _by_scores(scores: Callable[[torch.Tensor], torch.Tensor]) -> Predict:
+def _by_scores(scores: Callable[[torch.Tensor], torch.Tensor], rows: int = ROWS) -> Predict:
     """Return what predicts the allowed class with the highest of the scores (B, C), on the CPU."""
 
     @torch.no_grad()
     def predict(features: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-        parts = [scores(part).cpu() for part in features.split(ROWS)]
+        parts = [scores(part).cpu() for part in features.split(rows)]
         if allowed is None:
             return torch.cat([part.argmax(-1) for part in parts])
         return torch.cat([allowed[part[:, allowed].argmax(-1)] for part in parts])
@@ -421,7 +424,11 @@ def _fit_neighbours(
     features: torch.Tensor, labels: torch.Tensor, classes: int, options: HeadOptions, fit: torch.Tensor,
     split: torch.Tensor,
 ) -> list[FittedHead]:  # fmt: skip
-    heads, counts = [], [count for count in options.neighbours if count <= len(fit)] or [1]
+    heads, counts = [], [count for count in options.neighbours if count <= len(fit)]
+    if not counts:
+        raise ValueError(
+            f"--neighbours: expected a number up to {len(fit)}, the training images, got {options.neighbours}"
+        )
     for layer, values in enumerate(features):
         trials = [_neighbours(values[fit], labels[fit], classes, count, options.temperature) for count in counts]
         accuracies = torch.stack([accuracy(trial(values[split], None), labels[split].cpu()) for trial in trials])
@@ -437,14 +444,14 @@ def _neighbours(known: torch.Tensor, labels: torch.Tensor, classes: int, count: 
     Return a classifier by votes of the nearest images in cosine similarity s, each weighted by exp(s / temperature), as
     in DINO (Caron et al., 2021).
     """
-    keys = F.normalize(known, dim=-1)
+    keys, rows = F.normalize(known, dim=-1), max(1, min(ROWS, SIMILARITIES // len(known)))
 
     def votes(part: torch.Tensor) -> torch.Tensor:
         similarity, nearest = (F.normalize(part.to(keys.device), dim=-1) @ keys.T).topk(count)
         weights = ((similarity - 1) / temperature).exp()
         return torch.zeros(len(part), classes, device=keys.device).scatter_add_(1, labels[nearest], weights)
 
-    return _by_scores(votes)
+    return _by_scores(votes, rows)
 
 
 def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

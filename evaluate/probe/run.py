@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import combinations
@@ -20,9 +20,9 @@ import torch
 from psutil import virtual_memory
 
 from ...convert.storage.output_folder import check_free, new_folder
-from ...devices import choose_device
-from ..datasets import LabelledImages, load_images, match_classes
-from ..encoders import LAST, Encoder, load_encoder
+from ...devices import choose_device, choose_dtype, dtype_name
+from ..datasets import LabelledImages, check_apart, load_images, match_classes
+from ..encoders import LAST, Encoder, load_encoder, stored_dtype
 from ..models import check_model
 from ..statistics import compare_paired, wilson_interval
 from ..versions import library_versions, package_commit
@@ -125,6 +125,7 @@ def run_probe(
     for name in dict.fromkeys([*encoders, *([options.preprocessing] if options.preprocessing else [])]):
         check_model(name)  # before hours of work on the others
     train_set, test_sets = _load_data(train, tests)
+    options = replace(options, dtype=_common_dtype(encoders, options, log))
     probe = _Probe(train_set, test_sets, options, log, progress or _no_progress, (rank, ranks, wait))
     for name in encoders:
         probe.add(name)
@@ -161,11 +162,28 @@ def _check_options(encoders: Sequence[str], tests: Sequence[str], options: Probe
         raise ValueError(f"--batch-size: expected 1 to {CHUNK}, got {options.batch_size}")
 
 
+def _common_dtype(encoders: Sequence[str], options: ProbeOptions, log: Log) -> str:
+    """
+    Return the dtype that all encoders compute in: where "auto" chooses several, float32, so that rounding is no
+    difference between encoders. All of them are loaded once, so a broken one is found before the work on the others.
+    """
+    if options.dtype != "auto" or len(encoders) == 1:
+        return options.dtype
+    device = choose_device(options.device)
+    dtypes = {name: dtype_name(choose_dtype(stored_dtype(name), device)[0]) for name in encoders}
+    if len({*dtypes.values()}) == 1:
+        return "auto"
+    chosen = ", ".join(f"{dtype} of {name}" for name, dtype in dtypes.items())
+    log(f"all encoders compute in float32, since the dtypes of their weights differ ({chosen}); --dtype overrides it")
+    return "float32"
+
+
 def _load_data(train: str, tests: Sequence[str]) -> tuple[LabelledImages, list[TestSet]]:
     train_set, found = load_images(train, training=True), []
     names = _short_names(tests)
     for test in tests:
         images = load_images(test, training=False)
+        check_apart(train_set, images)
         labels, present = match_classes(train_set, images)
         subset = torch.tensor(present) if len(present) < len(train_set.classes) else None
         found.append(TestSet(names[test], images, torch.tensor(labels), subset))
@@ -201,7 +219,7 @@ class _Probe:
         self.rank, self.ranks, self.wait = processes
         self.cache = options.cache_dir or default_cache()
         self.results = ProbeResults({})
-        self.encoders: dict[str, dict[str, Any]] = {}
+        self.encoders: dict[str, dict[str, Any]] = {}  # as they describe themselves
         self.data: dict[str, dict[str, Any]] = {}
         self.skipped: dict[tuple[str, str], str] = {}
         # (test, head) -> encoder -> whether each image is right, with -1 for unreadable ones
@@ -326,6 +344,7 @@ class _Probe:
             "train": self.train.name,
             "data": self.data,
             "tokens": _describe_tokens(options),
+            "computed_in": self.encoders[encoders[0]]["dtype"],
             "preprocessing": options.preprocessing or "own",
             "heads": describe_options(options.head, options.heads),
             "intervals": "95%: Wilson for accuracies, paired bootstrap for differences; exact McNemar tests",
@@ -338,7 +357,7 @@ class _Probe:
 
 def _describe_tokens(options: ProbeOptions) -> str:
     which = "all tokens, class and register tokens too" if options.keeps_prefix else "patch tokens"
-    layers = "the last block after the encoder's final norm"
+    layers = "the encoder's output (last block, after the final norm where the encoder applies one to all tokens)"
     if options.layers != (LAST,):
         layers = (
             f"layers {', '.join(map(str, options.layers))} (a number: output of that block, without the final norm)"

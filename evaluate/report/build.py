@@ -1,8 +1,8 @@
 """
 The report on stages of training: base model and stages side by side.
 
-`build_report` reads the runs, compares weights, encodes images, and matches the results of probes; `report_page.py`
-makes a page and a Markdown file of it.
+`build_report` reads the runs, compares weights, encodes images, and matches the results of probes; `page.py` makes a
+page and a Markdown file of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ...convert.storage.files import first_line
 from ...convert.storage.sources import without_local_path
@@ -128,8 +128,6 @@ def find_images(folder: Path, most: int) -> tuple[list[Path], tuple[str, ...]]:
         try:
             decode(path.read_bytes())
             readable.append(path)
-        except UnidentifiedImageError:  # its message is an address in memory
-            unreadable.append(f"{path.relative_to(folder)}: no image")
         except (OSError, ValueError) as error:
             unreadable.append(f"{path.relative_to(folder)}: {first_line(error)}")
     if not readable:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..charts import Line, line_chart
 from ..encoders import LAST
-from ..pages import data_url, read_template, render, write_file
+from ..pages import data_url, read_template, render, write_files
 from ..probe.files import HEADS, markdown_table
 from ..probe.results import PAPER_ACCURACIES, PAPER_TESTS
 from ..versions import library_versions
@@ -82,10 +82,15 @@ def as_markdown(report: Report, command: str = "") -> str:
         (
             "Change of weights",
             change_table(report),
-            "Norm of the difference to the base, relative to its norm, in percent.",
+            "Norm of the difference to the base, relative to its norm, in percent: a stage that began with another one "
+            "contains its change.",
         ),
         ("Similarity of features", similarity_table(report), _similarity_caption(report)),
-        ("Data", data_table(report), "Shares of the samples of an epoch by kind, in percent, and samples left out."),
+        (
+            "Data",
+            data_table(report),
+            "Shares of the samples of an epoch by kind, in percent, and samples that could not be read.",
+        ),
     ]
     parts = [f"# {_title(report)}"]
     for title, (header, rows), caption in tables:
@@ -123,8 +128,7 @@ def write_report(report: Report, out: Path, overwrite: bool = False, command: st
     """Write the page and, next to it, the Markdown file; return their paths. Raises as `check_outputs`."""
     files = check_outputs(out, overwrite)
     contents = page(report, command), as_markdown(report, command)
-    for file, content in zip(files, contents, strict=True):
-        write_file(content.encode(), file)
+    write_files({file: content.encode() for file, content in zip(files, contents, strict=True)})
     return files
 
 
@@ -202,8 +206,8 @@ def _probe_charts(report: Report) -> list[Chart]:
         for number, model in enumerate(report.names):
             found = [cells.get((model, layer), {}) for layer in layers]
             if any(found):
-                lines.append(Line(model, *([one.get(key) for one in found] for key in ("accuracy",)), number,
-                                  *([one.get(key) for one in found] for key in ("low", "high"))))  # fmt: skip
+                values, low, high = ([one.get(key) for one in found] for key in ("accuracy", "low", "high"))
+                lines.append(Line(model, values, number, low, high))
         charts.append(_chart(f"{test}: {HEADS[head]}", "block", layers, lines, percent=True))
     return charts
 
@@ -336,7 +340,7 @@ def data_table(report: Report) -> Table:
         total = sum(run.kinds.values())
         shares = [f"{100 * run.kinds.get(kind, 0) / total:.1f}" if total else "" for kind in kinds]
         rows.append([run.name, f"{total:,}" if total else "", *shares, f"{len(run.skipped):,}"])
-    return ["stage", "samples", *kinds, "left out"], rows
+    return ["stage", "samples", *kinds, "could not be read"], rows
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The pictures of an image as PNGs, and the files of the command."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..pages import write_file
+from ..pages import write_files
 from ..pictures import (
     INFERNO,
     VIRIDIS,
@@ -120,7 +120,7 @@ def check_outputs(source: str, out: Path, folder: Path | None = None, overwrite:
         ValueError: `out` is the image, exists and is not to be overwritten, or is no .html file in a folder that
             exists; or `folder` is a file, or has files that are not to be overwritten.
     """
-    if out.suffix.lower() not in (".html", ".htm") or not out.parent.is_dir():
+    if out.suffix.lower() not in (".html", ".htm") or not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"--out {out}: expected a .html file in a folder that exists")
     is_source = out.exists() and Path(source).exists() and out.samefile(source)
     if is_source or (out.exists() and not overwrite):
@@ -133,11 +133,24 @@ def check_outputs(source: str, out: Path, folder: Path | None = None, overwrite:
         raise ValueError(f"--png {folder} has files: name another folder, or give --overwrite")
 
 
-def write_outputs(html: str, out: Path, pngs: Mapping[str, Image.Image], folder: Path | None = None) -> Iterator[Path]:
-    """Write the page and the PNGs, each atomically; yield the path of each."""
-    yield write_file(html.encode(), out)
+def write_outputs(html: str, out: Path, pngs: Mapping[str, Image.Image], folder: Path | None = None) -> list[Path]:
+    """
+    Write the page and the PNGs, all or none; return the path of each.
+
+    Raises:
+        OSError: The disk is full, or a file cannot be written.
+    """
+    contents, is_new = {out: html.encode()}, folder is not None and not folder.exists()
     for name, image in pngs.items():
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        folder.mkdir(parents=True, exist_ok=True)
-        yield write_file(buffer.getvalue(), folder / f"{name}.png")
+        contents[folder / f"{name}.png"] = buffer.getvalue()
+    try:
+        if pngs:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_files(contents)
+    except OSError:
+        if is_new and folder.is_dir():
+            folder.rmdir()
+        raise
+    return [*contents]

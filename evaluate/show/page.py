@@ -98,7 +98,7 @@ def _attention_facts(attention: Attention) -> dict[str, Any]:
 def _attention_data(attention: Attention) -> dict[str, str]:
     """Return the name of each blob -> scales, then codes."""
     codes, scales = quantize_weights(attention.mean.transpose(1, 2), dims=2)
-    data = {"mean": _pack(scales, codes)}  #
+    data = {"mean": _pack(scales, codes)}
     for block, weights in attention.by_query.items():
         codes, scales = quantize_weights(weights, dims=3)
         data[f"block-{block}"] = _pack(scales, codes)  # (T, h, Q), (T, h, Q, K)

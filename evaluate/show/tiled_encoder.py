@@ -11,7 +11,7 @@ from transformers.image_processing_utils import ImageProcessingMixin
 
 from ...devices import choose_device, choose_dtype, dtype_name
 from ...image_processing_sailvit import SAILViTImageProcessor
-from ..models import load_transformers, read_config
+from ..models import is_timm, load_transformers, read_config
 
 
 # Of folders whose encoder is not that of a SAIL-VL: the image is one tile, as the encoder was trained.
@@ -96,6 +96,11 @@ def load_tiled_encoder(
             names them.
     """
     device = choose_device(device)
+    if is_timm(path):
+        raise ValueError(
+            f"{path}: a model of timm: expected a vision encoder or multimodal model of transformers; `sailvit probe` "
+            "takes timm models"
+        )
     config = read_config(path)
     vision = getattr(config, "vision_config", config)
     _check_config(path, vision)

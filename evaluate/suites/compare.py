@@ -10,7 +10,7 @@ from .run import read_bundle, read_questions
 
 
 # Settings that should be equal; the others are those that one compares.
-EQUAL = ("harness", "batch_size", "msac", "max_new_tokens", "judge", "limit")
+EQUAL = ("harness", "batch_size", "msac", "max_new_tokens", "judge", "limit", "questions", "seed")
 
 
 def compare_bundles(a: Path, b: Path) -> dict[str, Any]:
@@ -18,9 +18,10 @@ def compare_bundles(a: Path, b: Path) -> dict[str, Any]:
     Compare the scores of two bundles on the same questions.
 
     Returns:
-        {"a", "b", "different": settings that differ, "skipped": {data set: reason}, "data_sets": {name: {"n", "a",
-        "b" (mean scores), "difference" (b - a), "low", "high" (95% interval, bootstrap), "p" (McNemar, right and
-        wrong answers only), "a_only", "b_only", "a_interval", "b_interval" (Wilson)}}}.
+        {"a", "b", "different": settings and versions that differ, "skipped": {data set: reason}, "data_sets": {name:
+        {"n", "left_out" (questions that one of them has no score for), "a", "b" (mean scores), "difference" (b - a),
+        "low", "high" (95% interval, bootstrap), "p" (McNemar, right and wrong answers only), "a_only", "b_only",
+        "a_interval", "b_interval" (Wilson)}}}.
 
     Raises:
         ValueError: A folder is no bundle, they share no data set, or a data set has other questions.
@@ -30,27 +31,43 @@ def compare_bundles(a: Path, b: Path) -> dict[str, Any]:
     if not shared:
         raise ValueError(f"{a} and {b} share no data set: expected bundles of the same suite")
     compared, skipped = {}, {}
+    for name in [name for name in first["data_sets"] | second["data_sets"] if name not in shared]:
+        skipped[name] = f"in {a if name in first['data_sets'] else b} only"
     for name in shared:
         pairs = _pairs(a, b, name)
-        if pairs:
-            compared[name] = _compare(pairs)
+        scored = [pair for pair in pairs if None not in pair]
+        if scored:
+            compared[name] = {**_compare(scored), "left_out": len(pairs) - len(scored)}
         else:
-            skipped[name] = f"{first['harness']} gives no score of single questions"
-    different = {key: [first.get(key), second.get(key)] for key in EQUAL if first.get(key) != second.get(key)}
-    return {"a": str(a), "b": str(b), "different": different, "skipped": skipped, "data_sets": compared}
+            skipped[name] = "no question that both bundles have a score for"
+    return {"a": str(a), "b": str(b), "different": _differences(first, second), "skipped": skipped,
+            "data_sets": compared}  # fmt: skip
 
 
-def _pairs(a: Path, b: Path, name: str) -> list[tuple[float, float]]:
-    """Return the scores of both for every question; [] if a bundle has no scores of single questions."""
-    first, second = ({line["index"]: line["score"] for line in read_questions(path, name)} for path in (a, b))
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return setting or package -> its two values, of those that should be equal and are not."""
+    found = [
+        {key: bundle.get(key) for key in EQUAL} | bundle.get("versions", {}).get("packages", {})
+        for bundle in (first, second)
+    ]
+    pairs = {key: [one.get(key) for one in found] for key in found[0] | found[1]}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _pairs(a: Path, b: Path, name: str) -> list[tuple[float | None, float | None]]:
+    """Return the scores of both for every question, None where there is none."""
+    first, second = ({line["index"]: line for line in read_questions(path, name)} for path in (a, b))
     if first.keys() != second.keys():
         index = min(first.keys() ^ second.keys())
         place = a if index in first else b
         raise ValueError(
             f"{name}: question {index} is in {place} only: expected bundles of the same questions and --limit"
         )
-    pairs = [(first[index], second[index]) for index in first]
-    return [] if any(None in pair for pair in pairs) else pairs
+    for key in ("question", "answer"):
+        other = [index for index in first if first[index].get(key) != second[index].get(key)]
+        if other:
+            raise ValueError(f"{name}: {key} {other[0]} of {a} and {b} differ: expected bundles of the same questions")
+    return [(first[index]["score"], second[index]["score"]) for index in first]
 
 
 def _compare(pairs: list[tuple[float, float]]) -> dict[str, Any]:

@@ -4,13 +4,14 @@
 
 import json
 import numbers
+import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .drawn_questions import draw_questions, write_task
 from .harness import DEFAULT_JUDGE, RULES, Outcome, SuiteRun
+from .kept_answers import read_lines
 from .sets import DRAWN
 
 
@@ -51,8 +52,9 @@ def make_command(run: SuiteRun, folder: Path, rescore: bool = False) -> list[str
 
 
 def make_environment(run: SuiteRun, folder: Path) -> dict[str, str]:
-    """Return environment variables: the judge's name, if one is given."""
-    return {} if run.judge in (DEFAULT_JUDGE, RULES) else {"MODEL_VERSION": run.judge}
+    """Return environment variables: the judge's name, if `run` or the environment names one."""
+    name = os.environ.get("MODEL_VERSION") if run.judge == DEFAULT_JUDGE else run.judge
+    return {"MODEL_VERSION": name} if name and name != RULES else {}
 
 
 def remove_scores(folder: Path) -> None:
@@ -64,11 +66,11 @@ def collect(run: SuiteRun, folder: Path) -> dict[str, Outcome]:
     """Return what lmms-eval wrote about each data set; the newest files count."""
     files = sorted((folder / "results").rglob("*_results.json"))
     results = json.loads(files[-1].read_text())["results"] if files else {}
-    kept = {_key(line): line for file in sorted((folder / "answers").glob("*.jsonl")) for line in _lines(file)}
+    kept = {_key(line): line for file in sorted((folder / "answers").glob("*.jsonl")) for line in read_lines(file)}
     outcomes = {}
     for data_set in run.data_sets:
         samples = sorted((folder / "results").rglob(f"*_samples_{data_set.lmms_eval}.jsonl"))
-        lines = list(_lines(samples[-1])) if samples else []
+        lines = [json.loads(line) for line in samples[-1].read_bytes().splitlines()] if samples else []
         outcomes[data_set.name] = _outcome(run, data_set.lmms_eval, results.get(data_set.lmms_eval), lines, kept)
     return outcomes
 
@@ -85,7 +87,8 @@ def _outcome(run: SuiteRun, task: str, result: dict[str, Any] | None, samples: l
     scores = {key: value for key, value in (result or {}).items() if isinstance(value, (int, float))}
     first = kept.get((task, samples[0]["doc_id"]), {})
     prompt = {"question": first.get("prompt"), "tiling": first.get("tiling"), "options": first.get("options")}
-    judge = run.judge if next(d for d in run.data_sets if d.lmms_eval == task).lmms_eval_judge != "none" else None
+    data_set = next(d for d in run.data_sets if d.lmms_eval == task)
+    judge = None if data_set.lmms_eval_judge == "none" else data_set.fixed_judge or run.judge
     error = None if scores or run.predict_only else "no scores"
     return Outcome(scores, questions, prompt, {"model": judge, "failed": None, "total": None}, error)
 
@@ -110,8 +113,3 @@ def sample_score(sample: dict[str, Any]) -> float | None:
 
 def _key(line: dict[str, Any]) -> tuple[str, int]:
     return line["task"], line["doc_id"]
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_bytes().split(b"\n")[:-1]:
-        yield json.loads(line)

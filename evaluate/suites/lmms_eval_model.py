@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A SAIL-VL, or any model with a processor and `generate`, as a chat model of lmms-eval."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...devices import choose_device, choose_dtype
+from .kept_answers import KeptAnswers
 from .sets import MOST_TILES, tiles_of_task
 
 
@@ -149,45 +149,6 @@ class SAILVLForLMMsEval(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError("sail_vl answers questions of one round only")
-
-
-class KeptAnswers:
-    """
-    Answers in FOLDER/answers-RANK.jsonl, one line each, written as they are given.
-
-    An answer is found by task, number and text of its question.
-    """
-
-    def __init__(self, folder: Path, rank: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"answers-{rank}.jsonl"
-        self.kept = {self._key(line): line["answer"] for file in folder.glob("*.jsonl") for line in read_lines(file)}
-
-    def find(self, request: Instance) -> str | None:
-        context, _, _, index, task, split = request.args
-        return self.kept.get((task, split, index, request.idx, context))
-
-    def add(
-        self, requests: Sequence[Instance], answers: Sequence[str], prompts: Sequence[str], tiling: Mapping[str, Any]
-    ) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            for request, answer, prompt in zip(requests, answers, prompts, strict=True):
-                context, _, options, index, task, split = request.args
-                key = {"task": task, "split": split, "doc_id": index, "idx": request.idx, "context": context}
-                line = {**key, "answer": answer, "prompt": prompt, "tiling": dict(tiling), "options": dict(options)}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    @staticmethod
-    def _key(line: Mapping[str, Any]) -> tuple:
-        return line["task"], line["split"], line["doc_id"], line["idx"], line["context"]
-
-
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a JSONL file; the last one may have been cut off by the end of a process."""
-    for line in file.read_bytes().split(b"\n")[:-1]:
-        yield json.loads(line)
 
 
 def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ on with it; OUT appears when all is done.
 """
 
 import datetime
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from ...convert.storage.files import hash_file
+from ..pages import write_files
 from ..versions import package_commit
 from . import lmms_eval_harness, vlmevalkit
 from .harness import (
@@ -43,6 +46,8 @@ from .sets import SUITES, VLMEVALKIT
 
 BUNDLE, LOG, SETTINGS = "bundle.json", "harness.log", "settings.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+GOES_ON, UNCHANGED = "the same command goes on with the kept answers", "the bundle is unchanged"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OnOutput = Callable[[bytes], None]
 
 
@@ -71,6 +76,7 @@ def run_suite(run: SuiteRun, out: Path, on_line: Callable[[str], None], on_outpu
     Raises:
         ValueError: The harness or the judge's key is missing, `out` exists, or another run was begun there.
         HarnessError: The harness ended too early; its work is kept for the next call.
+        OSError: The disk is full; the same.
     """
     run, left_out = _checked(run, out)
     for name, reason in left_out.items():
@@ -78,7 +84,7 @@ def run_suite(run: SuiteRun, out: Path, on_line: Callable[[str], None], on_outpu
     environment = read_environment(run.python, run.harness)
     on_line(f"hashing the weights of {run.model}")
     settings = {**describe(run), "weights": hash_weights(run.model), "versions": environment}
-    with _working_folder(out) as work:
+    with explained_disk(out, GOES_ON), _working_folder(out) as work:
         _check_settings(work, settings)
         harness = _module(run)
         (work / "harness").mkdir(exist_ok=True)
@@ -121,15 +127,13 @@ def rescore(
     Raises:
         ValueError: The folder is no bundle, or the judge's key is missing.
         HarnessError: The harness ended too early; the bundle is unchanged.
+        OSError: The disk is full; the same.
     """
     before, bundle = read_bundle(bundle), bundle.resolve()
     run = replace(restore(before, python), judge=judge or before["judge"], predict_only=False)
     check_judge(run)
     environment = read_environment(python, run.harness)
-    work = bundle.with_name(f".{bundle.name}.work")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(bundle, work)
-    try:
+    with explained_disk(bundle, UNCHANGED), _copy(bundle) as work:
         _module(run).remove_scores(work / "harness")
         _module(run).write_inputs(run, work / "harness")
         on_line(f"scoring the predictions of {bundle}")
@@ -148,8 +152,6 @@ def rescore(
             outcome.prompt = prompts[name]
         content = _write_bundle(work, record, run, outcomes)
         _replace(bundle, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return content
 
 
@@ -224,17 +226,42 @@ def _working_folder(out: Path) -> Iterator[Path]:
         lock.release()
 
 
+@contextmanager
+def _copy(bundle: Path) -> Iterator[Path]:
+    """A copy of a bundle next to it, which is removed in the end unless it was renamed."""
+    work = bundle.with_name(f".{bundle.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        yield Path(shutil.copytree(bundle, work))
+    except shutil.Error as error:  # a list of files, for example where the disk is full
+        raise OSError(f"{bundle} cannot be copied to {work}: {error.args[0][0][2]}: {UNCHANGED}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def explained_disk(out: Path, state: str) -> Iterator[None]:
+    """Name the output, the fix and the state of things where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{out}: cannot be written: {os.strerror(error.errno)}: free space; {state}") from error
+
+
 def _check_settings(work: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of a new run, or compare them with those of the run that is continued."""
     file, text = work / SETTINGS, json.dumps(settings, indent=1, sort_keys=True)
-    if file.exists() and file.read_text() != text:
+    if not file.exists():
+        write_files({file: text.encode()})
+    elif file.read_text() != text:
         before = json.loads(file.read_text())
         names = [key for key in settings if before.get(key) != json.loads(text)[key]]
         raise ValueError(
             f"{work} belongs to a run with another {', '.join(names)}: give the same settings to go on with it, or "
             "remove it to begin again"
         )
-    file.write_text(text)
 
 
 def _run_harness(
@@ -253,7 +280,7 @@ def _run_harness(
         end = f"with exit code {code}" if code > 0 else f"by signal {-code}" if code else "without an error"
         name, reason = next(iter(failed.items()), ("its end", None))
         reason = reason if reason and len(failed) < len(outcomes) else last_error(log, start)
-        fix = "the bundle is unchanged" if rescore else "the same command goes on with the kept answers"
+        fix = UNCHANGED if rescore else GOES_ON
         raise HarnessError(f"{run.harness} ended {end} at {name}: {reason}; see {log}; {fix}")
     return outcomes, {"command": command, "environment": variables}
 

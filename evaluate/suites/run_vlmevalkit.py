@@ -11,14 +11,19 @@ import ast
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+
+if TYPE_CHECKING:
+    import pandas
 
 RANK = os.environ.get("RANK", "0")
 
@@ -38,6 +43,7 @@ def main() -> None:
 
 
 def option(name: str) -> str:
+    """Return the value of an option of the command."""
     return sys.argv[sys.argv.index(name) + 1]
 
 
@@ -53,11 +59,11 @@ def record_prompts(wrapper: type, folder: Path) -> None:
     load, ask = wrapper.__init__, wrapper.generate_inner
 
     @functools.wraps(load)
-    def load_recorded(self, *args, **kwargs):
+    def load_recorded(self: Any, *args: Any, **kwargs: Any) -> None:
         load(self, *args, **kwargs)
         chat = self.model.chat
 
-        def chat_recorded(*args, **kwargs):
+        def chat_recorded(*args: Any, **kwargs: Any) -> str:
             answer = chat(*args, **kwargs)
             folder.mkdir(parents=True, exist_ok=True)
             call = {"tiles": kwargs["num_patches_list"], "question": kwargs["question"], "answer": answer}
@@ -69,7 +75,7 @@ def record_prompts(wrapper: type, folder: Path) -> None:
         self.model.chat = chat_recorded
 
     @functools.wraps(ask)
-    def ask_recorded(self, message, dataset=None):
+    def ask_recorded(self: Any, message: "list[dict[str, Any]]", dataset: "str | None" = None) -> str:
         self.asked_data_set = dataset
         return ask(self, message, dataset)
 
@@ -93,6 +99,7 @@ def write_report(records: Path, work: Path) -> None:
 
 
 def write_questions(out: Path, name: str, predictions: Path, judge: "str | None") -> None:
+    """Write index, question, answer, prediction and score of every prediction; None for a question without a score."""
     from vlmeval.smp import load
 
     table = load(str(predictions))
@@ -115,10 +122,11 @@ def question_scores(name: str, predictions: Path, judge: "str | None") -> "dict[
     if not files:
         return score_one_by_one(predictions) if name == "OCRBench" else {}
     table = load(str(max(files, key=lambda file: file.stat().st_mtime)))
-    return dict(zip(map(str, table["index"]), score_column(name, table), strict=True))
+    scores = zip(map(str, table["index"]), score_column(name, table), strict=True)
+    return {index: score for index, score in scores if not math.isnan(score)}  # NaN: the judge failed
 
 
-def score_column(name: str, table) -> "list[float]":
+def score_column(name: str, table: "pandas.DataFrame") -> "list[float]":
     """Return the scores of a table, by the harness' own rules where it stores none."""
     for column in ("hit", "score"):
         if column in table:
@@ -133,7 +141,7 @@ def score_column(name: str, table) -> "list[float]":
     return [float(bool(post_check(row))) for row in table.to_dict("records")]
 
 
-def parse_numbers(text) -> "list[float]":
+def parse_numbers(text: Any) -> "list[float]":
     """Parse a list of numbers and booleans that pandas wrote as text, with numpy's names of types or without."""
     plain = re.sub(r"np\.\w+\((.*?)\)|\bnp\.(True|False)_", lambda found: found[1] or found[2], str(text))
     return [float(value) for value in ast.literal_eval(plain)]

@@ -32,6 +32,7 @@ class DataSet:
         judge: "none": the harness compares answers by rules; "optional": VLMEvalKit can ask a language model about
             answers that its rules cannot read; "required": a language model scores the answers.
         lmms_eval_judge: The same in lmms-eval.
+        fixed_judge: The model that lmms-eval asks whatever `--judge` is; None if it asks the one of `--judge`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class DataSet:
     tiles: int = 10
     judge: Literal["none", "optional", "required"] = "none"
     lmms_eval_judge: Literal["none", "optional", "required"] = "none"
+    fixed_judge: str | None = None
 
     def harness_name(self, harness: str) -> str | None:
         """Return the name in a harness."""
@@ -66,7 +68,7 @@ def _short_answer(name: str, vlmevalkit: str, lmms_eval: str | None, **options) 
 _JUDGED = {"judge": "required", "lmms_eval_judge": "required"}
 _OPENCOMPASS = (
     _multiple_choice("AI2D", "AI2D_TEST", "ai2d"),
-    _yes_or_no("HallusionBench", "hallusion_bench_image", lmms_eval_judge="required"),
+    _yes_or_no("HallusionBench", "hallusion_bench_image", lmms_eval_judge="required", fixed_judge="gpt-4"),
     _multiple_choice("MMBench", "MMBench_DEV_EN_V11", "mmbench_en_dev", lmms_eval_judge="required"),
     DataSet("MMMU", "MMMU_DEV_VAL", "MMMUDataset", "mmmu_val", tiles=12, judge="optional"),
     DataSet("MMVet", "MMVet", "MMVet", "mmvet", **_JUDGED),

@@ -9,6 +9,7 @@ from typing import Any
 
 from .drawn_questions import draw_questions, write_tsv
 from .harness import DEFAULT_JUDGE, RULES, Outcome, SuiteRun
+from .kept_answers import read_lines
 from .sets import DRAWN
 
 
@@ -21,7 +22,7 @@ def make_config(run: SuiteRun) -> dict[str, Any]:
     Return the content of VLMEvalKit's `--config`.
 
     The class must be one of VLMEvalKit's own; its SailVL calls `chat` of the model folder. The tiles of a data set are
-    set by that class (suites.py has the same table), so they are no part of the config.
+    set by that class (sets.py has the same table), so they are no part of the config.
     """
     options = {} if run.max_new_tokens is None else {"max_new_tokens": run.max_new_tokens}
     model = {"class": "SailVL", "model_path": str(run.model), "use_msac": run.msac, **options}
@@ -79,18 +80,15 @@ def collect(run: SuiteRun, folder: Path) -> dict[str, Outcome]:
 def _outcome(run: SuiteRun, records: Path, name: str, row: dict[str, Any] | None) -> Outcome:
     if row is None:
         return Outcome(error="VLMEvalKit did not reach it")
-    questions = _read_lines(records / "questions" / f"{name}.jsonl")
-    prompts = [line for file in sorted((records / "prompts").glob(f"{name}-*.jsonl")) for line in _read_lines(file)]
+    file = records / "questions" / f"{name}.jsonl"
+    questions = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+    prompts = [line for file in sorted((records / "prompts").glob(f"{name}-*.jsonl")) for line in read_lines(file)]
     judge = {"model": row.get("judge"), "failed": row.get("judge_failed"), "total": row.get("judge_total")}
     scores = {key: value for key, value in (row.get("metrics") or {}).items() if isinstance(value, (int, float))}
     error = row.get("eval_error") or (None if scores or run.predict_only else row.get("skip_reason") or "no scores")
     error = error if questions else error or "no predictions"
     prompt = {key: prompts[0][key] for key in ("question", "tiles", "options")} if prompts else None
     return Outcome(scores, questions, prompt, judge, error)
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.exists() else []
 
 
 def _by_rules(run: SuiteRun) -> bool:
