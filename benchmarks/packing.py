@@ -244,10 +244,12 @@ def padded(samples: list[EncodedSample], rows: int) -> list[dict[str, Any]]:
     return batches
 
 
-def packed(samples: list[EncodedSample], config: SAILVLConfig) -> list[Pack]:
+def packed(samples: list[EncodedSample], config: SAILVLConfig, max_tokens: int | None = None) -> list[Pack]:
+    """Return the packs of a step; by default of MAX_TOKENS, scaled to the visual tokens of a tile."""
+    max_tokens = max_tokens or MAX_TOKENS * config.image_seq_length // 256
     tokens, tiles = ([len(t) if t is not None else 0 for t in column] for column in
                      ([s.input_ids for s in samples], [s.tiles for s in samples]))  # fmt: skip
-    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * config.image_seq_length // 256, None, tile_cost(config))
+    (packs,) = plan_step(tokens, tiles, 1, max_tokens, None, tile_cost(config))
     return [collate([samples[index] for index in pack], pack) for pack in packs]
 
 
@@ -379,14 +381,20 @@ def pictures(
 
 
 def questions(rounds: int = 5) -> None:
-    compare_questions("the miniature, 1 tile", miniature(), 32, 1, 24, rounds)
+    compare_questions("the miniature, 1 tile", miniature(), 32, 1, 24, rounds, MAX_TOKENS)
     for tiles in (1, 3):
         scale = toy_model().config.image_seq_length / 256
         compare_questions(f"as with 1.5B, {tiles} tile(s)", toy_model(), 8, tiles, round(48 * scale), rounds)
 
 
 def compare_questions(
-    name: str, model: SAILVLForConditionalGeneration, count: int, tiles: int, text: int, rounds: int
+    name: str,
+    model: SAILVLForConditionalGeneration,
+    count: int,
+    tiles: int,
+    text: int,
+    rounds: int,
+    max_tokens: int | None = None,
 ) -> None:
     """Compare steps of `SAILVLTrainer` on the same questions, with a sample for each picture or for each question."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -402,7 +410,7 @@ def compare_questions(
             loss_of_pack(model, pack, labels).backward()
         optimizer.step()
 
-    packs = {kind: packed(samples, model.config) for kind, samples in kinds.items()}
+    packs = {kind: packed(samples, model.config, max_tokens) for kind, samples in kinds.items()}
     seconds = medians({kind: lambda own=own: train(own) for kind, own in packs.items()}, rounds)
     ratio = tile_cost(model.config) / model.config.image_seq_length
     print(f"\n{name}: a tile costs {ratio:.2f} times as much as its tokens; {QUESTIONS} questions a picture")
