@@ -3,8 +3,9 @@ Benchmark of packing inside the optimizer step.
 
 Loss and gradients of a packed step against one sample a row. Balance of a step of 512 samples against first-fit packing
 per rank and one sample per micro-step; time of planning. 10 million rows: memory of a node and seconds to the first
-plan, in fresh processes. Useful tokens per second of a training step at toy size against padded batches. Tiles as uint8
-through a DataLoader against float32. Lengths, see lengths.py.
+plan, in fresh processes. Useful tokens per second of a training step at toy size against padded batches. Pictures with
+seven independent questions against a sample per question. Tiles as uint8 through a DataLoader against float32. Lengths,
+see lengths.py.
 
     python benchmarks/packing.py                          # everything
     python benchmarks/packing.py balance rows             # some of it
@@ -243,10 +244,12 @@ def padded(samples: list[EncodedSample], rows: int) -> list[dict[str, Any]]:
     return batches
 
 
-def packed(samples: list[EncodedSample], config: SAILVLConfig) -> list[Pack]:
+def packed(samples: list[EncodedSample], config: SAILVLConfig, max_tokens: int | None = None) -> list[Pack]:
+    """Return the packs of a step; by default of MAX_TOKENS, scaled to the visual tokens of a tile."""
+    max_tokens = max_tokens or MAX_TOKENS * config.image_seq_length // 256
     tokens, tiles = ([len(t) if t is not None else 0 for t in column] for column in
                      ([s.input_ids for s in samples], [s.tiles for s in samples]))  # fmt: skip
-    (packs,) = plan_step(tokens, tiles, 1, MAX_TOKENS * config.image_seq_length // 256, None, tile_cost(config))
+    (packs,) = plan_step(tokens, tiles, 1, max_tokens, None, tile_cost(config))
     return [collate([samples[index] for index in pack], pack) for pack in packs]
 
 
@@ -341,6 +344,83 @@ def compare_steps(like: str, rounds: int) -> None:
     print_ratios("useful tokens per second, packed / other", others)
 
 
+# Independent turns
+
+QUESTIONS = 7  # about a picture: a caption and six short ones
+# A world of 32-pixel pictures.
+MINIATURE_VISION = {
+    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4,
+    "image_size": 32,
+}  # fmt: skip
+MINIATURE_TEXT = {
+    **QWEN, "vocab_size": 1024, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def miniature() -> SAILVLForConditionalGeneration:
+    config = SAILVLConfig(SAILViTConfig(**MINIATURE_VISION), dict(MINIATURE_TEXT), image_token_id=IMAGE_TOKEN)
+    return SAILVLForConditionalGeneration(config).train()
+
+
+def pictures(
+    config: SAILVLConfig, count: int, tiles: int, text: int
+) -> tuple[list[EncodedSample], list[EncodedSample]]:
+    """Return pictures with questions of `text` tokens each, as one sample a picture and as one a question."""
+    size, visual, answer = config.vision_config.image_size, tiles * config.image_seq_length, max(1, text // 8)
+    shared, separate = [], []
+    for _ in range(count):
+        ids = torch.randint(0, config.image_token_id, (QUESTIONS, visual + text))
+        ids[:, :visual] = config.image_token_id
+        labels = ids.masked_fill(torch.arange(visual + text) < visual + text - answer, -100)
+        pixels, indices = torch.randn(tiles, 3, size, size), torch.arange(tiles).repeat(QUESTIONS)
+        splits = (visual + text,) * QUESTIONS
+        shared.append(EncodedSample(ids.flatten(), labels.flatten(), pixels, indices, splits))
+        separate += [EncodedSample(*row, pixels) for row in zip(ids, labels, strict=True)]
+    return shared, separate
+
+
+def questions(rounds: int = 5) -> None:
+    compare_questions("the miniature, 1 tile", miniature(), 32, 1, 24, rounds, MAX_TOKENS)
+    for tiles in (1, 3):
+        scale = toy_model().config.image_seq_length / 256
+        compare_questions(f"as with 1.5B, {tiles} tile(s)", toy_model(), 8, tiles, round(48 * scale), rounds)
+
+
+def compare_questions(
+    name: str,
+    model: SAILVLForConditionalGeneration,
+    count: int,
+    tiles: int,
+    text: int,
+    rounds: int,
+    max_tokens: int | None = None,
+) -> None:
+    """Compare steps of `SAILVLTrainer` on the same questions, with a sample for each picture or for each question."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    model.language_model.set_attn_implementation(PER_SAMPLE)
+    kinds = dict(
+        zip(("a sample a picture", "a sample a question"), pictures(model.config, count, tiles, text), strict=True)
+    )
+    labels = count_labels(kinds["a sample a picture"])
+
+    def train(packs: list[Pack]) -> None:
+        optimizer.zero_grad()
+        for pack in packs:
+            loss_of_pack(model, pack, labels).backward()
+        optimizer.step()
+
+    packs = {kind: packed(samples, model.config, max_tokens) for kind, samples in kinds.items()}
+    seconds = medians({kind: lambda own=own: train(own) for kind, own in packs.items()}, rounds)
+    ratio = tile_cost(model.config) / model.config.image_seq_length
+    print(f"\n{name}: a tile costs {ratio:.2f} times as much as its tokens; {QUESTIONS} questions a picture")
+    for kind, value in seconds.items():
+        print(f"{count / value:8.1f} pictures/s, {QUESTIONS * count / value:8.1f} questions/s  {kind}")
+    print_ratios(
+        "speed, a sample a question = 1", {kind: seconds["a sample a question"] / own for kind, own in seconds.items()}
+    )
+
+
 # Tiles through a DataLoader
 
 
@@ -383,8 +463,8 @@ def tiles(rounds: int = 7, packs: int = 8) -> dict[str, float]:
 
 
 PARTS = {
-    "agreement": agreement, "balance": balance, "rows": rows, "throughput": throughput, "tiles": tiles,
-    "lengths": lengths.main,
+    "agreement": agreement, "balance": balance, "rows": rows, "throughput": throughput, "questions": questions,
+    "tiles": tiles, "lengths": lengths.main,
 }  # fmt: skip
 
 

@@ -166,6 +166,20 @@ def test_shown_samples_mark_trained_tokens_and_draw_tiles(check, tmp_path):
             assert sheet.size == (3 * (56 + 4) + 4, 56 + 2 * 4)
 
 
+def test_independent_turns_are_shown_one_after_the_other(check, tmp_path):
+    Image.new("RGB", (112, 56)).save(tmp_path / "wide.png")
+    texts = [{"user": f"{kind}?", "assistant": f"It is {kind}.", "kind": kind} for kind in ("ocr", "caption")]
+    write_lines(tmp_path / "a.jsonl", [{"images": ["wide.png"], "texts": texts}])
+    write_corpus(tmp_path, {"path": "a.jsonl", "independent_turns": True})
+    report = json.loads(check("--json")[1])
+    assert report["samples"] == 1 and report["kinds"] == {"caption+ocr": 1} and report["tiles"] == 3
+    shown = check("--show", "1")[1].split("\n--- ")[1]
+    assert f"{report['tokens']['total']} tokens, 3 tiles, 2 independent turns" in shown
+    visual = f"<img><IMG_CONTEXT> x {3 * TILE.count('<IMG_CONTEXT>')} </img>\n"
+    for part, kind in zip(shown.split("⟧\n\n"), ("ocr", "caption"), strict=True):
+        assert f"{visual}{kind}?<|im_end|><|im_start|>assistant\n⟦It is {kind}.<|im_end|>" in part
+
+
 def test_the_middle_of_a_long_sample_is_not_shown(check, tmp_path):
     write_lines(tmp_path / "a.jsonl", [chat("first", "x" * 9000 + " last")])
     write_corpus(tmp_path, {"path": "a.jsonl"})
