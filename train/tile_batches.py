@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches for next-patch prediction: the pictures of a step -> tiles with random prefixes -> packs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from .collate import Pack
 from .corpus import Corpus
-from .formats import BadSample
+from .formats import BadSample, Sample
 from .packing import PackedBatches
 
 
@@ -54,16 +55,44 @@ def _read_samples(
 ) -> tuple[list[tuple[int, torch.Tensor]], list[tuple[int, str]]]:
     """Return index and tiles of the samples that can be read, index and reason of the others."""
     read, skipped = [], []
+    for group in _by_options(corpus, indices, skipped):
+        read += _read_group(corpus, group, skipped)
+    return read, skipped
+
+
+def _by_options(
+    corpus: Corpus, indices: Sequence[int], skipped: list[tuple[int, str]]
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Yield index and sample of consecutive samples with the same options: the image processor takes many at once."""
+    samples = []
     for index in indices:
         try:
-            tiles, expected = corpus.processor.read_tiles(corpus[index]), int(corpus.tiles[index])
-            if len(tiles) != expected:
-                raise BadSample(f"expected {expected} tiles, got {len(tiles)}: a file changed since they were counted")
+            samples.append((index, corpus[index]))
         except BadSample as error:
             skipped.append((index, str(error)))
+    for _, group in groupby(samples, key=lambda entry: entry[1].options):
+        yield [*group]
+
+
+def _read_group(
+    corpus: Corpus, group: list[tuple[int, Sample]], skipped: list[tuple[int, str]]
+) -> list[tuple[int, torch.Tensor]]:
+    """Return index and tiles of the samples of a group; if one cannot be read, each is read by itself."""
+    try:
+        tiles = corpus.processor.read_tiles([sample for _, sample in group])
+    except BadSample as error:
+        if len(group) > 1:
+            return [found for entry in group for found in _read_group(corpus, [entry], skipped)]
+        skipped.append((group[0][0], str(error)))
+        return []
+    read = []
+    for (index, _), own in zip(group, tiles, strict=True):
+        if len(own) == (expected := int(corpus.tiles[index])):
+            read.append((index, own))
         else:
-            read.append((index, tiles))
-    return read, skipped
+            reason = f"expected {expected} tiles, got {len(own)}: a file changed since they were counted"
+            skipped.append((index, reason))
+    return read
 
 
 def random_prefixes(patches: int, tiles: int, seed: Sequence[int]) -> torch.Tensor:

@@ -61,18 +61,21 @@ class TileProcessor:
         tiles = sum(self.image_processor.get_number_of_image_patches(*size, options) for size in sizes)
         return TokenCounts(self.patches * tiles, (self.patches - 1) * tiles, tiles)
 
-    def read_tiles(self, sample: Sample) -> torch.Tensor:
+    def read_tiles(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """
-        Return the tiles (n, 3, h, w) uint8 of the pictures of a sample.
+        Return the tiles (n, 3, h, w) uint8 of the pictures of each of some samples with the same options.
 
         Raises:
             BadSample: A picture cannot be read.
         """
-        options = {"do_rescale": False, "do_normalize": False, **_tiling(sample.options)}
+        options = {"do_rescale": False, "do_normalize": False, **_tiling(samples[0].options)}
+        pictures = [_pictures(sample.messages) for sample in samples]
         try:
-            return self.image_processor(_pictures(sample.messages), **options)["pixel_values"].to(torch.uint8)
+            batch = self.image_processor([picture for own in pictures for picture in own], **options)
         except Exception as error:  # decoders raise nearly anything on a broken file
             raise BadSample(" ".join(str(error).split()) or type(error).__name__) from error
+        counts = [int(own.sum()) for own in batch["num_tiles"].split([len(own) for own in pictures])]
+        return [*batch["pixel_values"].to(torch.uint8).split(counts)]
 
 
 def _pictures(messages: list[dict[str, Any]]) -> list[Any]:

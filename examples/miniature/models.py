@@ -60,7 +60,7 @@ def random_encoder(folder: str | Path, seed: int = 0, max_tiles: int = 1, **conf
 
 
 def random_language(
-    folder: str | Path, texts: Iterable[str], vocabulary: int = 512, seed: int = 0, **config: Any
+    folder: str | Path, texts: Iterable[str], vocabulary: int = 640, seed: int = 0, **config: Any
 ) -> Path:
     """
     Write a Qwen2 with random weights to a folder, and a byte-level BPE tokenizer that is trained on texts.
@@ -90,6 +90,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     """
     Return a byte-level BPE tokenizer with the special tokens and the chat template of Qwen2.
 
+    It learns SAIL-VL's system message together with the texts: it begins every prompt, and is 124 bytes.
+
     Raises:
         ValueError: The vocabulary has no room for the bytes and the special tokens.
     """
@@ -102,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
     lines = [*texts]
-    every_turn = [*ROLES, SYSTEM_MESSAGE] * max(len(lines), 1)  # so that they are a few tokens
+    every_turn = [*ROLES, SYSTEM_MESSAGE] * max(len(lines), 2)  # so that they are a few tokens
     tokenizer.train_from_iterator([*lines, *every_turn], trainers.BpeTrainer(vocab_size=vocabulary, **options))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE
