@@ -22,7 +22,7 @@ from sailvit.train.recipe import load_recipe
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
-LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "examples").rglob("README.md"), ROOT / "benchmarks" / "RESULTS.md"]
 MOST_LINES = 150
 LARGEST_PICTURE = 60_000  # bytes
 SLOW_CALLS = re.compile(r"convert_checkpoint|make_plan\(")

@@ -52,7 +52,7 @@ def _about(text: str, questions: Iterator[Question]) -> Iterator[Question]:
 
 
 def _about_scene(random: Random, held_out: bool) -> Iterator[Question]:
-    scene = choose(lambda: make_scene(random), held_out)
+    scene = choose(lambda: make_scene(random, SEEN, random.randint(2, 4)), held_out)
     return _about(fine_caption(scene), interleave(random, ask_short(scene, random), ask_open(scene, random)))
 
 

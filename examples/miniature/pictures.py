@@ -59,9 +59,9 @@ class Scene:
     def at(self, cell: str) -> Item | None:
         return next((item for item in self.items if item.cell == cell), None)
 
-    def count(self, **properties: str) -> int:
-        """Return the number of objects with properties: colour="red", thing="3"."""
-        return sum(all(getattr(item, key) == value for key, value in properties.items()) for item in self.items)
+    def count(self, colour: str | None = None, thing: str | None = None) -> int:
+        """Return the number of objects of a colour, of a thing, or of both."""
+        return sum(colour in (None, item.colour) and thing in (None, item.thing) for item in self.items)
 
     @property
     def key(self) -> str:

@@ -278,9 +278,13 @@ class Task:
         while True:
             (subject,) = random.choices(self.subjects, [subject.share for subject in self.subjects])
             picture = choose(partial(subject.make, random, look), held_out)
-            questions = {question.user: question for question in subject.ask(picture, random) if names_seen(question)}
+            questions: dict[str, Question] = {}
+            for question in filter(names_seen, subject.ask(picture, random)):
+                questions.setdefault(question.user, question)
+                if len(questions) == most:
+                    break
             if questions:
-                return picture, [*questions.values()][:most]
+                return picture, [*questions.values()]
 
 
 def names_seen(question: Question) -> bool:
