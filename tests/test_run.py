@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from sailvit.evaluate.runs import find_base, find_runs
 from sailvit.train import Corpus, failures, load_recipe
 from sailvit.train.record import differences
 from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_environment, check_language, plan_run, run
+from sailvit_cli.train import _be_quiet
 
 
 TOY = ["samples_per_step=4", "epochs=3", "save_steps=2", "workers=0", "report_to=[]", "precision=float32"]
@@ -258,6 +261,16 @@ def test_sigterm_before_the_first_step_has_the_code_for_later(place, tmp_path, m
     (output / ".run.json.0123abcd").touch()  # what a rank that starts later may meet
     assert run(recipe) == 0
     assert not (output / "interrupted").exists()
+
+
+def test_torch_writes_to_authors_of_engines_and_all_other_warnings_stay():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _be_quiet()
+        with suppress(Exception):
+            torch.distributed.all_gather_into_tensor(None, None)
+        warnings.warn("`torch.distributed` is ours", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["`torch.distributed` is ours"]
 
 
 def test_another_engine_is_named_once():

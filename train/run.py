@@ -285,6 +285,9 @@ class StopInTime(TrainerCallback):
     def __init__(self, trainer: SAILVLTrainer, interruption: Interruption):
         self.trainer, self.interruption, self.stopped = trainer, interruption, False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interruption.is_starting = False
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (due,) = self.trainer._sum_over_ranks([float(self.interruption.is_due())])
         if due and state.global_step < state.max_steps:
@@ -412,7 +415,6 @@ class Stage:
         trainer.add_callback(stop)
         self._announce(trainer)
         resumed = None if self.resumed is None else str(self.resumed)
-        interruption.is_starting = False
         trainer.train(resume_from_checkpoint=resumed)
         if stop.stopped:
             _record_stop(self.output, self.rank, self.log, interruption.reason)
