@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from .arguments import Verbs, add_verb, positive_integer
@@ -105,7 +106,12 @@ def _train(recipe: "Recipe") -> int:
 
 
 def _be_quiet() -> None:
-    """Leave progress bars of libraries out where stderr is no terminal, and on all ranks but the first."""
+    """
+    Leave out torch's notes to the authors of engines; progress bars of libraries where stderr is no terminal; and on
+    all ranks but the first progress bars and warnings of transformers.
+    """
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed 0.19 and accelerate 1.15 call them
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
     if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
         return
     from datasets import disable_progress_bars

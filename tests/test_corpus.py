@@ -628,7 +628,7 @@ def test_a_data_set_on_the_hub_without_network_is_one_clear_error(load, monkeypa
 def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path, processor):
     write_lines(tmp_path / "a.jsonl", [chat()])
     (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(OSError, match=r"cache.*: the cache cannot be written: Not a directory"):
+    with pytest.raises(OSError, match=r"cache.*: the cache cannot be written: Not a directory: choose another"):
         Corpus.from_yaml(write_corpus(tmp_path, {"path": "a.jsonl"}), processor, tmp_path / "cache")
 
 
@@ -641,7 +641,9 @@ def test_a_full_disk_leaves_nothing_half_written(load, tmp_path, monkeypatch):
     for module, name, left in ((pa.ipc, "new_stream", []), (np, "save", ["rows"])):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            with pytest.raises(OSError, match="No space left on device"):
+            with pytest.raises(
+                OSError, match=rf"^{tmp_path}/cache: the cache .* No space left on device: choose another"
+            ):
                 load({"path": "a.jsonl"})
         files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
         assert [file.parent.name for file in files] == left

@@ -187,7 +187,7 @@ def test_recipes_and_corpus_files_of_the_page_are_valid(tmp_path):
     recipe, *corpora = code_blocks(TRAINING, "yaml")
     (tmp_path / "adapters.yaml").write_text(recipe)
     assert load_recipe(str(tmp_path / "adapters.yaml")).lora
-    assert len(corpora) == 4
+    assert len(corpora) == 6
     for block in corpora:
         (tmp_path / "corpus.yaml").write_text(block)
         assert read_corpus_file(tmp_path / "corpus.yaml").sources

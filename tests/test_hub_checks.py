@@ -34,7 +34,7 @@ def converted(tmp_path_factory) -> Path:
 def multimodal(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checks") / "vl"
     convert_checkpoint(write_release(folder.with_name("release")), folder)
-    write_model_card(folder, "owner/vl", "v1")
+    write_model_card(str(folder), "owner/vl", "v1")
     return folder
 
 

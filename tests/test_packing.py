@@ -146,7 +146,7 @@ def count_flops(model, run) -> float:
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
-@pytest.mark.parametrize("text", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("text", ["qwen2", "qwen3", "gpt2"])
 def test_the_cost_of_a_tile_is_that_of_the_flops_that_torch_counts(vision, text):
     fields = {"model_type": text, "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip

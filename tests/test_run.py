@@ -9,6 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,8 +29,10 @@ from sailvit.convert import convert_checkpoint
 from sailvit.convert.export.card import write_model_card
 from sailvit.convert.models.sailvl import verify_sailvl
 from sailvit.evaluate.report.runs import find_base, find_runs
-from sailvit.train import failures, load_recipe
+from sailvit.train import Corpus, failures, load_recipe
+from sailvit.train.record import differences
 from sailvit.train.run import INTERRUPTED, RunTrainer, Stage, check_environment, check_language, plan_run, run
+from sailvit_cli.train import _be_quiet
 
 
 TOY = ["samples_per_step=4", "epochs=3", "save_steps=2", "workers=0", "report_to=[]", "precision=float32"]
@@ -240,6 +245,38 @@ def test_sigterm_saves_and_exits_with_the_code_for_later(stages, tmp_path, after
     assert run(recipe) == 0
     assert not (tmp_path / "out" / "interrupted").exists()
     assert read_log(tmp_path / "out") == read_log(stages / "s3")
+
+
+def test_sigterm_before_the_first_step_has_the_code_for_later(place, tmp_path, monkeypatch):
+    recipe, output = recipe_for(tmp_path / "out", "stage1", "max_steps=1"), tmp_path / "out"
+
+    def terminate(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "from_yaml", terminate)
+        assert run(recipe) == INTERRUPTED
+    assert json.loads((output / "interrupted").read_text()) == {"step": 0, "reason": "SIGTERM"}
+    (output / ".run.json.0123abcd").touch()  # what a rank that starts later may meet
+    assert run(recipe) == 0
+    assert not (output / "interrupted").exists()
+
+
+def test_torch_writes_to_authors_of_engines_and_all_other_warnings_stay():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _be_quiet()
+        with suppress(Exception):
+            torch.distributed.all_gather_into_tensor(None, None)
+        warnings.warn("`torch.distributed` is ours", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["`torch.distributed` is ours"]
+
+
+def test_another_engine_is_named_once():
+    recorded = {"recipe": {"engine": "auto"}, "engine": "zero3"}
+    current = {"recipe": {"engine": "ddp"}, "engine": "ddp"}
+    assert differences(recorded, current) == ['engine: "zero3" in the run, "ddp" now']
 
 
 def test_max_hours_saves_and_exits(place, tmp_path):
@@ -489,6 +526,15 @@ def test_a_rank_that_failed_is_not_called_silent(as_rank):
     as_rank(0)
     explained = failures.explain_lost_rank(RuntimeError("gloo: closed"), "RESUME")
     assert str(explained) == "stopped, since another rank failed (gloo: closed); RESUME"
+
+
+def test_a_run_is_stopped_at_its_start_if_all_ranks_are(as_rank):
+    """The launcher of a rank that failed sends SIGTERM to the others: that is no reason to requeue the job."""
+    stopped = []
+    for rank in (1, 2, 0):
+        as_rank(rank)
+        stopped.append(failures.all_ranks_stop())
+    assert stopped == [False, False, True]
 
 
 @pytest.mark.parametrize("was_open", [True, False])

@@ -27,6 +27,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from sailvit import SAILVLProcessor
 from sailvit.train.attention import PER_SAMPLE
+from sailvit.train.collate import Pack
 from sailvit.train.components import parameter_groups, set_trainable
 from sailvit.train.flops import meta_model, sample_flops
 from sailvit.train.formats import BadSample
@@ -281,8 +282,8 @@ def test_progress_is_lines_where_there_is_no_terminal(corpus, tmp_path, capsys, 
     assert len(lines) == 5
     for number, (line, entry) in enumerate(zip(lines, read_log(tmp_path), strict=True), 1):
         rate = f"{entry['samples_per_second']:.1f}"
-        left = r"\?" if number == 1 else r"\d\d:\d\d"
-        assert re.fullmatch(rf"step {number}/5, loss {entry['loss']:.4f}, {rate} samples/s, {left} left", line), line
+        left = "" if number == 1 else r", \d\d:\d\d left"
+        assert re.fullmatch(rf"step {number}/5, loss {entry['loss']:.4f}, {rate} samples/s{left}", line), line
 
 
 def test_lines_of_progress_keep_their_distance(capsys, monkeypatch):
@@ -293,7 +294,7 @@ def test_lines_of_progress_keep_their_distance(capsys, monkeypatch):
     for step in (3, 4, 5, 6, 7, 8):
         progress.update(step, 1.5, 20)
     assert capsys.readouterr().err.splitlines() == [
-        "step 3/8, loss 1.5000, 20.0 samples/s, ? left",
+        "step 3/8, loss 1.5000, 20.0 samples/s",
         "step 6/8, loss 1.5000, 20.0 samples/s, 00:07 left",  # 3 steps in 11 seconds
         "step 8/8, loss 1.5000, 20.0 samples/s, 00:00 left",
     ]
@@ -377,6 +378,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, value):
     with pytest.raises(TrainingError, match=r"step 1, samples memory \d+, .*: the loss is nan"):
         trainer.train()
     assert read_log(tmp_path) == []
+
+
+def test_only_the_samples_of_packs_whose_loss_is_not_finite_are_named(corpus, tmp_path, monkeypatch):
+    trainer = make_trainer(corpus, tmp_path, packing=False)
+    first, *_, last = trainer.batches.samples(0).tolist()
+    compute = trainer._compute_pack_loss
+
+    def compute_pack_loss(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(loss * (math.nan if {first, last} & {*pack.samples} else 1) for loss in compute(model, pack))
+
+    monkeypatch.setattr(trainer, "_compute_pack_loss", compute_pack_loss)
+    one, other = sorted((first, last))
+    with pytest.raises(TrainingError, match=rf"step 1, samples memory {one}, memory {other}: the loss"):
+        trainer.train()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(corpus, tmp_path):

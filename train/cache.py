@@ -63,8 +63,12 @@ def cache_errors(cache_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        what = f"the cache cannot be written: {os.strerror(error.errno)}: choose another (--cache-dir, cache_dir)"
-        raise OSError(error.errno, f"{cache_dir}: {what}") from error
+        raise _unwritable(cache_dir, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    reason = error.strerror or error
+    return OSError(f"{folder}: the cache cannot be written: {reason}: choose another (--cache-dir, cache_dir)")
 
 
 @contextmanager
@@ -75,7 +79,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise OSError(f"{path.parent}: the cache cannot be written: {error.strerror or error}") from error
+        raise _unwritable(path.parent, error) from error
     try:
         for rest in path.parent.glob(f".{path.name}*"):
             _remove(rest)

@@ -5,7 +5,7 @@ The folder of a run: checkpoints that are complete or do not count, and files th
 
     OUTPUT/run.json           what the run is, written when it starts
     OUTPUT/checkpoint-N/      a checkpoint; complete.json, written last, lists its files and their sizes
-    OUTPUT/interrupted        the run saved a checkpoint and stopped; the same command goes on
+    OUTPUT/interrupted        the run stopped, after the step that is in it; the same command goes on
     OUTPUT/training.json      the record, written last: the run is finished
 """
 
@@ -64,12 +64,17 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output}: a link that leads nowhere: choose another output")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a folder, got a file: choose another output")
-    names = {path.name for path in output.iterdir()} - {LOCK} if output.exists() else set()
+    names = {path.name for path in output.iterdir() if not _is_of_start(path.name)} if output.exists() else set()
     if names and RUN not in names:
         found = ", ".join(sorted(names)[:3])
         raise ValueError(f"{output}: it holds something else ({found}), not a run: choose another output")
     if names and not read_json(output / RUN):
         raise ValueError(f"{output / RUN}: damaged: it is unknown which run this is; choose another output")
+
+
+def _is_of_start(name: str) -> bool:
+    """Return whether a run has a file before its run.json: its lock, and what the first rank may be writing."""
+    return name in (LOCK, STOPPED) or name.startswith((f".{RUN}.", f".{STOPPED}."))
 
 
 def is_finished(output: Path) -> bool:

@@ -326,15 +326,16 @@ class Plan:
         flops = self.flops
         yield (
             "TFLOP",
-            f"{flops.model / 1e12:,.2f} of a sample: forward {flops.forward / 1e12:,.2f}, backward "
-            f"{flops.backward / 1e12:,.2f}; recomputed {flops.recomputation / 1e12:,.2f} on top",
+            "{} of a sample: forward {}, backward {}; recomputed {} on top".format(
+                *(_decimal(v / 1e12, 2) for v in (flops.model, flops.forward, flops.backward, flops.recomputation))
+            ),
         )
 
     def _describe_memory(self) -> Iterator[tuple[str, str]]:
         for engine, memory in self.memory.items():
-            parts = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in asdict(memory).items())
+            parts = ", ".join(f"{name} {_decimal(size / GIB)}" for name, size in asdict(memory).items())
             chosen = " (chosen)" if engine == self.settings.engine else ""
-            yield "memory", f"{engine}{chosen} {memory.total / GIB:,.1f} GiB of a rank: {parts}"
+            yield "memory", f"{engine}{chosen} {_decimal(memory.total / GIB)} GiB of a rank: {parts}"
         if self.card is not None:
             yield "", f"a {self.card} has {CARDS[self.card].memory / GIB:,.1f} GiB"
 
@@ -344,7 +345,7 @@ class Plan:
         if self.hours is not None:
             yield (
                 "hours",
-                f"{self.hours:,.1f} on {self.ranks} x {self.card} at {self.mfu:.0%} MFU ({self.hfu:.0%} HFU): "
+                f"{_decimal(self.hours)} on {self.ranks} x {self.card} at {self.mfu:.0%} MFU ({self.hfu:.0%} HFU): "
                 f"{self.hours * self.ranks:,.0f} card hours",
             )
         if self.paper is not None:
@@ -352,7 +353,13 @@ class Plan:
 
 
 def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{_decimal(parameters / 1e6)}M"
+
+
+def _decimal(number: float, digits: int = 1) -> str:
+    """Return a number with so many decimals; a smaller one, of a toy, with one significant digit."""
+    text = f"{number:,.{digits}f}"
+    return text if float(text.replace(",", "")) else f"{number:.1g}"
 
 
 def make_plan(

@@ -66,6 +66,24 @@ def is_printed_by_first_rank(error: Exception) -> bool:
         return False
 
 
+def all_ranks_stop() -> bool:
+    """
+    Return whether all ranks received SIGTERM; call this on every rank that did.
+
+    Where a rank failed, its launcher sends SIGTERM to the others only.
+    """
+    if _num_ranks() == 1:
+        return True
+    keys = [f"SIGTERM of rank {rank}" for rank in range(_num_ranks())]
+    try:
+        store = _open_store()
+        store.set(keys[_rank()], "")
+        _wait(store, keys)
+        return store.check(keys)
+    except UNREACHABLE:
+        return False
+
+
 def _silent_ranks(store: dist.Store) -> list[int]:
     """Return the ranks that published no failure."""
     keys = [_key(rank) for rank in range(_num_ranks())]

@@ -59,8 +59,9 @@ def weights_per_token(model: nn.Module, config: Any, trainable_only: bool = Fals
 
 
 def _multiplied(module: nn.Module, is_expert: bool) -> list[nn.Parameter]:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        return [module.weight]
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding):
+        return [weight]  # of nn.Linear, of convolutions, of GPT-2's Conv1D
     # transformers >= 5: the experts of a layer are one parameter (experts, in, out)
     return [weight for weight in module.parameters(recurse=False) if weight.ndim == 3] if is_expert else []
 

@@ -33,7 +33,7 @@ except ImportError:  # Windows
 LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
 GB = 1e9
 INTERVAL = 10.0  # seconds between plain lines of progress
-LINE = "step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+LINE, LEFT = "step {n_fmt}/{total_fmt}{postfix}", ", {remaining} left"
 
 
 # Figures of steps
@@ -170,7 +170,8 @@ class Progress:
             self.first, self.started = step, now
         if now - self.shown >= INTERVAL or step == self.total:
             self.shown = now
-            elapsed, options = now - self.started, {"initial": self.first, "postfix": text, "bar_format": LINE}
+            elapsed, line = now - self.started, LINE + LEFT * (step > self.first)
+            options = {"initial": self.first, "postfix": text, "bar_format": line}
             tqdm.write(tqdm.format_meter(step, self.total, elapsed, **options), file=sys.stderr)
 
     def close(self) -> None:

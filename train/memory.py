@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_iter
 from ..modeling_sailvl import SAILVLForConditionalGeneration
 from .components import enable_checkpointing, train_rows
 from .flops import blocks_of
+from .recipe import ENGINES
 
 
-ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
-SHARDING = ("zero2", "zero3", "fsdp2")
+SHARDING = tuple(engine for engine in ENGINES if engine not in ("single", "ddp"))
 # Defaults of DeepSpeed: reduce_bucket_size, stage3_max_live_parameters (deepspeed.ai/docs/config-json).
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
@@ -151,9 +151,7 @@ def _check(engine: str, ranks: int, precision: str) -> None:
         raise ValueError(f"precision: expected bfloat16 or float32, got {precision!r}")
     if ranks < 1 or (engine == "single" and ranks > 1):
         expected = "1" if engine == "single" else "at least 1"
-        raise ValueError(
-            f"ranks: expected {expected} with engine {engine}, got {ranks}: use ddp, zero2, zero3 or fsdp2"
-        )
+        raise ValueError(f"ranks: expected {expected} with engine {engine}, got {ranks}: use {', '.join(ENGINES[1:])}")
 
 
 def _gathered_by_fsdp(model: SAILVLForConditionalGeneration, width: int) -> float:

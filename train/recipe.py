@@ -31,6 +31,8 @@ from .settings import Loader, Strict, dump_yaml, first_error, parse_yaml, read_m
 FOLDER = Path(__file__).parent / "recipes"
 
 Component = Literal["vision", "connector", "language"]
+Engine = Literal["single", "ddp", "zero2", "zero3", "fsdp2"]
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 def _split(value: Any) -> Any:
@@ -145,7 +147,7 @@ class Recipe(Strict):
     too_long: Literal["drop", "truncate", "fail"] = "drop"
     loss_reduction: Literal["token", "sample", "square"] = "token"
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    engine: Literal["auto", "single", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
+    engine: Literal["auto", Engine] = "auto"
     weight_decay: float = Field(0.01, ge=0)
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999

@@ -55,7 +55,9 @@ def identity(recipe: "Recipe", batches: "PackedBatches", source: Checkpoint, eng
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return the entries of two identities that differ: "seed: 0 in the run, 1 now"."""
-    pairs = [(recorded.get("recipe", {}), current["recipe"])]
+    shared = recorded.keys() & current.keys()  # the engine that runs counts, not the "auto" of the recipe
+    recipes = (recorded.get("recipe", {}), current["recipe"])
+    pairs = [tuple({k: value for k, value in recipe.items() if k not in shared} for recipe in recipes)]
     pairs.append(({**recorded, "recipe": None}, {**current, "recipe": None}))
     found = []
     for before, now in pairs:

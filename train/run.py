@@ -51,12 +51,12 @@ from .checkpoints import (
 from .components import added_token_ids, set_trainable, trainable_table
 from .corpus import Corpus
 from .estimate import PAPER_STAGES, Plan, make_plan, oom_hint
-from .failures import explain_lost_rank, is_lost_connection
+from .failures import all_ranks_stop, explain_lost_rank, is_lost_connection
 from .flops import meta_model
 from .handover import build_result, load_for, trained_weights, weight_reader, write_result
 from .log import SKIPPED
 from .packing import PackedBatches, tile_cost
-from .recipe import Recipe
+from .recipe import ENGINES, Recipe
 from .record import describe_stage, differences, identity, parent_stages, settings_of
 from .tile_batches import TileBatches
 from .trainer import SAILVLTrainer, TrainingError, resolve_engine, training_arguments
@@ -78,7 +78,7 @@ def run(recipe: Recipe, log: Log = print) -> int:
         log: Called on the first rank with each message.
 
     Returns:
-        0 if the stage is finished, INTERRUPTED if it saved a checkpoint and stopped: after SIGTERM, or `max_hours`.
+        0 if the stage is finished, INTERRUPTED after SIGTERM or `max_hours`, with a checkpoint if there was a step.
 
     Raises:
         ValueError: Model, data, output, engine or ranks do not fit the recipe, or the output holds another run.
@@ -97,9 +97,16 @@ def run(recipe: Recipe, log: Log = print) -> int:
             return 0
         if rank == 0:
             (output / STOPPED).unlink(missing_ok=True)
-        stage = Stage(recipe, engine, rank, ranks, log)
         with _interruption(recipe.max_hours, started) as interruption:
-            return stage.train(interruption)
+            try:
+                return Stage(recipe, engine, rank, ranks, log).train(interruption)
+            except BaseException as error:  # a package may have turned `StoppedAtStart` into an error of its own
+                if not interruption.ends_start:
+                    raise
+                if not all_ranks_stop():
+                    raise TrainingError("stopped at the start, since another rank failed") from error
+            _record_stop(output, rank, log, interruption.reason)
+            return INTERRUPTED
 
 
 # Before training
@@ -120,7 +127,7 @@ def check_environment(recipe: Recipe, ranks: int) -> str:
     if ranks > recipe.samples_per_step:
         raise ValueError(f"samples_per_step: expected at least one sample of each of {ranks} ranks")
     if engine == "single" and ranks > 1:
-        raise ValueError(f"engine: single is for one process, got {ranks}: choose ddp, zero2, zero3 or fsdp2")
+        raise ValueError(f"engine: single is for one process, got {ranks}: choose {', '.join(ENGINES[1:])}")
     if engine != "single" and "RANK" not in os.environ:
         raise ValueError(f"engine: {engine} needs a launcher: torchrun --nproc_per_node N -m sailvit.train ...")
     if engine.startswith("zero"):
@@ -225,11 +232,24 @@ def _check_finished(recipe: Recipe, output: Path) -> None:
 # Stopping
 
 
+class StoppedAtStart(BaseException):
+    """SIGTERM arrived before the first step; like KeyboardInterrupt no Exception, which packages catch."""
+
+
 class Interruption:
-    """Whether the run has to stop: SIGTERM arrived, or its time is over."""
+    """
+    Whether the run has to stop: SIGTERM arrived, or its time is over.
+
+    Attributes:
+        is_starting: There is nothing to save yet: SIGTERM ends the run at once.
+    """
 
     def __init__(self, deadline: float | None):
-        self.deadline, self.signalled = deadline, False
+        self.deadline, self.signalled, self.is_starting = deadline, False, True
+
+    @property
+    def ends_start(self) -> bool:
+        return self.signalled and self.is_starting
 
     def is_due(self) -> bool:
         return self.signalled or self._is_late()
@@ -245,10 +265,14 @@ class Interruption:
 @contextmanager
 def _interruption(max_hours: float | None, started: float) -> Iterator[Interruption]:
     """Catch SIGTERM."""
-    interruption = Interruption(None if max_hours is None else started + 3600 * max_hours)
+    interruption, own = Interruption(None if max_hours is None else started + 3600 * max_hours), os.getpid()
 
     def on_signal(number: int, frame: Any) -> None:
+        if os.getpid() != own:  # a process that counts tokens
+            os._exit(128 + number)
         interruption.signalled = True
+        if interruption.is_starting:
+            raise StoppedAtStart
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
@@ -262,6 +286,9 @@ class StopInTime(TrainerCallback):
 
     def __init__(self, trainer: SAILVLTrainer, interruption: Interruption):
         self.trainer, self.interruption, self.stopped = trainer, interruption, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interruption.is_starting = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (due,) = self.trainer._sum_over_ranks([float(self.interruption.is_due())])
@@ -306,6 +333,15 @@ class RunTrainer(SAILVLTrainer):
                 raise
             kept = _describe_resume(self.output)
             raise OSError(f"{folder}: cannot be saved: {first_line(error)}: free space; {kept}") from error
+
+
+def _record_stop(output: Path, rank: int, log: Log, reason: str) -> None:
+    """Write that the run stopped, and after which step: that of its newest checkpoint."""
+    last = newest_checkpoint(output)
+    step = 0 if last is None else int(last.name.rpartition("-")[2])
+    if rank == 0:
+        write_json(output / STOPPED, {"step": step, "reason": reason})
+    log(f"stopped after step {step} ({reason}); the same command goes on")
 
 
 def _describe_resume(output: Path) -> str:
@@ -387,17 +423,12 @@ class Stage:
         resumed = None if self.resumed is None else str(self.resumed)
         trainer.train(resume_from_checkpoint=resumed)
         if stop.stopped:
-            self._record_stop(trainer.state.global_step, interruption.reason)
+            _record_stop(self.output, self.rank, self.log, interruption.reason)
         else:
             self._hand_over(trainer)
         if dist.is_initialized():
             dist.destroy_process_group()
         return INTERRUPTED if stop.stopped else 0
-
-    def _record_stop(self, step: int, reason: str) -> None:
-        if self.rank == 0:
-            write_json(self.output / STOPPED, {"step": step, "reason": reason})
-        self.log(f"stopped after step {step} ({reason}); the same command goes on")
 
     def _make_trainer(self) -> RunTrainer:
         model = load_for(self.recipe, self.source, self.recipe.attn_implementation)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -53,18 +53,12 @@ from .log import (
 from .loss import answer_weights
 from .objectives import objective_of
 from .packing import PackedBatches
+from .recipe import ENGINES
 
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-ENGINES = {
-    "single": DistributedType.NO,
-    "ddp": DistributedType.MULTI_GPU,
-    "zero2": DistributedType.DEEPSPEED,
-    "zero3": DistributedType.DEEPSPEED,
-    "fsdp2": DistributedType.FSDP,
-}
 DDP_TYPES = [getattr(DistributedType, name) for name in dir(DistributedType) if name.startswith("MULTI_")]
 # Numbers of a step that are summed over the ranks, in this order.
 COUNTS = ("samples", "tokens", "squared_tokens", "answer_tokens", "tiles", "skipped")
@@ -131,6 +125,7 @@ def training_arguments(
         "save_total_limit": recipe.save_total_limit,
         "logging_steps": recipe.logging_steps,
         "logging_nan_inf_filter": False,
+        "log_level_replica": "error",  # the first rank prints the warnings of transformers and DeepSpeed
         "report_to": list(recipe.report_to),
         "dataloader_num_workers": recipe.workers,
         "ignore_data_skip": True,  # the sampler starts at the step
@@ -199,16 +194,23 @@ def check_engine(trainer: Trainer, engine: str) -> None:
     """
     accelerator = trainer.accelerator
     running = accelerator.distributed_type
-    expected = DDP_TYPES if engine == "ddp" else [ENGINES[engine]]
     stage = accelerator.state.deepspeed_plugin.zero_stage if running == DistributedType.DEEPSPEED else None
     is_fsdp1 = running == DistributedType.FSDP and not accelerator.is_fsdp2
-    if running not in expected or is_fsdp1 or (stage and stage != int(engine[-1])):
+    if running not in _distributed_types(engine) or is_fsdp1 or (stage and stage != int(engine[-1])):
         got = f"ZeRO-{stage}" if stage else "FSDP 1" if is_fsdp1 else running.value
         fix = "start several processes with torchrun, and set no engine in the launcher"
         if engine == "fsdp2" and accelerator.device.type == "cpu":
             fix = "accelerate runs FSDP2 on GPUs only: use zero3 or ddp on CPUs"
         processes = accelerator.num_processes
         raise TrainingError(f"engine: expected {engine}, but accelerate runs {got} on {processes} process(es): {fix}")
+
+
+def _distributed_types(engine: str) -> list[DistributedType]:
+    if engine == "ddp":
+        return DDP_TYPES
+    if engine.startswith("zero"):
+        return [DistributedType.DEEPSPEED]
+    return [DistributedType.FSDP if engine == "fsdp2" else DistributedType.NO]
 
 
 # Data
@@ -469,7 +471,7 @@ class SAILVLTrainer(Trainer):
                 self.accelerator.backward(loss, **options)
             total += loss.detach()
             losses.append(of_answers)
-        self._sum_losses(total, losses)
+        self._sum_losses(total, losses, inputs)
         return total
 
     @contextlib.contextmanager
@@ -493,7 +495,7 @@ class SAILVLTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.objective.loss(model, inputs, pack.lengths, weights)
 
-    def _sum_losses(self, total: torch.Tensor, losses: list[torch.Tensor]) -> None:
+    def _sum_losses(self, total: torch.Tensor, losses: list[torch.Tensor], packs: list[Pack]) -> None:
         """
         Compute the loss of the step, in all and by kind; all ranks stop together if it is not finite.
 
@@ -506,13 +508,16 @@ class SAILVLTrainer(Trainer):
         step.wait_seconds, step.memory = map(float, ranks[:, 1:3].max(0))
         step.losses_by_kind = ranks[:, 3:].sum(0)
         if not math.isfinite(self._loss):
-            raise TrainingError(
-                f"{self._describe_step()}: the loss is {self._loss}: lower the learning rate, or look at these samples"
-            )
+            pairs = zip(packs, losses, strict=True)
+            broken = [index for pack, own in pairs if not own.isfinite().all() for index in pack.samples]
+            where = self._describe_step(samples=sorted(gather_object(broken)))
+            raise TrainingError(f"{where}: the loss is {self._loss}: lower the learning rate, or look at these samples")
 
-    def _describe_step(self, step: int | None = None) -> str:
+    def _describe_step(self, step: int | None = None, samples: Sequence[int] = ()) -> str:
+        """Return the number of a step and its samples, or some of them, as their files name them."""
         step = self.state.global_step if step is None else step
-        names = [" ".join(map(str, self.batches.corpus.locate(int(index)))) for index in self.batches.samples(step)]
+        indices = samples or self.batches.samples(step)
+        names = [" ".join(map(str, self.batches.corpus.locate(int(index)))) for index in indices]
         return f"step {step + 1}, samples {', '.join(names)}"
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:

@@ -84,7 +84,7 @@ def write_conversion_card(
     _save(folder, metadata | (licence_of(sources[0]) if len(sources) == 1 else {}), blocks)
 
 
-def write_model_card(folder: Path, name: str | None = None, revision: str = "main", published: str = "") -> str:
+def write_model_card(folder: str | Path, name: str | None = None, revision: str = "main", published: str = "") -> str:
     """
     Write README.md for publishing, in place of one that is there.
 
@@ -100,7 +100,7 @@ def write_model_card(folder: Path, name: str | None = None, revision: str = "mai
     Raises:
         CheckpointError: A file that it is made from is broken; nothing was written.
     """
-    path, name = folder / "README.md", name or folder.resolve().name
+    path, name = (folder := Path(folder)) / "README.md", name or folder.resolve().name
     own, text = _split_card(path.read_text(encoding="utf-8") if path.exists() else "", str(path))
     theirs, their_text = {}, ""
     with suppress(CheckpointError):  # a valid one replaces it
