@@ -114,6 +114,14 @@ def test_what_killed_processes_left_half_written_is_removed_later(digits, dinov2
     assert not any(file.exists() for file in rest) and chunk.exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_reader_is_one_line(digits, dinov2, tmp_path, monkeypatch):
+    encoder, images = load_encoder(str(dinov2), device="cpu"), load_images(str(digits / "test"), training=False)
+    monkeypatch.setattr(features_module, "decode", die)
+    with pytest.raises(OSError, match=r"a process that reads images ended: DataLoader worker .*: give fewer --workers"):
+        extract_features(encoder, images, tmp_path, workers=1)
+
+
 # Full disks
 
 

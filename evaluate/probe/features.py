@@ -374,7 +374,7 @@ def _encode_chunks(
         worker_init_fn=_start_worker,
     )
     features, errors, rows = [], {}, 0
-    for pixels, broken, failure in loader:
+    for pixels, broken, failure in _loaded(loader):
         if failure:
             raise ValueError(failure)
         features.append(encoder.encode(pixels.to(encoder.device, non_blocking=True)))
@@ -383,6 +383,16 @@ def _encode_chunks(
         if sampler.ends.pop(0):
             yield torch.cat(features).cpu(), errors
             features, errors, rows = [], {}, 0
+
+
+def _loaded(loader: DataLoader) -> Iterator[tuple[torch.Tensor, dict[int, str], str]]:
+    """Yield the batches of a loader; raise OSError if one of its processes was killed, as by a lack of memory."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a process that reads images ended: {first_line(error)}: give fewer --workers") from error
 
 
 def _start_worker(worker: int) -> None:
