@@ -16,6 +16,7 @@ from .vocabulary import COLOURS, GRIDS, SEEN, Look
 
 UNITS = 32  # lengths are in 32nds of a tile
 LONGEST_DASH = 8
+REFERENCE = 64  # pixels of a character whose width is measured
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JITTER = 14  # of a colour, up or down in each channel
 
@@ -132,9 +133,7 @@ def _draw_lines(canvas: np.ndarray, picture: Lines | Sum, random: Random, size: 
     height, width = canvas.shape[:2]
     border = round(size / UNITS)
     row = (height - 2 * border) / len(picture.lines)
-    pixels = min(int(row * 0.8), round(14 * size / UNITS))
-    while max(text_width(line, picture.font, pixels) for line in picture.lines) > width - 2 * border:
-        pixels -= 1
+    pixels = _fit_text(picture, size, row, width - 2 * border)
     gap = (row - pixels) * 0.9
     left = border + random.random() * (
         width - 2 * border - max(text_width(line, picture.font, pixels) for line in picture.lines)
@@ -144,6 +143,17 @@ def _draw_lines(canvas: np.ndarray, picture: Lines | Sum, random: Random, size: 
     colour = dark if picture.ground == PAPER else _colour(random, picture.colour)
     for index, line in enumerate(picture.lines):
         _write(canvas, line, picture.font, pixels, round(left), round(border + index * row + shift), colour)
+
+
+def _fit_text(picture: Lines | Sum, size: int, row: float, width: int) -> int:
+    """Return the height of characters, in pixels: a multiple of half a unit, so that few masks are drawn."""
+    step = max(1, round(size / UNITS / 2))
+    parts = max(text_width(line, picture.font, REFERENCE) for line in picture.lines) / REFERENCE
+    most = min(row * 0.8, 14 * size / UNITS, width / parts + step)
+    pixels = int(most // step) * step
+    while max(text_width(line, picture.font, pixels) for line in picture.lines) > width:
+        pixels -= step
+    return pixels
 
 
 def _write(canvas: np.ndarray, line: str, font: str, height: int, left: int, top: int, colour: np.ndarray) -> None:

@@ -146,7 +146,7 @@ def draw_glyph(name: str, font: str, height: int) -> np.ndarray:
         coverage = np.max([_fill(line, grid) for line in lines], 0)
     else:
         lines += _serifs(glyph, lines, serif)
-        coverage = np.max([0.5 + margin - _distance(line, grid) for line in lines], 0)
+        coverage = np.max([0.5 + margin - _distance(line, grid, margin + 1) for line in lines], 0)
     mask = (np.clip(coverage, 0, 1) * 255).round().astype(np.uint8)
     columns = np.flatnonzero(mask.any(0))
     mask = np.ascontiguousarray(mask[:, columns[0] : columns[-1] + 1])
@@ -170,15 +170,19 @@ def _serifs(glyph: Glyph, lines: list[np.ndarray], length: float) -> list[np.nda
     return bars
 
 
-def _distance(line: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Return the distance of every pixel (height, width, 2) from a line of several pieces, in pixels."""
-    nearest = np.full(grid.shape[:2], np.inf)
+def _distance(line: np.ndarray, grid: np.ndarray, reach: float) -> np.ndarray:
+    """Return the distance of pixels (height, width, 2) from a line of several pieces; infinite beyond the reach."""
+    squared = np.full(grid.shape[:2], np.inf)
+    corner = grid[0, 0]
     for start, end in pairwise(line):
-        along, offset = end - start, grid - start
-        length = (along**2).sum()
-        part = np.clip((offset @ along) / length, 0, 1) if length else np.zeros(grid.shape[:2])
-        nearest = np.minimum(nearest, ((offset - part[..., None] * along) ** 2).sum(-1))
-    return np.sqrt(nearest)
+        first = np.floor(np.minimum(start, end) - reach - corner).astype(int).clip(0)
+        last = np.ceil(np.maximum(start, end) + reach - corner).astype(int).clip(0) + 1
+        box = (slice(first[1], last[1]), slice(first[0], last[0]))
+        along, offset = end - start, grid[box] - start
+        length = max((along**2).sum(), 1e-9)
+        part = np.clip((offset @ along) / length, 0, 1)[..., None]
+        squared[box] = np.minimum(squared[box], ((offset - part * along) ** 2).sum(-1))
+    return np.sqrt(squared)
 
 
 def _fill(line: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -189,7 +193,7 @@ def _fill(line: np.ndarray, grid: np.ndarray) -> np.ndarray:
         if y0 != y1:
             crosses = (y < y0) != (y < y1)
             inside ^= crosses & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
-    return 0.5 + np.where(inside, 1, -1) * _distance(line, grid)
+    return 0.5 + np.where(inside, 1, -1) * _distance(line, grid, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -200,5 +204,5 @@ def draw_line(direction: int, length: int, thickness: int) -> np.ndarray:
     line = np.stack([np.zeros(2), end]) - np.minimum(end, 0) + thickness / 2
     width, height = np.ceil(np.abs(end) + thickness).astype(int)
     grid = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1)
-    coverage = np.clip(0.5 + thickness / 2 - _distance(line, grid), 0, 1)
+    coverage = np.clip(0.5 + thickness / 2 - _distance(line, grid, thickness / 2 + 1), 0, 1)
     return (coverage * 255).round().astype(np.uint8)
