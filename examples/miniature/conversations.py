@@ -3,24 +3,16 @@
 """
 Conversations without pictures, in the vocabulary of the questions: for a small language model and its tokenizer.
 
-Scenes are described in words and asked about; there is counting, arithmetic, comparing, spelling.
+Pictures are described in words and asked about: a language model that is frozen in the first stages has to know how it
+would answer if it saw. There is counting, arithmetic, comparing, spelling, too.
 """
 
 from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
-from .pictures import choose, is_held_out, make_chart, make_scene, make_sum
-from .questions import (
-    Question,
-    ask_chart,
-    ask_open,
-    ask_open_chart,
-    ask_short,
-    fine_caption,
-    interleave,
-    join,
-)
+from .pictures import choose, is_held_out, make_sum
+from .questions import TASKS, Question, fine_caption, join
 from .vocabulary import CATEGORIES, LETTERS, SEEN, SEEN_COLOURS, SHAPES, WORDS, category_of
 
 
@@ -35,8 +27,8 @@ def make_conversation(random: Random, held_out: bool = False) -> list[Question]:
         random: The source of randomness.
         held_out: Use scenes and sums that training never shows, else those that validation never shows.
     """
-    about = (_about_scene, _about_chart, _arithmetic)
-    (make,) = random.choices((*about, _counting, _spelling, _sorting), (8, 2, 3, 1, 1, 1))
+    about = (_about_picture, _arithmetic)
+    (make,) = random.choices((*about, _counting, _spelling, _sorting), (12, 2, 1, 1, 1))
     if make in about:
         questions = make(random, held_out)
     else:
@@ -51,14 +43,11 @@ def _about(text: str, questions: Iterator[Question]) -> Iterator[Question]:
         yield Question(user, question.assistant, question.category)
 
 
-def _about_scene(random: Random, held_out: bool) -> Iterator[Question]:
-    scene = choose(lambda: make_scene(random, SEEN, random.randint(2, 4)), held_out)
-    return _about(fine_caption(scene), interleave(random, ask_short(scene, random), ask_open(scene, random)))
-
-
-def _about_chart(random: Random, held_out: bool) -> Iterator[Question]:
-    chart = choose(lambda: make_chart(random), held_out)
-    return _about(fine_caption(chart), interleave(random, ask_chart(chart, random), ask_open_chart(chart, random)))
+def _about_picture(random: Random, held_out: bool) -> Iterator[Question]:
+    """Yield what is asked about pictures, about one that is described in words."""
+    task = random.choice([*TASKS.values()])
+    picture, questions = task.make(random, SEEN, held_out, MOST_TURNS)
+    return _about(fine_caption(picture), iter(questions))
 
 
 def _arithmetic(random: Random, held_out: bool) -> Iterator[Question]:
