@@ -7,17 +7,18 @@ import shlex
 import sys
 from pathlib import Path
 
-from .arguments import Verbs, add_verb
+from .arguments import Verbs, add_verb, count
 from .progress import log
 
 
 SIZES = ("32px", "48px", "224px", "448px")  # of sailvit.examples.miniature.setting; a test compares them
 QUICK = 0.05  # of the pictures, for --quick
+SEEDS = (0, 1, 2)
 
 
 def add_verbs(verbs: Verbs) -> None:
     miniature = add_verb(
-        verbs, "miniature", run_miniature, "OUT [options]", "train a small SAILViT from nothing, on drawn pictures"
+        verbs, "miniature", run_verb, "OUT [options]", "train a small SAILViT from nothing, on drawn pictures"
     )
     group = miniature.add_argument_group("output")
     group.add_argument("out", type=Path, metavar="OUT", help="folder of everything; the same command goes on in it")
@@ -25,25 +26,51 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument(
         "--size", choices=SIZES, default="32px", help="of a tile, and the widths of the models; default: 32px"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of pictures, weights and order; default: 0")
+    group.add_argument("--seed", type=count, default=0, metavar="N", help="of pictures, weights and order; default: 0")
+    group.add_argument(
+        "--arms",
+        nargs="*",
+        metavar="ARM",
+        help="compare ways to refine: these, or all without names; for each of --seeds",
+    )
+    group.add_argument("--seeds", nargs="+", type=count, metavar="N", help="with --arms; default: 0 1 2")
+    group.add_argument("--summary", action="store_true", help="only write OUT/summary.json and .md of finished arms")
     group.add_argument(
         "--quick", action="store_true", help=f"{QUICK:.0%}% of the pictures: minutes, but it learns little"
     )
 
 
-def run_miniature(options: argparse.Namespace) -> int:
+def run_verb(options: argparse.Namespace) -> int:
     """
     Draw a world of pictures, pretrain a vision encoder and a language model, refine them in three stages, probe them.
 
     examples:
       sailvit miniature miniature
-      sailvit miniature miniature-48px --size 48px --seed 1
+      sailvit miniature experiment --arms base refined more_aim all_at_once --seeds 0 1 2
     """
+    if options.seeds and options.arms is None:
+        raise ValueError("--seeds: expected --arms, too; --seed is that of one miniature")
+    _be_quiet()
     try:
-        from sailvit.examples.miniature.run import run_miniature as run
+        from sailvit.examples.miniature.run import run_arms, run_miniature
         from sailvit.examples.miniature.setting import SIZES as SETTINGS
+        from sailvit.examples.miniature.summary import write_summary
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: pip install "sailvit[train,evaluate]"') from error
-    setting = SETTINGS[options.size].with_seed(options.seed)
+    setting = SETTINGS[options.size].scaled(QUICK) if options.quick else SETTINGS[options.size]
     command = shlex.join(["sailvit", *sys.argv[1:]])
-    return run(options.out, setting.scaled(QUICK) if options.quick else setting, log, command)
+    if options.summary:
+        write_summary(options.out)
+        return 0
+    if options.arms is None:
+        return run_miniature(options.out, setting.with_seed(options.seed), log, command)
+    return run_arms(options.out, setting, options.arms, options.seeds or SEEDS, log, command)
+
+
+def _be_quiet() -> None:
+    """Leave out the bars of libraries, one for every small file."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    disable_progress_bars()

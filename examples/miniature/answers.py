@@ -11,6 +11,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,22 +32,28 @@ BATCH = 64
 
 
 class Asked(NamedTuple):
-    """A question, the picture that it is about, and another one."""
+    """A question, the picture that it is about, another one, and the number of the picture."""
 
     question: Question
     picture: Image.Image
     other: Image.Image
+    number: int
 
 
-def write_answers(out: Path, model: Path, tests: Path, most: int) -> None:
+def write_answers(out: Path, model: Path, tests: Path, most: int) -> str:
     """
     Write how many answers are right in each category, with intervals, and with another picture.
+
+    "right" has a word for every picture, such as "10", with a 1 for every right answer about it.
 
     Args:
         out: The JSON file.
         model: Folder of the SAIL-VL.
         tests: Folder with a world's parquet files of one look.
         most: Questions of a category.
+
+    Returns:
+        The accuracies, in a line.
     """
     asked = read_questions(tests, most)
     answerer = Answerer(model)
@@ -55,15 +62,23 @@ def write_answers(out: Path, model: Path, tests: Path, most: int) -> None:
         texts, expected = [one.question.user for one in questions], [one.question.assistant for one in questions]
         found = answerer.answer(texts, [one.picture for one in questions])
         guessed = answerer.answer(texts, [one.other for one in questions])
-        right, lucky = (sum(map(str.__eq__, answers, expected)) for answers in (found, guessed))
-        low, high = wilson_interval(right, len(expected))
+        right, lucky = ([*map(str.__eq__, answers, expected)] for answers in (found, guessed))
+        low, high = wilson_interval(sum(right), len(right))
         result[category] = {
-            "n": len(expected), "accuracy": right / len(expected), "low": low, "high": high,
-            "accuracy_with_another_picture": lucky / len(expected),
+            "n": len(right), "accuracy": sum(right) / len(right), "low": low, "high": high,
+            "accuracy_with_another_picture": sum(lucky) / len(right),
+            "right": _by_picture(right, [one.number for one in questions]),
         }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     part.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     part.rename(out)
+    return ", ".join(f"{category} {entry['accuracy']:.3f}" for category, entry in result.items())
+
+
+def _by_picture(right: Sequence[bool], numbers: Sequence[int]) -> str:
+    words = groupby(zip(right, numbers, strict=True), key=lambda pair: pair[1])
+    return " ".join("".join(str(int(one)) for one, _ in word) for _, word in words)
 
 
 def read_questions(tests: Path, most: int) -> dict[str, list[Asked]]:
@@ -79,7 +94,7 @@ def read_questions(tests: Path, most: int) -> dict[str, list[Asked]]:
     for index, example in enumerate(examples):
         for question in example.questions:
             if question.category in CATEGORIES and len(found[question.category]) < most:
-                found[question.category].append(Asked(question, pictures[index], pictures[index - 1]))
+                found[question.category].append(Asked(question, pictures[index], pictures[index - 1], index))
     if missing := [category for category in CATEGORIES if not found[category]]:
         raise ValueError(f"{tests}: no questions of category {missing[0]}")
     return found

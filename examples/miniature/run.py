@@ -1,23 +1,27 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The miniature from nothing to a report, through the package's own functions; a second call goes on where one stopped.
+A miniature from nothing to a report, through the package's own functions; a second call goes on where one stopped.
 
-    world/             pictures, questions, texts
-    untrained/         a vision encoder, a language model
+    world/, corpora/   pictures, questions, texts; corpora made of them for the arms
+    untrained/         a vision encoder, language models
     runs/aim           the vision encoder, pretrained on pixels
-    runs/language      the language model, pretrained on text
-    runs/stage1 ...    gradual feature refinement
-    sailvit-miniature  the refined vision encoder
-    probe/             what the encoder learned, by probes
-    answers.json       what the multimodal model answers to questions about pictures that it never saw
-    report.html        all of it
+    runs/language      the language model, pretrained on text; so are others, for transfer
+    arms/ARM/CORPUS    the stages of an arm, refined/stage1 to refined/stage3 for gradual feature refinement
+    sailvit-miniature  the refined vision encoder; those of other arms are in encoders/
+    transfer/          a frozen encoder with another language model: the connector, then connector and language model
+    probe/, answers/   what the encoders learned, by probes; what the multimodal models answer
+    results/ARM.json   both, and the pictures that it took
+    report.html        the stages of refinement
+
+With --arms there is such a folder for every seed, and a summary of all of them next to these.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ...convert.compose import compose_model
@@ -27,25 +31,28 @@ from ...evaluate.report import build_report, write_report
 from ...train import load_recipe
 from ...train.run import run
 from .answers import write_answers
+from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, run_names, write_corpus
 from .models import random_encoder, random_language
-from .setting import Setting
-from .world import PROBE_SETS, read_texts, write_world
+from .results import PROBES, describe_probe, write_result
+from .setting import LANGUAGE, Setting
+from .summary import write_summary
+from .world import read_texts, write_world
 
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("stage1", "stage2", "stage3")
 HEADS = ("linear", "mlp", "knn")
 ENCODER = "sailvit-miniature"
+TRANSFER = ("connector", "language")  # the runs of a transfer, named after what is trained first in each
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Step:
     """
-    A part of the miniature.
+    A part of a miniature.
 
     Attributes:
-        title: For the log.
+        title: For the log; no two steps have the same.
         make: Does it, or goes on with it; returns an exit code.
         output: What it writes, completely or not at all; None if `make` knows what is left to do.
     """
@@ -55,7 +62,41 @@ class Step:
     output: Path | None = None
 
 
-def run_miniature(folder: Path, setting: Setting, log: Log = print, command: str = "") -> int:
+def run_arms(
+    folder: Path, setting: Setting, arms: Sequence[str], seeds: Sequence[int], log: Log = print, command: str = ""
+) -> int:
+    """
+    Make a miniature with arms for each seed, in FOLDER/seed-N, and a summary; or go on with it.
+
+    Args:
+        folder: Everything is written there.
+        setting: How large it is.
+        arms: Names of ARMS; none for all. Some have one seed alone.
+        seeds: Of world, weights and order.
+        log: Called with each message.
+        command: For the footer of the reports.
+
+    Returns:
+        As `run_miniature`.
+
+    Raises:
+        ValueError: There is no such arm, or a folder holds another miniature.
+        OSError: A file cannot be written.
+    """
+    check_arms(arms)
+    for seed in seeds:
+        one, chosen = setting.with_seed(seed), choose_arms(arms or [*ARMS], seed)
+        log(f"seed {seed}: {', '.join(chosen)}")
+        if code := run_miniature(folder / f"seed-{seed}", one, log, command, chosen, transfers=True):
+            return code
+        write_summary(folder)
+    return 0
+
+
+def run_miniature(
+    folder: Path, setting: Setting, log: Log = print, command: str = "", arms: Sequence[str] = PLAIN,
+    transfers: bool = False,
+) -> int:  # fmt: skip
     """
     Make a miniature in a folder, or go on with it.
 
@@ -64,6 +105,8 @@ def run_miniature(folder: Path, setting: Setting, log: Log = print, command: str
         setting: How large it is.
         log: Called with each message.
         command: For the footer of the report.
+        arms: Names of ARMS.
+        transfers: Try the encoders of the arms with other language models, too.
 
     Returns:
         0, or the exit code of a training that was stopped: the same call goes on.
@@ -72,85 +115,181 @@ def run_miniature(folder: Path, setting: Setting, log: Log = print, command: str
         ValueError: The folder holds another miniature.
         OSError: A file cannot be written.
     """
-    steps = [*_list_steps(folder, setting, log, command)]
+    steps = Planner(folder, setting, log, command).plan(arms, transfers)
+    started = time.monotonic()
     for number, step in enumerate(steps, 1):
         title = f"{number}/{len(steps)} {step.title}"
         if step.output and step.output.exists():
-            log(f"{title}: done")
+            log(f"{title}: done before")
             continue
-        log(title)
-        started = time.monotonic()
+        log(f"{title} (after {_minutes(time.monotonic() - started)})")
         code = step.make()
         if isinstance(code, int) and code:
             return code
-        log(f"{title}: {time.monotonic() - started:.0f} s")
+    log(f"{folder}: finished in {_minutes(time.monotonic() - started)}")
     return 0
 
 
-def _list_steps(folder: Path, setting: Setting, log: Log, command: str) -> Iterator[Step]:
-    world, untrained, runs, refined = (folder / name for name in ("world", "untrained", "runs", ENCODER))
-
-    def train(recipe: str, model: Path, corpus: str) -> Step:
-        values = {"model": model, "data": world / f"{corpus}.yaml", "output": runs / recipe, "seed": setting.world.seed}
-        overrides = [*(f"{key}={value}" for key, value in values.items()), *setting.recipe]
-        return Step(f"train {recipe}", lambda: run(load_recipe(str(RECIPES / f"{recipe}.yaml"), overrides), log))
-
-    yield Step("world", lambda: write_world(world, setting.world))
-    yield Step("untrained models", lambda: _write_untrained(untrained, world, setting), untrained)
-    yield train("aim", untrained / "encoder", "pretrain")
-    yield _compose(folder / "text-vl", untrained / "encoder", untrained / "language", setting)
-    yield train("language", folder / "text-vl", "language")
-    yield _convert(runs / "language", folder / "language", "language")
-    yield _compose(folder / "new-vl", runs / "aim", folder / "language", setting)
-    for stage, model in zip(STAGES, (folder / "new-vl", *(runs / stage for stage in STAGES)), strict=False):
-        yield train(stage, model, stage)
-    yield _convert(runs / STAGES[-1], refined, "vision")
-    for name in PROBE_SETS:
-        yield _probe(folder, name, (runs / "aim", refined), log)
-    answers, tests = folder / "answers.json", world / "test" / "seen"
-    yield Step("answers", lambda: write_answers(answers, runs / STAGES[-1], tests, setting.questions), answers)
-    yield _report(folder, log, command)
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02} min"
 
 
-def _write_untrained(folder: Path, world: Path, setting: Setting) -> None:
-    """Write an untrained encoder and an untrained language model, whose tokenizer is trained on the world's texts."""
-    part, seed = folder.with_name(f"{folder.name}.part"), setting.world.seed
-    shutil.rmtree(part, ignore_errors=True)
-    random_encoder(part / "encoder", seed, setting.max_tiles, **setting.encoder)
-    random_language(part / "language", read_texts(world), setting.vocabulary, seed, **setting.language)
-    part.rename(folder)
+class Planner:
+    """Makes the steps of a miniature."""
 
+    def __init__(self, folder: Path, setting: Setting, log: Log = print, command: str = ""):
+        self.folder, self.setting, self.log, self.command = folder, setting, log, command
+        self.world, self.runs = folder / "world", folder / "runs"
 
-def _compose(out: Path, vision: Path, language: Path, setting: Setting) -> Step:
-    options = {"seed": setting.world.seed, "max_tiles": setting.max_tiles}
-    return Step(f"compose {out.name}", lambda: compose_model(vision, language, out, **options), out)
+    def plan(self, arms: Sequence[str], transfers: bool = False) -> list[Step]:
+        """Return the steps of arms, each once, in order."""
+        transferred = [name for name in arms if transfers and ARMS[name].transfers]
+        steps = [*self._prepare()]
+        for name in arms:
+            steps += self._train_arm(name)
+        for language in self.setting.other_languages if transferred else ():
+            steps += self._train_language(language)
+            for name in transferred:
+                steps += self._transfer(name, language)
+        steps += [self._result(name) for name in arms]
+        steps += [self._report()] if REFINED in arms else []
+        return [*{step.title: step for step in steps}.values()]
 
+    # Where things are
 
-def _convert(source: Path, out: Path, part: str) -> Step:
-    return Step(f"convert {source.name} --part {part}", lambda: convert_checkpoint(source, out, part=part), out)
+    def encoder(self, arm: str) -> Path:
+        """Return the folder of the vision encoder of an arm."""
+        if not ARMS[arm].chain:
+            return self.runs / "aim"
+        return self.folder / ENCODER if arm == REFINED else self.folder / "encoders" / arm
 
+    def arm_runs(self, arm: str) -> list[Path]:
+        """Return the folders of the stages of an arm."""
+        return [self.folder / "arms" / name for name in run_names(arm)]
 
-def _probe(folder: Path, name: str, encoders: Sequence[Path], log: Log) -> Step:
-    """Return the step that probes encoders on a set of the world; one without a training set uses that of objects."""
-    sets, out = folder / "world" / "probe", folder / "probe" / name
-    train = name if "train" in PROBE_SETS[name].splits else "objects"
-    options = ProbeOptions(heads=HEADS, cache_dir=folder / "cache", device="cpu", dtype="float32")
+    def transfer_runs(self, arm: str, language: str) -> list[Path]:
+        return [self.folder / "transfer" / f"{arm}-{language}" / name for name in TRANSFER]
 
-    def probe() -> None:
-        tests = [str(sets / name / "test")]
-        run_probe([*map(str, encoders)], str(sets / train / "train"), tests, out, options, log=log)
+    def corpus(self, name: str) -> Path:
+        return self.folder / "corpora" / f"{name}.yaml" if name in MIXES else self.world / f"{name}.yaml"
 
-    return Step(f"probe {name}", probe, out)
+    # Steps
 
-
-def _report(folder: Path, log: Log, command: str) -> Step:
-    """Return the step that writes the report on the stages."""
-    out, runs = folder / "report.html", [folder / "runs" / stage for stage in STAGES]
-    images = folder / "world" / "probe" / "scenes" / "test"
-
-    def report() -> None:
-        write_report(
-            build_report(runs, str(folder / "new-vl"), images=images, device="cpu", log=log), out, False, command
+    def _prepare(self) -> Iterator[Step]:
+        yield Step("world", lambda: write_world(self.world, self.setting.world))
+        encoder, options = self.folder / "untrained" / "encoder", self.setting.encoder
+        yield _folder_step(
+            "untrained encoder",
+            encoder,
+            lambda part: random_encoder(part, self.setting.world.seed, self.setting.max_tiles, **options),
         )
+        yield self._train("aim", encoder, "pretrain", self.runs / "aim")
+        yield from self._train_language(LANGUAGE)
+        yield self._compose("new", self.runs / "aim", LANGUAGE)
 
-    return Step("report", report, out)
+    def _train_language(self, name: str) -> Iterator[Step]:
+        """Yield the steps to a language model that is pretrained on text, composed with an encoder that it ignores."""
+        setting, untrained = self.setting, self.folder / "untrained" / name
+        seed = setting.world.seed + [LANGUAGE, *setting.other_languages].index(name)
+        config = setting.language if name == LANGUAGE else setting.other_languages[name]
+        yield _folder_step(
+            f"untrained {name}",
+            untrained,
+            lambda part: random_language(part, read_texts(self.world), setting.vocabulary, seed, **config),
+        )
+        composed = self.folder / "composed" / f"text-{name}"
+        yield self._compose_from(composed, self.folder / "untrained" / "encoder", untrained)
+        yield self._train("language", composed, "language", self.runs / name)
+        yield self._convert(self.runs / name, self.folder / "languages" / name, "language")
+
+    def _train_arm(self, name: str) -> Iterator[Step]:
+        arm, runs = ARMS[name], self.arm_runs(name)
+        for _, corpus in arm.chain:
+            if corpus in MIXES:
+                yield self._write_corpus(corpus)
+        first = self.folder / "composed" / "new" if arm.has_language else self.runs / "aim"
+        for (recipe, corpus), (model, out) in zip(arm.chain, pairwise([first, *runs]), strict=True):
+            yield self._train(recipe, model, corpus, out)
+        if arm.chain:
+            yield self._convert(runs[-1], self.encoder(name), "vision")
+        for train in PROBES:
+            yield self._probe(name, train)
+        if arm.has_language:
+            yield self._answers(runs[-1], self.folder / "answers" / f"{name}.json", self.setting.questions)
+
+    def _transfer(self, arm: str, language: str) -> Iterator[Step]:
+        composed = f"{arm}-{language}"
+        yield self._compose(composed, self.encoder(arm), language)
+        runs = self.transfer_runs(arm, language)
+        models = [self.folder / "composed" / composed, *runs]
+        for name, corpus, (model, out) in zip(TRANSFER, ("transfer1", "transfer2"), pairwise(models), strict=True):
+            yield self._train(corpus, model, corpus, out)
+            answers = self.folder / "answers" / f"{composed}-{name}.json"
+            yield self._answers(out, answers, self.setting.transfer_questions)
+
+    def _train(self, recipe: str, model: Path, corpus: str, out: Path) -> Step:
+        values = {"model": model, "data": self.corpus(corpus), "output": out, "seed": self.setting.world.seed}
+        overrides = [*(f"{key}={value}" for key, value in values.items()), *self.setting.recipe]
+        title = f"train {out.relative_to(self.folder)}"
+        return Step(title, lambda: run(load_recipe(str(RECIPES / f"{recipe}.yaml"), overrides), self.log))
+
+    def _write_corpus(self, name: str) -> Step:
+        out = self.corpus(name)
+        return Step(f"corpus {name}", lambda: write_corpus(name, self.world, out, self.setting.world), out)
+
+    def _compose(self, name: str, vision: Path, language: str) -> Step:
+        return self._compose_from(self.folder / "composed" / name, vision, self.folder / "languages" / language)
+
+    def _compose_from(self, out: Path, vision: Path, language: Path) -> Step:
+        options = {"seed": self.setting.world.seed, "max_tiles": self.setting.max_tiles}
+        return Step(f"compose {out.name}", lambda: compose_model(vision, language, out, **options), out)
+
+    def _convert(self, source: Path, out: Path, part: str) -> Step:
+        title = f"convert {source.relative_to(self.folder)} --part {part}"
+        return Step(title, lambda: convert_checkpoint(source, out, part=part), out)
+
+    def _probe(self, arm: str, train: str) -> Step:
+        """Return the step that probes an encoder on the test sets whose heads have the same training set."""
+        sets, out = self.world / "probe", self.folder / "probe" / arm / train
+        tests = [str(sets / name / "test") for name in PROBES[train]]
+        options = ProbeOptions(heads=HEADS, cache_dir=self.folder / "cache", device="cpu", dtype="float32")
+
+        def probe() -> None:
+            results = run_probe([str(self.encoder(arm))], str(sets / train / "train"), tests, out, options)
+            self.log(describe_probe(results.to_json(), train))
+
+        return Step(f"probe {arm} {train}", probe, out)
+
+    def _answers(self, model: Path, out: Path, questions: int) -> Step:
+        tests = self.world / "test" / "seen"
+        title = f"answers of {model.relative_to(self.folder)}"
+        return Step(title, lambda: self.log(write_answers(out, model, tests, questions)), out)
+
+    def _result(self, arm: str) -> Step:
+        pairs = [(language, self.transfer_runs(arm, language)) for language in self.setting.other_languages]
+        runs = {"pretraining": [self.runs / "aim"], "stages": self.arm_runs(arm)}
+        out, seed = self.folder / "results" / f"{arm}.json", self.setting.world.seed
+        return Step(f"result {arm}", lambda: write_result(out, arm, seed, runs, self.folder, dict(pairs)))
+
+    def _report(self) -> Step:
+        """Return the step that writes the report on the stages of refinement."""
+        out, base = self.folder / "report.html", str(self.folder / "composed" / "new")
+        images = self.world / "probe" / "scenes" / "test"
+
+        def report() -> None:
+            content = build_report(self.arm_runs(REFINED), base, images=images, device="cpu", log=self.log)
+            write_report(content, out, False, self.command)
+
+        return Step("report", report, out)
+
+
+def _folder_step(title: str, out: Path, write: Callable[[Path], object]) -> Step:
+    """Return the step that writes a folder, completely or not at all."""
+
+    def make() -> None:
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        write(part)
+        part.rename(out)
+
+    return Step(title, make, out)

@@ -9,6 +9,19 @@ from typing import Any
 from .world import WorldPlan
 
 
+LANGUAGE = "language"  # the name of the language model that refines
+
+
+def _language(width: int, layers: int, heads: int) -> dict[str, int]:
+    """Return fields of Qwen2Config."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
 @dataclass(frozen=True)
 class Setting:
     """
@@ -18,23 +31,30 @@ class Setting:
         world: The pictures, questions and texts.
         encoder: Fields of SAILViTConfig, over those of `random_encoder`.
         language: Fields of Qwen2Config, over those of `random_language`.
+        other_languages: Name -> such fields, of the language models that encoders are transferred to.
         vocabulary: Entries of the tokenizer.
         max_tiles: Of a picture, without its thumbnail.
         recipe: Overrides of every recipe, KEY=VALUE.
         questions: Held-out questions of each category that the model answers.
+        transfer_questions: The same with other language models.
     """
 
     world: WorldPlan = field(default_factory=lambda: WorldPlan(independent_turns=True))
     encoder: Mapping[str, Any] = field(default_factory=dict)
     language: Mapping[str, Any] = field(default_factory=dict)
+    other_languages: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"narrow": _language(64, 4, 4), "wide": _language(128, 2, 4)}
+    )
     vocabulary: int = 640
     max_tiles: int = 4
     recipe: tuple[str, ...] = ()
     questions: int = 2000
+    transfer_questions: int = 500
 
     def scaled(self, factor: float) -> "Setting":
         """Return the setting with all numbers of pictures, texts and questions multiplied."""
-        return replace(self, world=self.world.scaled(factor), questions=max(1, round(self.questions * factor)))
+        counts = {name: max(1, round(getattr(self, name) * factor)) for name in ("questions", "transfer_questions")}
+        return replace(self, world=self.world.scaled(factor), **counts)
 
     def with_seed(self, seed: int) -> "Setting":
         """Return the setting with another seed of world, weights and order."""
@@ -49,17 +69,20 @@ SIZES = {
         {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6,
          "image_size": 48},
         {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
+        {"narrow": _language(192, 6, 4), "wide": _language(320, 4, 4)},
     ),
     "224px": Setting(
         WorldPlan(size=224, independent_turns=True),
         {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
          "image_size": 224, "patch_size": 14},
         {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+        {"narrow": _language(384, 10, 6), "wide": _language(640, 6, 10)},
     ),
     "448px": Setting(
         WorldPlan(size=448, independent_turns=True),
         {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8,
          "image_size": 448, "patch_size": 14},
         {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+        {"narrow": _language(640, 24, 10), "wide": _language(1152, 16, 18)},
     ),
 }  # fmt: skip

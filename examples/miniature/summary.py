@@ -1,0 +1,286 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The arms over the seeds: summary.json, and the same as tables in summary.md.
+
+Intervals of means are Student's t over the seeds. A difference is paired: both arms have the world, the pretrained
+encoder and the language models of a seed in common, and the interval is that of the mean of the seeds' differences.
+Within a seed, a bootstrap over test pictures gives the interval of a difference of answers; it holds the trained models
+fixed, so that it is narrower than what another seed would change.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy.stats import sem, t
+
+from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
+from .answers import CATEGORIES
+from .arms import ARMS, REFINED
+from .results import PROBES
+
+
+Result = Mapping[str, Any]
+Results = Mapping[str, Mapping[int, Result]]  # arm -> seed -> result
+SETS = [name for sets in PROBES.values() for name in sets]
+GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # scenes need places, a mean has none
+HEADS = {"linear": "linear", "mlp": "MLP", "knn": "kNN"}
+ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
+PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
+ALL_LANGUAGES = "mean"
+
+
+def write_summary(folder: Path) -> None:
+    """
+    Write summary.json and summary.md of the results in a folder.
+
+    Args:
+        folder: With NAME/results/ARM.json, a NAME for every seed.
+
+    Raises:
+        ValueError: There are no results, or two of the same arm and seed.
+    """
+    summary = summarize(read_results(folder))
+    for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("summary.md", to_markdown(summary))):
+        part = folder / f"{name}.part"
+        part.write_text(text, "utf-8")
+        part.rename(folder / name)
+
+
+def read_results(folder: Path) -> Results:
+    """Return the results in a folder: arm -> seed -> result, in the order of ARMS and of the seeds."""
+    found: dict[str, dict[int, Result]] = {name: {} for name in ARMS}
+    for path in sorted(folder.glob("*/results/*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        arm, seed = result["arm"], result["seed"]
+        if seed in found.setdefault(arm, {}):
+            raise ValueError(f"{path}: expected one result of {arm} with seed {seed}, got two: remove one")
+        found[arm][seed] = result
+    results = {arm: dict(sorted(seeds.items())) for arm, seeds in found.items() if seeds}
+    if not results:
+        raise ValueError(
+            f"{folder}: no results: expected SEED/results/ARM.json, which `sailvit miniature --arms` writes"
+        )
+    return results
+
+
+def summarize(results: Results) -> dict[str, Any]:
+    """Return the means of every arm, and what the refined arm has more than each other one."""
+    summary: dict[str, Any] = {
+        "method": " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        "arms": {arm: _describe_arm(arm, seeds) for arm, seeds in results.items()},
+        "differences": {
+            arm: _compare(results[REFINED], seeds)
+            for arm, seeds in results.items()
+            if arm != REFINED and REFINED in results and {*seeds} & {*results[REFINED]}
+        },
+    }
+    return {**summary, "goals": [*_check_goals(summary)]}
+
+
+def flatten(result: Result) -> dict[str, float]:
+    """Return "probes/SET/HEAD", "answers/CATEGORY", "transfer/LANGUAGE/RUN/CATEGORY" and their means -> accuracy."""
+    probes = {f"probes/{name}/{head}": one for name, heads in result["probes"].items() for head, one in heads.items()}
+    answers = {f"answers/{category}": one for category, one in result["answers"].items()}
+    transfer = {f"transfer/{name}": one for name, one in _transfers(result).items()}
+    found = {name: one["accuracy"] for name, one in {**probes, **answers, **transfer}.items()}
+    languages = [*result["transfer"]]
+    for name in [name.split("/", 2)[2] for name in transfer if name.split("/")[1] == languages[0]]:
+        found[f"transfer/{ALL_LANGUAGES}/{name}"] = fmean(found[f"transfer/{one}/{name}"] for one in languages)
+    return found
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean and its interval of Student's t; without interval if there is one value."""
+    mean = fmean(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * sem(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _transfers(result: Result) -> dict[str, Any]:
+    """Return "LANGUAGE/RUN/CATEGORY" -> answers."""
+    return {
+        f"{language}/{run}/{category}": one
+        for language, runs in result["transfer"].items()
+        for run, answers in runs.items()
+        for category, one in answers.items()
+    }
+
+
+def _describe_arm(arm: str, seeds: Mapping[int, Result]) -> dict[str, Any]:
+    figures = _gather({seed: flatten(result) for seed, result in seeds.items()})
+    compute = {name: [result[name] for result in seeds.values()] for name in ("pictures", "tiles_seen")}
+    blind = {
+        category: fmean(result["answers"][category]["accuracy_with_another_picture"] for result in seeds.values())
+        for category in CATEGORIES
+        if all(category in result["answers"] for result in seeds.values())
+    }
+    title = ARMS[arm].title if arm in ARMS else arm
+    return {"title": title, "seeds": [*seeds], **compute, "figures": figures, "with_another_picture": blind}
+
+
+def _compare(refined: Mapping[int, Result], other: Mapping[int, Result]) -> dict[str, Any]:
+    """Return what the refined arm has more, on the seeds that both have."""
+    shared = [seed for seed in refined if seed in other]
+    pairs = {seed: (flatten(refined[seed]), flatten(other[seed])) for seed in shared}
+    figures = _gather({seed: {name: a[name] - b[name] for name in a if name in b} for seed, (a, b) in pairs.items()})
+    for seed in shared:
+        for name, interval in _within(refined[seed], other[seed]).items():
+            figures[name].setdefault("within", {})[str(seed)] = interval
+    return {"seeds": shared, "figures": figures}
+
+
+def _gather(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Return figure -> values of the seeds, mean, interval; of the figures that all seeds have."""
+    names = [name for name in next(iter(by_seed.values())) if all(name in figures for figures in by_seed.values())]
+    values = {name: [figures[name] for figures in by_seed.values()] for name in names}
+    return {name: {"values": own, **mean_interval(own)} for name, own in values.items()}
+
+
+def _within(refined: Result, other: Result) -> dict[str, tuple[float, float]]:
+    """Return the intervals of differences of answers, over the test pictures of a seed."""
+    answers = [
+        {f"answers/{name}": one for name, one in result["answers"].items()}
+        | {f"transfer/{name}": one for name, one in _transfers(result).items()}
+        for result in (refined, other)
+    ]
+    return {
+        name: bootstrap_pictures(one["right"], answers[1][name]["right"])
+        for name, one in answers[0].items()
+        if name in answers[1]
+    }
+
+
+def bootstrap_pictures(first: str, second: str) -> tuple[float, float]:
+    """
+    Return the interval of the accuracy of the first minus that of the second, from pictures drawn with replacement.
+
+    Args:
+        first, second: A word for every picture, with a 1 for every right answer about it, as `write_answers` has it.
+
+    Raises:
+        ValueError: They are about other questions.
+    """
+    words = [text.split() for text in (first, second)]
+    if [*map(len, words[0])] != [*map(len, words[1])]:
+        raise ValueError(f"expected answers to the same questions, got {len(words[0])} and {len(words[1])} pictures")
+    per_picture = sum(map(len, words[0])) / len(words[0])
+    return paired_bootstrap([(a.count("1") - b.count("1")) / per_picture for a, b in zip(*words, strict=True)])
+
+
+def _check_goals(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what is expected of the refined arm, and whether the means over the seeds reach it."""
+    for arm in ("base", "more_aim"):
+        figures = summary["differences"].get(arm, {}).get("figures", {})
+        for name in GATED_SETS:
+            for head in HEADS:
+                yield from _goal(figures, f"probes/{name}/{head}", f"{REFINED} - {arm}", PROBE_GAIN)
+    figures = summary["differences"].get("base", {}).get("figures", {})
+    yield from _goal(figures, f"transfer/{ALL_LANGUAGES}/language/what", f"{REFINED} - base", TRANSFER_GAIN)
+    for category, least in ANSWERS.items():
+        own = summary["arms"].get(REFINED, {}).get("figures", {})
+        yield from _goal(own, f"answers/{category}", REFINED, least)
+
+
+def _goal(figures: Mapping[str, Any], name: str, of: str, least: float) -> Iterator[dict[str, Any]]:
+    if name in figures:
+        mean = figures[name]["mean"]
+        yield {"figure": name, "of": of, "mean": mean, "expected": least, "met": mean >= least}
+
+
+# Tables
+
+
+def to_markdown(summary: Mapping[str, Any]) -> str:
+    """Return the tables of a summary."""
+    arms, differences = summary["arms"], summary["differences"]
+    answers, by_language, transfer = _names(arms, "answers/"), [], []
+    for name in _names(arms, "transfer/"):
+        (transfer if name.startswith(f"transfer/{ALL_LANGUAGES}/") else by_language).append(name)
+    probes = [f"probes/{name}/{head}" for head in HEADS for name in SETS]
+    parts = [
+        summary["method"], "Accuracies are in %, with 95% intervals in brackets; one without is of one seed.",
+        "## Arms", _table(("arm", "stages", "seeds", "pictures", "tiles"), _arm_rows(arms)),
+        "## Probes", *(_by_arm(arms, [name for name in probes if name.endswith(head)]) for head in HEADS),
+        "## Answers", _by_arm(arms, answers), "The same questions about another picture:", _blind_table(arms),
+        "## Transfer", "Means over the language models:", _by_arm(arms, transfer),
+        "Each language model:", _by_arm(arms, by_language),
+        f"## {REFINED} minus another arm", _by_figure(differences, [*probes, *transfer, *answers]),
+        "## Goals", _goal_table(summary["goals"]),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _names(arms: Mapping[str, Any], start: str) -> list[str]:
+    """Return the figures that some arms have."""
+    return [*dict.fromkeys(name for one in arms.values() for name in one["figures"] if name.startswith(start))]
+
+
+def _arm_rows(arms: Mapping[str, Any]) -> Iterator[list[str]]:
+    for arm, one in arms.items():
+        counts = [f"{round(fmean(one[name])):,}" for name in ("pictures", "tiles_seen")]
+        yield [arm, one["title"], ", ".join(map(str, one["seeds"])), *counts]
+
+
+def _by_arm(arms: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a table with a row for each arm that has one of the figures."""
+    rows = [
+        [arm, *(_interval(one["figures"].get(name)) for name in names)]
+        for arm, one in arms.items()
+        if any(name in one["figures"] for name in names)
+    ]
+    return _table(("arm", *(_short(name) for name in names)), rows)
+
+
+def _by_figure(arms: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a table with a row for each figure that one of the arms has, and a column for each arm."""
+    rows = [
+        [_short(name), *(_interval(one["figures"].get(name)) for one in arms.values())]
+        for name in names
+        if any(name in one["figures"] for one in arms.values())
+    ]
+    return _table(("figure", *arms), rows)
+
+
+def _blind_table(arms: Mapping[str, Any]) -> str:
+    blind = {arm: one["with_another_picture"] for arm, one in arms.items() if one["with_another_picture"]}
+    rows = [[arm, *(_percent(one[category]) for category in CATEGORIES)] for arm, one in blind.items()]
+    return _table(("arm", *CATEGORIES), rows)
+
+
+def _goal_table(goals: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [_short(goal["figure"]), goal["of"], _percent(goal["mean"]), _percent(goal["expected"]), _yes(goal["met"])]
+        for goal in goals
+    ]
+    return _table(("figure", "of", "mean", "at least", "reached"), rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _short(name: str) -> str:
+    """Return "objects, kNN" for "probes/objects/knn"."""
+    return ", ".join(HEADS.get(part, part.replace("_", " ")) for part in name.split("/")[1:] if part != ALL_LANGUAGES)
+
+
+def _interval(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    interval = "" if figure["low"] is None else f" [{_percent(figure['low'])}, {_percent(figure['high'])}]"
+    return _percent(figure["mean"]) + interval
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
