@@ -17,7 +17,7 @@ from .progress import interval_timer, log, progress_bar
 if TYPE_CHECKING:
     from sailvit.evaluate.probe.run import ProbeOptions
 
-HEADS = ("mlp", "linear", "knn")
+HEADS = ("mlp", "linear", "knn", "whitened_knn")
 LAST = "last"
 
 

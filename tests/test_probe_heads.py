@@ -7,13 +7,23 @@ import pytest
 import torch
 from scipy.stats import binom, norm
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sailvit.evaluate.probe import heads as heads_module
-from sailvit.evaluate.probe.heads import HeadOptions, LogisticRegressions, MLPs, fit_heads, split_of
+from sailvit.evaluate.probe.heads import (
+    KINDS,
+    LEAST_VARIANCE,
+    HeadOptions,
+    LogisticRegressions,
+    MLPs,
+    fit_heads,
+    split_of,
+    whitening,
+)
 from sailvit.evaluate.statistics import compare_paired, wilson_interval
 
 
@@ -103,6 +113,37 @@ def test_nearest_neighbours_are_scikit_learns(digits):
     assert (head.predict(features[TRAIN:], None).numpy() == theirs.predict(features[TRAIN:])).mean() > 0.998
 
 
+def test_whitened_neighbours_are_those_of_scikit_learns_principal_components(digits):
+    features, labels = digits
+    features = features[:, :30] + 40 * features[:, :1].sign() * torch.linspace(0, 1, 30)  # one direction above all
+    head = fit_heads("whitened_knn", features[None, :TRAIN], labels[:TRAIN], 10, HeadOptions(neighbours=(10,)))[0]
+    pca = PCA(whiten=True, svd_solver="full").fit(features[:TRAIN].double())
+    assert pca.explained_variance_.min() > LEAST_VARIANCE * pca.explained_variance_.max()
+    theirs = KNeighborsClassifier(
+        10, metric="cosine", algorithm="brute", weights=lambda distance: np.exp(-distance / 0.07)
+    ).fit(pca.transform(features[:TRAIN].double()), labels[:TRAIN])
+    expected = theirs.predict(pca.transform(features[TRAIN:].double()))
+    predicted = head.predict(features[TRAIN:], None).numpy()
+    assert (predicted == expected).mean() > 0.998 and head.kind == "whitened_knn"
+    plain = fit_heads("knn", features[None, :TRAIN], labels[:TRAIN], 10, HeadOptions(neighbours=(10,)))[0]
+    assert (plain.predict(features[TRAIN:], None).numpy() == expected).mean() < 0.95
+
+
+def test_whitening_does_not_scale_up_what_does_not_vary(digits):
+    """Fewer images than features, and features that are constant."""
+    features = torch.cat([digits[0][:40], torch.ones(40, 3)], 1)
+    white = whitening(features)(features)
+    largest = torch.cov(features.T.double(), correction=0).svd().S[0].sqrt()
+    assert torch.allclose(white.mean(0), torch.zeros(91), atol=1e-3) and white.std(0).max() < 1.02
+    assert whitening(features)(features + 1)[:, 0].abs().max() < 91 / (LEAST_VARIANCE**0.5 * largest)
+    assert whitening(torch.ones(5, 4))(torch.ones(5, 4)).isfinite().all()
+
+
+def test_more_neighbours_than_training_images_are_refused(digits):
+    with pytest.raises(ValueError, match="expected up to 18, the readable training images, got 1, 19"):
+        fit_heads("knn", digits[0][None, :20], digits[1][:20], 10, HeadOptions(neighbours=(1, 19)))
+
+
 def test_neighbours_do_not_depend_on_how_many_similarities_fit_in_memory(digits, monkeypatch):
     features, labels = digits
     words = "knn", features[None, :TRAIN], labels[:TRAIN], 10
@@ -135,7 +176,7 @@ def test_heads_are_chosen_on_the_split_and_trained_on_all(digits):
 
 def test_a_head_can_choose_among_some_classes(digits):
     features, labels = digits[0][:400], digits[1][:400]
-    for kind in ("mlp", "linear", "knn"):
+    for kind in KINDS:
         head = fit_heads(
             kind,
             features[None],

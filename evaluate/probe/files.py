@@ -11,7 +11,12 @@ from ...convert.storage.sources import without_local_path
 
 RESULTS = "results.json"
 TABLE, PLOT = "results.md", "results.png"
-HEADS = {"mlp": "2-layer MLP", "linear": "logistic regression", "knn": "nearest neighbours"}
+HEADS = {
+    "mlp": "2-layer MLP",
+    "linear": "logistic regression",
+    "knn": "nearest neighbours",
+    "whitened_knn": "whitened nearest neighbours",
+}
 Entry = Mapping[str, Any]
 
 

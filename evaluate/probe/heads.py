@@ -9,8 +9,9 @@ Shapes: L layers, G heads for each, N images, B images of a batch, D features, H
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-KINDS = ("mlp", "linear", "knn")
+KINDS = ("mlp", "linear", "knn", "whitened_knn")
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 HISTORY, HALVINGS, ARMIJO = 10, 20, 1e-4  # of L-BFGS and its line search
 TOLERANCE, ROUNDING = 1e-5, 1e-7  # of gradients; of values in float32
@@ -26,8 +27,10 @@ MIN_STD = 1e-6
 STEPS = 64  # of an epoch, at least, where the batch size is not given
 ROWS = 1024  # images that are classified at a time, at most
 SIMILARITIES = 1 << 28  # to neighbours, in memory at a time
+LEAST_VARIANCE = 1e-3  # of a whitened direction, relative to the largest: of smaller ones most is noise
 
 Predict = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+Transform = Callable[[torch.Tensor], torch.Tensor]  # of features (N, D)
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ def fit_heads(
         classes: Number of classes, C.
 
     Raises:
-        ValueError: There are too few images for a split.
+        ValueError: There are too few images for a split, or for the neighbours.
     """
     fit, split = split_of(len(labels), options)
-    find = {"mlp": _fit_mlp, "linear": _fit_linear, "knn": _fit_neighbours}[kind]
+    find = {"mlp": _fit_mlp, "linear": _fit_linear}.get(kind, partial(_fit_neighbours, kind))
     return find(features, labels.to(features.device), classes, options, fit, split)
 
 
@@ -227,6 +230,15 @@ def _statistics(features: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Ten
     return means, stds.clamp(min=MIN_STD)
 
 
+def _second_moments(parts: Iterable[torch.Tensor], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Return the sum (D, D) of x x^T over standardised features x in parts (n, D), in float64 on the CPU."""
+    total: torch.Tensor | float = 0.0
+    for part in parts:
+        x = ((part - mean) / std).double()
+        total = total + (x.T @ x).cpu()
+    return total
+
+
 def _by_scores(scores: Callable[[torch.Tensor], torch.Tensor], rows: int = ROWS) -> Predict:
     """Return what predicts the allowed class with the highest of the scores (B, C), on the CPU."""
 
@@ -292,11 +304,8 @@ class LogisticRegressions:
         self.bias = self.scale.new_zeros(len(features), 1, self.scale.shape[2], classes)
 
     def _covariance(self, layer: int, values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(values.shape[1], values.shape[1], dtype=torch.float64)
-        for rows in chosen.split(ROWS):
-            x = ((values[rows.to(values.device)] - self.mean[layer]) / self.std[layer]).double()
-            total += (x.T @ x).cpu()
-        return total / len(chosen)
+        parts = (values[rows.to(values.device)] for rows in chosen.split(ROWS))
+        return _second_moments(parts, self.mean[layer], self.std[layer]) / len(chosen)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Return logits (L, B, G, C) for features (L, B, D)."""
@@ -420,38 +429,74 @@ def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 # Nearest neighbours
 
 
-def _fit_neighbours(
-    features: torch.Tensor, labels: torch.Tensor, classes: int, options: HeadOptions, fit: torch.Tensor,
-    split: torch.Tensor,
-) -> list[FittedHead]:  # fmt: skip
-    heads, counts = [], [count for count in options.neighbours if count <= len(fit)]
+def limit_neighbours(options: HeadOptions, images: int) -> HeadOptions:
+    """
+    Return options whose numbers of neighbours are possible with so many training images.
+
+    Raises:
+        ValueError: None of them is.
+    """
+    known = len(split_of(images, options)[0])
+    counts = tuple(count for count in options.neighbours if count <= known)
     if not counts:
         raise ValueError(
-            f"--neighbours: expected a number up to {len(fit)}, the training images, got {options.neighbours}"
+            f"--neighbours: expected a number up to {known}, the training images without the split, got "
+            f"{_listed(options.neighbours)}"
         )
+    return replace(options, neighbours=counts)
+
+
+def _fit_neighbours(
+    kind: str, features: torch.Tensor, labels: torch.Tensor, classes: int, options: HeadOptions, fit: torch.Tensor,
+    split: torch.Tensor,
+) -> list[FittedHead]:  # fmt: skip
+    heads, counts = [], options.neighbours
+    if max(counts) > len(fit):
+        raise ValueError(
+            f"--neighbours: expected up to {len(fit)}, the readable training images, got {_listed(counts)}"
+        )
+    prepare = whitening if kind == "whitened_knn" else lambda known: lambda values: values
     for layer, values in enumerate(features):
-        trials = [_neighbours(values[fit], labels[fit], classes, count, options.temperature) for count in counts]
+        transform = prepare(values[fit])
+        trials = [
+            _neighbours(values[fit], labels[fit], classes, count, options.temperature, transform) for count in counts
+        ]
         accuracies = torch.stack([accuracy(trial(values[split], None), labels[split].cpu()) for trial in trials])
         best = int(accuracies.argmax())
-        predict = _neighbours(values, labels, classes, counts[best], options.temperature)
+        predict = _neighbours(values, labels, classes, counts[best], options.temperature, prepare(values))
         names = [{"neighbours": count} for count in counts]
-        heads.append(_fitted("knn", layer, best, names, accuracies, predict, {}))
+        heads.append(_fitted(kind, layer, best, names, accuracies, predict, {}))
     return heads
 
 
-def _neighbours(known: torch.Tensor, labels: torch.Tensor, classes: int, count: int, temperature: float) -> Predict:
+def _neighbours(
+    known: torch.Tensor, labels: torch.Tensor, classes: int, count: int, temperature: float, transform: Transform
+) -> Predict:
     """
-    Return a classifier by votes of the nearest images in cosine similarity s, each weighted by exp(s / temperature), as
-    in DINO (Caron et al., 2021).
+    Return a classifier by votes of the nearest images in cosine similarity s of transformed features, each weighted by
+    exp(s / temperature), as in DINO (Caron et al., 2021).
     """
-    keys, rows = F.normalize(known, dim=-1), max(1, min(ROWS, SIMILARITIES // len(known)))
+    keys, rows = F.normalize(transform(known), dim=-1), max(1, min(ROWS, SIMILARITIES // len(known)))
 
     def votes(part: torch.Tensor) -> torch.Tensor:
-        similarity, nearest = (F.normalize(part.to(keys.device), dim=-1) @ keys.T).topk(count)
+        similarity, nearest = (F.normalize(transform(part.to(keys.device)), dim=-1) @ keys.T).topk(count)
         weights = ((similarity - 1) / temperature).exp()
         return torch.zeros(len(part), classes, device=keys.device).scatter_add_(1, labels[nearest], weights)
 
     return _by_scores(votes, rows)
+
+
+def whitening(known: torch.Tensor) -> Transform:
+    """
+    Return what centres features and scales their principal components to variance 1, those of features (N, D).
+
+    Eigenvalues of the covariance below LEAST_VARIANCE of the largest are raised to that.
+    """
+    mean = known.double().mean(0).to(known.dtype)
+    values, vectors = torch.linalg.eigh(_second_moments(known.split(ROWS), mean, torch.ones_like(mean)) / len(known))
+    scales = values.clamp(min=LEAST_VARIANCE * values[-1].clamp(min=MIN_STD**2)).sqrt()
+    matrix = (vectors / scales).to(known.device, known.dtype)
+    return lambda features: (features - mean) @ matrix
 
 
 def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -461,6 +506,7 @@ def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def describe_options(options: HeadOptions, kinds: Sequence[str]) -> dict[str, Any]:
     """Return the options as they stand in results.json, and in words for the caption of a table."""
+    votes = f"votes at temperature {options.temperature}, k of {_listed(options.neighbours)}."
     usual = f"256 (fewer where an epoch would have fewer than {STEPS} steps)"
     parts = {
         "mlp": f"mlp: 2 layers, {options.hidden or 'as many hidden units as features'}, GELU; {options.epochs} epochs "
@@ -469,8 +515,9 @@ def describe_options(options: HeadOptions, kinds: Sequence[str]) -> dict[str, An
         f"weight decay of {_listed(options.weight_decays)}.",
         "linear": f"linear: logistic regression, C of {_listed(options.strengths)}, at most {options.iterations} "
         "iterations of L-BFGS.",
-        "knn": f"knn: cosine similarity, votes at temperature {options.temperature}, "
-        f"k of {_listed(options.neighbours)}.",
+        "knn": f"knn: cosine similarity, {votes}",
+        "whitened_knn": "whitened_knn: cosine similarity of features whitened by the covariance of the training set "
+        f"(eigenvalues at least {LEAST_VARIANCE:g} of the largest), {votes}",
     }
     standardised = (
         "Features standardised by the training set, no augmentation. " if {*kinds} & {"mlp", "linear"} else ""
