@@ -262,6 +262,8 @@ def test_encoders_alone_and_in_multimodal_models(save, tmp_path):
     with torch.no_grad():
         truth = model(pixel_values=pixels, output_attentions=True)
     torch.testing.assert_close(shown.tokens.flatten(1, 2), truth.last_hidden_state[:, -16:])
+    if truth.attentions is None:
+        pytest.skip("this release of transformers returns no attention weights of CLIP")
     expected = truth.attentions[2][:, :, -16:, -16:]
     torch.testing.assert_close(shown.attention.by_query[2], expected)
     assert (shown.attention.elsewhere > 0) is (truth.last_hidden_state.shape[1] > 16)
