@@ -36,7 +36,7 @@ def meta_model(config: SAILVLConfig, trainable: Collection[str] = tuple(COMPONEN
         raise ValueError(f"trainable: expected {', '.join(COMPONENTS)}, got {', '.join(map(repr, unknown))}")
     with torch.device("meta"):
         model = SAILVLForConditionalGeneration(config)
-        model.tie_weights()  # transformers 5.0 to 5.3 tie them when weights are loaded
+        model.tie_weights()  # transformers 5.0 ties them only when weights are loaded
     for component, module in COMPONENTS.items():
         getattr(model, module).requires_grad_(component in trainable)
     return model
