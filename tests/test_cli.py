@@ -32,7 +32,10 @@ from sailvit_cli.probe import LAST as LAST_LAYER
 from sailvit_cli.progress import byte_progress
 
 
-VERBS = ("convert", "compose", "inspect", "encode", "demo", "show", "data", "train", "probe", "report", "suite", "push")
+VERBS = (
+    *("convert", "compose", "inspect", "encode", "demo", "show", "data", "train", "probe", "report", "suite"),
+    *("miniature", "push"),
+)
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
