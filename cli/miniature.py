@@ -20,8 +20,6 @@ def add_verbs(verbs: Verbs) -> None:
     miniature = add_verb(
         verbs, "miniature", run_verb, "OUT [options]", "train a small SAILViT from nothing, on drawn pictures"
     )
-    group = miniature.add_argument_group("output")
-    group.add_argument("out", type=Path, metavar="OUT", help="folder of everything; the same command goes on in it")
     group = miniature.add_argument_group("input")
     group.add_argument(
         "--size", choices=SIZES, default="32px", help="of a tile, and the widths of the models; default: 32px"
@@ -34,10 +32,12 @@ def add_verbs(verbs: Verbs) -> None:
         help="compare ways to refine: these, or all without names; for each of --seeds",
     )
     group.add_argument("--seeds", nargs="+", type=count, metavar="N", help="with --arms; default: 0 1 2")
-    group.add_argument("--summary", action="store_true", help="only write OUT/summary.json and .md of finished arms")
     group.add_argument(
         "--quick", action="store_true", help=f"{QUICK:.0%}% of the pictures: minutes, but it learns little"
     )
+    group = miniature.add_argument_group("output")
+    group.add_argument("out", type=Path, metavar="OUT", help="folder of everything; the same command goes on in it")
+    group.add_argument("--summary", action="store_true", help="only write OUT/summary.json and .md of finished arms")
 
 
 def run_verb(options: argparse.Namespace) -> int:
