@@ -176,7 +176,7 @@ class Planner:
     # Steps
 
     def _prepare(self) -> Iterator[Step]:
-        yield Step("world", lambda: write_world(self.world, self.setting.world))
+        yield Step("world", lambda: write_world(self.world, self.setting.world, _log_tenths(self.log)))
         encoder, options = self.folder / "untrained" / "encoder", self.setting.encoder
         yield _folder_step(
             "untrained encoder",
@@ -241,12 +241,12 @@ class Planner:
         return self._compose_from(self.folder / "composed" / name, vision, self.folder / "languages" / language)
 
     def _compose_from(self, out: Path, vision: Path, language: Path) -> Step:
-        options = {"seed": self.setting.world.seed, "max_tiles": self.setting.max_tiles}
+        options = {"seed": self.setting.world.seed, "max_tiles": self.setting.max_tiles, "verify": False}
         return Step(f"compose {out.name}", lambda: compose_model(vision, language, out, **options), out)
 
     def _convert(self, source: Path, out: Path, part: str) -> Step:
         title = f"convert {source.relative_to(self.folder)} --part {part}"
-        return Step(title, lambda: convert_checkpoint(source, out, part=part), out)
+        return Step(title, lambda: convert_checkpoint(source, out, part=part, verify=part == "vision"), out)
 
     def _probe(self, arm: str, train: str) -> Step:
         """Return the step that probes an encoder on the test sets whose heads have the same training set."""
@@ -293,3 +293,16 @@ def _folder_step(title: str, out: Path, write: Callable[[Path], object]) -> Step
         part.rename(out)
 
     return Step(title, make, out)
+
+
+def _log_tenths(log: Log) -> Callable[[int, int], None]:
+    """Return what logs every tenth of a work."""
+    last = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last
+        if (tenth := 10 * done // total) > last:
+            last = tenth
+            log(f"{tenth * 10}%: {done:,} of {total:,} samples")
+
+    return on_progress
