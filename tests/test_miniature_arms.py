@@ -136,7 +136,7 @@ class Trainings:
         if output == self.stop_before:
             return STOPPED
         self.runs[output] = recipe
-        counts = count_kinds(data, PLAN) if data != "language" else {"text": 1}
+        counts = count_kinds(data, PLAN)
         if recipe.objective == "next_patch":
             counts.pop("text", None)
         total = sum(counts.values())
@@ -239,12 +239,14 @@ def test_a_stopped_experiment_goes_on_and_repeats_nothing(trainings, tmp_path):
 
 def test_a_miniature_without_arms_is_refined_alone(trainings, tmp_path):
     (tmp_path / "untrained").mkdir()
-    assert steps.run_miniature(tmp_path, Setting(), quiet) == 0
+    lines: list[str] = []
+    assert steps.run_miniature(tmp_path, Setting(), lines.append) == 0
     assert {run.relative_to(tmp_path).as_posix() for run in trainings.runs} == {
         "runs/aim", "runs/language", "arms/refined/stage1", "arms/refined/stage2", "arms/refined/stage3",
     }  # fmt: skip
     assert trainings.converted[tmp_path / "sailvit-miniature"] == tmp_path / "arms" / "refined" / "stage3"
     assert (tmp_path / "report.html").exists()
+    assert lines[0] == "1/24 world (0 min)" and "22/24 result base (0 min, about 0 min left)" in lines
 
 
 # The summary

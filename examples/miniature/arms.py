@@ -142,6 +142,8 @@ def run_names(arm: str) -> list[str]:
 
 def count_kinds(corpus: str, plan: WorldPlan) -> dict[str, int]:
     """Return kind -> samples of a corpus of the world or of MIXES."""
+    if corpus == "language":
+        return {TEXT: plan.language[0]}
     mix = MIXES.get(corpus, Mix((corpus,)))
     counts: Counter[str] = Counter()
     for name in mix.corpora:

@@ -29,9 +29,10 @@ from ...convert.conversion import convert_checkpoint
 from ...evaluate.probe import ProbeOptions, run_probe
 from ...evaluate.report import build_report, write_report
 from ...train import load_recipe
+from ...train.checkpoints import is_finished
 from ...train.run import run
 from .answers import write_answers
-from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, run_names, write_corpus
+from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, count_kinds, run_names, write_corpus
 from .models import random_encoder, random_language
 from .results import PROBES, describe_probe, write_result
 from .setting import LANGUAGE, Setting
@@ -55,11 +56,13 @@ class Step:
         title: For the log; no two steps have the same.
         make: Does it, or goes on with it; returns an exit code.
         output: What it writes, completely or not at all; None if `make` knows what is left to do.
+        samples: Those that are left to train on.
     """
 
     title: str
     make: Callable[[], object]
     output: Path | None = None
+    samples: int = 0
 
 
 def run_arms(
@@ -116,22 +119,42 @@ def run_miniature(
         OSError: A file cannot be written.
     """
     steps = Planner(folder, setting, log, command).plan(arms, transfers)
-    started = time.monotonic()
+    clock = Clock(sum(step.samples for step in steps))
     for number, step in enumerate(steps, 1):
         title = f"{number}/{len(steps)} {step.title}"
         if step.output and step.output.exists():
             log(f"{title}: done before")
             continue
-        log(f"{title} (after {_minutes(time.monotonic() - started)})")
+        log(f"{title} ({clock.describe()})")
         code = step.make()
         if isinstance(code, int) and code:
             return code
-    log(f"{folder}: finished in {_minutes(time.monotonic() - started)}")
+        clock.add(step.samples)
+    log(f"{folder}: finished after {_minutes(clock.elapsed)}")
     return 0
 
 
+class Clock:
+    """Estimates the time left from the samples that are trained, as most of the time is training."""
+
+    def __init__(self, samples: int):
+        self.started, self.samples, self.done = time.monotonic(), samples, 0
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def add(self, samples: int) -> None:
+        """Note that a step has ended."""
+        self.done += samples
+
+    def describe(self) -> str:
+        left = self.elapsed / self.done * (self.samples - self.done) if self.done else None
+        return _minutes(self.elapsed) + ("" if left is None else f", about {_minutes(left)} left")
+
+
 def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02} min"
+    return f"{seconds / 60:.0f} min"
 
 
 class Planner:
@@ -231,7 +254,9 @@ class Planner:
         values = {"model": model, "data": self.corpus(corpus), "output": out, "seed": self.setting.world.seed}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.setting.recipe]
         title = f"train {out.relative_to(self.folder)}"
-        return Step(title, lambda: run(load_recipe(str(RECIPES / f"{recipe}.yaml"), overrides), self.log))
+        samples = 0 if is_finished(out) else sum(count_kinds(corpus, self.setting.world).values())
+        path = str(RECIPES / f"{recipe}.yaml")
+        return Step(title, lambda: run(load_recipe(path, overrides), self.log), samples=samples)
 
     def _write_corpus(self, name: str) -> Step:
         out = self.corpus(name)
