@@ -29,9 +29,9 @@ from sailvit.examples.miniature.arms import (
     run_names,
     write_corpus,
 )
-from sailvit.examples.miniature.run import HEADS, RECIPES, Planner, run_arms
+from sailvit.examples.miniature.run import RECIPES, Planner, run_arms
 from sailvit.examples.miniature.setting import SIZES, Setting
-from sailvit.examples.miniature.summary import bootstrap_pictures, mean_interval
+from sailvit.examples.miniature.summary import HEADS, bootstrap_pictures, mean_interval
 from sailvit.processing_sailvl import SAILVLProcessor
 from sailvit.train import load_recipe
 from sailvit.train.corpus import Corpus
@@ -312,7 +312,7 @@ def test_the_tables_have_the_figures_of_the_json(summary, tmp_path):
     assert f"{100 * figure['mean']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]" in text
     assert "| base | pretraining alone | 0, 1, 2 | 10 | 12 |" in text
     columns = [{line.count("|") for line in part.splitlines()} for part in text.split("\n\n") if part.startswith("|")]
-    assert len(columns) == 10 and all(len(counts) == 1 for counts in columns)
+    assert len(columns) == 12 and all(len(counts) == 1 for counts in columns)
 
 
 def test_pictures_are_drawn_and_not_questions():

@@ -27,6 +27,7 @@ from pathlib import Path
 from ...convert.compose import compose_model
 from ...convert.conversion import convert_checkpoint
 from ...evaluate.probe import ProbeOptions, run_probe
+from ...evaluate.probe.heads import KINDS
 from ...evaluate.report import build_report, write_report
 from ...train import load_recipe
 from ...train.checkpoints import is_finished
@@ -41,7 +42,7 @@ from .world import read_texts, write_world
 
 
 RECIPES = Path(__file__).parent / "recipes"
-HEADS = ("linear", "mlp", "knn")
+INTERVAL = 10.0  # seconds between lines about the same step
 ENCODER = "sailvit-miniature"
 TRANSFER = ("connector", "language")  # the runs of a transfer, named after what is trained first in each
 Log = Callable[[str], None]
@@ -199,7 +200,7 @@ class Planner:
     # Steps
 
     def _prepare(self) -> Iterator[Step]:
-        yield Step("world", lambda: write_world(self.world, self.setting.world, _log_tenths(self.log)))
+        yield Step("world", lambda: write_world(self.world, self.setting.world, _log_now_and_then(self.log)))
         encoder, options = self.folder / "untrained" / "encoder", self.setting.encoder
         yield _folder_step(
             "untrained encoder",
@@ -277,7 +278,7 @@ class Planner:
         """Return the step that probes an encoder on the test sets whose heads have the same training set."""
         sets, out = self.world / "probe", self.folder / "probe" / arm / train
         tests = [str(sets / name / "test") for name in PROBES[train]]
-        options = ProbeOptions(heads=HEADS, cache_dir=self.folder / "cache", device="cpu", dtype="float32")
+        options = ProbeOptions(heads=KINDS, cache_dir=self.folder / "cache", device="cpu", dtype="float32")
 
         def probe() -> None:
             results = run_probe([str(self.encoder(arm))], str(sets / train / "train"), tests, out, options)
@@ -302,7 +303,7 @@ class Planner:
         images = self.world / "probe" / "scenes" / "test"
 
         def report() -> None:
-            content = build_report(self.arm_runs(REFINED), base, images=images, device="cpu", log=self.log)
+            content = build_report(self.arm_runs(REFINED), base, images=images, device="cpu", log=lambda line: None)
             write_report(content, out, False, self.command)
 
         return Step("report", report, out)
@@ -320,14 +321,14 @@ def _folder_step(title: str, out: Path, write: Callable[[Path], object]) -> Step
     return Step(title, make, out)
 
 
-def _log_tenths(log: Log) -> Callable[[int, int], None]:
-    """Return what logs every tenth of a work."""
-    last = 0
+def _log_now_and_then(log: Log) -> Callable[[int, int], None]:
+    """Return what logs samples that are written, every INTERVAL seconds."""
+    last = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
         nonlocal last
-        if (tenth := 10 * done // total) > last:
-            last = tenth
-            log(f"{tenth * 10}%: {done:,} of {total:,} samples")
+        if (now := time.monotonic()) - last > INTERVAL:
+            last = now
+            log(f"{done:,} of {total:,} samples")
 
     return on_progress
