@@ -59,8 +59,8 @@ ARMS = {
     "more_aim": Arm("pretraining goes on, with the pictures of the stages", (("aim", "all"),), True),
     "all_at_once": Arm("all components, all data at once", (("stage3", "all"),), True),
     "stage3": Arm("stage 3 alone, its data repeated", (("stage3", "stage3_repeated"),), True),
-    "stages_1_3": Arm("stages 1 and 3, which has the data of 2", (("stage1", "stage1"), ("stage3", "stages_2_3")), True),
-    "stages_2_3": Arm("stages 2, which has the data of 1, and 3", (("stage2", "stages_1_2"), ("stage3", "stage3")), True),
+    "stages_1_3": Arm("stages 1 and 3, with the data of 2", (("stage1", "stage1"), ("stage3", "stages_2_3")), True),
+    "stages_2_3": Arm("stages 2, with the data of 1, and 3", (("stage2", "stages_1_2"), ("stage3", "stage3")), True),
     "frozen_language": Arm(
         "stage 3 with a frozen language model", (*STAGES_1_2, ("stage3-frozen-language", "stage3")), single=True
     ),
@@ -142,6 +142,8 @@ def run_names(arm: str) -> list[str]:
 
 def count_kinds(corpus: str, plan: WorldPlan) -> dict[str, int]:
     """Return kind -> samples of a corpus of the world or of MIXES."""
+    if corpus == "language":
+        return {TEXT: plan.language[0]}
     mix = MIXES.get(corpus, Mix((corpus,)))
     counts: Counter[str] = Counter()
     for name in mix.corpora:

@@ -27,11 +27,13 @@ from pathlib import Path
 from ...convert.compose import compose_model
 from ...convert.conversion import convert_checkpoint
 from ...evaluate.probe import ProbeOptions, run_probe
+from ...evaluate.probe.heads import KINDS
 from ...evaluate.report import build_report, write_report
 from ...train import load_recipe
+from ...train.checkpoints import is_finished
 from ...train.run import run
 from .answers import write_answers
-from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, run_names, write_corpus
+from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, count_kinds, run_names, write_corpus
 from .models import random_encoder, random_language
 from .results import PROBES, describe_probe, write_result
 from .setting import LANGUAGE, Setting
@@ -40,7 +42,7 @@ from .world import read_texts, write_world
 
 
 RECIPES = Path(__file__).parent / "recipes"
-HEADS = ("linear", "mlp", "knn")
+INTERVAL = 10.0  # seconds between lines about the same step
 ENCODER = "sailvit-miniature"
 TRANSFER = ("connector", "language")  # the runs of a transfer, named after what is trained first in each
 Log = Callable[[str], None]
@@ -55,11 +57,13 @@ class Step:
         title: For the log; no two steps have the same.
         make: Does it, or goes on with it; returns an exit code.
         output: What it writes, completely or not at all; None if `make` knows what is left to do.
+        samples: Those that are left to train on.
     """
 
     title: str
     make: Callable[[], object]
     output: Path | None = None
+    samples: int = 0
 
 
 def run_arms(
@@ -116,22 +120,42 @@ def run_miniature(
         OSError: A file cannot be written.
     """
     steps = Planner(folder, setting, log, command).plan(arms, transfers)
-    started = time.monotonic()
+    clock = Clock(sum(step.samples for step in steps))
     for number, step in enumerate(steps, 1):
         title = f"{number}/{len(steps)} {step.title}"
         if step.output and step.output.exists():
             log(f"{title}: done before")
             continue
-        log(f"{title} (after {_minutes(time.monotonic() - started)})")
+        log(f"{title} ({clock.describe()})")
         code = step.make()
         if isinstance(code, int) and code:
             return code
-    log(f"{folder}: finished in {_minutes(time.monotonic() - started)}")
+        clock.add(step.samples)
+    log(f"{folder}: finished after {_minutes(clock.elapsed)}")
     return 0
 
 
+class Clock:
+    """Estimates the time left from the samples that are trained, as most of the time is training."""
+
+    def __init__(self, samples: int):
+        self.started, self.samples, self.done = time.monotonic(), samples, 0
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def add(self, samples: int) -> None:
+        """Note that a step has ended."""
+        self.done += samples
+
+    def describe(self) -> str:
+        left = self.elapsed / self.done * (self.samples - self.done) if self.done else None
+        return _minutes(self.elapsed) + ("" if left is None else f", about {_minutes(left)} left")
+
+
 def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02} min"
+    return f"{seconds / 60:.0f} min"
 
 
 class Planner:
@@ -176,7 +200,7 @@ class Planner:
     # Steps
 
     def _prepare(self) -> Iterator[Step]:
-        yield Step("world", lambda: write_world(self.world, self.setting.world))
+        yield Step("world", lambda: write_world(self.world, self.setting.world, _log_now_and_then(self.log)))
         encoder, options = self.folder / "untrained" / "encoder", self.setting.encoder
         yield _folder_step(
             "untrained encoder",
@@ -231,7 +255,9 @@ class Planner:
         values = {"model": model, "data": self.corpus(corpus), "output": out, "seed": self.setting.world.seed}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.setting.recipe]
         title = f"train {out.relative_to(self.folder)}"
-        return Step(title, lambda: run(load_recipe(str(RECIPES / f"{recipe}.yaml"), overrides), self.log))
+        samples = 0 if is_finished(out) else sum(count_kinds(corpus, self.setting.world).values())
+        path = str(RECIPES / f"{recipe}.yaml")
+        return Step(title, lambda: run(load_recipe(path, overrides), self.log), samples=samples)
 
     def _write_corpus(self, name: str) -> Step:
         out = self.corpus(name)
@@ -241,18 +267,18 @@ class Planner:
         return self._compose_from(self.folder / "composed" / name, vision, self.folder / "languages" / language)
 
     def _compose_from(self, out: Path, vision: Path, language: Path) -> Step:
-        options = {"seed": self.setting.world.seed, "max_tiles": self.setting.max_tiles}
+        options = {"seed": self.setting.world.seed, "max_tiles": self.setting.max_tiles, "verify": False}
         return Step(f"compose {out.name}", lambda: compose_model(vision, language, out, **options), out)
 
     def _convert(self, source: Path, out: Path, part: str) -> Step:
         title = f"convert {source.relative_to(self.folder)} --part {part}"
-        return Step(title, lambda: convert_checkpoint(source, out, part=part), out)
+        return Step(title, lambda: convert_checkpoint(source, out, part=part, verify=part == "vision"), out)
 
     def _probe(self, arm: str, train: str) -> Step:
         """Return the step that probes an encoder on the test sets whose heads have the same training set."""
         sets, out = self.world / "probe", self.folder / "probe" / arm / train
         tests = [str(sets / name / "test") for name in PROBES[train]]
-        options = ProbeOptions(heads=HEADS, cache_dir=self.folder / "cache", device="cpu", dtype="float32")
+        options = ProbeOptions(heads=KINDS, cache_dir=self.folder / "cache", device="cpu", dtype="float32")
 
         def probe() -> None:
             results = run_probe([str(self.encoder(arm))], str(sets / train / "train"), tests, out, options)
@@ -277,7 +303,7 @@ class Planner:
         images = self.world / "probe" / "scenes" / "test"
 
         def report() -> None:
-            content = build_report(self.arm_runs(REFINED), base, images=images, device="cpu", log=self.log)
+            content = build_report(self.arm_runs(REFINED), base, images=images, device="cpu", log=lambda line: None)
             write_report(content, out, False, self.command)
 
         return Step("report", report, out)
@@ -293,3 +319,16 @@ def _folder_step(title: str, out: Path, write: Callable[[Path], object]) -> Step
         part.rename(out)
 
     return Step(title, make, out)
+
+
+def _log_now_and_then(log: Log) -> Callable[[int, int], None]:
+    """Return what logs samples that are written, every INTERVAL seconds."""
+    last = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last > INTERVAL:
+            last = now
+            log(f"{done:,} of {total:,} samples")
+
+    return on_progress

@@ -27,7 +27,7 @@ Result = Mapping[str, Any]
 Results = Mapping[str, Mapping[int, Result]]  # arm -> seed -> result
 SETS = [name for sets in PROBES.values() for name in sets]
 GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # scenes need places, a mean has none
-HEADS = {"linear": "linear", "mlp": "MLP", "knn": "kNN"}
+HEADS = {"linear": "linear", "mlp": "MLP", "knn": "kNN", "whitened_knn": "whitened kNN"}
 ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
 PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
 ALL_LANGUAGES = "mean"
@@ -199,26 +199,28 @@ def _goal(figures: Mapping[str, Any], name: str, of: str, least: float) -> Itera
 def to_markdown(summary: Mapping[str, Any]) -> str:
     """Return the tables of a summary."""
     arms, differences = summary["arms"], summary["differences"]
-    answers, by_language, transfer = _names(arms, "answers/"), [], []
-    for name in _names(arms, "transfer/"):
-        (transfer if name.startswith(f"transfer/{ALL_LANGUAGES}/") else by_language).append(name)
+    answers, transfer = _names(arms, "answers/"), _names(arms, f"transfer/{ALL_LANGUAGES}/")
+    languages = dict.fromkeys(name.split("/")[1] for name in _names(arms, "transfer/"))
+    by_language = [_by_arm(arms, _names(arms, f"transfer/{one}/")) for one in languages if one != ALL_LANGUAGES]
     probes = [f"probes/{name}/{head}" for head in HEADS for name in SETS]
     parts = [
         summary["method"], "Accuracies are in %, with 95% intervals in brackets; one without is of one seed.",
         "## Arms", _table(("arm", "stages", "seeds", "pictures", "tiles"), _arm_rows(arms)),
-        "## Probes", *(_by_arm(arms, [name for name in probes if name.endswith(head)]) for head in HEADS),
+        "## Probes", *(_by_arm(arms, [f"probes/{name}/{head}" for name in SETS]) for head in HEADS),
         "## Answers", _by_arm(arms, answers), "The same questions about another picture:", _blind_table(arms),
         "## Transfer", "Means over the language models:", _by_arm(arms, transfer),
-        "Each language model:", _by_arm(arms, by_language),
+        "Each language model:", *by_language,
         f"## {REFINED} minus another arm", _by_figure(differences, [*probes, *transfer, *answers]),
         "## Goals", _goal_table(summary["goals"]),
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _names(arms: Mapping[str, Any], start: str) -> list[str]:
-    """Return the figures that some arms have."""
-    return [*dict.fromkeys(name for one in arms.values() for name in one["figures"] if name.startswith(start))]
+    """Return the figures that some arms have, questions in the order of CATEGORIES."""
+    names = dict.fromkeys(name for one in arms.values() for name in one["figures"] if name.startswith(start))
+    groups = dict.fromkeys(name.rpartition("/")[0] for name in names)
+    return [f"{group}/{category}" for group in groups for category in CATEGORIES if f"{group}/{category}" in names]
 
 
 def _arm_rows(arms: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -228,19 +230,19 @@ def _arm_rows(arms: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _by_arm(arms: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return a table with a row for each arm that has one of the figures."""
+    """Return a table with a row for each arm that has one of the figures; nothing if none has."""
     rows = [
         [arm, *(_interval(one["figures"].get(name)) for name in names)]
         for arm, one in arms.items()
         if any(name in one["figures"] for name in names)
     ]
-    return _table(("arm", *(_short(name) for name in names)), rows)
+    return _table(("arm", *(_short(name) for name in names)), rows) if rows else ""
 
 
 def _by_figure(arms: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return a table with a row for each figure that one of the arms has, and a column for each arm."""
     rows = [
-        [_short(name), *(_interval(one["figures"].get(name)) for one in arms.values())]
+        [_long(name), *(_interval(one["figures"].get(name)) for one in arms.values())]
         for name in names
         if any(name in one["figures"] for one in arms.values())
     ]
@@ -255,7 +257,7 @@ def _blind_table(arms: Mapping[str, Any]) -> str:
 
 def _goal_table(goals: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        [_short(goal["figure"]), goal["of"], _percent(goal["mean"]), _percent(goal["expected"]), _yes(goal["met"])]
+        [_long(goal["figure"]), goal["of"], _percent(goal["mean"]), _percent(goal["expected"]), _yes(goal["met"])]
         for goal in goals
     ]
     return _table(("figure", "of", "mean", "at least", "reached"), rows)
@@ -268,6 +270,10 @@ def _yes(value: bool) -> str:
 def _short(name: str) -> str:
     """Return "objects, kNN" for "probes/objects/knn"."""
     return ", ".join(HEADS.get(part, part.replace("_", " ")) for part in name.split("/")[1:] if part != ALL_LANGUAGES)
+
+
+def _long(name: str) -> str:
+    return f"{name.split('/')[0]}: {_short(name)}"
 
 
 def _interval(figure: Mapping[str, Any] | None) -> str:
