@@ -109,7 +109,8 @@ def _positive(text: str) -> float:
 
 def run_probe(options: argparse.Namespace) -> int:
     """
-    Train heads on the frozen features of vision encoders, as in the paper, and compare their accuracies on test sets.
+    Train heads on the frozen features of vision encoders, as in the paper, and compare their accuracies on test sets;
+    the exit code is 2 if an image is broken.
 
     examples:
       sailvit probe sailvit-large apple/aimv2-large-patch14-448 --data imagenet --test imagenet-a imagenet-r --out probe
@@ -136,9 +137,10 @@ def run_probe(options: argparse.Namespace) -> int:
         log,
         _image_progress,
     )
-    if results is not None:
-        print(options.out / "results.md")
-    return 0
+    if results is None:
+        return 0
+    print(options.out / "results.md")
+    return 2 if results.skipped else 0
 
 
 def _probe_options(options: argparse.Namespace) -> "ProbeOptions":

@@ -103,7 +103,8 @@ def write_probe(folder: Path, hashes: dict[str, str], tests: dict[str, tuple[int
     encoders = {name: {"weights_sha256": weights} for name, weights in hashes.items()}
     settings = {"encoders": encoders, "train": "data/train", "data": data, "heads": {"caption": "mlp: 10 epochs."}}
     folder.mkdir()
-    content = {"settings": settings, "results": results, "layers": layers, "skipped": []}
+    heads = [{"model": model, "head": "mlp", "layer": at, "is_best": at == 1} for model in hashes for at in (1, "last")]
+    content = {"settings": settings, "results": results, "layers": layers, "heads": heads, "skipped": []}
     (folder / "results.json").write_text(json.dumps(content))
     return folder
 
