@@ -48,8 +48,7 @@ def _add_input(group: Group) -> None:
 
 def run_report(options: argparse.Namespace) -> int:
     """
-    Compare the stages of training and their base model in a self-contained HTML page; the exit code is 2 if an image is
-    broken.
+    Compare stages of training and their base model in one HTML page; the exit code is 2 if an image is broken.
 
     examples:
       sailvit report runs --out report.html

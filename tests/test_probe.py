@@ -633,6 +633,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
         assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_name_is_found_without_torch():
+    words = ["probe", "gone", "--data", "train", "--test", "test", "--out", "out"]
+    code = f"import sys, sailvit_cli; assert sailvit_cli.main({words}) == 2 and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr == "sailvit probe: gone: no such file or folder, and no name on the Hub (OWNER/NAME)\n"
+
+
 def test_weights_that_are_missing_are_named(dinov2, tmp_path):
     path = Path(shutil.copytree(dinov2, tmp_path / "model"))
     weights = load_file(path / "model.safetensors")
