@@ -17,6 +17,7 @@ import torch
 from conftest import TINY, make_checkpoint, randomize
 from doc_pages import write_model
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_images import SMALL, write_clip, write_digits, write_dinov2, write_timm
@@ -31,6 +32,7 @@ from sailvit.evaluate.encoders import LAST, load_encoder
 from sailvit.evaluate.models import check_model
 from sailvit.evaluate.probe import features as features_module
 from sailvit.evaluate.probe.features import compute_features, extract_features, read_features
+from sailvit.evaluate.probe.files import draw_results
 from sailvit.evaluate.probe.heads import HeadOptions
 from sailvit.evaluate.probe.run import ProbeOptions, run_probe
 
@@ -366,6 +368,18 @@ def test_the_table_names_the_chosen_layer(dinov2, digits, tmp_path):
     found = run_probe([str(dinov2)], str(digits / "train"), [str(digits / "test")], tmp_path / "out", options)
     (best,) = [one["layer"] for one in found.heads if one["is_best"]]
     assert f"| {dinov2}, layer {best} | " in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_the_legend_of_the_plot_hides_no_point(monkeypatch, tmp_path):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    entry = {"head": "knn", "accuracy": 0.5, "low": 0.4, "high": 0.6}
+    results = [{**entry, "model": model, "test": test} for model in ("a", "b") for test in ("val", "r")]
+    layers = [{**one, "layer": layer} for one in results for layer in (1, LAST)]
+    draw_results({"results": results, "layers": layers}, tmp_path / "plot.png")
+    (figure,) = drawn
+    assert all(axis.get_legend() is None for axis in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b", "by layer: val", "by layer: r"]
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache-dir"])

@@ -497,5 +497,10 @@ def test_the_page_in_a_browser(width, html, tmp_path):
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
         assert tab.locator("svg.chart").count() == 6
+        tables = tab.locator(".scroll").all()
+        cut = [table.evaluate("table => table.scrollWidth > table.clientWidth") for table in tables]
+        assert any(cut) is (width == 390)
+        shade = tables[0].evaluate("table => getComputedStyle(table).backgroundAttachment")
+        assert shade == "local, local, scroll, scroll"  # the edge behind which a table goes on has a shadow
         browser.close()
     assert [line for line in noise if not line.startswith("file://")] == []

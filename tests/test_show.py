@@ -399,3 +399,4 @@ def check_browser(tab, truth, is_phone: bool) -> None:
     tab.keyboard.press("Escape")
     assert not state()["pinned"]
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.evaluate("document.getElementById('distance').getBoundingClientRect().right <= innerWidth")
