@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import Group, Verbs, add_computation, add_verb, count, positive_integer
 from .progress import interval_timer, log, progress_bar
+from .startup import import_with_torch, import_without_torch
 
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 HEADS = ("mlp", "linear", "knn", "whitened_knn")
 LAST = "last"
+TIMM = "timm:"
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -109,16 +111,18 @@ def _positive(text: str) -> float:
 
 def run_probe(options: argparse.Namespace) -> int:
     """
-    Train heads on the frozen features of vision encoders, as in the paper, and compare their accuracies on test sets.
+    Compare vision encoders by heads on their frozen features, as in the paper; exit code 2 if an image is broken.
 
     examples:
       sailvit probe sailvit-large apple/aimv2-large-patch14-448 --data imagenet --test imagenet-a imagenet-r --out probe
       sailvit probe sailvit-large timm:vit_small_patch16_224 --data train --test val --head mlp linear knn --out probe
     """
+    _check_names(options.encoders)
     import warnings
 
     from transformers import logging
 
+    import_with_torch()
     try:
         from sailvit.evaluate.probe.run import run_probe as run
     except ModuleNotFoundError as error:
@@ -136,9 +140,20 @@ def run_probe(options: argparse.Namespace) -> int:
         log,
         _image_progress,
     )
-    if results is not None:
-        print(options.out / "results.md")
-    return 0
+    if results is None:
+        return 0
+    print(options.out / "results.md")
+    return 2 if results.skipped else 0
+
+
+def _check_names(encoders: list[str]) -> None:
+    """Raise ValueError for what cannot be a name, before torch is imported, which takes seconds."""
+    import_without_torch()
+    from sailvit.convert.storage.sources import check_name
+
+    for name in encoders:
+        if not name.startswith(TIMM):
+            check_name(name)
 
 
 def _probe_options(options: argparse.Namespace) -> "ProbeOptions":

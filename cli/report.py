@@ -48,7 +48,7 @@ def _add_input(group: Group) -> None:
 
 def run_report(options: argparse.Namespace) -> int:
     """
-    Compare the stages of training and their base model in a self-contained HTML page.
+    Compare stages of training and their base model in one HTML page; the exit code is 2 if an image is broken.
 
     examples:
       sailvit report runs --out report.html
@@ -76,4 +76,4 @@ def run_report(options: argparse.Namespace) -> int:
     )
     for path in write_report(report, options.out, options.overwrite, shlex.join(["sailvit", *sys.argv[1:]])):
         log(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
-    return 0
+    return 2 if report.unreadable else 0

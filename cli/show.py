@@ -65,6 +65,7 @@ def run_show(options: argparse.Namespace) -> int:
     from transformers import logging
 
     from sailvit.evaluate.show import (
+        check_image,
         check_outputs,
         draw_pngs,
         load_tiled_encoder,
@@ -77,6 +78,7 @@ def run_show(options: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     out = options.out or Path(Path(options.image).name).with_suffix(".html")
     check_outputs(options.image, out, options.png, options.overwrite)
+    check_image(options.image)
     tiling = {"max_tiles": options.max_tiles, "do_exif_transpose": options.exif_transpose or None}
     encoder = load_tiled_encoder(options.model, **pick(options, ("device", "dtype", "layer")), log=log, **tiling)
     shown = show_image(encoder, options.image, options.blocks, log)

@@ -4,12 +4,15 @@
 
 import argparse
 import json
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .arguments import Verbs, add_verb, count, positive_integer
-from .startup import exit_on_signals
+from .startup import exit_on_signals, import_without_torch
 
 
 # Those of sailvit.evaluate.suites.sets, whose import takes too long for --help; a test compares them.
@@ -23,7 +26,12 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument("name", nargs="?", metavar="NAME", help="opencompass, opensource or drawn; see --list")
     group.add_argument("--model", metavar="M", help="a SAIL-VL: a folder or a name on the Hub")
     group.add_argument("--harness", choices=HARNESSES)
-    group.add_argument("--python", type=Path, default=Path(sys.executable), metavar="PATH", help="that has the harness")
+    group.add_argument(
+        "--python",
+        type=_python,
+        metavar="PATH",
+        help="that has the harness; default: this one, for --rescore that of the bundle",
+    )
     group.add_argument("--only", nargs="+", default=[], metavar="SET", help="data sets to take")
     group.add_argument("--leave-out", nargs="+", default=[], metavar="SET", help="data sets not to take")
     group.add_argument("--limit", type=positive_integer, metavar="N", help="questions of each data set; for trials")
@@ -48,6 +56,11 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _python(text: str) -> Path:
+    """Return the path of a Python, absolute, so that the bundle is scored with it from any folder."""
+    return Path(shutil.which(text) or text).absolute()
+
+
 def run_suite(options: argparse.Namespace) -> int:
     """
     Run a benchmark suite with a harness that is installed in a Python of its own, and keep everything in one folder.
@@ -60,6 +73,7 @@ def run_suite(options: argparse.Namespace) -> int:
     if len(modes) > 1 or (modes and options.name):
         raise ValueError("expected one of NAME, --list, --rescore and --compare")
     exit_on_signals()
+    import_without_torch()
     if not modes:
         return _run(options)
     return {"list": _list, "rescore": _rescore, "compare": _compare}[modes[0]](options)
@@ -67,7 +81,7 @@ def run_suite(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from sailvit.evaluate.suites.harness import DEFAULT_JUDGE, SuiteRun
-    from sailvit.evaluate.suites.run import local_folder, run_suite
+    from sailvit.evaluate.suites.run import GOES_ON, local_folder, run_suite
     from sailvit.evaluate.suites.sets import SUITES, choose_data_sets
 
     if not options.name:
@@ -81,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
         data_sets=data_sets,
         harness=options.harness,
         model=local_folder(options.model),
-        python=options.python,
+        python=options.python or Path(sys.executable),
         batch_size=options.batch_size,
         processes=options.processes,
         msac=not options.no_msac,
@@ -92,17 +106,29 @@ def _run(options: argparse.Namespace) -> int:
         questions=options.questions,
         seed=options.seed,
     )
-    content = run_suite(run, options.out, _log_to_stderr, _pass_on)
+    with _explained_interrupt(GOES_ON):
+        content = run_suite(run, options.out, _log_to_stderr, _pass_on)
     _print_scores(content, options)
     return 0
 
 
 def _rescore(options: argparse.Namespace) -> int:
-    from sailvit.evaluate.suites.run import rescore
+    from sailvit.evaluate.suites.run import UNCHANGED, rescore
 
-    content = rescore(options.rescore, options.python, options.judge, _log_to_stderr, _pass_on)
+    with _explained_interrupt(UNCHANGED):
+        content = rescore(options.rescore, options.python, options.judge, _log_to_stderr, _pass_on)
     _print_scores(content, options)
     return 0
+
+
+@contextmanager
+def _explained_interrupt(state: str) -> Iterator[None]:
+    """Tell the state of things after Ctrl-C or a signal."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        _log_to_stderr(f"interrupted: {state}")
+        raise
 
 
 def _compare(options: argparse.Namespace) -> int:

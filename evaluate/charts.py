@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -15,6 +16,9 @@ MOST_DOTS = 60  # of a line; more points have no dots
 TICKS = 5
 DODGE = 5  # distance of the lines of a chart with intervals, which would cover each other
 MOST_LABELS = 13  # on the x axis
+LEAST_RANGE = 1e-3  # of the y axis, relative to its values: a smaller difference is none to look at
+NEAR = 0.015  # of the y axis: the width of a line
+DASHES = ("", "14 6", "7 7", "2 6")  # of lines that cover each other, the sparser ones on top
 Value = float | None
 
 
@@ -69,8 +73,8 @@ def line_chart(
             y_ticks=[(_y(tick, ticks), _text(tick, ticks, percent)) for tick in ticks],
             x_ticks=_x_ticks(positions, xs),
             lines=[
-                _draw(line, positions, [x + shift for x in xs], ticks, percent)
-                for line, shift in zip(lines, shifts, strict=True)
+                {**_draw(line, positions, [x + shift for x in xs], ticks, percent), "dashes": dashes}
+                for line, shift, dashes in zip(lines, shifts, _dashes(lines, ticks), strict=True)
             ],
         )
     )
@@ -81,10 +85,31 @@ def _shifts(lines: Sequence[Line]) -> list[float]:
     return [DODGE * (number - middle) if line.low else 0.0 for number, line in enumerate(lines)]
 
 
+def _dashes(lines: Sequence[Line], ticks: Sequence[float]) -> list[str]:
+    """Return for each line how it is dashed, so that an earlier line that it would cover shows in the gaps."""
+    levels: list[int] = []
+    for line in lines:
+        covered = [level for level, other in zip(levels, lines, strict=False) if _covers(line, other, ticks)]
+        levels.append(max(covered, default=-1) + 1)
+    return [DASHES[level % len(DASHES)] for level in levels]
+
+
+def _covers(line: Line, other: Line, ticks: Sequence[float]) -> bool:
+    """Return whether two lines are within the width of a line at two points in a row, or at their only point."""
+    pairs = [pair for pair in zip(line.values, other.values, strict=True) if all(map(_is_finite, pair))]
+    near = [abs(first - second) < NEAR * (ticks[-1] - ticks[0]) for first, second in pairs]
+    return near == [True] or any(map(all, pairwise(near)))
+
+
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Return numbers at equal distances of 1, 2 or 5 times a power of 10, the first and the last around a range."""
-    if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
+    """
+    Return numbers at equal distances of 1, 2 or 5 times a power of 10, the first and the last around a range, which is
+    LEAST_RANGE of its values at least.
+    """
+    least = LEAST_RANGE * max(abs(low), abs(high))
+    if high - low < max(least, 1e-300):
+        middle = (low + high) / 2
+        low, high = (middle - least / 2, middle + least / 2) if least else (0.0, 1.0)
     rough = (high - low) / TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -128,8 +153,11 @@ def _shares(values: Sequence[float]) -> list[float]:
 
 def _text(tick: float, ticks: Sequence[float], percent: bool) -> str:
     factor = 100 if percent else 1
-    digits = max(0, -math.floor(math.log10((ticks[1] - ticks[0]) * factor) + 1e-9))
-    return f"{tick * factor + 0.0:,.{digits}f}" if digits < 6 else f"{tick * factor:.0e}"
+    power = math.floor(math.log10((ticks[1] - ticks[0]) * factor) + 1e-9)
+    if power > -6:
+        return f"{tick * factor + 0.0:,.{max(0, -power)}f}"
+    largest = math.floor(math.log10(max(map(abs, ticks)) * factor))
+    return f"{tick * factor:.{max(0, largest - power)}e}"
 
 
 def _value(value: float, percent: bool) -> str:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import datasets
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-DATA_FILES = (".parquet", ".arrow")
+PARQUET = ".parquet"
+DATA_FILES = (PARQUET, ".arrow")
+SAVED = ("dataset_info.json", "dataset_dict.json")  # of `save_to_disk`: of one data set, of one for each split
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("test", "validation", "val")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
@@ -120,8 +122,9 @@ def load_images(name: str, training: bool) -> LabelledImages:
     Return the labelled images of a folder or data set.
 
     Args:
-        name: A folder with one folder for each class; one with parquet or arrow files, or written by `save_to_disk`; or
-            a name on the Hub. `NAME:SPLIT` names a split; the default is train, or for tests test or validation.
+        name: A folder with one folder for each class; a parquet file; a folder with parquet or arrow files, or written
+            by `save_to_disk`; or a name on the Hub. `NAME:SPLIT` names a split; the default is train, or for tests test
+            or validation.
         training: Whether it is the training set.
 
     Raises:
@@ -129,11 +132,15 @@ def load_images(name: str, training: bool) -> LabelledImages:
     """
     base, _, split = name.rpartition(":") if ":" in name and not Path(name).exists() else (name, "", "")
     folder = Path(base)
-    if folder.is_file():
-        raise ValueError(f"{name}: expected a folder or a name on the Hub, got a file")
+    if folder.is_file() and (folder.suffix != PARQUET or split):
+        raise ValueError(f"{name}: expected a folder, a parquet file without a split, or a name on the Hub, got a file")
     if folder.is_dir() and not _is_dataset(folder):
+        if split:
+            raise ValueError(
+                f"{name}: class folders have no splits: name the folder of the split, such as {base}/{split}"
+            )
         return _load_folder(name, folder)
-    if not folder.is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1 or base.endswith("/")):
+    if not folder.exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1 or base.endswith("/")):
         raise ValueError(f"{name}: no such folder")
     return _load_dataset(name, base, split, training)
 
@@ -164,9 +171,11 @@ def _load_folder(name: str, folder: Path) -> LabelledImages:
 
 
 def _is_dataset(folder: Path) -> bool:
-    if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
-        return True
-    return any(file.suffix in DATA_FILES for file in (*folder.glob("*"), *folder.glob("data/*")))
+    return _is_saved(folder) or any(file.suffix in DATA_FILES for file in (*folder.glob("*"), *folder.glob("data/*")))
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in SAVED)
 
 
 def _datasets() -> Any:
@@ -196,19 +205,20 @@ def _load_dataset(name: str, base: str, split: str, training: bool) -> LabelledI
 def _open_tables(name: str, base: str, split: str, training: bool) -> tuple[list["datasets.Dataset"], list[Skipped]]:
     """Return the tables of a data set: one, or one for each local parquet file; unreadable files are skipped."""
     library, folder = _datasets(), Path(base)
-    if folder.is_dir():
-        files = _parquet_files(name, folder, split, training)
-        if files:
-            return _open_parquet(name, files)
+    is_saved = _is_saved(folder)
+    files = [folder] if folder.is_file() else [] if is_saved else _parquet_files(name, folder, split, training)
+    if files:
+        return _open_parquet(name, files)
     if not folder.is_dir():
         _check_on_hub(name, base)
     try:
-        is_saved = any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         loaded = library.load_from_disk(base) if is_saved else library.load_dataset(base)
     except Exception as error:  # of many libraries: huggingface_hub, pyarrow, fsspec
         raise ValueError(f"{name}: cannot be loaded as a data set: {first_line(error)}") from error
     if isinstance(loaded, library.DatasetDict):
         loaded = loaded[_choose_split(name, list(loaded), split, training)]
+    elif split not in ("", str(loaded.split)):
+        raise ValueError(f"{name}: no split {split!r}: this data set is one, without splits: leave :{split} out")
     return [loaded], []
 
 
@@ -228,6 +238,8 @@ def _check_on_hub(name: str, base: str) -> None:
 def _parquet_files(name: str, folder: Path, split: str, training: bool) -> list[Path]:
     """Return the parquet files of a split, named as on the Hub: SPLIT-00000-of-00002.parquet; all, if none is."""
     files = sorted(file for pattern in ("*.parquet", "data/*.parquet") for file in folder.glob(pattern))
+    if not files:
+        return []
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(file.name.split("-")[0].split(".")[0], []).append(file)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +132,8 @@ def load_encoder(
     layers = _checked_layers(name, model, layers)
     shape, prefix, width = _try(name, model, chosen, layers, device, compute_dtype)
     averaged = f"mean of {'all' if keeps_prefix or not prefix else 'patch'} tokens"
+    if keeps_prefix and not prefix:
+        log(f"{name}: no class or register tokens to average: --class-token changes nothing")
     dropped = f", without {prefix} class and register tokens" if prefix and not keeps_prefix else ""
     log(f"{name}: {averaged}{dropped}; {width} features; {shape[1]} x {shape[2]} pixels")
     log(f"{name}: runs on {device} in {dtype_name(compute_dtype)}: {reason}")
@@ -193,13 +196,18 @@ def load_preprocessing(name: str) -> Preprocessing:
     """
     if is_timm(name):
         timm = import_timm()
-        with explained_errors(name, "not in timm"):
+        with explained_errors(name, "timm cannot build it"):
             model = timm.create_model(timm_name(name), pretrained=False, num_classes=0)
         settings = timm.data.resolve_model_data_config(model)
         return Preprocessing(name, timm.data.create_transform(**settings, is_training=False), _as_json(settings))
     check_source(name)
-    with explained_errors(name, "no image processor (preprocessor_config.json): give --preprocessing NAME"):
+    try:
         processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # transformers' line is three sentences
+        what = "no preprocessor_config.json" + ("" if Path(name).is_dir() else ", or it cannot be downloaded")
+        if Path(name, "preprocessor_config.json").is_file():
+            what = f"preprocessor_config.json cannot be used: {first_line(error).split('. ')[0]}"
+        raise ValueError(f"{name}: {what}: give --preprocessing NAME of an encoder that has one") from error
     settings = {"class": type(processor).__name__, **processor.to_dict()}
     return Preprocessing(name, _OneTile(processor), _as_json(settings))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -27,6 +28,7 @@ from ..convert.storage.training_run import open_checkpoint
 
 
 TIMM = "timm:"
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # on the Hub
 # Segments of the names under which multimodal models keep their vision encoder: "vision_model.", "model.vision_tower.".
 VISION_PREFIX = re.compile(r"((?:\w+\.)*?(?:vision_model|vision_tower|vision_encoder)\.)")
 UNUSED = re.compile(r"(^|[._])(classifier|head|pooler|mask_token)([._]|$)")  # names of weights that tokens do without
@@ -44,12 +46,27 @@ def is_timm(name: str) -> bool:
 
 def check_model(name: str) -> None:
     """Raise ValueError if there is no such vision model, from its configuration alone."""
-    if is_timm(name):
-        base = name.removeprefix(TIMM).split(".")[0]
-        if name.startswith(TIMM) and ":" not in base and not import_timm().is_model(base):
-            raise ValueError(f"{name}: timm has no such model: `timm.list_models()` lists them")
-        return
-    read_config(name)
+    if not is_timm(name):
+        read_config(name)
+    elif name.startswith(TIMM) and ":" not in name.removeprefix(TIMM):
+        _check_timm(name, name.removeprefix(TIMM))
+
+
+def _check_timm(name: str, model: str) -> None:
+    """Check, with one request, that timm has a model with weights; timm itself would retry for a minute."""
+    timm = import_timm()
+    if not timm.is_model(model.split(".")[0]):
+        raise ValueError(f"{name}: timm has no such model: `timm.list_models()` lists them")
+    with explained_errors(name, "timm has no such weights, `timm.list_models(pretrained=True)` lists them"):
+        config = timm.get_pretrained_cfg(model)
+    if config is None or not config.has_weights:
+        raise ValueError(
+            f"{name}: timm has no weights of it: `timm.list_models(pretrained=True)` lists those with weights"
+        )
+    source = config.hf_hub_id
+    if source and not any(isinstance(try_to_load_from_cache(source, file), str) for file in TIMM_FILES):
+        with explained_errors(name, "timm has it, but its weights cannot be downloaded"):
+            find_source(source)
 
 
 def check_source(name: str) -> None:
@@ -93,7 +110,7 @@ def timm_name(name: str) -> str:
 
 def load_timm(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return a model of timm without its classifier, and what its tokens depend on besides weights."""
-    with explained_errors(name, "not in timm, or its weights cannot be downloaded"):
+    with explained_errors(name, "timm cannot load it, or its weights cannot be downloaded"):
         model = import_timm().create_model(timm_name(name), pretrained=True, num_classes=0)
     folder = Path(timm_name(name).removeprefix("local-dir:"))
     arguments = read_json(folder / "config.json").get("model_args") if folder.is_dir() else None

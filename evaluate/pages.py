@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -31,6 +32,17 @@ def data_url(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise OSError, before the work, if nothing can be written in the folder of a path, or the nearest that exists."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        what = "it is a file" if parent.is_file() else error.strerror or str(error)
+        raise OSError(f"{option} {path}: cannot be created in {parent}: {what}: name another place") from error
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:

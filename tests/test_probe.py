@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from conftest import TINY, make_checkpoint, randomize
 from doc_pages import write_model
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_images import SMALL, write_clip, write_digits, write_dinov2, write_timm
@@ -27,8 +29,10 @@ from sailvit.convert.export.card import write_model_card
 from sailvit.evaluate import encoders as encoders_module
 from sailvit.evaluate.datasets import decode, load_images, match_classes
 from sailvit.evaluate.encoders import LAST, load_encoder
+from sailvit.evaluate.models import check_model
 from sailvit.evaluate.probe import features as features_module
 from sailvit.evaluate.probe.features import compute_features, extract_features, read_features
+from sailvit.evaluate.probe.files import draw_results
 from sailvit.evaluate.probe.heads import HeadOptions
 from sailvit.evaluate.probe.run import ProbeOptions, run_probe
 
@@ -314,10 +318,125 @@ def test_an_image_that_cannot_be_read_now_is_read_again(dinov2, images, tmp_path
 def test_results_leave_corrupt_images_out_of_all_encoders(dinov2, folder, digits, images, tmp_path):
     bad = sorted(images.rglob("*.png"))[7]
     bad.write_text("no picture")
-    options = ProbeOptions(("knn",), device="cpu", cache_dir=tmp_path / "cache", head=QUICK)
-    found = run_probe([str(dinov2), str(folder)], str(digits / "train"), [str(images)], None, options)
-    assert [one["n"] for one in (*found.results, *found.comparisons)] == [59, 59, 59]
-    assert [(one["image"], one["data"]) for one in found.skipped] == [(str(bad), str(images))]
+    words = [
+        "--data",
+        digits / "train",
+        "--test",
+        images,
+        "--head",
+        "knn",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    assert sailvit_cli.main(["probe", *map(str, [dinov2, folder, *words, "--cache-dir", tmp_path / "cache"])]) == 2
+    text = (tmp_path / "out" / "results.json").read_text()
+    found = json.loads(text)
+    assert [one["n"] for one in (*found["results"], *found["comparisons"])] == [59, 59, 59]
+    assert [(one["image"], one["data"]) for one in found["skipped"]] == [(str(bad), str(images))]
+    assert " at 0x" not in text
+
+
+def test_a_training_class_without_a_readable_image_is_refused(dinov2, digits, images, tmp_path):
+    for file in (images / "7").iterdir():
+        file.write_text("no picture")
+    options = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=QUICK)
+    with pytest.raises(ValueError, match="pictures: no image of 1 of 10 classes can be read, such as those of '7'"):
+        run_probe([str(dinov2)], str(images), [str(digits / "test")], None, options)
+
+
+def test_more_neighbours_than_images_are_left_out_of_grid_and_caption(dinov2, digits, tmp_path):
+    options = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=HeadOptions(neighbours=(5, 108, 109)))
+    words, lines = ([str(dinov2)], str(digits / "train"), [str(digits / "test")]), []
+    run_probe(*words, tmp_path / "out", options, log=lines.append)
+    assert "--neighbours: 109 left out, more than the training images without the split" in lines
+    assert "votes at temperature 0.07, k of 5, 108." in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_test_set_of_one_class_has_no_accuracy_among_its_classes(dinov2, digits, images):
+    for label in "012345678":
+        shutil.rmtree(images / label)
+    options, lines = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=QUICK), []
+    found = run_probe([str(dinov2)], str(digits / "train"), [str(images)], None, options, log=lines.append)
+    assert [one["test"] for one in found.results] == ["pictures (10 classes)"]
+    assert f"{images}: one class, so accuracy is over all 10 classes only" in lines
+
+
+def test_the_table_names_the_chosen_layer(dinov2, digits, tmp_path):
+    options = ProbeOptions(("knn",), (1, LAST), device="cpu", uses_cache=False, head=QUICK)
+    found = run_probe([str(dinov2)], str(digits / "train"), [str(digits / "test")], tmp_path / "out", options)
+    (best,) = [one["layer"] for one in found.heads if one["is_best"]]
+    assert f"| {dinov2}, layer {best} | " in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_the_legend_of_the_plot_hides_no_point(monkeypatch, tmp_path):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    entry = {"head": "knn", "accuracy": 0.5, "low": 0.4, "high": 0.6}
+    results = [{**entry, "model": model, "test": test} for model in ("a", "b") for test in ("val", "r")]
+    layers = [{**one, "layer": layer} for one in results for layer in (1, LAST)]
+    draw_results({"results": results, "layers": layers}, tmp_path / "plot.png")
+    (figure,) = drawn
+    assert all(axis.get_legend() is None for axis in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b", "by layer: val", "by layer: r"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache-dir"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(dinov2, digits, tmp_path, encoded, capsys, option):
+    (tmp_path / "file").write_text("")
+    places = {"--out": tmp_path / "out", "--cache-dir": tmp_path / "cache"}
+    for place, cause in ((tmp_path / "file" / "a", "it is a file"), ("/proc/none/a", "No such file")):
+        options = [word for pair in (places | {option: place}).items() for word in pair]
+        message = wrong(capsys, dinov2, "--data", digits / "train", "--test", digits / "test", *options)
+        assert f"{option} {place}" in message and f": {cause}" in message and not encoded
+
+
+def test_the_cause_is_named_if_the_cache_cannot_be_created(digits, dinov2, tmp_path):
+    (tmp_path / "file").write_text("")
+    encoder, images = load_encoder(str(dinov2), device="cpu"), load_images(str(digits / "test"), training=False)
+    with pytest.raises(OSError, match="the cache cannot be written: Not a directory: give another --cache-dir"):
+        extract(encoder, images, tmp_path / "file" / "cache")
+
+
+def test_what_is_wrong_with_an_image_processor_is_one_sentence(dinov2, tmp_path):
+    model = Path(shutil.copytree(dinov2, tmp_path / "model"))
+    file, fix = model / "preprocessor_config.json", "give --preprocessing NAME of an encoder that has one"
+    for text, what in {
+        None: "no preprocessor_config.json",
+        "{": f"preprocessor_config.json cannot be used: It looks like the config file at '{file}' is not a valid JSON "
+        "file.",
+        '{"image_processor_type": "None"}': f"preprocessor_config.json cannot be used: Unrecognized image processor in "
+        f"{model}",
+    }.items():
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{model}: {what}: {fix}')}$"):
+            load_encoder(str(model), device="cpu")
+
+
+def test_class_token_without_one_is_a_line(folder):
+    lines: list[str] = []
+    load_encoder(str(folder), keeps_prefix=True, device="cpu", log=lines.append)
+    assert f"{folder}: no class or register tokens to average: --class-token changes nothing" in lines
+
+
+def test_a_model_of_timm_without_network_is_told_from_one_that_it_lacks(monkeypatch):
+    """With one request, where timm would retry for a minute."""
+    requests: list[str] = []
+
+    def fail(api, name: str, revision: str | None) -> None:
+        requests.append(name)
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(ValueError, match=r"^timm:test_vit2: timm has it, but its weights cannot be .*is unreachable"):
+        check_model("timm:test_vit2")
+    assert requests == ["timm/test_vit2.r160_in1k"]
+    with pytest.raises(ValueError, match=r"^timm:test_vit\.none: timm has no such weights"):
+        check_model("timm:test_vit.none")
+    with pytest.raises(ValueError, match=r"^timm:vit_tiny_patch16_18: timm has no such model"):
+        check_model("timm:vit_tiny_patch16_18")
 
 
 # Data sets
@@ -355,10 +474,25 @@ def test_a_data_set_gives_what_its_folder_gives(digits, dinov2, tmp_path, no_cac
         pyarrow.parquet.read_table(tmp_path / "saved.parquet").replace_schema_metadata(),
         tmp_path / "plain" / "a.parquet",
     )
-    for name in ("parquet", "saved", "plain"):
+    datasets.DatasetDict(
+        test=datasets.load_from_disk(tmp_path / "saved"),
+        train=datasets.load_from_disk(tmp_path / "saved").select([0, 9]),
+    ).save_to_disk(tmp_path / "splits")
+    for name in ("parquet", "saved", "plain", "saved.parquet", "splits", "splits:test"):
         found = load_images(str(tmp_path / name), training=False)
         assert (found.classes, found.labels) == (folder.classes, folder.labels)
         assert torch.allclose(compute_features(encoder, found).layer(0), expected.layer(0), atol=1e-6)
+
+    assert len(load_images(f"{tmp_path}/splits:train", training=False)) == 2
+    for name, message in {
+        "splits:dev": "expected a split dev, got test, train: give NAME:SPLIT",
+        "saved:train": "no split 'train': this data set is one, without splits",
+        "saved.parquet:train": "expected a folder, a parquet file without a split",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_images(str(tmp_path / name), training=False)
+    with pytest.raises(ValueError, match=f"class folders have no splits: .* such as {digits}/test$"):
+        load_images(f"{digits}:test", training=False)
 
 
 def test_a_corrupt_parquet_file_is_named_and_moves_no_other_result(digits, dinov2, tmp_path, no_cache_of_datasets):
@@ -511,6 +645,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(digits, dinov2, folder, tm
     }.items():  # fmt: skip
         assert message in wrong(capsys, *words, *rest)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_name_is_found_without_torch():
+    words = ["probe", "gone", "--data", "train", "--test", "test", "--out", "out"]
+    code = f"import sys, sailvit_cli; assert sailvit_cli.main({words}) == 2 and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr == "sailvit probe: gone: no such file or folder, and no name on the Hub (OWNER/NAME)\n"
 
 
 def test_weights_that_are_missing_are_named(dinov2, tmp_path):

@@ -26,7 +26,7 @@ from sailvit.evaluate.encoders import load_encoder
 from sailvit.evaluate.probe.results import PAPER_ACCURACIES, match_probes, read_probe
 from sailvit.evaluate.report import runs as runs_module
 from sailvit.evaluate.report.build import Report, build_report
-from sailvit.evaluate.report.page import as_markdown, page
+from sailvit.evaluate.report.page import as_markdown, missing, page
 from sailvit.evaluate.report.similarity import MinibatchCKA, compare_encoders, unbiased_hsic
 from sailvit.evaluate.report.weights_change import weights_change
 from sailvit.train import checkpoints, log
@@ -103,7 +103,8 @@ def write_probe(folder: Path, hashes: dict[str, str], tests: dict[str, tuple[int
     encoders = {name: {"weights_sha256": weights} for name, weights in hashes.items()}
     settings = {"encoders": encoders, "train": "data/train", "data": data, "heads": {"caption": "mlp: 10 epochs."}}
     folder.mkdir()
-    content = {"settings": settings, "results": results, "layers": layers, "skipped": []}
+    heads = [{"model": model, "head": "mlp", "layer": at, "is_best": at == 1} for model in hashes for at in (1, "last")]
+    content = {"settings": settings, "results": results, "layers": layers, "heads": heads, "skipped": []}
     (folder / "results.json").write_text(json.dumps(content))
     return folder
 
@@ -311,7 +312,9 @@ def test_pictures_of_all_models_are_in_one_basis(report):
 
 def test_markdown_has_the_tables(report):
     text = as_markdown(report, "sailvit report runs")
-    assert "| s3 | 52.00 [10.00, 90.00] |" in text and "| s1 | 0 | " in text and "| s2 | 4 | 75.0 | 25.0 | 1 |" in text
+    assert "| test, head | new-vl (base) | s1 | s2 | s3 |" in text and "Blocks are those that were chosen" in text
+    assert "| val, 2-layer MLP | 50.00 [10.00, 90.00], block 1 | " in text
+    assert "| s1 | 0 | " in text and "| s2 | 4 | 75.0 | 25.0 | 1 |" in text
     assert "## Not in this report" in text and "`sailvit report runs`" in text
 
 
@@ -345,6 +348,21 @@ def test_parts_without_input_are_left_out_with_what_would_fill_them(report):
         assert text in lines
 
 
+def test_models_that_no_probe_has_are_named(report, place, hashes):
+    content = read_probe(place / "probe")
+    known = {"new-vl (base)": hashes["new-vl"], "s3": hashes["runs/s3"]}
+    found = match_probes({place / "probe": content}, known)
+    text = as_markdown(Report(**{**vars(report), "probe": found}))
+    assert "- Accuracy of s1, s2: no --probe has it; `sailvit probe` takes several models." in text
+    assert "no --probe has it" not in as_markdown(report)
+
+
+def test_stages_that_are_not_among_the_runs_are_named(report):
+    without = Report(**{**vars(report), "runs": (report.runs[0], report.runs[2])})
+    assert missing(without)[-1] == "Stage 2 (stage2), which s3 began with: name its run, too."
+    assert not any("began with" in line for line in missing(report))
+
+
 def test_the_files_are_those_of_training():
     assert (runs_module.RUN, runs_module.LOG, runs_module.SKIPPED) == (checkpoints.RUN, log.LOG, log.SKIPPED)
 
@@ -354,6 +372,29 @@ def test_ticks_are_around_the_range(low, width):
     ticks = nice_ticks(low, low + width)
     assert 3 <= len(ticks) <= 9 and ticks[0] <= low + 1e-6 * width and ticks[-1] >= low + width * (1 - 1e-6)
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e3) | st.floats(0, 1e-6), st.booleans())
+def test_labels_of_ticks_differ(low, width, percent):
+    svg = line_chart("t", "step", [0, 1], [Line("a", [low, low + width], 1)], percent)
+    labels = re.findall(r'text-anchor="end">([^<]*)<', svg)
+    assert len({*labels}) == len(labels) >= 2
+
+
+def test_ticks_of_values_near_1_are_readable():
+    svg = line_chart("CKA", "block", [1, 2, 3], [Line("s1", [1.0, 0.9999999, 0.99999995], 1)])
+    labels = re.findall(r'text-anchor="end">([^<]*)<', svg)
+    assert labels == ["0.9994", "0.9996", "0.9998", "1.0000", "1.0002", "1.0004", "1.0006"]
+
+
+def test_lines_that_would_cover_each_other_are_dashed():
+    values = [0.5, 0.6, 0.9]
+    lines = [Line("a", values, 0), Line("b", [v + 1e-4 for v in values], 1), Line("c", values, 2)]
+    svg = line_chart("t", "block", [1, 2, 3], [*lines, Line("d", [0.1, 0.6, 0.2], 3)])
+    assert (
+        re.findall(r"<polyline.*?>", svg)[0].count("dash") == 0 and "dash" not in re.findall(r"<polyline.*?>", svg)[3]
+    )
+    assert len({*re.findall(r'stroke-dasharray="([^"]+)"', svg)}) == 2
 
 
 def test_a_chart_places_values_between_its_ticks_and_leaves_unknown_ones_out():
@@ -370,6 +411,12 @@ def test_a_chart_places_values_between_its_ticks_and_leaves_unknown_ones_out():
 
 def run_report(*arguments: object) -> int:
     return sailvit_cli.main(["report", *map(str, arguments)])
+
+
+def test_broken_images_have_exit_code_2(place, tmp_path):
+    words = [place / "runs" / "s1", "--base", place / "new-vl", "--images", place / "photos", "--max-images", 3]
+    assert run_report(*words, "--out", tmp_path / "r.html", "--device", "cpu") == 2
+    assert "Images left out" in (tmp_path / "r.html").read_text()
 
 
 def test_the_command_writes_page_and_markdown(place, tmp_path, capsys):
@@ -396,6 +443,7 @@ BAD = {
     "no images": (["{place}/runs", "--images", "{place}/runs/s1"], "no images"),
     "exists": (["{place}/runs", "--out", "there.html"], "there.md exists"),
     "no page": (["{place}/runs", "--out", "report.pdf"], "expected a .html file"),
+    "no folder to write in": (["{place}/runs", "--out", "/proc/report.html"], "/proc: No such file"),
 }
 
 
@@ -449,5 +497,10 @@ def test_the_page_in_a_browser(width, html, tmp_path):
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert tab.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
         assert tab.locator("svg.chart").count() == 6
+        tables = tab.locator(".scroll").all()
+        cut = [table.evaluate("table => table.scrollWidth > table.clientWidth") for table in tables]
+        assert any(cut) is (width == 390)
+        shade = tables[0].evaluate("table => getComputedStyle(table).backgroundAttachment")
+        assert shade == "local, local, scroll, scroll"  # the edge behind which a table goes on has a shadow
         browser.close()
     assert [line for line in noise if not line.startswith("file://")] == []

@@ -325,7 +325,12 @@ def test_pngs_show_the_image_and_its_heads(shown):
         (["{image}", "--blocks", "9"], "block 9: expected 1 to 3"),
         (["{image}", "--at", "5000", "1"], "expected a pixel of the image, which is 1024 x 768"),
         (["{image}", "--layer", "7"], "layer 7"),
-        (["{image}", "--png", "there.html"], "expected a folder"),
+        (["{image}", "--png", "there.html"], "--png there.html/picture.png: cannot be created in "),
+        (["{image}", "--out", "/proc/photo.html"], "/proc: No such file or directory: name another place"),
+        (
+            ["there.html", "--model", "nowhere", "--out", "o.html"],
+            "there.html: cannot be opened as an image: cannot identify",
+        ),
         (["{image}", "--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["{image}", "--model", "nowhere"], "no such file or folder"),
         (["{image}", "--model", "timm:vit_tiny_patch16_224"], "a model of timm: expected a vision encoder or multimod"),
@@ -396,3 +401,4 @@ def check_browser(tab, truth, is_phone: bool) -> None:
     tab.keyboard.press("Escape")
     assert not state()["pinned"]
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.evaluate("document.getElementById('distance').getBoundingClientRect().right <= innerWidth")

@@ -10,8 +10,10 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from configparser import ConfigParser
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from PIL import Image
 import sailvit_cli
 from sailvit.evaluate.statistics import mcnemar, paired_bootstrap, wilson_interval
 from sailvit.evaluate.suites import lmms_eval_harness, run_vlmevalkit, vlmevalkit
+from sailvit.evaluate.suites import run as run_module
 from sailvit.evaluate.suites.compare import compare_bundles
 from sailvit.evaluate.suites.drawn_questions import LETTERS, draw_questions, write_task, write_tsv
 from sailvit.evaluate.suites.harness import HarnessError, SuiteRun
@@ -69,7 +72,7 @@ def silent(_: object) -> None:
 def model(tmp_path) -> Path:
     folder = tmp_path / "sail-vl"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "sailvl"}')
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
 
@@ -239,6 +242,27 @@ def test_a_harness_that_dies_leaves_no_bundle_and_goes_on_later(run, tmp_path, m
     assert len(read_questions(tmp_path / "out", "SAILViTDrawn")) == 6 and not work.exists()
 
 
+def test_a_start_without_answers_does_not_block_the_corrected_command(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LEAVES", "")
+    with pytest.raises(HarnessError, match="CUDA out of memory"):
+        run_suite(run, tmp_path / "out", silent, silent)
+    assert (tmp_path / ".out.work" / "harness.log").exists()
+    monkeypatch.setenv("LEAVES", LEFT[run.harness][1])
+    assert run_suite(replace(run, max_new_tokens=5), tmp_path / "out", silent, silent)["max_new_tokens"] == 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_names_what_goes_on(model, python, tmp_path, monkeypatch, capsys, error):
+    def interrupt(*words: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run_module, "run_process", interrupt)
+    words = ["--model", model, "--harness", "vlmevalkit", "--python", python, "--out", tmp_path / "out"]
+    with suppress(SystemExit):
+        sailvit_cli.main(["suite", "drawn", *map(str, words)])
+    assert "interrupted: the same command goes on with the kept answers" in capsys.readouterr().err
+
+
 def request(number: int) -> SimpleNamespace:
     return SimpleNamespace(args=("question?", None, {}, number, "ai2d", "test"), idx=0)
 
@@ -273,7 +297,8 @@ def test_rescoring_keeps_predictions_and_earlier_scores(run, tmp_path, monkeypat
         rescore(out, run.python, None, silent, silent)
     assert read_bundle(out) == before
     monkeypatch.setenv("LEAVES", LEFT[run.harness][1])
-    after = rescore(out, run.python, "exact_matching", silent, silent)
+    after = rescore(out, None, "exact_matching", silent, silent)
+    assert after["rescored_with"]["command"][0] == str(run.python)
     assert after["judge"] == "exact_matching" and after["data_sets"] == before["data_sets"]
     assert after["earlier"][0]["scores"] == {"SAILViTDrawn": before["data_sets"]["SAILViTDrawn"]["scores"]}
     assert read_questions(out, "SAILViTDrawn") == questions
@@ -480,6 +505,8 @@ BAD = {
     "drawn --batch-size 4 --model M --harness vlmevalkit --out o": "expected --batch-size 1, got 4",
     "drawn --model M --harness vlmevalkit --out o --python nowhere": "nowhere cannot be run",
     "drawn --model M/.. --harness vlmevalkit --out o": "expected a folder with config.json and weights",
+    "drawn --model E --harness vlmevalkit --out o": "E: expected a SAIL-VL (model_type sailvl or internvl_chat), got",
+    "drawn --model M --harness vlmevalkit --out /proc/o": "--out /proc/o: cannot be created in /proc: No such file",
     "drawn --model M --harness vlmevalkit --out M": "M exists: expected a new folder",
     "opensource --only OCRVQA --model M --harness lmms-eval --out o": "lmms-eval has none of the data sets",
     "--rescore M": "M is no bundle",
@@ -492,6 +519,8 @@ BAD = {
 def test_bad_input_is_one_line(words, model, python, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "M").symlink_to(model)
+    shutil.copytree(model, tmp_path / "E")
+    (tmp_path / "E" / "config.json").write_text('{"model_type": "dinov2"}')
     before = {*tmp_path.iterdir()}
     options = words.split()
     options += [] if "--python" in options else ["--python", str(python)]
@@ -518,6 +547,11 @@ def test_a_harness_that_is_missing_is_named_with_the_command(
     assert sailvit_cli.main(["suite", "drawn", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.work").exists()
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys, sailvit_cli; sailvit_cli.main(['suite', '--list']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_list_and_comparison_are_printed(tmp_path, capsys):

@@ -310,7 +310,8 @@ def _write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing is there if the folder could not be created
+            temporary.unlink()
         what = error.strerror or str(error)
         raise OSError(f"{path.parent}: the cache cannot be written: {what}: give another --cache-dir") from error
 

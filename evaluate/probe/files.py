@@ -1,6 +1,8 @@
 """The files of a probe: results.json, results.md, results.png, and evaluation.json for the model card."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ HEADS = {
     "knn": "nearest neighbours",
     "whitened_knn": "whitened nearest neighbours",
 }
+STYLES = ("-", "--", ":", "-.")  # of lines by layer, one for each test set
 Entry = Mapping[str, Any]
 
 
@@ -63,7 +66,7 @@ def _data_set(test: str, tests: Mapping[str, str]) -> tuple[str, str, str]:
 
 def as_markdown(content: Mapping[str, Any]) -> str:
     """Return tables of accuracies in percent for each head, of comparisons and of layers, with their caption."""
-    parts = ["# Probe", *_accuracy_tables(content["results"], "model")]
+    parts = ["# Probe", *_accuracy_tables(_with_layers(content), "model")]
     if content["layers"]:
         for model in _distinct(content["layers"], "model"):
             chosen = [one for one in content["layers"] if one["model"] == model]
@@ -74,6 +77,21 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         lines = [f"- {one['data']}: {one['image']}: {one['reason']}" for one in content["skipped"]]
         parts += [f"## {len(lines)} skipped", "\n".join(lines)]
     return "\n\n".join([*parts, _caption(content["settings"])]) + "\n"
+
+
+def _with_layers(content: Mapping[str, Any]) -> list[Entry]:
+    """Return the results; where there are several layers, models with the one that was chosen."""
+    if not content["layers"]:
+        return content["results"]
+    layers = chosen_layers(content)
+    return [
+        {**one, "model": f"{one['model']}, layer {layers[one['model'], one['head']]}"} for one in content["results"]
+    ]
+
+
+def chosen_layers(content: Mapping[str, Any]) -> dict[tuple[str, str], int | str]:
+    """Return (model, head) -> the layer that was chosen on the split."""
+    return {(one["model"], one["head"]): one["layer"] for one in content["heads"] if one["is_best"]}
 
 
 def _accuracy_tables(results: Sequence[Entry], row_key: str) -> list[str]:
@@ -137,7 +155,10 @@ def draw_results(content: Mapping[str, Any], path: Path) -> None:
             _draw_layers(axes[1, column], [one for one in by_layer if one["head"] == head])
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
-    axes[0, 0].legend(fontsize="small")
+    shown = axes[0, 0].get_legend_handles_labels()
+    if by_layer and len(_distinct(by_layer, "test")) > 1:
+        shown = tuple(map(add, shown, axes[1, 0].get_legend_handles_labels()))
+    figure.legend(*shown, loc="outside lower center", fontsize="small")  # below the axes, so that no point is hidden
     figure.savefig(path, dpi=120)
 
 
@@ -155,14 +176,14 @@ def _draw_tests(axis: Any, results: list[Entry], title: str) -> None:
 
 
 def _draw_layers(axis: Any, results: list[Entry]) -> None:
-    for model in _distinct(results, "model"):
-        for test in _distinct(results, "test"):
+    """Draw accuracy by layer: a colour for each model, as above, and a style of line for each test set."""
+    for number, model in enumerate(_distinct(results, "model")):
+        for test, style in zip(_distinct(results, "test"), cycle(STYLES), strict=False):
             chosen = [one for one in results if (one["model"], one["test"]) == (model, test)]
-            layers = [str(one["layer"]) for one in chosen]
-            axis.errorbar(layers, *_with_intervals(chosen), fmt="o-", capsize=3, label=f"{model}, {test}")
+            layers, label = [str(one["layer"]) for one in chosen], None if number else f"by layer: {test}"
+            axis.errorbar(layers, *_with_intervals(chosen), fmt=f"o{style}", color=f"C{number}", capsize=3, label=label)
     axis.set_xlabel("layer")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize="small")
 
 
 def _with_intervals(results: list[Entry]) -> tuple[list[float], list[list[float]]]:

@@ -7,11 +7,11 @@ from typing import Any
 
 from ...convert.storage.files import read_json
 from ...convert.storage.sources import without_local_path
-from .files import HEADS, RESULTS
+from .files import HEADS, RESULTS, chosen_layers
 
 
 Entry = Mapping[str, Any]
-SECTIONS = {"settings": dict, "results": list, "layers": list, "skipped": list}
+SECTIONS = {"settings": dict, "results": list, "layers": list, "heads": list, "skipped": list}
 
 # Images and classes -> test set of the paper. It has four.
 PAPER_TESTS = {
@@ -38,7 +38,8 @@ class ProbeFindings:
     Results of the models of a report.
 
     Attributes:
-        results: One for each model, test and head: "accuracy", "low", "high", "n", and the folder, "probe".
+        results: One for each model, test and head: "accuracy", "low", "high", "n", the folder, "probe", and the layer
+            that was chosen on the split, "layer".
         layers: The same for each layer.
         others: Names of encoders whose results are not shown.
         captions: How each probe was made.
@@ -83,8 +84,10 @@ def match_probes(probes: Mapping[Path, Entry], hashes: Mapping[str, str]) -> Pro
     findings = ProbeFindings()
     for folder, content in probes.items():
         names = _match(folder, content["settings"]["encoders"], hashes)
-        for section, kept in (("results", findings.results), ("layers", findings.layers)):
-            kept += _entries(folder, content[section], names)
+        chosen = chosen_layers(content)
+        results = [{**one, "layer": chosen[one["model"], one["head"]]} for one in content["results"]]
+        findings.results += _entries(folder, results, names)
+        findings.layers += _entries(folder, content["layers"], names)
         findings.others += [name for name in content["settings"]["encoders"] if name not in names.values()]
         settings = content["settings"]
         findings.captions.append(

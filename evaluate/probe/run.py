@@ -24,11 +24,12 @@ from ...devices import choose_device, choose_dtype, dtype_name
 from ..datasets import LabelledImages, check_apart, load_images, match_classes
 from ..encoders import LAST, Encoder, load_encoder, stored_dtype
 from ..models import check_model
+from ..pages import check_writable
 from ..statistics import compare_paired, wilson_interval
 from ..versions import library_versions, package_commit
 from .features import CHUNK, Features, compute_features, default_cache, extract_features, read_features
 from .files import RESULTS, write_report
-from .heads import KINDS, FittedHead, HeadOptions, describe_options, fit_heads
+from .heads import KINDS, FittedHead, HeadOptions, describe_options, fit_heads, limit_neighbours
 
 
 Log = Callable[[str], None]
@@ -62,11 +63,11 @@ class TestSet:
     subset: torch.Tensor | None  # numbers of its classes, if they are fewer than the training set's
 
     def variants(self, classes: int) -> dict[str, torch.Tensor | None]:
-        """Return names in results -> the classes to choose among, None for all."""
+        """Return names in results -> the classes to choose among, None for all; one alone is no choice."""
         if self.subset is None:
             return {self.name: None}
-        names = [f"{self.name} ({count} classes)" for count in (len(self.subset), classes)]
-        return dict(zip(names, (self.subset, None), strict=True))
+        own = {f"{self.name} ({len(self.subset)} classes)": self.subset} if len(self.subset) > 1 else {}
+        return {**own, f"{self.name} ({classes} classes)": None}
 
 
 @dataclass
@@ -122,10 +123,15 @@ def run_probe(
     _check_options(encoders, tests, options)
     if out is not None:
         check_free(out, overwrite, RESULTS)
+        check_writable(out, "--out")
+    if options.uses_cache:
+        check_writable((options.cache_dir or default_cache()) / "file", "--cache-dir")
     for name in dict.fromkeys([*encoders, *([options.preprocessing] if options.preprocessing else [])]):
         check_model(name)  # before hours of work on the others
-    train_set, test_sets = _load_data(train, tests)
-    options = replace(options, dtype=_common_dtype(encoders, options, log))
+    train_set, test_sets = _load_data(train, tests, log)
+    options = replace(
+        options, dtype=_common_dtype(encoders, options, log), head=_possible_heads(options, len(train_set), log)
+    )
     probe = _Probe(train_set, test_sets, options, log, progress or _no_progress, (rank, ranks, wait))
     for name in encoders:
         probe.add(name)
@@ -178,7 +184,17 @@ def _common_dtype(encoders: Sequence[str], options: ProbeOptions, log: Log) -> s
     return "float32"
 
 
-def _load_data(train: str, tests: Sequence[str]) -> tuple[LabelledImages, list[TestSet]]:
+def _possible_heads(options: ProbeOptions, images: int, log: Log) -> HeadOptions:
+    """Return the options of the heads, without more neighbours than there are training images."""
+    if not {*options.heads} & {"knn", "whitened_knn"}:
+        return options.head
+    head = limit_neighbours(options.head, images)
+    if left_out := [str(count) for count in options.head.neighbours if count not in head.neighbours]:
+        log(f"--neighbours: {', '.join(left_out)} left out, more than the training images without the split")
+    return head
+
+
+def _load_data(train: str, tests: Sequence[str], log: Log) -> tuple[LabelledImages, list[TestSet]]:
     train_set, found = load_images(train, training=True), []
     names = _short_names(tests)
     for test in tests:
@@ -186,6 +202,8 @@ def _load_data(train: str, tests: Sequence[str]) -> tuple[LabelledImages, list[T
         check_apart(train_set, images)
         labels, present = match_classes(train_set, images)
         subset = torch.tensor(present) if len(present) < len(train_set.classes) else None
+        if len(present) == 1:
+            log(f"{test}: one class, so accuracy is over all {len(train_set.classes)} classes only")
         found.append(TestSet(names[test], images, torch.tensor(labels), subset))
     return train_set, found
 
@@ -194,6 +212,15 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
     """Return the last part of each path; the whole where two are equal."""
     short = {name: Path(name).name or name for name in names}
     return {name: last if list(short.values()).count(last) == 1 else name for name, last in short.items()}
+
+
+def _check_classes(train: LabelledImages, features: Features) -> None:
+    """Raise ValueError if no image of a training class can be read: heads would never choose it."""
+    readable = torch.bincount(torch.tensor(train.labels)[features.readable], minlength=len(train.classes))
+    lost = [name for name, count in zip(train.classes, readable.tolist(), strict=True) if not count]
+    if lost:
+        what = f"no image of {len(lost)} of {len(train.classes)} classes can be read, such as those of {lost[0]!r}"
+        raise ValueError(f"{train.name}: {what}: replace the images, or remove the class from training and test sets")
 
 
 class _NoProgress:
@@ -234,6 +261,8 @@ class _Probe:
         self.encoders[name] = encoder.describe()
         images = [self.train, *(test.images for test in self.tests)]
         features = [self._features(encoder, one) for one in images]
+        if self.rank == 0:
+            _check_classes(self.train, features[0])
         encoder.model.to("meta")  # its memory is free for the heads
         if self.rank == 0:
             for kind in options.heads:

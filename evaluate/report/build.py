@@ -18,7 +18,7 @@ from ...convert.storage.training_run import open_checkpoint
 from ..datasets import SUFFIXES, decode
 from ..pictures import PrincipalColours, fit_image
 from ..probe.results import ProbeFindings, match_probes, read_probe
-from .runs import Run, find_base, find_runs
+from .runs import Run, find_base, find_gaps, find_runs
 from .similarity import EncoderView, compare_encoders
 from .weights_change import WeightsChange, weights_change
 
@@ -92,6 +92,8 @@ def build_report(
     files, unreadable = find_images(images or EXAMPLES, most_images)
     for line in unreadable:
         log(f"left out: {line}")
+    for line in find_gaps(runs):
+        log(f"not among the runs: {line}")
     log(f"base {base}; runs {', '.join(names[1:])}; {len(files)} images")
     before = open_checkpoint(base)
     changes = tuple(weights_change(before, open_checkpoint(str(run.folder))) for run in runs)

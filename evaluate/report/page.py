@@ -16,12 +16,12 @@ from PIL import Image
 
 from ..charts import Line, line_chart
 from ..encoders import LAST
-from ..pages import data_url, read_template, render, write_files
+from ..pages import check_writable, data_url, read_template, render, write_files
 from ..probe.files import HEADS, markdown_table
 from ..probe.results import PAPER_ACCURACIES, PAPER_TESTS
 from ..versions import library_versions
 from .build import Report
-from .runs import Run
+from .runs import Run, find_gaps
 
 
 PAPER = "SAILViT, arXiv 2507.01643"
@@ -77,7 +77,7 @@ def as_markdown(report: Report, command: str = "") -> str:
     """Return the tables of a report for a model card, with what they are of."""
     tables = [
         ("Stages", stage_table(report), ""),
-        ("Probe accuracy", probe_table(report), " ".join(report.probe.captions) if report.probe else ""),
+        ("Probe accuracy", probe_table(report), _probe_caption(report)),
         ("Accuracy in the paper", paper_table(report), f"{PAPER}: top-1 in percent; not measured here."),
         (
             "Change of weights",
@@ -121,6 +121,7 @@ def check_outputs(out: Path, overwrite: bool) -> tuple[Path, Path]:
     files = out, out.with_suffix(".md")
     if found := [file for file in files if file.exists() and not overwrite]:
         raise ValueError(f"{found[0]} exists: name another --out, or give --overwrite")
+    check_writable(out, "--out")
     return files
 
 
@@ -139,8 +140,11 @@ def missing(report: Report) -> list[str]:
         lines.append(NO_PROBE)
     elif not report.probe.layers:
         lines.append(NO_LAYERS)
+    if report.probe:
+        lines += _not_probed(report)
     if report.probe is None or not report.probe.paper:
         lines.append(NO_PAPER)
+    lines += find_gaps(report.runs)
     without = [run.name for run in report.runs if not run.log]
     if without:
         lines.append(f"Loss of {', '.join(without)}: log.jsonl in the folder of the run.")
@@ -149,6 +153,17 @@ def missing(report: Report) -> list[str]:
     if len(report.pictures) == 1:
         lines.append("More pictures, and similarity over more images: give --images DIR.")
     return lines
+
+
+def _not_probed(report: Report) -> list[str]:
+    """Return a line if probes have no results of some models, and one if they have none by block."""
+    lines = []
+    for what, entries in (("Accuracy", report.probe.results), ("Accuracy by block", report.probe.layers)):
+        known = {one["model"] for one in entries}
+        without = [name for name in report.names if name not in known]
+        if known and without:
+            lines.append(f"{what} of {', '.join(without)}: no --probe has it; `sailvit probe` takes several models.")
+    return lines[:1]
 
 
 # Stages
@@ -178,20 +193,32 @@ def _describe(run: Run) -> list[str]:
 
 
 def probe_table(report: Report) -> Table:
-    """Return accuracies in percent with their intervals: a row for each model, a column for each test and head."""
+    """
+    Return accuracies in percent with their intervals: a row for each test and head, a column for each model; with the
+    block that was chosen on the split, where there are several.
+    """
     results = report.probe.results if report.probe else []
-    columns = list(dict.fromkeys((one["test"], one["head"]) for one in results))
-    cells = {(one["model"], one["test"], one["head"]): one for one in results}
+    cells = {(one["test"], one["head"], one["model"]): _accuracy(one, bool(report.probe.layers)) for one in results}
+    models = [name for name in report.names if any(model == name for *_, model in cells)]
     rows = [
-        [model, *(_accuracy(cells.get((model, *column))) for column in columns)]
-        for model in report.names
-        if any((model, *column) in cells for column in columns)
+        [f"{test}, {HEADS[head]}", *(cells.get((test, head, model), "") for model in models)]
+        for test, head in dict.fromkeys((one["test"], one["head"]) for one in results)
     ]
-    return ["model", *(f"{test}, {HEADS[head]}" for test, head in columns)], rows
+    return ["test, head", *models], rows
 
 
-def _accuracy(one: Mapping[str, Any] | None) -> str:
-    return "" if one is None else f"{100 * one['accuracy']:.2f} [{100 * one['low']:.2f}, {100 * one['high']:.2f}]"
+def _accuracy(one: Mapping[str, Any], names_block: bool) -> str:
+    layer = f", {_layer_name(one['layer'])}" if names_block else ""
+    return f"{100 * one['accuracy']:.2f} [{100 * one['low']:.2f}, {100 * one['high']:.2f}]{layer}"
+
+
+def _probe_caption(report: Report) -> str:
+    chosen = ["Blocks are those that were chosen on the split."] if report.probe and report.probe.layers else []
+    return " ".join([*chosen, *report.probe.captions]) if report.probe else ""
+
+
+def _layer_name(layer: int | str) -> str:
+    return "final norm" if layer == LAST else f"block {layer}"
 
 
 def _probe_charts(report: Report) -> list[Chart]:
@@ -261,7 +288,7 @@ def similarity_table(report: Report) -> Table:
     for name, view in zip(report.names[1:], report.views[1:], strict=True):
         known = [value for value in view.similarity if value is not None]
         rows.append([name, *(_cka(view.similarity[index]) for index in chosen), _cka(min(known, default=None))])
-    header = ["final norm" if layers[index] == LAST else f"block {layers[index]}" for index in chosen]
+    header = [_layer_name(layers[index]) for index in chosen]
     return ["stage", *header, "least"], rows
 
 

@@ -60,6 +60,19 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     return sorted(runs, key=lambda run: len(run.stages))
 
 
+def find_gaps(runs: Sequence[Run]) -> list[str]:
+    """Return a line for each stage that a run began with, and that is not among the runs."""
+    given, gaps = [run.stages for run in runs], {}
+    for run in runs:
+        for count in range(1, len(run.stages)):
+            if run.stages[:count] not in given:
+                recipe = run.stages[count - 1].get("recipe", "")
+                gaps.setdefault(
+                    (count, recipe), f"Stage {count} ({recipe}), which {run.name} began with: name its run, too."
+                )
+    return list(gaps.values())
+
+
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder: expected one that `sailvit train` wrote, or one of these")

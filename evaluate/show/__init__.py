@@ -3,13 +3,14 @@
 from .drawings import check_outputs, draw_pngs, write_outputs
 from .page import page
 from .tiled_encoder import TiledEncoder, load_tiled_encoder
-from .view import Place, ShownImage, relative_place, show_image
+from .view import Place, ShownImage, check_image, relative_place, show_image
 
 
 __all__ = [
     "Place",
     "ShownImage",
     "TiledEncoder",
+    "check_image",
     "check_outputs",
     "draw_pngs",
     "load_tiled_encoder",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..pages import write_files
+from ..pages import check_writable, write_files
 from ..pictures import (
     INFERNO,
     VIRIDIS,
@@ -125,10 +125,12 @@ def check_outputs(source: str, out: Path, folder: Path | None = None, overwrite:
     is_source = out.exists() and Path(source).exists() and out.samefile(source)
     if is_source or (out.exists() and not overwrite):
         raise ValueError(f"--out {out} exists: name another file, or give --overwrite if it is not the image")
-    if folder is None or not folder.exists():
+    check_writable(out, "--out")
+    if folder is None:
         return
-    if not folder.is_dir():
-        raise ValueError(f"--png {folder} is a file: expected a folder")
+    check_writable(folder / "picture.png", "--png")
+    if not folder.exists():
+        return
     if any(folder.iterdir()) and not overwrite:
         raise ValueError(f"--png {folder} has files: name another folder, or give --overwrite")
 

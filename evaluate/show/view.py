@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 
 from ...devices import dtype_name
+from ...image_processing_sailvit import SAILViTImageProcessor
 from ..pictures import PrincipalColours, fit_image
 from .attention import Attention, AttentionUnavailableError, plan_attention, record_attention
 from .tiled_encoder import TiledEncoder
@@ -67,6 +68,14 @@ class Place:
         column = min(int(x * columns * wide), columns * wide - 1)
         row = min(int(y * rows * high), rows * high - 1)
         return cls(row // high * columns + column // wide, row % high, column % wide)
+
+
+def check_image(source: str) -> None:
+    """Raise ValueError if the image of a path or URL cannot be read, before a model is loaded for it."""
+    try:
+        SAILViTImageProcessor().to_rgb_image(source)
+    except ValueError as error:
+        raise ValueError(f"{source[:200]}: {str(error).removeprefix('image: ')}") from error
 
 
 def show_image(

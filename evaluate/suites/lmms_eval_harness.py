@@ -15,6 +15,7 @@ from .kept_answers import read_lines
 from .sets import DRAWN
 
 
+ANSWERS = ("answers/*.jsonl",)
 MODEL = "sail_vl"
 # Fields of a sample that are no metrics.
 FIELDS = {"doc_id", "doc_hash", "doc", "target", "arguments", "input", "resps", "filtered_resps", "token_counts"}

@@ -28,8 +28,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
-from ...convert.storage.files import hash_file
-from ..pages import write_files
+from ...convert.storage.files import hash_file, read_json
+from ..pages import check_writable, write_files
 from ..versions import package_commit
 from . import lmms_eval_harness, vlmevalkit
 from .harness import (
@@ -45,6 +45,7 @@ from .sets import SUITES, VLMEVALKIT
 
 
 BUNDLE, LOG, SETTINGS = "bundle.json", "harness.log", "settings.json"
+MODEL_TYPES = ("sailvl", "internvl_chat")  # of this package, of SAIL-VL's releases
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 GOES_ON, UNCHANGED = "the same command goes on with the kept answers", "the bundle is unchanged"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,12 +57,15 @@ def local_folder(model: str) -> Path:
     Return the folder of a model, downloaded if it is a name on the Hub.
 
     Raises:
-        ValueError: The folder has no config.json or no weights.
+        ValueError: The folder has no config.json or no weights, or is no SAIL-VL.
         OSError: The Hub has no such model, or cannot be reached.
     """
     folder = Path(model) if Path(model).exists() else Path(snapshot_download(model))
     if not (folder / "config.json").exists() or not _weight_files(folder):
         raise ValueError(f"{model} is no model: expected a folder with config.json and weights")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{model}: expected a SAIL-VL (model_type {' or '.join(MODEL_TYPES)}), got {model_type!r}")
     return folder.resolve()
 
 
@@ -104,6 +108,7 @@ def _checked(run: SuiteRun, out: Path) -> tuple[SuiteRun, dict[str, str]]:
         raise ValueError(
             f"{out} exists: expected a new folder; give another --out, or score it again with --rescore {out}"
         )
+    check_writable(out, "--out")
     if run.harness == VLMEVALKIT and run.batch_size != 1:
         raise ValueError(f"VLMEvalKit asks one question at a time: expected --batch-size 1, got {run.batch_size}")
     left_out = {d.name: f"{run.harness} has no such task" for d in run.data_sets if d.harness_name(run.harness) is None}
@@ -115,13 +120,13 @@ def _checked(run: SuiteRun, out: Path) -> tuple[SuiteRun, dict[str, str]]:
 
 
 def rescore(
-    bundle: Path, python: Path, judge: str | None, on_line: Callable[[str], None], on_output: OnOutput
+    bundle: Path, python: Path | None, judge: str | None, on_line: Callable[[str], None], on_output: OnOutput
 ) -> dict[str, Any]:
     """
     Score the kept predictions of a bundle again, without the model, and replace its scores.
 
     Args:
-        python: The harness' Python.
+        python: The harness' Python; None: the one that the bundle records.
         judge: As in SuiteRun; None: as before.
 
     Raises:
@@ -130,6 +135,7 @@ def rescore(
         OSError: The disk is full; the same.
     """
     before, bundle = read_bundle(bundle), bundle.resolve()
+    python = python or Path(before["python"])
     run = replace(restore(before, python), judge=judge or before["judge"], predict_only=False)
     check_judge(run)
     environment = read_environment(python, run.harness)
@@ -251,8 +257,11 @@ def explained_disk(out: Path, state: str) -> Iterator[None]:
 
 
 def _check_settings(work: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a new run, or compare them with those of the run that is continued."""
+    """Write the settings of a new run, or compare them with those of the run that is continued, if that has answers."""
     file, text = work / SETTINGS, json.dumps(settings, indent=1, sort_keys=True)
+    if file.exists() and file.read_text() != text and not _has_answers(work):
+        shutil.rmtree(work)
+        work.mkdir()
     if not file.exists():
         write_files({file: text.encode()})
     elif file.read_text() != text:
@@ -262,6 +271,11 @@ def _check_settings(work: Path, settings: Mapping[str, Any]) -> None:
             f"{work} belongs to a run with another {', '.join(names)}: give the same settings to go on with it, or "
             "remove it to begin again"
         )
+
+
+def _has_answers(work: Path) -> bool:
+    patterns = (*vlmevalkit.ANSWERS, *lmms_eval_harness.ANSWERS)
+    return any(file.stat().st_size for pattern in patterns for file in (work / "harness").glob(pattern))
 
 
 def _run_harness(

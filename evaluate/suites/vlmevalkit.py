@@ -14,6 +14,7 @@ from .sets import DRAWN
 
 
 MODEL = "sail_vl"  # the model's name in file names
+ANSWERS = ("outputs/**/*.tsv", "outputs/**/*.pkl")  # of all questions of a data set, of some
 SCRIPT = Path(__file__).with_name("run_vlmevalkit.py")
 
 

@@ -476,7 +476,9 @@
   }
 
   function buildDistance() {
-    const svg = byId("distance"), width = 720, height = 300, left = 34, bottom = 30;
+    const svg = byId("distance"), isNarrow = innerWidth <= 720;
+    const width = isNarrow ? 360 : 720, height = isNarrow ? 240 : 300, left = 34, bottom = 30;
+    const every = attention.total <= (isNarrow ? 12 : 24) ? 1 : isNarrow && attention.total > 24 ? 8 : 4;
     const most = Math.ceil(Math.max(...attention.distance.flat(), 1) / 2) * 2;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const x = (block) => left + ((block + 0.5) * (width - left - 8)) / attention.total;
@@ -494,7 +496,7 @@
       add("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value % 1 ? value.toFixed(1) : value);
     }
     for (let block = 0; block < attention.total; block++) {
-      if (attention.total <= 24 || block % 4 === 3) {
+      if ((block + 1) % every === 0) {
         add("text", { x: x(block), y: height - 12, "text-anchor": "middle" }, block + 1);
       }
     }
