@@ -457,33 +457,41 @@ def _fit_neighbours(
         )
     prepare = whitening if kind == "whitened_knn" else lambda known: lambda values: values
     for layer, values in enumerate(features):
-        transform = prepare(values[fit])
-        trials = [
-            _neighbours(values[fit], labels[fit], classes, count, options.temperature, transform) for count in counts
-        ]
+        known = _Neighbours(values[fit], labels[fit], classes, options.temperature, prepare(values[fit]))
+        trials = [known.predictor(count) for count in counts]
         accuracies = torch.stack([accuracy(trial(values[split], None), labels[split].cpu()) for trial in trials])
         best = int(accuracies.argmax())
-        predict = _neighbours(values, labels, classes, counts[best], options.temperature, prepare(values))
+        predict = _Neighbours(values, labels, classes, options.temperature, prepare(values)).predictor(counts[best])
         names = [{"neighbours": count} for count in counts]
         heads.append(_fitted(kind, layer, best, names, accuracies, predict, {}))
     return heads
 
 
-def _neighbours(
-    known: torch.Tensor, labels: torch.Tensor, classes: int, count: int, temperature: float, transform: Transform
-) -> Predict:
+class _Neighbours:
     """
-    Return a classifier by votes of the nearest images in cosine similarity s of transformed features, each weighted by
-    exp(s / temperature), as in DINO (Caron et al., 2021).
+    Votes of the nearest images in cosine similarity s of transformed features, each weighted by exp(s / temperature),
+    as in DINO (Caron et al., 2021).
     """
-    keys, rows = F.normalize(transform(known), dim=-1), max(1, min(ROWS, SIMILARITIES // len(known)))
 
-    def votes(part: torch.Tensor) -> torch.Tensor:
-        similarity, nearest = (F.normalize(transform(part.to(keys.device)), dim=-1) @ keys.T).topk(count)
-        weights = ((similarity - 1) / temperature).exp()
-        return torch.zeros(len(part), classes, device=keys.device).scatter_add_(1, labels[nearest], weights)
+    def __init__(
+        self, known: torch.Tensor, labels: torch.Tensor, classes: int, temperature: float, transform: Transform
+    ):
+        self.labels, self.classes, self.temperature, self.transform = labels, classes, temperature, transform
+        self.keys = torch.empty_like(known)
+        for part, keys in zip(known.split(ROWS), self.keys.split(ROWS), strict=True):  # one copy in memory
+            keys.copy_(F.normalize(transform(part), dim=-1))
 
-    return _by_scores(votes, rows)
+    def predictor(self, count: int) -> Predict:
+        """Return what predicts with so many neighbours."""
+
+        def votes(part: torch.Tensor) -> torch.Tensor:
+            queries = F.normalize(self.transform(part.to(self.keys.device)), dim=-1)
+            similarity, nearest = (queries @ self.keys.T).topk(count)
+            weights = ((similarity - 1) / self.temperature).exp()
+            empty = torch.zeros(len(part), self.classes, device=self.keys.device)
+            return empty.scatter_add_(1, self.labels[nearest], weights)
+
+        return _by_scores(votes, max(1, min(ROWS, SIMILARITIES // len(self.keys))))
 
 
 def whitening(known: torch.Tensor) -> Transform:
@@ -492,7 +500,7 @@ def whitening(known: torch.Tensor) -> Transform:
 
     Eigenvalues of the covariance below LEAST_VARIANCE of the largest are raised to that.
     """
-    mean = known.double().mean(0).to(known.dtype)
+    mean = known.mean(0, dtype=torch.float64).to(known.dtype)
     values, vectors = torch.linalg.eigh(_second_moments(known.split(ROWS), mean, torch.ones_like(mean)) / len(known))
     scales = values.clamp(min=LEAST_VARIANCE * values[-1].clamp(min=MIN_STD**2)).sqrt()
     matrix = (vectors / scales).to(known.device, known.dtype)
