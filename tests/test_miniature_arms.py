@@ -355,4 +355,4 @@ def test_two_arms_are_trained_transferred_and_compared(tmp_path):
     assert any(not torch.equal(trained[name], frozen[name]) for name in trained if name.startswith("language_model."))
     lines.clear()
     assert run_arms(*arguments) == 0
-    assert sum("nothing to do" in line for line in lines) == 10 and not any("step 1/" in line for line in lines)
+    assert sum("nothing to do" in line for line in lines) == 11 and not any("step 1/" in line for line in lines)
