@@ -336,7 +336,7 @@ def test_seeds_without_arms_are_an_error(tmp_path, capsys):
 
 @pytest.mark.nightly
 def test_two_arms_are_trained_transferred_and_compared(tmp_path):
-    small = replace(Setting().scaled(0.004), questions=20, transfer_questions=10)
+    small = replace(Setting().scaled(0.004), questions=20, transfer_questions=10, recipe=("samples_per_step=8",))
     setting = replace(small, other_languages={"narrow": small.other_languages["narrow"]})
     lines: list[str] = []
     arguments = tmp_path, setting, ["more_aim", "refined"], [0], lines.append
@@ -355,4 +355,4 @@ def test_two_arms_are_trained_transferred_and_compared(tmp_path):
     assert any(not torch.equal(trained[name], frozen[name]) for name in trained if name.startswith("language_model."))
     lines.clear()
     assert run_arms(*arguments) == 0
-    assert sum("nothing to do" in line for line in lines) == 10 and not any("step 1/" in line for line in lines)
+    assert sum("nothing to do" in line for line in lines) == 11 and not any("step 1/" in line for line in lines)

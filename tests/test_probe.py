@@ -117,6 +117,13 @@ def test_the_model_card_takes_the_results(digits, folder, images, tmp_path):
     assert shown == {(*names[one["test"]], heads[one["head"]], round(100 * one["accuracy"], 2)) for one in found}
 
 
+def test_test_sets_have_the_fewest_last_parts_of_their_paths_that_differ(digits, dinov2, tmp_path):
+    paths = [shutil.copytree(digits / "test", tmp_path / name / "test") for name in ("seen", "unseen")]
+    options = ProbeOptions(("knn",), device="cpu", uses_cache=False, head=QUICK)
+    found = run_probe([str(dinov2)], str(digits / "train"), [*map(str, paths)], None, options)
+    assert [one["test"] for one in found.results] == ["seen/test", "unseen/test"]
+
+
 def test_layers_are_probed_one_by_one(digits, dinov2, tmp_path):
     options = ProbeOptions(("knn", "mlp"), (1, LAST), device="cpu", cache_dir=tmp_path / "cache", head=QUICK)
     found = run_probe([str(dinov2)], str(digits / "train"), [str(digits / "test")], tmp_path / "out", options).to_json()

@@ -209,8 +209,11 @@ def _load_data(train: str, tests: Sequence[str], log: Log) -> tuple[LabelledImag
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return the last part of each path; the whole where two are equal."""
-    short = {name: Path(name).name or name for name in names}
+    """Return the last parts of each path, as few as make all of them differ; the whole where none do."""
+    parts = {name: Path(name).parts for name in names}
+    lengths = range(1, max(map(len, parts.values()), default=1) + 1)
+    candidates = [{name: "/".join(own[-length:]) or name for name, own in parts.items()} for length in lengths]
+    short = next((one for one in candidates if len({*one.values()}) == len(one)), candidates[0])
     return {name: last if list(short.values()).count(last) == 1 else name for name, last in short.items()}
 
 
