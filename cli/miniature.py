@@ -50,8 +50,8 @@ def run_verb(options: argparse.Namespace) -> int:
     """
     if options.seeds and options.arms is None:
         raise ValueError("--seeds: expected --arms, too; --seed is that of one miniature")
-    _be_quiet()
     try:
+        _be_quiet()
         from sailvit.examples.miniature.run import run_arms, run_miniature
         from sailvit.examples.miniature.setting import SIZES as SETTINGS
         from sailvit.examples.miniature.summary import write_summary
