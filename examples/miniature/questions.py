@@ -247,6 +247,9 @@ def ask_caption(picture: Picture, random: Random) -> Iterator[Question]:
 
 def ask_detailed_caption(picture: Picture, random: Random) -> Iterator[Question]:
     yield detailed_caption(picture, random)
+    if isinstance(picture, Scene) and len(picture.items) > 1:
+        for item in random.sample(picture.items, len(picture.items)):
+            yield Question(f"Describe the object {item.cell}.", f"a {item.name}", "caption")
     yield caption(picture, random)
 
 
