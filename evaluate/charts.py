@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 22, 12, 42  # margins
 MOST_DOTS = 60  # of a line; more points have no dots
 TICKS = 5
 DODGE = 5  # distance of the lines of a chart with intervals, which would cover each other
-MOST_LABELS = 13  # on the x axis
+LABEL_GAP, DIGIT = 12, 9  # on the x axis: between labels, and the width of a character
 LEAST_RANGE = 1e-3  # of the y axis, relative to its values: a smaller difference is none to look at
 NEAR = 0.015  # of the y axis: the width of a line
 DASHES = ("", "14 6", "7 7", "2 6")  # of lines that cover each other, the sparser ones on top
@@ -135,8 +135,9 @@ def _draw(
 
 
 def _x_ticks(positions: Sequence[float | str], xs: Sequence[float]) -> list[tuple[float, str]]:
-    every = math.ceil(len(xs) / MOST_LABELS)
     last = len(xs) - 1
+    width = LABEL_GAP + DIGIT * max(len(f"{position}") for position in positions)
+    every = math.ceil(len(xs) / max(1, (WIDTH - LEFT - RIGHT) // width))
     kept = [index for index in range(len(xs)) if index % every == 0 and (last - index >= every or index == last)]
     return [(xs[index], f"{positions[index]}") for index in dict.fromkeys([*kept, last])]
 

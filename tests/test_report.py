@@ -1,6 +1,7 @@
 """`sailvit report`: its numbers against numpy and torch, and a page that needs nothing but itself."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -372,6 +373,16 @@ def test_ticks_are_around_the_range(low, width):
     ticks = nice_ticks(low, low + width)
     assert 3 <= len(ticks) <= 9 and ticks[0] <= low + 1e-6 * width and ticks[-1] >= low + width * (1 - 1e-6)
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+@pytest.mark.parametrize("steps", [12, 625, 100_000])
+def test_labels_of_steps_do_not_touch(steps):
+    positions = [round(1 + (steps - 1) * index / 99) for index in range(100)]
+    svg = line_chart("loss", "step", positions, [Line("all", [float(p) for p in positions], 0)])
+    labels = re.findall(r'<text x="([^"]*)" y="[^"]*" text-anchor="middle">(\d+)<', svg)
+    assert len(labels) >= 4
+    for (left, before), (right, after) in itertools.pairwise(labels):
+        assert float(right) - float(left) > 8 * (len(before) + len(after)) / 2
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e3) | st.floats(0, 1e-6), st.booleans())
