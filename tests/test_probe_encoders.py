@@ -99,6 +99,8 @@ def test_the_encoder_of_a_multimodal_model_is_probed(make: Callable[[], Made], t
     pixels = encoder.preprocessing(Image.radial_gradient("L").convert("RGB"))[None]
     with torch.no_grad():
         output = vision(pixel_values=pixels, output_hidden_states=True)
+    if output.hidden_states is None:
+        pytest.skip("this release of transformers returns no hidden states of SigLIP")
     expected = [output.hidden_states[1], output.last_hidden_state]
     means = torch.stack([tokens[:, encoder.prefix_tokens :].mean(1) for tokens in expected], 1)
     torch.testing.assert_close(encoder.encode(pixels), means, atol=1e-5, rtol=1e-4)
