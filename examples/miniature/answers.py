@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from transformers.generation import GenerationConfig
 
+from ...devices import choose_device
 from ...evaluate.statistics import wilson_interval
 from ...modeling_sailvl import SAILVLForConditionalGeneration
 from ...processing_sailvl import SAILVLProcessor
@@ -101,10 +102,12 @@ def read_questions(tests: Path, most: int) -> dict[str, list[Asked]]:
 
 
 class Answerer:
-    """A SAIL-VL that answers questions, greedily, on the CPU in float32."""
+    """A SAIL-VL that answers questions, greedily, in float32, on a GPU if there is one."""
 
     def __init__(self, model: Path):
-        self.model = SAILVLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+        self.model = (
+            SAILVLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval().to(choose_device())
+        )
         self.processor = SAILVLProcessor.from_pretrained(model)
         self.settings = GenerationConfig(
             max_new_tokens=MOST_TOKENS,
@@ -125,7 +128,7 @@ class Answerer:
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             padding=True,
-        )  # fmt: skip
+        ).to(self.model.device)  # fmt: skip
         output = self.model.generate(**inputs, generation_config=self.settings)
         texts = self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]

@@ -278,7 +278,7 @@ class Planner:
         """Return the step that probes an encoder on the test sets whose heads have the same training set."""
         sets, out = self.world / "probe", self.folder / "probe" / arm / train
         tests = [str(sets / name / "test") for name in PROBES[train]]
-        options = ProbeOptions(heads=KINDS, cache_dir=self.folder / "cache", device="cpu", dtype="float32")
+        options = ProbeOptions(heads=KINDS, cache_dir=self.folder / "cache", dtype="float32")
 
         def probe() -> None:
             results = run_probe([str(self.encoder(arm))], str(sets / train / "train"), tests, out, options)
@@ -303,7 +303,7 @@ class Planner:
         images = self.world / "probe" / "scenes" / "test"
 
         def report() -> None:
-            content = build_report(self.arm_runs(REFINED), base, images=images, device="cpu", log=lambda line: None)
+            content = build_report(self.arm_runs(REFINED), base, images=images, log=lambda line: None)
             write_report(content, out, False, self.command)
 
         return Step("report", report, out)
