@@ -13,10 +13,12 @@ from random import Random
 
 from .pictures import choose, is_held_out, make_sum
 from .questions import TASKS, Question, fine_caption, join
-from .vocabulary import CATEGORIES, LETTERS, SEEN, SEEN_COLOURS, SHAPES, WORDS, category_of
+from .vocabulary import LETTERS, SEEN, SEEN_COLOURS, SHAPES, WORDS, category_of
 
 
-MOST_TURNS = 4
+MOST_TURNS = 8
+# Of the pictures that are described: what a question asks for has to be found among words before it can be seen.
+SHARES = {"short_caption": 1, "caption": 2, "ocr": 1, "open_qa": 2, "short_qa": 5, "math": 1}
 
 
 def make_conversation(random: Random, held_out: bool = False) -> list[Question]:
@@ -28,12 +30,12 @@ def make_conversation(random: Random, held_out: bool = False) -> list[Question]:
         held_out: Use scenes and sums that training never shows, else those that validation never shows.
     """
     about = (_about_picture, _arithmetic)
-    (make,) = random.choices((*about, _counting, _spelling, _sorting), (12, 2, 1, 1, 1))
+    (make,) = random.choices((*about, _counting, _spelling, _sorting), (16, 1, 1, 1, 1))
     if make in about:
         questions = make(random, held_out)
     else:
         questions = (question for question in make(random) if is_held_out(question.user) == held_out)
-    return [*islice(questions, random.randint(1, MOST_TURNS))]
+    return [*islice(questions, MOST_TURNS)]
 
 
 def _about(text: str, questions: Iterator[Question]) -> Iterator[Question]:
@@ -46,8 +48,8 @@ def _about(text: str, questions: Iterator[Question]) -> Iterator[Question]:
 def _about_picture(random: Random, held_out: bool) -> Iterator[Question]:
     """Yield what is asked about pictures, about one that is described in words."""
     while True:
-        task = random.choice([*TASKS.values()])
-        picture, questions = task.make(random, SEEN, held_out, MOST_TURNS)
+        (name,) = random.choices([*SHARES], [*SHARES.values()])
+        picture, questions = TASKS[name].make(random, SEEN, held_out, MOST_TURNS)
         text = fine_caption(picture)
         if is_held_out(text) == held_out:  # two layouts of one object have the same words
             return _about(text, iter(questions))
@@ -87,7 +89,7 @@ def _spelling(random: Random) -> Iterator[Question]:
 def _sorting(random: Random) -> Iterator[Question]:
     while True:
         things = random.sample(SEEN.things, random.randint(1, 5))
-        name = random.choice([*CATEGORIES])
+        name = random.choice(("digit", "shape"))
         count = sum(category_of(thing) == name for thing in things)
         yield Question(f"How many {name}s are in {join(things)}?", str(count), "count")
         colours = random.sample(SEEN_COLOURS, random.randint(2, 4))

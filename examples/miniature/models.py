@@ -17,13 +17,13 @@ from ...image_processing_sailvit import SAILViTImageProcessor
 from ...modeling_sailvit import SAILViTModel
 
 
-# Those of the experiment that the miniature is based on: 209,000 and 192,000 parameters.
+# 209,000 and 370,000 parameters.
 ENCODER = {
     "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4,
     "image_size": 32, "patch_size": 4,
 }  # fmt: skip
 LANGUAGE = {
-    "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -51,7 +51,7 @@ def random_encoder(folder: str | Path, seed: int = 0, max_tiles: int = 1, **conf
     Raises:
         ValueError: A field is out of range.
     """
-    fields = SAILViTConfig(**{**ENCODER, **config})
+    fields = SAILViTConfig(**_with_spread({**ENCODER, **config}))
     with _seeded(seed):
         model = SAILViTModel(fields)
     model.save_pretrained(folder)
@@ -78,7 +78,7 @@ def random_language(
     tokenizer = train_tokenizer(texts, vocabulary)
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN, END_OF_TEXT))
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
-    fields = Qwen2Config(**{**LANGUAGE, **ids, **config, "vocab_size": len(tokenizer)})
+    fields = Qwen2Config(**_with_spread({**LANGUAGE, **ids, **config}), vocab_size=len(tokenizer))
     with _seeded(seed):
         model = Qwen2ForCausalLM(fields)
     model.save_pretrained(folder)
@@ -109,6 +109,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=END_OF_TEXT, chat_template=CHAT_TEMPLATE
     )
+
+
+def _with_spread(config: dict[str, Any]) -> dict[str, Any]:
+    """Set initializer_range: the 0.02 of large models is so little for a small one that it learns at half the speed."""
+    return {"initializer_range": config["hidden_size"] ** -0.5, **config}
 
 
 @contextmanager

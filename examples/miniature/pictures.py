@@ -169,23 +169,24 @@ def make_scene(
     cells = CELLS[grid]
     count = count or random.randint(1, min(len(cells), look.most_objects))
     if count == 1:
-        return Scene((_make_item(random, look, "", *look.single),), (1, 1))
+        return Scene((_make_item(random, look, "", look.single),), (1, 1))
     # Few colours make objects of one colour, so that counting them is a question.
     colours = random.sample(look.colours, random.randint(2, len(look.colours)))
     tallest = min(32 * tiles[0] // grid[0], 32 * tiles[1] // grid[1]) - 3
+    heights = (tallest - 1, tallest)
     chosen = sorted(random.sample(range(len(cells)), count))
-    return Scene(tuple(_make_item(random, look, cells[index], 9, tallest, colours) for index in chosen), tiles)
+    return Scene(tuple(_make_item(random, look, cells[index], heights, colours) for index in chosen), tiles)
 
 
 def _make_item(
-    random: Random, look: Look, cell: str, shortest: int, tallest: int, colours: list[str] | None = None
+    random: Random, look: Look, cell: str, heights: tuple[int, int], colours: list[str] | None = None
 ) -> Item:
     return Item(
         random.choice(look.things),
         random.choice(colours or look.colours),
         random.choice(look.fonts),
         cell,
-        random.randint(shortest, tallest),
+        random.randint(*heights),
         (round(random.random(), 3), round(random.random(), 3)),
     )
 

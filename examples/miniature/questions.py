@@ -10,7 +10,7 @@ from random import Random
 from typing import NamedTuple
 
 from .pictures import Chart, Item, Lines, Picture, Scene, Sum, choose, make_chart, make_lines, make_scene, make_sum
-from .vocabulary import CATEGORIES, SEEN, UNSEEN_COLOURS, UNSEEN_LETTERS, Look, category_of
+from .vocabulary import SEEN, UNSEEN_COLOURS, UNSEEN_LETTERS, Look, category_of
 
 
 UNSEEN = {*UNSEEN_LETTERS, *UNSEEN_COLOURS}
@@ -43,8 +43,8 @@ def join(parts: Sequence[str]) -> str:
 
 
 def describe_item(item: Item) -> str:
-    """Return "a red 3 top left"."""
-    return f"a {item.name} {item.cell}".strip()
+    """Return "top left a red 3"."""
+    return f"{item.cell} a {item.name}".strip()
 
 
 def plural(word: str, count: int) -> str:
@@ -54,17 +54,8 @@ def plural(word: str, count: int) -> str:
 # Captions
 
 
-def caption(picture: Picture, random: Random) -> Question:
-    """Return what is in a picture, without places and values (stage 1)."""
-    return Question(random.choice(DESCRIBE), coarse_caption(picture), "caption")
-
-
-def detailed_caption(picture: Picture, random: Random) -> Question:
-    """Return what is where in a picture (stages 2 and 3)."""
-    return Question(random.choice(DETAILS), fine_caption(picture), "caption")
-
-
 def coarse_caption(picture: Picture) -> str:
+    """Return what is in a picture, without places and values (stage 1)."""
     if isinstance(picture, Scene):
         return join([f"a {item.name}" for item in picture.items])
     if isinstance(picture, Chart):
@@ -73,6 +64,7 @@ def coarse_caption(picture: Picture) -> str:
 
 
 def fine_caption(picture: Picture) -> str:
+    """Return what is where in a picture (stages 2 and 3); a place comes before its object, so that it can be looked up."""
     if isinstance(picture, Scene):
         count = len(picture.items)
         return f"{count} {plural('object', count)}: {join([describe_item(item) for item in picture.items])}"
@@ -119,12 +111,12 @@ def ask_count(scene: Scene, random: Random) -> Iterator[Question]:
         return
     colour = random.choice(scene.items).colour
     yield Question(f"How many {colour} objects are there?", str(scene.count(colour=colour)), "count")
-    name = random.choice([*CATEGORIES])
+    name = random.choice(("digit", "shape"))
     yield Question(f"How many {name}s are there?", str(count_category(scene, name)), "count")
 
 
 def count_category(scene: Scene, category: str) -> int:
-    """Return the number of digits, letters or shapes."""
+    """Return the number of digits, of letters or of shapes."""
     return sum(category_of(item.thing) == category for item in scene.items)
 
 
@@ -236,21 +228,18 @@ def interleave(random: Random, *groups: Iterator[Question]) -> Iterator[Question
 
 
 def ask_short(scene: Scene, random: Random) -> Iterator[Question]:
-    """Yield short questions about a scene, the categories in turn."""
-    asks = (ask_what, ask_colour, ask_count, ask_exists)
-    return interleave(random, *(ask(scene, random) for ask in asks))
+    """Yield short questions about a scene, the categories in turn, what is seen twice as often: it is learned last."""
+    what = ask_what(scene, random)
+    others = (ask(scene, random) for ask in (ask_colour, ask_count, ask_exists))
+    return interleave(random, what, what, *others)
 
 
-def ask_caption(picture: Picture, random: Random) -> Iterator[Question]:
-    yield caption(picture, random)
+def ask_coarse_caption(picture: Picture, random: Random) -> Iterator[Question]:
+    yield Question(random.choice(DESCRIBE), coarse_caption(picture), "caption")
 
 
-def ask_detailed_caption(picture: Picture, random: Random) -> Iterator[Question]:
-    yield detailed_caption(picture, random)
-    if isinstance(picture, Scene) and len(picture.items) > 1:
-        for item in random.sample(picture.items, len(picture.items)):
-            yield Question(f"Describe the object {item.cell}.", f"a {item.name}", "caption")
-    yield caption(picture, random)
+def ask_fine_caption(picture: Picture, random: Random) -> Iterator[Question]:
+    yield Question(random.choice(DETAILS), fine_caption(picture), "caption")
 
 
 class Subject(NamedTuple):
@@ -296,12 +285,12 @@ def names_seen(question: Question) -> bool:
 
 
 def _caption_subjects(ask: Callable[[Picture, Random], Iterator[Question]]) -> tuple[Subject, ...]:
-    return Subject(0.8, make_scene, ask), Subject(0.1, make_chart, ask), Subject(0.1, make_lines, ask)
+    return Subject(0.9, make_scene, ask), Subject(0.05, make_chart, ask), Subject(0.05, make_lines, ask)
 
 
 TASKS = {
-    "short_caption": Task("caption", _caption_subjects(ask_caption)),
-    "caption": Task("caption", _caption_subjects(ask_detailed_caption)),
+    "short_caption": Task("caption", _caption_subjects(ask_coarse_caption)),
+    "caption": Task("caption", _caption_subjects(ask_fine_caption)),
     "ocr": Task("ocr", (Subject(0.8, make_lines, ask_text), Subject(0.2, make_sum, ask_text))),
     "open_qa": Task("open_qa", (Subject(0.8, make_scene, ask_open), Subject(0.2, make_chart, ask_open_chart))),
     "short_qa": Task("short_qa", (Subject(0.85, make_scene, ask_short), Subject(0.15, make_chart, ask_chart))),

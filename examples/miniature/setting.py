@@ -39,7 +39,7 @@ class Setting:
         transfer_questions: The same with other language models.
     """
 
-    world: WorldPlan = field(default_factory=lambda: WorldPlan(independent_turns=True))
+    world: WorldPlan = field(default_factory=WorldPlan)
     encoder: Mapping[str, Any] = field(default_factory=dict)
     language: Mapping[str, Any] = field(default_factory=dict)
     other_languages: Mapping[str, Mapping[str, Any]] = field(
@@ -65,21 +65,21 @@ class Setting:
 SIZES = {
     "32px": Setting(),
     "48px": Setting(
-        WorldPlan(size=48, independent_turns=True),
+        WorldPlan(size=48),
         {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 6,
          "image_size": 48},
         {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4},
         {"narrow": _language(192, 6, 4), "wide": _language(320, 4, 4)},
     ),
     "224px": Setting(
-        WorldPlan(size=224, independent_turns=True),
+        WorldPlan(size=224),
         {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
          "image_size": 224, "patch_size": 14},
         {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
         {"narrow": _language(384, 10, 6), "wide": _language(640, 6, 10)},
     ),
     "448px": Setting(
-        WorldPlan(size=448, independent_turns=True),
+        WorldPlan(size=448),
         {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8,
          "image_size": 448, "patch_size": 14},
         {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},

@@ -25,7 +25,7 @@ from .conversations import make_conversation
 from .draw import draw_picture, encode_png
 from .pictures import Scene, choose, make_scene
 from .questions import TASKS, Question, Task
-from .vocabulary import DIGITS, LETTERS, LOOKS, SHAPES, UNSEEN_LETTERS, Look
+from .vocabulary import LETTERS, LOOKS, OBJECTS, UNSEEN_LETTERS, Look
 
 
 PLAN = "plan.json"
@@ -33,9 +33,9 @@ TEXT = "text"  # the task without pictures
 GROUP = 1000  # rows of a row group
 # Shares of the pictures of a corpus; captions and text come first in the paper, all kinds in its stage 3. Letters of 5
 # pixels are hard to read: with more of them the rest is learned later
-COARSE = {"short_caption": 0.85, "ocr": 0.15}
-FINE = {"caption": 0.85, "ocr": 0.15}
-ALL = {"caption": 0.2, "ocr": 0.08, "open_qa": 0.15, "short_qa": 0.42, "math": 0.08, TEXT: 0.07}
+COARSE = {"short_caption": 0.9, "ocr": 0.1}
+FINE = {"caption": 0.9, "ocr": 0.1}
+ALL = {"caption": 0.22, "ocr": 0.06, "open_qa": 0.15, "short_qa": 0.45, "math": 0.06, TEXT: 0.06}
 
 
 def split_counts(total: int, shares: Mapping[str, float]) -> dict[str, int]:
@@ -67,18 +67,18 @@ class WorldPlan:
     corpora: Mapping[str, Mapping[str, int]] = field(
         default_factory=lambda: {
             "pretrain": split_counts(20_000, COARSE),
-            "stage1": split_counts(3_000, COARSE),
-            "stage2": split_counts(16_000, FINE),
-            "stage3": split_counts(20_000, ALL),
+            "stage1": split_counts(4_000, COARSE),
+            "stage2": split_counts(32_000, FINE),
+            "stage3": split_counts(32_000, ALL),
             "transfer1": split_counts(6_000, COARSE),
             "transfer2": split_counts(6_000, ALL),
         }
     )
-    language: tuple[int, int] = (20_000, 1_000)
+    language: tuple[int, int] = (40_000, 1_000)
     questions: int = 6
     tests: int = 2_500
     probe: tuple[int, int] = (100, 50)
-    independent_turns: bool = False
+    independent_turns: bool = True
 
     def scaled(self, factor: float) -> "WorldPlan":
         """Return the plan with all counts of samples multiplied, none below 1."""
@@ -288,7 +288,6 @@ class ProbeSet:
     objects: int = 1
 
 
-OBJECTS = DIGITS + LETTERS + SHAPES
 PROBE_SETS = {
     "objects": ProbeSet(OBJECTS, LOOKS["seen"]),
     "unseen_letters": ProbeSet(UNSEEN_LETTERS, LOOKS["unseen_letters"]),
