@@ -403,6 +403,8 @@ def test_scaled_kinds_add_up_to_the_total(counts, share, total):
     total = total or sum(counts.values())
     assert sum(scaled.values()) == total
     assert abs(scaled[min(counts)] - share * total) <= 1
+    backwards = dict(reversed(counts.items()))
+    assert scale_kinds(backwards, {min(counts): share}, total) == scaled
 
 
 # Bad samples

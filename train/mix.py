@@ -46,9 +46,9 @@ def scale_kinds(counts: Mapping[str, int], shares: Mapping[str, float], total: i
 
 
 def _round_to(exact: dict[str, float], total: int) -> dict[str, int]:
-    """Round numbers so that their sum is `total`: those with the largest remainders up."""
+    """Round numbers so that their sum is `total`: those with the largest remainders up, equal ones by name."""
     rounded = {kind: int(value) for kind, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda kind: rounded[kind] - exact[kind])
+    by_remainder = sorted(exact, key=lambda kind: (round(rounded[kind] - exact[kind], 9), kind))
     for kind in by_remainder[: total - sum(rounded.values())]:
         rounded[kind] += 1
     return rounded

@@ -64,7 +64,7 @@ def coarse_caption(picture: Picture) -> str:
 
 
 def fine_caption(picture: Picture) -> str:
-    """Return what is where in a picture (stages 2 and 3); a place comes before its object, so that it can be looked up."""
+    """Return what is where in a picture (stages 2 and 3), each place before its object, which is then easier to see."""
     if isinstance(picture, Scene):
         count = len(picture.items)
         return f"{count} {plural('object', count)}: {join([describe_item(item) for item in picture.items])}"
