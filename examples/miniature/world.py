@@ -15,7 +15,7 @@ picture has questions of one kind, so that shares of kinds are shares of picture
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -58,8 +58,6 @@ class WorldPlan:
         questions: Most questions of a picture.
         tests: Pictures of every task of `test/seen`, and of scenes of every other look.
         probe: Pictures of a class for training and testing probes.
-        independent_turns: Write `independent_turns: true` into the corpora: every question is a conversation of its
-            own, and those of a picture share one pass of the encoder.
     """
 
     size: int = 32
@@ -78,7 +76,6 @@ class WorldPlan:
     questions: int = 6
     tests: int = 2_500
     probe: tuple[int, int] = (100, 50)
-    independent_turns: bool = True
 
     def scaled(self, factor: float) -> "WorldPlan":
         """Return the plan with all counts of samples multiplied, none below 1."""
@@ -144,10 +141,10 @@ def list_outputs(plan: WorldPlan) -> Iterator[Output]:
     for corpus, tasks in plan.corpora.items():
         for task, count in tasks.items():
             yield _corpus_file(plan, corpus, task, count)
-        yield _text_file(f"{corpus}.yaml", _corpus_yaml(plan, corpus, tasks))
+        yield _text_file(f"{corpus}.yaml", _corpus_yaml(corpus, tasks))
     for split, count in zip(("train", "validation"), plan.language, strict=True):
         yield _conversations(plan, f"language/{split}.jsonl", count, split == "validation")
-    yield _text_file("language.yaml", _source_lines([("text", "language/train.jsonl", "text", False)]))
+    yield _text_file("language.yaml", _source_lines([("text", "language/train.jsonl", TEXT)]))
     for look in LOOKS:
         tasks = [task for task in ALL if task != TEXT] if look == "seen" else []
         for task in [*tasks, "scenes"]:
@@ -240,21 +237,20 @@ def _conversations(plan: WorldPlan, path: str, count: int, held_out: bool) -> Ou
     return Output(path, count, write)
 
 
-def _corpus_yaml(plan: WorldPlan, corpus: str, tasks: Mapping[str, int]) -> str:
-    sources = []
-    for task in tasks:
-        is_text = task == TEXT
-        path = f"{corpus}/{task}.{'jsonl' if is_text else 'parquet'}"
-        kind = "text" if is_text else TASKS[task].kind
-        sources.append((task, path, kind, plan.independent_turns and not is_text))
-    return _source_lines(sources)
+def _corpus_yaml(corpus: str, tasks: Iterable[str]) -> str:
+    files = {task: f"{corpus}/{task}.{'jsonl' if task == TEXT else 'parquet'}" for task in tasks}
+    return _source_lines([(task, path, TEXT if task == TEXT else TASKS[task].kind) for task, path in files.items()])
 
 
-def _source_lines(sources: list[tuple[str, str, str, bool]]) -> str:
-    """Return a corpus.yaml of sources: name, path, kind, whether turns are independent."""
+def _source_lines(sources: list[tuple[str, str, str]]) -> str:
+    """
+    Return a corpus.yaml of sources: name, path, kind.
+
+    Every question about a picture is a conversation of its own; those of a picture share one pass of the encoder.
+    """
     lines = ["sources:"]
-    for name, path, kind, independent in sources:
-        more = ", independent_turns: true" if independent else ""
+    for name, path, kind in sources:
+        more = "" if kind == TEXT else ", independent_turns: true"
         lines.append(f"  - {{name: {name}, path: {path}, kind: {kind}{more}}}")
     return "\n".join(lines) + "\n"
 
