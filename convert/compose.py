@@ -265,11 +265,9 @@ def _assemble(vision: Component, language: Component, tokenizer: Any, seed: int)
     from ..configuration_sailvl import SAILVLConfig
 
     source, token = vision.checkpoint.source.name, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    spread = getattr(language.model.config, "initializer_range", 0.02)
     with transformers_errors(source):
-        config = SAILVLConfig(
-            vision.model.config, language.model.config, image_token_id=token, initializer_range=spread
-        )
+        config = SAILVLConfig(vision.model.config, language.model.config, image_token_id=token)
+    config.initializer_range = getattr(language.model.config, "initializer_range", config.initializer_range)
     model = build_meta_model(config, source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

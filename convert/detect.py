@@ -80,8 +80,7 @@ def detect(checkpoint: Checkpoint, part: str | None = None) -> Architecture | No
 
 def detect_components(checkpoint: Checkpoint) -> list[Architecture]:
     """Return the architectures of the three components of a SAIL-VL, else what the checkpoint is; AIMv2 by default."""
-    parts = COMPONENTS if detect(checkpoint) is SAILVL else (None,)
-    return [detect(checkpoint, part) or AIMV2 for part in parts]
+    return [detect(checkpoint, part) or AIMV2 for part in (COMPONENTS if detect(checkpoint) is SAILVL else (None,))]
 
 
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:

@@ -783,6 +783,13 @@ def test_a_seed_gives_the_same_bits_and_another_only_another_connector(toys, tmp
     assert logits_of(tmp_path / "first").shape[-1] == 316
 
 
+def test_a_connector_begins_with_the_spread_of_the_language_models_weights(toys, tmp_path):
+    compose(toys / "vision", write_language(tmp_path / "language", initializer_range=0.1), tmp_path / "out")
+    assert load(tmp_path / "out").config.initializer_range == 0.1
+    weight = tensors_of(tmp_path / "out")["mlp1.1.weight"]
+    torch.testing.assert_close(weight.float().std().item(), 0.1, rtol=0.1, atol=0)
+
+
 def test_a_tokenizer_that_has_the_tokens_is_left_as_it_is(toys, tmp_path):
     source = write_language(tmp_path / "language", image_tokens=True, tie_word_embeddings=True)
     compose(toys / "release", source, tmp_path / "out", dtype="bfloat16")
