@@ -16,7 +16,7 @@ from .vocabulary import CELLS, GRIDS, SEEN, WORDS, Look
 
 HELD_OUT = 8  # one of so many descriptions is kept for validation and tests
 MOST_BAR = 8  # height of the tallest bar, in units of its axis
-MULTI_TILE = 0.1  # share of pictures of more than one tile
+MULTI_TILE = 0.04  # share of pictures of more than one tile
 DARK = "dark"  # text in a colour on a dark ground; else dark text on paper
 PAPER = "paper"
 

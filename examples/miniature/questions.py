@@ -228,10 +228,9 @@ def interleave(random: Random, *groups: Iterator[Question]) -> Iterator[Question
 
 
 def ask_short(scene: Scene, random: Random) -> Iterator[Question]:
-    """Yield short questions about a scene, the categories in turn, what is seen twice as often: it is learned last."""
-    what = ask_what(scene, random)
-    others = (ask(scene, random) for ask in (ask_colour, ask_count, ask_exists))
-    return interleave(random, what, what, *others)
+    """Yield short questions about a scene, the categories in turn; twice as many have answers that depend on a place."""
+    what, colour = ask_what(scene, random), ask_colour(scene, random)
+    return interleave(random, what, what, colour, colour, ask_count(scene, random), ask_exists(scene, random))
 
 
 def ask_coarse_caption(picture: Picture, random: Random) -> Iterator[Question]:
