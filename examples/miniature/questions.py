@@ -228,7 +228,7 @@ def interleave(random: Random, *groups: Iterator[Question]) -> Iterator[Question
 
 
 def ask_short(scene: Scene, random: Random) -> Iterator[Question]:
-    """Yield short questions about a scene, the categories in turn; twice as many have answers that depend on a place."""
+    """Yield short questions about a scene, the categories in turn, things and colours twice as often as the others."""
     what, colour = ask_what(scene, random), ask_colour(scene, random)
     return interleave(random, what, what, colour, colour, ask_count(scene, random), ask_exists(scene, random))
 
