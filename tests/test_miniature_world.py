@@ -30,8 +30,11 @@ from sailvit.examples.miniature.questions import ask_chart, ask_open_chart, ask_
 from sailvit.examples.miniature.vocabulary import (
     CATEGORIES,
     COLOURS,
+    DIGITS,
     GRIDS,
+    LETTERS,
     SEEN_COLOURS,
+    SHAPES,
     UNSEEN_COLOURS,
     UNSEEN_LETTERS,
     Look,
@@ -377,3 +380,16 @@ def test_the_classes_of_probe_sets_match(name, world):
     labels, _ = match_classes(train, test)
     assert [train.classes[label] for label in labels] == [test.classes[label] for label in test.labels]
     assert {*train.classes} == {*test.classes} == {*PROBE_SETS[name].things}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_form_of_question_is_among_the_few_that_are_taken(name):
+    places = "(top|middle|bottom)( left| middle| right)?"
+    names = "|".join([*COLOURS, *DIGITS, *LETTERS, *SHAPES, places])
+
+    def forms(most: int) -> set[str]:
+        made = (TASKS[name].make(Random(f"{most}/{index}"), LOOKS["seen"], False, most) for index in range(600))
+        asked = (question.user for _, questions in made for question in questions)
+        return {re.sub(rf"\b({names}|\d+)\b", "_", user) for user in asked}
+
+    assert forms(4) == forms(99)

@@ -783,7 +783,7 @@ def test_a_seed_gives_the_same_bits_and_another_only_another_connector(toys, tmp
     assert logits_of(tmp_path / "first").shape[-1] == 316
 
 
-def test_a_connector_begins_with_the_spread_of_the_language_models_weights(toys, tmp_path):
+def test_a_new_connector_has_the_initializer_range_of_the_language_model(toys, tmp_path):
     compose(toys / "vision", write_language(tmp_path / "language", initializer_range=0.1), tmp_path / "out")
     assert load(tmp_path / "out").config.initializer_range == 0.1
     weight = tensors_of(tmp_path / "out")["mlp1.1.weight"]

@@ -51,7 +51,7 @@ def random_encoder(folder: str | Path, seed: int = 0, max_tiles: int = 1, **conf
     Raises:
         ValueError: A field is out of range.
     """
-    fields = SAILViTConfig(**_with_spread({**ENCODER, **config}))
+    fields = SAILViTConfig(**_with_initializer_range({**ENCODER, **config}))
     with _seeded(seed):
         model = SAILViTModel(fields)
     model.save_pretrained(folder)
@@ -78,7 +78,7 @@ def random_language(
     tokenizer = train_tokenizer(texts, vocabulary)
     end, pad = (tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN, END_OF_TEXT))
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
-    fields = Qwen2Config(**_with_spread({**LANGUAGE, **ids, **config}), vocab_size=len(tokenizer))
+    fields = Qwen2Config(**_with_initializer_range({**LANGUAGE, **ids, **config}), vocab_size=len(tokenizer))
     with _seeded(seed):
         model = Qwen2ForCausalLM(fields)
     model.save_pretrained(folder)
@@ -111,8 +111,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def _with_spread(config: dict[str, Any]) -> dict[str, Any]:
-    """Set initializer_range: the 0.02 of large models is so little for a small one that it learns at half the speed."""
+def _with_initializer_range(config: dict[str, Any]) -> dict[str, Any]:
+    """Set the standard deviation of new weights by the width: with the 0.02 of large models small ones learn slowly."""
     return {"initializer_range": config["hidden_size"] ** -0.5, **config}
 
 

@@ -5,7 +5,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from random import Random
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from .pictures import Chart, Item, Lines, Picture, Scene, Sum, choose, make_char
 from .vocabulary import SEEN, UNSEEN_COLOURS, UNSEEN_LETTERS, Look, category_of
 
 
+Ask = Callable[[Picture, Random], Iterator["Question"]]
 UNSEEN = {*UNSEEN_LETTERS, *UNSEEN_COLOURS}
 
 
@@ -51,6 +52,17 @@ def plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
 
 
+def in_random_order(ask: Ask) -> Ask:
+    """Make a function yield its questions in random order, so that each may be among the first few, which are taken."""
+
+    @wraps(ask)
+    def shuffled(picture: Picture, random: Random) -> Iterator[Question]:
+        questions = [*ask(picture, random)]
+        return iter(random.sample(questions, len(questions)))
+
+    return shuffled
+
+
 # Captions
 
 
@@ -80,6 +92,7 @@ def _lines(picture: Lines) -> str:
 # Scenes: short questions
 
 
+@in_random_order
 def ask_what(scene: Scene, random: Random) -> Iterator[Question]:
     """Yield what is in each cell, or which object has a colour, where one alone does."""
     if len(scene.items) == 1:
@@ -95,6 +108,7 @@ def ask_what(scene: Scene, random: Random) -> Iterator[Question]:
             yield Question(f"What is {item.colour}?", item.thing, "what")
 
 
+@in_random_order
 def ask_colour(scene: Scene, random: Random) -> Iterator[Question]:
     if len(scene.items) == 1:
         yield Question("What colour is it?", scene.items[0].colour, "colour")
@@ -105,6 +119,7 @@ def ask_colour(scene: Scene, random: Random) -> Iterator[Question]:
             yield Question(f"What colour is the {item.thing}?", item.colour, "colour")
 
 
+@in_random_order
 def ask_count(scene: Scene, random: Random) -> Iterator[Question]:
     yield Question("How many objects are there?", str(len(scene.items)), "count")
     if len(scene.items) == 1:
@@ -133,6 +148,7 @@ def ask_exists(scene: Scene, random: Random) -> Iterator[Question]:
 # Open questions: answers that are sentences
 
 
+@in_random_order
 def ask_open(scene: Scene, random: Random) -> Iterator[Question]:
     if len(scene.items) == 1:
         item = scene.items[0]
@@ -163,6 +179,7 @@ def _compare_colours(scene: Scene, random: Random) -> Iterator[Question]:
     yield Question(f"Are there more {first} or more {second} objects?", answer, "count")
 
 
+@in_random_order
 def ask_open_chart(chart: Chart, random: Random) -> Iterator[Question]:
     lowest, *_, highest = sorted(chart.bars, key=lambda bar: bar[1])
     yield Question("Which bar is the highest?", f"The {highest[0]} bar is the highest.", "chart")
@@ -172,6 +189,7 @@ def ask_open_chart(chart: Chart, random: Random) -> Iterator[Question]:
     yield Question(f"Is the {first} or the {second} bar higher?", answer, "chart")
 
 
+@in_random_order
 def ask_chart(chart: Chart, random: Random) -> Iterator[Question]:
     lowest, *_, highest = sorted(chart.bars, key=lambda bar: bar[1])
     yield Question("How many bars are there?", str(len(chart.bars)), "chart")
@@ -184,6 +202,7 @@ def ask_chart(chart: Chart, random: Random) -> Iterator[Question]:
 # Text and sums
 
 
+@in_random_order
 def ask_text(picture: Lines | Sum, random: Random) -> Iterator[Question]:
     """Yield the whole text, then parts of it."""
     yield Question(random.choice(READ), "\n".join(picture.lines), "read")
@@ -196,6 +215,7 @@ def ask_text(picture: Lines | Sum, random: Random) -> Iterator[Question]:
     yield Question("What is the last character?", characters[-1], "read")
 
 
+@in_random_order
 def ask_sum(picture: Sum, random: Random) -> Iterator[Question]:
     yield Question(random.choice(("What is the result?", "Solve it.")), str(picture.result), "sum")
     yield Question("Read and solve it.", f"{picture.text}{picture.result}", "sum")
@@ -203,6 +223,7 @@ def ask_sum(picture: Sum, random: Random) -> Iterator[Question]:
     yield Question(f"Add {added} to the result.", str(picture.result + added), "sum")
 
 
+@in_random_order
 def ask_scene_math(scene: Scene, random: Random) -> Iterator[Question]:
     digits = [int(item.thing) for item in scene.items if item.thing.isdecimal()]
     count, more = len(scene.items), random.randint(1, 9)
