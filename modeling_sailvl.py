@@ -307,7 +307,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
         Raises:
             ValueError: The numbers of placeholders and visual tokens differ; both or neither of `input_ids` and
-                `inputs_embeds` are given; the tiles have a wrong shape; `tile_indices` are not indices of tiles.
+                `inputs_embeds` are given; the tiles have a wrong shape; `tile_indices` are not indices of tiles; visual
+                tokens and input embeddings have different widths.
         """
         kwargs |= with_cache_name({"cache": cache, "past_key_values": past_key_values})
         if labels is not None and (placeholders := self._placeholders(input_ids, inputs_embeds)) is not None:
@@ -382,6 +383,11 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         self._check_count(placeholders.sum(), 0 if features is None else features.shape[:2].numel())
         if features is None:
             return inputs_embeds
+        if features.shape[-1] != inputs_embeds.shape[-1]:
+            raise ValueError(
+                f"visual tokens of width {features.shape[-1]}, input embeddings of width {inputs_embeds.shape[-1]}: "
+                "expected the same (hidden_size of the language model)"
+            )
         visual = features.flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders.to(inputs_embeds.device)[..., None], visual)
 

@@ -92,11 +92,13 @@ class TokenCounts(NamedTuple):
         tokens: Tokens S, visual tokens included.
         answers: Tokens of the assistant's answers and their ends of turn, which `return_assistant_tokens_mask` marks.
         tiles: Tiles n of all images and frames.
+        prefix: Tokens up to the end of the last image or frame; 0 without any.
     """
 
     tokens: int
     answers: int
     tiles: int
+    prefix: int = 0
 
 
 class SAILVLProcessor(ProcessorMixin):
@@ -552,10 +554,12 @@ class SAILVLProcessor(ProcessorMixin):
         counts = []
         for index, (image_tiles, video_frames) in enumerate(zip(images, videos, strict=True)):
             number, total = len(image_tiles) + sum(video_frames), sum(image_tiles) + sum(video_frames)
-            tokens = len(encoded["input_ids"][index]) + self.image_seq_length * total + number  # start, end: 2 for 1
+            ids = encoded["input_ids"][index]
+            visual = self.image_seq_length * total + number  # start and end tokens: 2 for 1
             answers = _shift_spans(spans[index], offsets[index])
             answers = _count_overlapping(encoded.encodings[index], len(expanded[index]), answers)
-            counts.append(TokenCounts(tokens, answers, total))
+            prefix = len(ids) - ids[::-1].index(self.image_token_id) + visual if number else 0
+            counts.append(TokenCounts(len(ids) + visual, answers, total, prefix))
         return counts
 
     def _get_template(self, chat_template: str | None) -> str:

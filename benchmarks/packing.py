@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sailvit import SAILViTConfig, SAILViTImageProcessor, SAILVLConfig, SAILVLForConditionalGeneration
 from sailvit.encode.demo import PHOTOGRAPH
-from sailvit.train.attention import PER_SAMPLE, is_per_sample
+from sailvit.train.attention import PER_SAMPLE, attention_arguments
 from sailvit.train.collate import EncodedSample, Pack, collate, normalize_tiles
 from sailvit.train.loss import answer_weights, pack_loss
 from sailvit.train.packing import PackedBatches, plan_step, tile_cost
@@ -264,7 +264,7 @@ def loss_of_rows(model: SAILVLForConditionalGeneration, inputs: dict[str, Any], 
 
 def loss_of_pack(model: SAILVLForConditionalGeneration, pack: Pack, labels: torch.Tensor) -> torch.Tensor:
     """Return the share of a pack in the loss of a step, as `SAILVLTrainer` computes it."""
-    inputs = pack.to(model.device).inputs | ({"sample_lengths": pack.lengths} if is_per_sample(model) else {})
+    inputs = pack.to(model.device).inputs | attention_arguments(model, pack.segments)
     loss, _ = pack_loss(model, inputs, answer_weights(pack, "token").to(model.device), keeps_logits=True)
     return loss / labels
 

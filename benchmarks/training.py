@@ -114,7 +114,7 @@ class Interleaved(PackedBatches):
 
     def _inputs(self, pack: Pack) -> dict[str, Any]:
         pixels = normalize_tiles(pack.inputs["pixel_values"], self.corpus.processor.image_processor)
-        return {**pack.inputs, "pixel_values": pixels, "sample_lengths": pack.lengths}  # as the trainer on a CPU
+        return {**pack.inputs, "pixel_values": pixels, "segments": pack.segments}  # as the trainer on a CPU
 
     def bare_step(self) -> None:
         answers = sum(len(weights) for _, weights in self.ready)

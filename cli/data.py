@@ -73,7 +73,15 @@ def run_check(options: argparse.Namespace) -> int:
     packing = _packing_options(options)
     _check_output(options)
     with exit_at_interrupt("data"):
-        from sailvit.train import Corpus, PackedBatches, check_corpus, describe, load_processor, tile_cost
+        from sailvit.train import (
+            Corpus,
+            PackedBatches,
+            can_share_prompt,
+            check_corpus,
+            describe,
+            load_processor,
+            tile_cost,
+        )
 
         _quiet_libraries()
         processor, config = load_processor(options.model)
@@ -84,6 +92,7 @@ def run_check(options: argparse.Namespace) -> int:
         options.workers,
         max_bad_fraction=1,
         recheck=True,
+        share_prompt=can_share_prompt(config),
         log=_log_to_stderr,
     )
     batches = PackedBatches(corpus, **packing, tile_cost=tile_cost(config)) if packing and len(corpus) else None

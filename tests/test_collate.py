@@ -24,7 +24,14 @@ from toy_corpus import (
 from transformers import DataCollatorWithFlattening
 
 from sailvit import SAILVLForConditionalGeneration, SAILVLProcessor
-from sailvit.train.attention import PER_SAMPLE, attend_per_sample, is_per_sample
+from sailvit.train.attention import (
+    PER_SAMPLE,
+    Segment,
+    attend_per_sample,
+    attention_arguments,
+    can_share_prompt,
+    is_per_sample,
+)
 from sailvit.train.collate import EncodedSample, Pack, collate, encode_sample, normalize_tiles, read_pack
 from sailvit.train.formats import BadSample, Sample
 from sailvit.train.loss import answer_weights, pack_loss
@@ -47,7 +54,7 @@ def model(processor) -> SAILVLForConditionalGeneration:
 
 
 def arguments_of(model, pack: Pack) -> dict:
-    return pack.inputs | ({"sample_lengths": pack.lengths} if is_per_sample(model) else {})
+    return pack.inputs | attention_arguments(model, pack.segments)
 
 
 def sum_loss(model, pack: Pack, **options) -> torch.Tensor:
@@ -138,7 +145,8 @@ def changed(sample: EncodedSample, what: str) -> EncodedSample:
     if what == "pixels":
         return replace(sample, tiles=-sample.tiles)
     ids = sample.input_ids.clone()
-    ids[2:5] = torch.tensor([10, 11, 12])
+    start = 2 + sample.prefix
+    ids[start : start + 3] = torch.tensor([10, 11, 12])
     return replace(sample, input_ids=ids)
 
 
@@ -194,13 +202,21 @@ def weighted_loss(model, packs: list[Pack], reduction: str) -> tuple[float, dict
     return total, component_gradients(model), sum(len(call.last_hidden_state) for call in calls)
 
 
-@pytest.mark.parametrize("reduction, attention", [("token", "sdpa"), ("sample", PER_SAMPLE), ("square", PER_SAMPLE)])
+def sharing(samples: list[Sample]) -> list[Sample]:
+    """Return the samples; turns about the same images share the tokens up to the last one."""
+    return [replace(sample, share_prompt=sample is not samples[3]) for sample in samples]  # which has no images
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize(
+    "reduction, attention", [("token", "sdpa"), ("sample", PER_SAMPLE), ("square", PER_SAMPLE), ("token", "eager")]
+)
 def test_independent_turns_have_the_loss_and_gradients_of_samples_of_their_own(
-    model, processor, independent, reduction, attention
+    model, processor, independent, reduction, attention, shares
 ):
     model.language_model.set_attn_implementation(attention)
     separate = [encode_sample(each, processor) for sample in independent for each in split_turns(sample)]
-    encoded = [encode_sample(sample, processor) for sample in independent]
+    encoded = [encode_sample(sample, processor) for sample in (sharing(independent) if shares else independent)]
     expected, gradients, tiles = weighted_loss(model, [collate([sample]) for sample in separate], reduction)
     for packs in ([collate(encoded)], [collate([sample]) for sample in encoded]):
         loss, found, encoded_tiles = weighted_loss(model, packs, reduction)
@@ -211,10 +227,11 @@ def test_independent_turns_have_the_loss_and_gradients_of_samples_of_their_own(
         assert encoded_tiles == sum(len(sample.tiles) for sample in encoded if sample.tiles is not None) < tiles / 2
 
 
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", PER_SAMPLE])
-def test_changing_a_turn_changes_no_other_independent_turn(model, processor, independent, attention):
+def test_changing_a_turn_changes_no_other_independent_turn(model, processor, independent, attention, shares):
     model.eval().language_model.set_attn_implementation(attention)
-    sample, logits = encode_sample(independent[1], processor), []
+    sample, logits = encode_sample(replace(independent[1], share_prompt=shares), processor), []
     for one in (sample, changed(sample, "tokens")):
         pack = collate([one])
         with torch.no_grad():
@@ -233,6 +250,66 @@ def test_independent_turns_show_the_same_tiles(processor, independent):
         assert torch.equal(inputs[name], separate.inputs[name]), name
     assert pack.lengths == separate.lengths == inputs["cu_seq_lens_q"].diff().tolist()
     assert pack.conversations == [1, 3, 1, 2, 4] and pack.num_labels == separate.num_labels
+
+
+# A shared prefix
+
+
+SHARING = {
+    "Qwen2": {},
+    "Qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "Llama": {"model_type": "llama"},
+    "Mistral": {"model_type": "mistral", "sliding_window": None},
+    "Gemma": {"model_type": "gemma", "head_dim": 8},
+}
+NOT_SHARING = {
+    "a sliding window": {"model_type": "mistral", "sliding_window": 7},
+    "sliding windows in some layers": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "Gemma 2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 7},
+    "Mamba": {"model_type": "mamba"},
+    "BLOOM": {"model_type": "bloom"},
+}
+
+
+@pytest.mark.parametrize("text", SHARING.values(), ids=SHARING)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", PER_SAMPLE])
+def test_logits_with_a_shared_prefix_are_those_of_separate_conversations(processor, independent, text, attention):
+    model = make_model(processor, text).eval()
+    assert can_share_prompt(model.config) and can_share_prompt(model.config, attention)
+    model.language_model.set_attn_implementation(attention)
+    separate, shared = (
+        collate([encode_sample(sample, processor) for sample in samples])
+        for samples in (independent, sharing(independent))
+    )
+    assert sum(shared.lengths) < 0.7 * sum(separate.lengths)
+    logits = []
+    for pack in (separate, shared):
+        with torch.no_grad():
+            row = model(**arguments_of(model, pack)).logits[0]
+        logits.append(row[pack.inputs["labels"][0].roll(-1) != -100])
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", NOT_SHARING.values(), ids=NOT_SHARING)
+def test_language_models_without_full_attention_share_no_prefix(processor, text):
+    assert not can_share_prompt(make_model(processor, text).config)
+
+
+def test_flash_attention_shares_no_prefix(model, processor, independent):
+    assert not can_share_prompt(model.config, "flash_attention_2")
+    encoded = [encode_sample(sample, processor) for sample in sharing(independent)]
+    with pytest.raises(ValueError, match="prefixes of their own"):
+        collate(encoded, flash_attention=True)
+
+
+def test_a_chat_template_with_images_last_shares_no_prefix(processor, independent):
+    other = copy.copy(processor)
+    other.chat_template = "{% for m in messages %}{% for p in m.content | sort(attribute='type', reverse=True) %}" + (
+        "{% if p.type == 'text' %}{{ p.text }}{% else %}<IMG_CONTEXT>{% endif %}{% endfor %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ 'yes' }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(BadSample, match="let the chat template put images before texts"):
+        encode_sample(replace(independent[1], share_prompt=True), other)
 
 
 # Attention sample by sample
@@ -264,9 +341,9 @@ def test_attention_per_sample_is_that_of_a_mask(processor, encoded, text, checkp
 
 def test_attention_per_sample_without_lengths_is_an_error(model, encoded):
     inputs = collate(encoded).inputs
-    for lengths in (None, [3]):
-        with attend_per_sample(model), pytest.raises(ValueError, match="sample_lengths that add up to one row"):
-            model(**inputs, sample_lengths=lengths)
+    for segments in (None, [Segment((3,))]):
+        with attend_per_sample(model), pytest.raises(ValueError, match="segments that add up to one row"):
+            model(**inputs, segments=segments)
 
 
 def test_a_language_model_in_chunks_keeps_its_mask(model):

@@ -175,9 +175,10 @@ def test_independent_turns_are_shown_one_after_the_other(check, tmp_path):
     assert report["samples"] == 1 and report["kinds"] == {"caption+ocr": 1} and report["tiles"] == 3
     shown = check("--show", "1")[1].split("\n--- ")[1]
     assert f"{report['tokens']['total']} tokens, 3 tiles, 2 independent turns" in shown
-    visual = f"<img><IMG_CONTEXT> x {3 * TILE.count('<IMG_CONTEXT>')} </img>\n"
+    visual = f"<img><IMG_CONTEXT> x {3 * TILE.count('<IMG_CONTEXT>')} </img>"
     for part, kind in zip(shown.split("⟧\n\n"), ("ocr", "caption"), strict=True):
-        assert f"{visual}{kind}?<|im_end|><|im_start|>assistant\n⟦It is {kind}.<|im_end|>" in part
+        assert f"\n{kind}?<|im_end|><|im_start|>assistant\n⟦It is {kind}.<|im_end|>" in part
+        assert (visual in part) == (kind == "ocr")  # the turns share it
 
 
 def test_the_middle_of_a_long_sample_is_not_shown(check, tmp_path):

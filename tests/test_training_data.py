@@ -47,19 +47,23 @@ def test_lengths_options_and_truncation_agree_with_the_tensors(corpus, workers):
     sizes=st.lists(st.tuples(st.integers(20, 200), st.integers(20, 200)), max_size=2),
     texts=st.lists(st.tuples(st.text(max_size=9), st.text("abc", min_size=1, max_size=9)), min_size=1, max_size=4),
     system=st.sampled_from(["", "Be brief."]),
+    share_prompt=st.booleans(),
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_lengths_of_independent_turns_are_those_of_their_tensors(processor, sizes, texts, system):  # noqa: F811
-    formats = FormatOptions(independent_turns=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lengths_of_independent_turns_are_those_of_their_tensors(processor, sizes, texts, system, share_prompt):  # noqa: F811
+    formats = FormatOptions(independent_turns=True, share_prompt=share_prompt)
     reader = SampleReader(processor, "", formats, {})
     turns = [{"user": question, "assistant": answer} for question, answer in texts]
     record = {"images": [Image.new("RGB", size) for size in sizes], "texts": turns}
     assume("<" not in "".join(question for question, _ in texts))
     sample = reader.read(record)
     (counts,), pack = reader.count([sample]), collate([encode_sample(sample, processor)])
-    assert counts == (sum(pack.lengths), pack.num_labels, len(pack.inputs.get("pixel_values", ())))
+    assert counts[:3] == (sum(pack.lengths), pack.num_labels, len(pack.inputs.get("pixel_values", ())))
     alone = [reader.count([Sample(messages)])[0] for messages in sample.conversations]
-    assert [count.tokens for count in alone] == pack.lengths and pack.conversations == [len(texts)]
+    first, *others = [count.tokens for count in alone]
+    prefix = counts.prefix if share_prompt else 0
+    assert pack.lengths == [first, *(tokens - prefix for tokens in others)] and pack.conversations == [len(texts)]
+    assert sum(segment.prefix for segment in pack.segments) == (prefix if others else 0)
     assert {count.tiles for count in alone} == {counts.tiles}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 
 _MODULES = {
+    "attention": ("can_share_prompt",),
     "check": ("check_corpus", "describe", "load_processor", "show_samples"),
     "collate": ("Pack", "normalize_tiles"),
     "corpus": ("Corpus", "Skipped", "TooManyBadSamplesError"),

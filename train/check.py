@@ -216,7 +216,7 @@ def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:
     """
     Return the text of a sample, trained tokens in white square brackets, equal visual tokens counted.
 
-    An empty line is between conversations of the same sample.
+    An empty line is between conversations of the same sample; a prefix that they share is shown once.
     """
     ids, labels = (tensor.split(encoded.lengths) for tensor in (encoded.input_ids, encoded.labels))
     return "\n\n".join(_mark_conversation(*row, processor) for row in zip(ids, labels, strict=True))

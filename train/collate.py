@@ -3,7 +3,8 @@
 """
 Batches: samples -> tokens, labels and tiles -> packs, each one row of tensors that `model(**pack.inputs)` takes.
 
-A sample is one conversation, or several that do not depend on each other and show the same tiles, encoded once.
+A sample is one conversation, or several that do not depend on each other and show the same tiles, encoded once. Their
+prefix, all up to the last visual token, is in the row once if they share it (see attention.py).
 
 Shapes: S tokens of a sample or a pack, n tiles, m >= n tiles that its conversations show together, h and w the height
 and width of a tile in pixels.
@@ -18,6 +19,7 @@ import torch
 
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..processing_sailvl import SAILVLProcessor
+from .attention import Segment
 from .formats import BadSample, Sample
 
 
@@ -38,6 +40,7 @@ class EncodedSample:
         tiles: (n, 3, h, w), float32 pixel_values or uint8; None without images.
         tile_indices: (m,) int64, the tiles that its conversations show; None if each is shown once, in order.
         splits: Tokens of each of its conversations; () if it is one.
+        prefix: Tokens at the start of the first conversation that belong to all of them; 0 if each has its own.
         kinds: The kind of each of its conversations; () if all are of the kind of the sample.
     """
 
@@ -46,12 +49,18 @@ class EncodedSample:
     tiles: torch.Tensor | None = None
     tile_indices: torch.Tensor | None = None
     splits: tuple[int, ...] = ()
+    prefix: int = 0
     kinds: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each of its conversations."""
+        """Tokens of each of its conversations; of those after the first without the shared prefix."""
         return self.splits or (len(self.input_ids),)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Its conversations: one segment if they share a prefix, else one of each."""
+        return [Segment(self.lengths, self.prefix)] if self.prefix else [Segment((n,)) for n in self.lengths]
 
 
 @dataclass
@@ -63,7 +72,7 @@ class Pack:
         inputs: Arguments of the model: input_ids, labels, position_ids (1, S), use_cache=False, and pixel_values
             (n, 3, h, w) if there are tiles, tile_indices (m,) if some are shown several times.
         samples: Corpus indices of its samples.
-        lengths: Tokens of each of their conversations.
+        segments: Their conversations, with the tokens of each.
         skipped: (corpus index, reason) of the samples that were left out.
         answers: Positions with a label of each conversation; of next-patch prediction predicted patches of each sample.
         conversations: The number of conversations of each sample.
@@ -72,11 +81,16 @@ class Pack:
 
     inputs: dict[str, Any]
     samples: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     conversations: list[int] = field(default_factory=list)
     kinds: list[str | None] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each conversation; of those after the first of a segment without its prefix."""
+        return [length for segment in self.segments for length in segment.lengths]
 
     @property
     def num_labels(self) -> int:
@@ -100,7 +114,8 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
     """
     Turn a sample into tokens, labels and tiles. Only answers of the assistant and their end of turn have a label.
 
-    Its conversations follow each other; each has its own placeholders of the same tiles.
+    Its conversations follow each other; each has its own placeholders of the same tiles, or they share those of the
+    first.
 
     Args:
         uint8_tiles: Return the tiles as uint8, before they are rescaled and normalised; see `normalize_tiles`.
@@ -119,15 +134,32 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
         raise BadSample(" ".join(str(error).split()) or type(error).__name__) from error
     ids = [torch.tensor(row) for row in batch["input_ids"]]
     labels = [_labels(*row) for row in zip(ids, batch["assistant_masks"], strict=True)]
-    tiles, indices = batch.get("pixel_values"), batch.get("tile_indices")
+    tiles, indices, prefix = batch.get("pixel_values"), batch.get("tile_indices"), 0
+    if sample.share_prompt and len(ids) > 1:
+        prefix = _prefix(ids, processor)
+        ids, labels = ([rows[0], *(row[prefix:] for row in rows[1:])] for rows in (ids, labels))
+        indices = indices[: len(indices) // len(ids)]
     return EncodedSample(
         torch.cat(ids),
         torch.cat(labels),
         tiles.to(torch.uint8) if uint8_tiles and tiles is not None else tiles,
         None if indices is None else torch.tensor(indices),
         tuple(map(len, ids)),
+        prefix,
         sample.turn_kinds[: len(ids)],  # fewer if it is truncated
     )
+
+
+def _prefix(conversations: Sequence[torch.Tensor], processor: SAILVLProcessor) -> int:
+    """Return the number of tokens up to the last visual one, which conversations have in common."""
+    first, *others = conversations
+    prefix = 1 + int((first == processor.image_token_ids[-1]).nonzero()[-1])
+    if not all(torch.equal(other[:prefix], first[:prefix]) for other in others):
+        raise BadSample(
+            "independent turns: expected the same tokens up to the last image in all of them, got different ones: let "
+            "the chat template put images before texts"
+        )
+    return prefix
 
 
 def _labels(ids: torch.Tensor, mask: list[int]) -> torch.Tensor:
@@ -159,7 +191,8 @@ def collate(
     Concatenate samples to a pack.
 
     Attention keeps the conversations apart: sdpa and eager attention of transformers by position_ids that restart at
-    each one, without an attention mask and with use_cache=False; FlashAttention by their boundaries.
+    each one, without an attention mask and with use_cache=False; FlashAttention by their boundaries. Conversations
+    that share a prefix need the mask, see `attention_arguments`.
 
     Without samples the pack is one padding token without a label: its loss is 0 if num_items_in_batch is passed to the
     model, and not a number (a mean over nothing) if it is not.
@@ -168,18 +201,24 @@ def collate(
         samples: Corpus indices of `encoded`.
         skipped: (corpus index, reason) of samples that belong to the pack but could not be read.
         flash_attention: Add cu_seq_lens_q, cu_seq_lens_k (conversations + 1) int32 and max_length_q, max_length_k.
+
+    Raises:
+        ValueError: Conversations share a prefix, which FlashAttention does not know.
     """
     rows = list(encoded) or [EncodedSample(torch.tensor([pad_token_id]), torch.tensor([IGNORED]))]
     lengths = [length for row in rows for length in row.lengths]
+    segments = [segment for row in rows for segment in row.segments]
     inputs = {
         "input_ids": torch.cat([row.input_ids for row in rows])[None],
         "labels": torch.cat([row.labels for row in rows])[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "position_ids": torch.cat([segment.position_ids() for segment in segments])[None],
         "use_cache": False,
     }
     inputs["labels"][0, [0, *accumulate(lengths[:-1])]] = IGNORED
     inputs |= _concatenate_tiles([row for row in rows if row.tiles is not None])
     if flash_attention:
+        if any(segment.prefix for segment in segments):
+            raise ValueError("flash_attention: expected conversations with prefixes of their own, got a shared one")
         boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
@@ -187,7 +226,7 @@ def collate(
     return Pack(
         inputs,
         samples=list(samples),
-        lengths=lengths if encoded else [],
+        segments=segments if encoded else [],
         skipped=list(skipped),
         answers=answers if encoded else [],
         conversations=[len(row.lengths) for row in encoded],

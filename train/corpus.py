@@ -103,6 +103,7 @@ class Corpus(Sequence):
         num_proc: int | None = None,
         max_bad_fraction: float | None = None,
         recheck: bool = False,
+        share_prompt: bool = False,
         log: Callable[[str], None] = lambda line: None,
     ) -> "Corpus":
         """
@@ -115,6 +116,7 @@ class Corpus(Sequence):
             num_proc: Processes that compute lengths. Default: 1.
             max_bad_fraction: Default: that of the file.
             recheck: Look again at samples that were bad before; this is always done if they are too many.
+            share_prompt: Let independent turns share the tokens up to the last image, as `can_share_prompt` allows.
             log: Called with each progress message.
 
         Raises:
@@ -127,7 +129,7 @@ class Corpus(Sequence):
         cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "sailvit")
         most = content.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
         with cache_errors(cache):
-            files = list(_open_files(content, Path(path).parent, processor, cache, log))
+            files = list(_open_files(content, Path(path).parent, processor, cache, share_prompt, log))
             lengths = [measure(file.rows, file.reader, cache, num_proc) for file in files]
         if recheck or _are_too_many(lengths, most):
             pairs = zip(files, lengths, strict=True)
@@ -264,7 +266,7 @@ class Corpus(Sequence):
             for end in range(len(sample.messages) - 2, 1, -2):
                 counts = reader.count([replace(sample, messages=sample.messages[:end])])[0]
                 if not isinstance(counts, str) and counts.tokens <= max_tokens and counts.tiles <= max_tiles:
-                    shorter[index] = (end, *counts)
+                    shorter[index] = (end, *(getattr(counts, name) for name in COLUMNS))
                     break
         return shorter
 
@@ -288,6 +290,7 @@ def _open_files(
     folder: Path,
     processor: SAILVLProcessor | TileProcessor,
     cache: Path,
+    share_prompt: bool,
     log: Callable[[str], None],
 ) -> Iterator[SourceFile]:
     start, processor_hash = 0, hash_processor(processor)
@@ -296,16 +299,17 @@ def _open_files(
         options = {name: value for name, value in options.items() if value is not None}
         for rows in open_rows(source, base, cache):
             _check_columns(source, rows)
-            formats = _format_options(source, base / source.image_root if source.image_root else _folder_of(rows))
+            image_root = base / source.image_root if source.image_root else _folder_of(rows)
+            formats = _format_options(source, image_root, share_prompt and source.independent_turns)
             log(f"{source.name}: {rows}, {rows.length:,} rows")
             yield SourceFile(source, rows, SampleReader(processor, processor_hash, formats, options), start)
             start += rows.length
 
 
-def _format_options(source: Source, image_root: Path | None) -> FormatOptions:
+def _format_options(source: Source, image_root: Path | None, share_prompt: bool) -> FormatOptions:
     try:
         names = ("allow_outside", "min_rating", "num_frames", "independent_turns")
-        return FormatOptions(image_root, **{name: getattr(source, name) for name in names})
+        return FormatOptions(image_root, **{name: getattr(source, name) for name in names}, share_prompt=share_prompt)
     except ValueError as error:
         raise ValueError(f"source {source.name}: {error}") from error
 

@@ -64,6 +64,7 @@ class Sample:
         kind: caption, ocr, ...; None if unknown; "caption+ocr" if its independent turns are of several kinds.
         options: Options of the processor for this sample: max_tiles, num_frames, ...
         independent_turns: Every question is asked without the turns before it; images are in the first one only.
+        share_prompt: The tokens up to the last image, which independent turns have in common, are there once.
         turn_kinds: The kinds of independent turns, if they are of several kinds.
     """
 
@@ -71,6 +72,7 @@ class Sample:
     kind: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     independent_turns: bool = False
+    share_prompt: bool = False
     turn_kinds: tuple[str, ...] = ()
 
     @property
@@ -98,6 +100,8 @@ class FormatOptions:
         num_frames: Take at most this many frames of a video that is a list of frames.
         independent_turns: Read the turns of a record as questions about the same images that do not depend on each
             other.
+        share_prompt: Let independent turns share the tokens up to the last image, if their first question starts with
+            its images: for attention that can keep them apart, see attention.py.
 
     Raises:
         ValueError: min_rating names an unknown rating, or num_frames is below 1.
@@ -108,6 +112,7 @@ class FormatOptions:
     min_rating: float | Mapping[str, float] | None = None
     num_frames: int | None = None
     independent_turns: bool = False
+    share_prompt: bool = False
 
     def __post_init__(self) -> None:
         names = self.min_rating if isinstance(self.min_rating, Mapping) else ()
@@ -163,7 +168,8 @@ def parse_record(record: Mapping[str, Any], options: FormatOptions) -> Sample:
         return Sample(messages, _kind_of(fields))
     _check_independent(turns)
     kind, turn_kinds = _kinds_of_turns(turns, _kind_of(fields))
-    return Sample(messages, kind, independent_turns=True, turn_kinds=turn_kinds)
+    share_prompt = options.share_prompt and _starts_with_media(turns)
+    return Sample(messages, kind, independent_turns=True, share_prompt=share_prompt, turn_kinds=turn_kinds)
 
 
 def _kind_of(fields: Mapping[str, Any], location: str = "") -> str | None:
@@ -307,6 +313,13 @@ def _check_independent(turns: list[Turn]) -> None:
                 f"{turn.location}: independent_turns: expected images and videos in the first question only, got "
                 f"{media[0]}: move it there, or leave independent_turns out"
             )
+
+
+def _starts_with_media(turns: list[Turn]) -> bool:
+    """Return whether the first question has images or videos, and no text before or between them."""
+    first = next(turn for turn in turns if turn.role == "user")
+    is_text = [part["type"] == "text" for part in first.content]
+    return not is_text[0] and is_text == sorted(is_text)
 
 
 def _check_reserved(turns: list[Turn]) -> None:

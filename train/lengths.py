@@ -114,7 +114,8 @@ class SampleReader:
                 return [" ".join(str(error).split()) or type(error).__name__]
             return [count for sample in samples for count in self.count([sample])]
         remaining = iter(counts)
-        return [_of_sample(list(islice(remaining, len(chat)))) for chat in chats]
+        pairs = zip(samples, chats, strict=True)
+        return [_of_sample(list(islice(remaining, len(chat))), sample.share_prompt) for sample, chat in pairs]
 
     def hash(self) -> str:
         """Return a hash of all that the counts of a record depend on."""
@@ -122,11 +123,13 @@ class SampleReader:
         return hash_of([VERSION, self.processor_hash, dict(self.processor_options), formats])
 
 
-def _of_sample(counts: list[TokenCounts]) -> TokenCounts | str:
+def _of_sample(counts: list[TokenCounts], share_prompt: bool) -> TokenCounts | str:
     """Return the counts of a sample from those of its conversations, which all show the same tiles."""
     if not all(count.answers for count in counts):
         return "no token of an answer"
-    return TokenCounts(sum(c.tokens for c in counts), sum(c.answers for c in counts), counts[0].tiles)
+    first, *others = counts
+    tokens = first.tokens + sum(count.tokens - (count.prefix if share_prompt else 0) for count in others)
+    return TokenCounts(tokens, sum(count.answers for count in counts), first.tiles, first.prefix)
 
 
 def hash_processor(processor: SAILVLProcessor | TileProcessor) -> str:
@@ -281,6 +284,6 @@ def _count_table(table: pa.Table, is_json: bool, reader: SampleReader) -> dict[s
     for index, count in zip(samples, reader.count([*samples.values()]) if samples else (), strict=True):
         results[index] = count
     counts = [TokenCounts(0, 0, 0) if isinstance(result, str) else result for result in results]
-    columns = dict(zip(COLUMNS, map(list, zip(*counts, strict=True)), strict=True))
+    columns = {name: [getattr(count, name) for count in counts] for name in COLUMNS}
     kinds = [(samples[index].kind or NO_KIND) if index in samples else NO_KIND for index in range(len(results))]
     return {**columns, "kind": kinds, "reason": [result if isinstance(result, str) else "" for result in results]}

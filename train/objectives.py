@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .attention import attend_per_sample, is_per_sample
+from .attention import Segment, attend_per_sample, attention_arguments
 from .flops import SampleFlops, next_patch_flops, sample_flops
 from .loss import pack_loss
 from .next_patch import NextPatchModel, next_patch_loss
@@ -37,7 +37,7 @@ class NextToken:
         return attend_per_sample(self.model)
 
     def loss(
-        self, model: nn.Module, inputs: dict[str, Any], lengths: list[int], weights: torch.Tensor
+        self, model: nn.Module, inputs: dict[str, Any], segments: list[Segment], weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Return the weighted loss of a pack, and the losses (T,) of its answer tokens, detached.
@@ -45,11 +45,11 @@ class NextToken:
         Args:
             model: The model in its wrapper of an engine.
             inputs: Of the pack, on the device.
-            lengths: Tokens of each sample.
+            segments: Of the pack.
             weights: (T,), of the answer tokens.
         """
-        if is_per_sample(self.model):
-            inputs = {**inputs, "sample_lengths": lengths or [1]}  # a pack without samples is one token
+        segments = segments or [Segment((1,))]  # a pack without samples is one token
+        inputs = {**inputs, **attention_arguments(self.model, segments)}
         return pack_loss(model, inputs, weights, self.keeps_logits)
 
 
@@ -69,7 +69,7 @@ class NextPatch:
         return nullcontext()
 
     def loss(
-        self, model: nn.Module, inputs: dict[str, Any], lengths: list[int], weights: torch.Tensor
+        self, model: nn.Module, inputs: dict[str, Any], segments: list[Segment], weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As of NextToken, of the predicted patches."""
         return next_patch_loss(model, inputs, weights, self.model.config.patch_size)

@@ -33,6 +33,7 @@ from ..convert.storage.checkpoint import Checkpoint, FileCheckpoint
 from ..convert.storage.files import first_line
 from ..convert.storage.sources import check_separate, find_source
 from ..devices import choose_device
+from .attention import can_share_prompt
 from .check import FIXES, TITLES, load_processor, load_tile_processor
 from .checkpoints import (
     RUN,
@@ -368,7 +369,11 @@ class Stage:
 
     def _open_batches(self, ranks: int) -> PackedBatches:
         recipe = self.recipe
-        corpus = Corpus.from_yaml(recipe.data, self.processor, num_proc=recipe.workers or None, log=self.log)
+        share_prompt = not self.is_encoder and can_share_prompt(self.config, recipe.attn_implementation)
+        workers = recipe.workers or None
+        corpus = Corpus.from_yaml(
+            recipe.data, self.processor, num_proc=workers, share_prompt=share_prompt, log=self.log
+        )
         check_kinds(recipe, corpus)
         batches = TileBatches if self.is_encoder else PackedBatches
         return batches(
@@ -513,7 +518,10 @@ def plan_run(recipe: Recipe, ranks: int, card: str | None, samples: int | None =
         raise ValueError(f"--plan: {recipe.name}: expected objective next_token, got {recipe.objective}")
     processor, config = load_processor(recipe.model)
     check_language(recipe, config)
-    corpus = Corpus.from_yaml(recipe.data, processor) if recipe.data and samples is None else None
+    corpus = None
+    if recipe.data and samples is None:
+        share_prompt = can_share_prompt(config, recipe.attn_implementation)
+        corpus = Corpus.from_yaml(recipe.data, processor, share_prompt=share_prompt)
     paper, origin = PAPER_STAGES.get(recipe.name or ""), ""
     if corpus is None and samples is None and paper is not None:
         samples, origin = paper.samples, f"{paper.samples:,}, as in the paper: give data= or --samples"

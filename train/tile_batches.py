@@ -8,6 +8,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from .attention import Segment
 from .collate import Pack
 from .corpus import Corpus
 from .formats import BadSample, Sample
@@ -39,7 +40,7 @@ def read_tile_pack(corpus: Corpus, indices: Sequence[int], seed: Sequence[int]) 
     read, skipped = _read_samples(corpus, indices)
     tiles = [own for _, own in read]
     prefixes = [random_prefixes(processor.patches, len(own), (*seed, index)) for index, own in read]
-    lengths = [processor.patches * len(own) for own in tiles]
+    segments = [Segment((processor.patches * len(own),)) for own in tiles]
     answers = [int((processor.patches - own).sum()) for own in prefixes]
     if not read:
         size = processor.image_processor.size
@@ -47,7 +48,7 @@ def read_tile_pack(corpus: Corpus, indices: Sequence[int], seed: Sequence[int]) 
         prefixes = [torch.tensor([processor.patches])]
     inputs = {"pixel_values": torch.cat(tiles), "prefix_lengths": torch.cat(prefixes)}
     samples = [index for index, _ in read]
-    return Pack(inputs, samples, lengths, skipped, answers, [1] * len(read), [None] * len(read))
+    return Pack(inputs, samples, segments, skipped, answers, [1] * len(read), [None] * len(read))
 
 
 def _read_samples(

@@ -407,7 +407,7 @@ class SAILVLTrainer(Trainer):
             sum(float(answer_weights(pack, reduction).sum()) for pack in packs),
             sum(len(pack.samples) for pack in packs),
             sum(sum(pack.lengths) for pack in packs),
-            sum(length**2 for pack in packs for length in pack.lengths),
+            sum(segment.squared_tokens for pack in packs for segment in pack.segments),
             sum(pack.num_labels for pack in packs),
             sum(map(len, tiles)),
             sum(len(pack.skipped) for pack in packs),
@@ -493,7 +493,7 @@ class SAILVLTrainer(Trainer):
         if tiles is not None and tiles.dtype == torch.uint8:
             inputs["pixel_values"] = normalize_tiles(tiles, self.batches.corpus.processor.image_processor)
         with self.compute_loss_context_manager():
-            return self.objective.loss(model, inputs, pack.lengths, weights)
+            return self.objective.loss(model, inputs, pack.segments, weights)
 
     def _sum_losses(self, total: torch.Tensor, losses: list[torch.Tensor], packs: list[Pack]) -> None:
         """
