@@ -4,8 +4,8 @@ Benchmark of packing inside the optimizer step.
 Loss and gradients of a packed step against one sample a row. Balance of a step of 512 samples against first-fit packing
 per rank and one sample per micro-step; time of planning. 10 million rows: memory of a node and seconds to the first
 plan, in fresh processes. Useful tokens per second of a training step at toy size against padded batches. Pictures with
-seven independent questions against a sample per question. Tiles as uint8 through a DataLoader against float32. Lengths,
-see lengths.py.
+seven independent questions, with a shared prompt and without, against a sample per question. Tiles as uint8 through a
+DataLoader against float32. Lengths, see lengths.py.
 
     python benchmarks/packing.py                          # everything
     python benchmarks/packing.py balance rows             # some of it
@@ -363,21 +363,21 @@ def miniature() -> SAILVLForConditionalGeneration:
     return SAILVLForConditionalGeneration(config).train()
 
 
-def pictures(
-    config: SAILVLConfig, count: int, tiles: int, text: int
-) -> tuple[list[EncodedSample], list[EncodedSample]]:
+def pictures(config: SAILVLConfig, count: int, tiles: int, text: int) -> dict[str, list[EncodedSample]]:
     """Return pictures with questions of `text` tokens each, as one sample a picture and as one a question."""
     size, visual, answer = config.vision_config.image_size, tiles * config.image_seq_length, max(1, text // 8)
-    shared, separate = [], []
+    shared, repeated, separate = [], [], []
     for _ in range(count):
         ids = torch.randint(0, config.image_token_id, (QUESTIONS, visual + text))
         ids[:, :visual] = config.image_token_id
         labels = ids.masked_fill(torch.arange(visual + text) < visual + text - answer, -100)
         pixels, indices = torch.randn(tiles, 3, size, size), torch.arange(tiles).repeat(QUESTIONS)
         splits = (visual + text,) * QUESTIONS
-        shared.append(EncodedSample(ids.flatten(), labels.flatten(), pixels, indices, splits))
+        repeated.append(EncodedSample(ids.flatten(), labels.flatten(), pixels, indices, splits))
+        once, own = (torch.cat([rows[0], rows[1:, visual:].flatten()]) for rows in (ids, labels))
+        shared.append(EncodedSample(once, own, pixels, None, (visual + text, *[text] * (QUESTIONS - 1)), visual))
         separate += [EncodedSample(*row, pixels) for row in zip(ids, labels, strict=True)]
-    return shared, separate
+    return {"a sample a picture": shared, "the same, prompt repeated": repeated, "a sample a question": separate}
 
 
 def questions(rounds: int = 5) -> None:
@@ -399,9 +399,7 @@ def compare_questions(
     """Compare steps of `SAILVLTrainer` on the same questions, with a sample for each picture or for each question."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     model.language_model.set_attn_implementation(PER_SAMPLE)
-    kinds = dict(
-        zip(("a sample a picture", "a sample a question"), pictures(model.config, count, tiles, text), strict=True)
-    )
+    kinds = pictures(model.config, count, tiles, text)
     labels = count_labels(kinds["a sample a picture"])
 
     def train(packs: list[Pack]) -> None:

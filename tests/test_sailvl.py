@@ -283,7 +283,7 @@ def test_base_model_is_the_model_without_lm_head(model):
 
 def test_image_features_of_another_width_are_refused(model):
     ids, features = prompt(2), model.get_image_features(random_pixels(2, 3, 56, 56))
-    with pytest.raises(ValueError, match="visual tokens of width .* expected the same"):
+    with pytest.raises(ValueError, match=r"visual tokens of width .* expected the same"):
         model(ids, image_features=torch.cat([features, features], -1))
 
 

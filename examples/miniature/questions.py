@@ -94,18 +94,16 @@ def _lines(picture: Lines) -> str:
 
 @in_random_order
 def ask_what(scene: Scene, random: Random) -> Iterator[Question]:
-    """Yield what is in each cell, or which object has a colour, where one alone does."""
+    """Yield what is in each cell. Answers name the place, as captions do: a small model looks where it has written."""
     if len(scene.items) == 1:
-        yield Question("What is it?", scene.items[0].thing, "what")
+        yield Question("What is it?", f"a {scene.items[0].thing}", "what")
         return
     empty = [cell for cell in scene.cells if not scene.at(cell)]
     if empty and random.random() < EMPTY:
-        yield Question(f"What is {random.choice(empty)}?", "nothing", "what")
-    for item in random.sample(scene.items, len(scene.items)):
-        yield Question(f"What is {item.cell}?", item.thing, "what")
-    for item in random.sample(scene.items, len(scene.items)):
-        if scene.count(colour=item.colour) == 1:
-            yield Question(f"What is {item.colour}?", item.thing, "what")
+        cell = random.choice(empty)
+        yield Question(f"What is {cell}?", f"{cell} is nothing", "what")
+    for item in scene.items:
+        yield Question(f"What is {item.cell}?", f"{item.cell} is a {item.thing}", "what")
 
 
 @in_random_order
@@ -113,10 +111,8 @@ def ask_colour(scene: Scene, random: Random) -> Iterator[Question]:
     if len(scene.items) == 1:
         yield Question("What colour is it?", scene.items[0].colour, "colour")
         return
-    for item in random.sample(scene.items, len(scene.items)):
-        yield Question(f"What colour is the object {item.cell}?", item.colour, "colour")
-        if scene.count(thing=item.thing) == 1:
-            yield Question(f"What colour is the {item.thing}?", item.colour, "colour")
+    for item in scene.items:
+        yield Question(f"What colour is the object {item.cell}?", f"{item.cell} is {item.colour}", "colour")
 
 
 @in_random_order
@@ -249,9 +245,10 @@ def interleave(random: Random, *groups: Iterator[Question]) -> Iterator[Question
 
 
 def ask_short(scene: Scene, random: Random) -> Iterator[Question]:
-    """Yield short questions about a scene, the categories in turn, things and colours twice as often as the others."""
-    what, colour = ask_what(scene, random), ask_colour(scene, random)
-    return interleave(random, what, what, colour, colour, ask_count(scene, random), ask_exists(scene, random))
+    """Yield a caption, then short questions about a scene, the categories in turn, things twice as often as others."""
+    yield from ask_fine_caption(scene, random)
+    what, colour, count = ask_what(scene, random), ask_colour(scene, random), ask_count(scene, random)
+    yield from interleave(random, what, what, colour, count, count, ask_exists(scene, random))
 
 
 def ask_coarse_caption(picture: Picture, random: Random) -> Iterator[Question]:
