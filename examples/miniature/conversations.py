@@ -18,7 +18,7 @@ from .vocabulary import LETTERS, SEEN, SEEN_COLOURS, SHAPES, WORDS, category_of
 
 MOST_TURNS = 8
 # Of the pictures that are described: what a question asks for has to be found among words before it can be seen.
-SHARES = {"short_caption": 1, "caption": 2, "ocr": 1, "open_qa": 2, "short_qa": 5, "math": 1}
+SHARES = {"short_caption": 1, "caption": 2, "ocr": 1, "open_qa": 2, "short_qa": 6, "math": 1}
 
 
 def make_conversation(random: Random, held_out: bool = False) -> list[Question]:

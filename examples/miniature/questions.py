@@ -94,16 +94,15 @@ def _lines(picture: Lines) -> str:
 
 @in_random_order
 def ask_what(scene: Scene, random: Random) -> Iterator[Question]:
-    """Yield what is in each cell. Answers name the place, as captions do: a small model looks where it has written."""
+    """Yield what is in each cell."""
     if len(scene.items) == 1:
-        yield Question("What is it?", f"a {scene.items[0].thing}", "what")
+        yield Question("What is it?", scene.items[0].thing, "what")
         return
     empty = [cell for cell in scene.cells if not scene.at(cell)]
     if empty and random.random() < EMPTY:
-        cell = random.choice(empty)
-        yield Question(f"What is {cell}?", f"{cell} is nothing", "what")
+        yield Question(f"What is {random.choice(empty)}?", "nothing", "what")
     for item in scene.items:
-        yield Question(f"What is {item.cell}?", f"{item.cell} is a {item.thing}", "what")
+        yield Question(f"What is {item.cell}?", item.thing, "what")
 
 
 @in_random_order
@@ -112,7 +111,7 @@ def ask_colour(scene: Scene, random: Random) -> Iterator[Question]:
         yield Question("What colour is it?", scene.items[0].colour, "colour")
         return
     for item in scene.items:
-        yield Question(f"What colour is the object {item.cell}?", f"{item.cell} is {item.colour}", "colour")
+        yield Question(f"What colour is the object {item.cell}?", item.colour, "colour")
 
 
 @in_random_order

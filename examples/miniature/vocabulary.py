@@ -70,7 +70,7 @@ class Look:
     colours: tuple[str, ...] = SEEN_COLOURS
     fonts: tuple[str, ...] = SEEN_FONTS
     most_objects: int = 6
-    single: tuple[int, int] = (12, 16)
+    single: tuple[int, int] = (12, 13)
     clutter: tuple[int, int] = (0, 2)
     noise: float = 8.0
 

@@ -35,7 +35,7 @@ GROUP = 1000  # rows of a row group
 # pixels are hard to read: with more of them the rest is learned later
 COARSE = {"short_caption": 0.9, "ocr": 0.1}
 FINE = {"caption": 0.9, "ocr": 0.1}
-ALL = {"caption": 0.35, "ocr": 0.05, "open_qa": 0.05, "short_qa": 0.45, "math": 0.05, TEXT: 0.05}
+ALL = {"caption": 0.05, "ocr": 0.05, "open_qa": 0.2, "short_qa": 0.6, "math": 0.05, TEXT: 0.05}
 
 
 def split_counts(total: int, shares: Mapping[str, float]) -> dict[str, int]:
@@ -67,13 +67,13 @@ class WorldPlan:
             "pretrain": split_counts(20_000, COARSE),
             "stage1": split_counts(4_000, COARSE),
             "stage2": split_counts(32_000, FINE),
-            "stage3": split_counts(48_000, ALL),
+            "stage3": split_counts(40_000, ALL),
             "transfer1": split_counts(6_000, COARSE),
             "transfer2": split_counts(6_000, ALL),
         }
     )
     language: tuple[int, int] = (40_000, 1_000)
-    questions: int = 4
+    questions: int = 7
     tests: int = 4_000
     probe: tuple[int, int] = (100, 50)
 
