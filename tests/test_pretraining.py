@@ -14,12 +14,18 @@ import torch
 from conftest import ROOT, randomize
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from sailvit import SAILViTConfig, SAILViTModel
 from sailvit.convert import compose_model, convert_checkpoint
 from sailvit.examples.miniature.models import random_encoder, random_language
-from sailvit.train import load_recipe
+from sailvit.train import load_processor, load_recipe
 from sailvit.train.next_patch import PREFIX_CAUSAL, NextPatchModel, next_patch_loss
 from sailvit.train.run import run
 from sailvit.train.tile_batches import random_prefixes
@@ -250,3 +256,12 @@ def test_two_processes_train_as_one(pretrained):
     assert run_command(*launcher, *overrides) == 0
     for ours, single in zip(figures("runs/ddp"), figures("runs/aim"), strict=True):
         assert ours == pytest.approx(single, rel=1e-3)
+
+
+def test_the_language_models_tokenizer_is_that_of_every_loader(place):
+    texts = ["What is 12 + 4?", "The sum is 16.", "top left a red 3, 10 bars\nand more"]
+    compose_model(place / "encoder", place / "language", composed := place / "composed-words", verify=False)
+    written = PreTrainedTokenizerFast.from_pretrained(place / "language")
+    for other in (AutoTokenizer.from_pretrained(place / "language"), load_processor(str(composed))[0].tokenizer):
+        for text in texts:
+            assert other(text).input_ids == written(text).input_ids and other.decode(written(text).input_ids) == text
