@@ -26,7 +26,7 @@ from sailvit.examples.miniature.conversations import make_conversation
 from sailvit.examples.miniature.draw import encode_png, find_cell
 from sailvit.examples.miniature.glyphs import FONTS, draw_glyph, load_glyphs, parse_glyphs
 from sailvit.examples.miniature.pictures import Scene, is_held_out, make_chart, make_lines, make_scene, make_sum
-from sailvit.examples.miniature.questions import ask_chart, ask_open_chart, ask_short, ask_sum
+from sailvit.examples.miniature.questions import ask_chart, ask_open_chart, ask_short, ask_sum, fine_caption
 from sailvit.examples.miniature.vocabulary import (
     CATEGORIES,
     COLOURS,
@@ -184,7 +184,8 @@ def test_short_answers_are_what_the_pixels_show(seed, tiles):
     random = Random(seed)
     scene = make_scene(random, PLAIN, random.randint(2, 4), tiles)
     seen = see_scene(scene, draw_picture(scene, LEGIBLE, random, PLAIN), PLAIN)
-    questions = [*ask_short(scene, random)]
+    caption, *questions = ask_short(scene, random)
+    assert caption.category == "caption" and caption.assistant == fine_caption(scene)
     assert {question.category for question in questions} == {"what", "colour", "count", "exists"}
     assert [(q.user, q.assistant) for q in questions] == [(q.user, answer(q.user, seen)) for q in questions]
 

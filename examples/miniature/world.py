@@ -10,7 +10,7 @@ Writes the world: training corpora, test questions and probe sets, in the format
     probe/SET/{train,test}/CLASS/00000.png    for `sailvit probe`
 
 The parquet files have FineVision's columns, `images` and `texts`, and `categories`, what each question asks for. A
-picture has questions of one kind, so that shares of kinds are shares of pictures.
+picture has questions of one kind, so that shares of kinds are shares of pictures; short questions follow a caption.
 """
 
 import json
