@@ -67,15 +67,14 @@ def _add_encode_output(group: Group) -> None:
 
 
 def _add_demo(verbs: Verbs) -> None:
-    demo = add_verb(verbs, "demo", run_demo, "[options]", "convert, inspect and run a model, without any download")
+    demo = add_verb(verbs, "demo", run_demo, "[options]", "run a trained miniature, without any download")
     group = demo.add_argument_group("input")
-    group.add_argument("--model", metavar="M", help="real weights: a file, a folder or a name on the Hub")
     group.add_argument(
         "--size",
-        default="large",
         choices=("base", "large", "huge", "1b", "3b"),
-        help="of the random weights; default: large",
+        help="convert, inspect and run an encoder of this size with random weights, on a photograph",
     )
+    group.add_argument("--model", metavar="M", help="the same with real weights: a file, a folder or a name on the Hub")
     group = demo.add_argument_group("output")
     group.add_argument("--out", type=Path, default=Path("sailvit-demo"), metavar="DIR", help="default: sailvit-demo/")
     add_compute_dtype(demo.add_argument_group("compute"))
@@ -157,16 +156,21 @@ def _as_command_option(message: str) -> str:
 
 def run_demo(options: argparse.Namespace) -> int:
     """
-    Convert a checkpoint with random weights, inspect it, encode a photograph with it and draw the tokens.
+    Encode a drawn picture with the trained miniature that comes with the package, and ask about the picture.
 
     examples:
       sailvit demo
       sailvit demo --model apple/aimv2-large-patch14-448 --out aimv2-demo
     """
-    import_without_torch()
-    from sailvit.encode.demo import run_demo as run
-
     if options.out.exists():
         raise ValueError(f"{options.out} exists: remove it, or give another --out")
-    run(options.out, log, options.size, options.model, options.dtype)
+    import_without_torch()
+    if options.size is None and options.model is None:
+        from sailvit.examples.miniature.demo import run_demo as run_miniature
+
+        run_miniature(options.out, log, options.dtype)
+        return 0
+    from sailvit.encode.demo import run_demo as run
+
+    run(options.out, log, options.size or "large", options.model, options.dtype)
     return 0

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = {"sailvit_cli": "cli/", "sailvit": ""}  # name -> its folder; the longest name first
-OUTSIDE = ("tests/", "benchmarks/")
+OUTSIDE = ("tests/", "benchmarks/", "examples/miniature/trained/")
 MOST_LAYERS = 8
 THIRD_PARTY = {"torch", "torchvision", "transformers", "safetensors", "einops", "PIL", "numpy", "av"}
 

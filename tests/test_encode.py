@@ -1,4 +1,4 @@
-"""`sailvit encode` and `sailvit demo`, and the streaming of images."""
+"""`sailvit encode` and `sailvit demo --size`, and the streaming of images."""
 
 import fcntl
 import gc
@@ -14,7 +14,6 @@ import sys
 import termios
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ from safetensors.torch import load_file
 
 import sailvit_cli
 from sailvit import SAILViTImageProcessor, SAILViTModel
-from sailvit.encode import demo
 from sailvit.encode.images import find_images
 from sailvit.encode.stream import encode_images
 
@@ -327,18 +325,6 @@ def test_demo_runs_at_published_size(tmp_path, dtype):
     done = run_command("demo", "--size", "base", "--dtype", dtype, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     check_demo(done.stdout, tmp_path / "sailvit-demo", dtype)
-
-
-@pytest.mark.slow
-def test_demo_runs_from_an_empty_folder(tmp_path, monkeypatch, capfd):
-    """With one block of the twelve."""
-    monkeypatch.setattr(demo, "published_shape", partial(demo.published_shape, blocks=1))
-    monkeypatch.chdir(tmp_path)
-    assert sailvit_cli.main(["demo", "--size", "base", "--dtype", "float32"]) == 0
-    printed = capfd.readouterr()
-    assert printed.err == ""
-    check_demo(printed.out, tmp_path / "sailvit-demo", "float32")
-    assert sailvit_cli.main(["demo"]) == 2
 
 
 def check_demo(printed: str, folder: Path, dtype: str) -> None:
