@@ -105,7 +105,7 @@ def test_every_kind_of_file_is_read(name, load, tmp_path, processor):
     assert questions(corpus) == [f"question {number}" for number in range(1, 8)]
     counts = processor.count_tokens([sample.messages for sample in corpus])
     columns = (corpus.tokens, corpus.answers, corpus.tiles)
-    assert [tuple(count) for count in counts] == list(zip(*(column.tolist() for column in columns), strict=True))
+    assert [count[:3] for count in counts] == list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def test_images_in_parquet_are_read_without_being_decoded(load, tmp_path, monkeypatch):

@@ -48,12 +48,14 @@ def conversations(draw) -> list[dict]:
     return messages
 
 
-def expected(processor, messages: list[dict], **options) -> tuple[int, int, int]:
+def expected(processor, messages: list[dict], **options) -> tuple[int, int, int, int]:
     batch = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt", **options
     )
     tiles = len(batch["pixel_values"]) if "pixel_values" in batch else 0
-    return batch["input_ids"].shape[1], int(batch["assistant_masks"].sum()), tiles
+    (ids,) = batch["input_ids"]
+    ends = (ids == processor.image_token_ids[-1]).nonzero()
+    return len(ids), int(batch["assistant_masks"].sum()), tiles, int(ends[-1]) + 1 if tiles else 0
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
