@@ -16,10 +16,14 @@ from safetensors.torch import load_file
 
 import sailvit_cli
 from sailvit.convert.export.code_files import CODE_FILES
+from sailvit.examples.miniature.answers import CATEGORIES, Answerer
 from sailvit.examples.miniature.demo import OBJECTS, SIZE, TILES, make_picture
+from sailvit.examples.miniature.draw import draw_picture
 from sailvit.examples.miniature.figure import GAP, LINE, ZOOM, draw_figure
 from sailvit.examples.miniature.pictures import is_held_out
+from sailvit.examples.miniature.questions import TASKS
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL, TRAINED, write_folders
+from sailvit.examples.miniature.vocabulary import SEEN
 from sailvit.hub import check_before_publish
 
 
@@ -59,6 +63,24 @@ def test_folders_are_small():
 @each_folder
 def test_push_accepts_the_folders(folder):
     assert check_before_publish(folder) == []
+
+
+@each_folder
+def test_cards_show_what_was_measured(folder):
+    card = (folder / "README.md").read_text()
+    for entry in json.loads((folder / "evaluation.json").read_text()):
+        assert f"| {entry['dataset_name']} | {entry['metric_name']} | {entry['metric_value']} |" in card
+
+
+def test_most_answers_about_new_pictures_are_right():
+    random, asked = Random("none of the test pictures"), []
+    for _ in range(60):
+        scene, questions = TASKS["scenes"].make(random, SEEN, True, 7)
+        picture = Image.fromarray(draw_picture(scene, SIZE, random))
+        asked += [(question, picture) for question in questions if question.category in CATEGORIES]
+    answers = Answerer(MULTIMODAL).answer(*zip(*((question.user, picture) for question, picture in asked), strict=True))
+    right = [answer == question.assistant for answer, (question, _) in zip(answers, asked, strict=True)]
+    assert len(right) > 200 and np.mean(right) > 0.9
 
 
 def test_both_folders_are_one_model_and_are_written_by_one_command(tmp_path):

@@ -3,15 +3,18 @@
 """
 The trained miniature that comes with the package, as folders for the Hub.
 
-Write them anew from the last stage of a miniature: python -m sailvit.examples.miniature.shipped RUN/arms/refined/stage3
+Write them anew from a finished miniature: python -m sailvit.examples.miniature.shipped OUT
 """
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ...convert.conversion import convert_checkpoint
-from ...convert.export.card import write_model_card
+from ...convert.export.card import RESULTS, write_model_card
+from .arms import REFINED
 
 
 TRAINED = Path(__file__).parent / "trained"
@@ -20,7 +23,12 @@ MULTIMODAL = TRAINED / "sail-vl-miniature"
 LICENCE = "apache-2.0"  # of the weights: all that they were trained on is drawn by this package
 
 
-def write_folders(model: str | Path, folder: Path = TRAINED, log: Callable[[str], None] = print) -> None:
+def write_folders(
+    model: str | Path,
+    folder: Path = TRAINED,
+    log: Callable[[str], None] = print,
+    results: Mapping[str, Any] | None = None,
+) -> None:
     """
     Write a multimodal model and its vision encoder as folders that `sailvit push` accepts, in place of older ones.
 
@@ -28,18 +36,46 @@ def write_folders(model: str | Path, folder: Path = TRAINED, log: Callable[[str]
         model: A trained SAIL-VL, or the run that ended with it.
         folder: Where the two folders are written.
         log: Called with each progress message.
+        results: What `sailvit miniature` measured of both, as its results/refined.json has it; for the cards.
 
     Raises:
         CheckpointError: The model cannot be converted.
         VerificationError: A written folder does not load or computes something else.
     """
-    for name, part in ((ENCODER.name, "vision"), (MULTIMODAL.name, None)):
+    for name, part, describe in ((ENCODER.name, "vision", _probes), (MULTIMODAL.name, None, _answers)):
         out = folder / name
         convert_checkpoint(model, out, part=part, overwrite=True, log=log)
         card = out / "README.md"
         card.write_text(card.read_text("utf-8").replace("---\n", f"---\nlicense: {LICENCE}\n", 1), "utf-8")
+        if results is not None:
+            (out / RESULTS).write_text(json.dumps([*describe(results)], indent=2) + "\n", "utf-8")
         write_model_card(out)
 
 
+def _probes(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the accuracy of the linear probe on each test set, as arguments of huggingface_hub.EvalResult."""
+    for name, heads in results["probes"].items():
+        yield _result("image-classification", name, "linear probe, accuracy", heads["linear"])
+
+
+def _answers(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the share of right answers of each category, as arguments of huggingface_hub.EvalResult."""
+    for name, entry in results["answers"].items():
+        yield _result("visual-question-answering", name, "right answers, word for word", entry)
+
+
+def _result(task: str, name: str, metric: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "task_type": task,
+        "dataset_type": "sailvit-miniature",
+        "dataset_name": f"miniature world, {name.replace('_', ' ')}, {entry['n']} held-out",
+        "metric_type": "accuracy",
+        "metric_name": metric,
+        "metric_value": round(entry["accuracy"], 3),
+    }
+
+
 if __name__ == "__main__":
-    write_folders(sys.argv[1])
+    miniature = Path(sys.argv[1])
+    measured = json.loads((miniature / "results" / f"{REFINED}.json").read_text("utf-8"))
+    write_folders(miniature / "arms" / REFINED / "stage3", results=measured)
