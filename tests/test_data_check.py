@@ -176,7 +176,7 @@ def test_independent_turns_are_shown_one_after_the_other(check, tmp_path):
     shown = check("--show", "1")[1].split("\n--- ")[1]
     assert f"{report['tokens']['total']} tokens, 3 tiles, 2 independent turns" in shown
     visual = f"<img><IMG_CONTEXT> x {3 * TILE.count('<IMG_CONTEXT>')} </img>"
-    for part, kind in zip(shown.split("⟧\n\n"), ("ocr", "caption"), strict=True):
+    for part, kind in zip(shown.split("⟧\n\n[the same up to the last image]"), ("ocr", "caption"), strict=True):
         assert f"\n{kind}?<|im_end|><|im_start|>assistant\n⟦It is {kind}.<|im_end|>" in part
         assert (visual in part) == (kind == "ocr")  # the turns share it
 

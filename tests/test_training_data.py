@@ -67,6 +67,25 @@ def test_lengths_of_independent_turns_are_those_of_their_tensors(processor, size
     assert {count.tiles for count in alone} == {counts.tiles}
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_independent_turns_about_videos_and_equal_pictures_have_the_tiles_that_are_counted(
+    processor,  # noqa: F811
+    tmp_path,
+    share_prompt,
+):
+    Image.new("RGB", (112, 56)).save(path := tmp_path / "wide.png")
+    frames = [Image.new("RGB", (56, 56), (shade, 0, 0)) for shade in (0, 90, 180)]
+    reader = SampleReader(processor, "", FormatOptions(tmp_path, independent_turns=True, share_prompt=share_prompt), {})
+    turns = [{"user": question, "assistant": "A."} for question in ("What?", "Why?")]
+    for media, tiles in (({"videos": [frames]}, 3), ({"images": [path.name] * 2}, 6)):
+        sample = reader.read({"texts": turns, **media})
+        (counts,), encoded = reader.count([sample]), encode_sample(sample, processor)
+        assert counts.tiles == len(encoded.tiles) == tiles and counts.tokens == len(encoded.input_ids)
+        pack, alone = collate([encoded]), encode_sample(Sample(sample.conversations[1]), processor)
+        shown = pack.inputs["pixel_values"][pack.inputs.get("tile_indices", torch.arange(tiles))]
+        assert torch.equal(shown[-tiles:], alone.tiles)
+
+
 def test_the_cache_notices_independent_turns(tmp_path, processor):  # noqa: F811
     Image.new("RGB", (112, 56)).save(tmp_path / "wide.png")
     turns = [{"from": role, "value": f"{role} {number}"} for number in range(4) for role in ("human", "gpt")]

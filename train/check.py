@@ -219,7 +219,8 @@ def mark_trained(encoded: EncodedSample, processor: SAILVLProcessor) -> str:
     An empty line is between conversations of the same sample; a prefix that they share is shown once.
     """
     ids, labels = (tensor.split(encoded.lengths) for tensor in (encoded.input_ids, encoded.labels))
-    return "\n\n".join(_mark_conversation(*row, processor) for row in zip(ids, labels, strict=True))
+    between = "\n\n" + ("[the same up to the last image]" if encoded.prefix else "")
+    return between.join(_mark_conversation(*row, processor) for row in zip(ids, labels, strict=True))
 
 
 def _mark_conversation(ids: torch.Tensor, labels: torch.Tensor, processor: SAILVLProcessor) -> str:

@@ -134,16 +134,18 @@ def encode_sample(sample: Sample, processor: SAILVLProcessor, uint8_tiles: bool 
         raise BadSample(" ".join(str(error).split()) or type(error).__name__) from error
     ids = [torch.tensor(row) for row in batch["input_ids"]]
     labels = [_labels(*row) for row in zip(ids, batch["assistant_masks"], strict=True)]
-    tiles, indices, prefix = batch.get("pixel_values"), batch.get("tile_indices"), 0
+    tiles, indices, prefix = batch.get("pixel_values"), None, 0
+    if tiles is not None and len(ids) > 1:  # all show the same tiles, in the same order
+        tiles = tiles[batch["tile_indices"][: len(batch["tile_indices"]) // len(ids)]]
+        indices = torch.arange(len(tiles)).repeat(len(ids))
     if sample.share_prompt and len(ids) > 1:
-        prefix = _prefix(ids, processor)
+        prefix, indices = _prefix(ids, processor), None
         ids, labels = ([rows[0], *(row[prefix:] for row in rows[1:])] for rows in (ids, labels))
-        indices = indices[: len(indices) // len(ids)]
     return EncodedSample(
         torch.cat(ids),
         torch.cat(labels),
         tiles.to(torch.uint8) if uint8_tiles and tiles is not None else tiles,
-        None if indices is None else torch.tensor(indices),
+        indices,
         tuple(map(len, ids)),
         prefix,
         sample.turn_kinds[: len(ids)],  # fewer if it is truncated

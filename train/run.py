@@ -463,6 +463,9 @@ class Stage:
             )
         if blank:
             self.log(f"{blank} of {steps} steps are text alone: they train nothing, since the language model is frozen")
+        if corpus.too_long:
+            done = ", ".join(f"{count} {what}" for what, count in corpus.too_long.items())
+            self.log(f"samples that are too long for a pack (too_long: {self.recipe.too_long}): {done}")
         if self.rank == 0 and self.resumed is None:
             entries = [{"step": 0, **entry.to_dict()} for entry in corpus.skipped]
             (self.output / SKIPPED).write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")

@@ -21,6 +21,18 @@ TRAINED = Path(__file__).parent / "trained"
 ENCODER = TRAINED / "sailvit-miniature"
 MULTIMODAL = TRAINED / "sail-vl-miniature"
 LICENCE = "apache-2.0"  # of the weights: all that they were trained on is drawn by this package
+ABOUT = """
+## What it is for
+
+A toy, for tests and demonstrations: it knows drawn pictures of digits and shapes, in tiles of 32 pixels, and nothing
+else. It was trained from nothing on pictures and texts that `sailvit miniature` draws and writes (seed 0), in less than
+half an hour of a CPU.
+"""
+PROMPTS = """
+It answers questions in the words that it was trained on: "What is where?", "Describe the picture in detail.", "What is
+top left?", "What colour is the object top left?", "How many red objects are there?". Of text and sums it reads little,
+of pictures of several tiles less than half of the objects.
+"""
 
 
 def write_folders(
@@ -50,6 +62,8 @@ def write_folders(
         if results is not None:
             (out / RESULTS).write_text(json.dumps([*describe(results)], indent=2) + "\n", "utf-8")
         write_model_card(out)
+        text = card.read_text("utf-8")
+        card.write_text(text + ABOUT + ("" if part else PROMPTS), "utf-8")
 
 
 def _probes(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -68,6 +82,7 @@ def _result(task: str, name: str, metric: str, entry: Mapping[str, Any]) -> dict
     return {
         "task_type": task,
         "dataset_type": "sailvit-miniature",
+        "dataset_config": name,
         "dataset_name": f"miniature world, {name.replace('_', ' ')}, {entry['n']} held-out",
         "metric_type": "accuracy",
         "metric_name": metric,
