@@ -69,7 +69,10 @@ def test_push_accepts_the_folders(folder):
 def test_cards_show_what_was_measured(folder):
     card = (folder / "README.md").read_text()
     for entry in json.loads((folder / "evaluation.json").read_text()):
-        assert f"| {entry['dataset_name']} | {entry['metric_name']} | {entry['metric_value']} |" in card
+        assert (
+            f"| {entry['dataset_name']} {entry['dataset_config']} | {entry['metric_name']} | {entry['metric_value']} |"
+            in card
+        )
 
 
 def test_most_answers_about_new_pictures_are_right():

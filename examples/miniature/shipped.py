@@ -83,7 +83,7 @@ def _result(task: str, name: str, metric: str, entry: Mapping[str, Any]) -> dict
         "task_type": task,
         "dataset_type": "sailvit-miniature",
         "dataset_config": name,
-        "dataset_name": f"miniature world, {name.replace('_', ' ')}, {entry['n']} held-out",
+        "dataset_name": f"miniature world ({entry['n']} held-out)",
         "metric_type": "accuracy",
         "metric_name": metric,
         "metric_value": round(entry["accuracy"], 3),
