@@ -14,7 +14,6 @@ from typing import Any
 
 from ...convert.conversion import convert_checkpoint
 from ...convert.export.card import RESULTS, write_model_card
-from .arms import REFINED
 
 
 TRAINED = Path(__file__).parent / "trained"
@@ -91,6 +90,8 @@ def _result(task: str, name: str, metric: str, entry: Mapping[str, Any]) -> dict
 
 
 if __name__ == "__main__":
+    from .arms import REFINED  # needs the packages of training, which the demo does without
+
     miniature = Path(sys.argv[1])
     measured = json.loads((miniature / "results" / f"{REFINED}.json").read_text("utf-8"))
     write_folders(miniature / "arms" / REFINED / "stage3", results=measured)
