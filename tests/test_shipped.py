@@ -42,6 +42,7 @@ code = sailvit_cli.main(sys.argv[1:])
 remote = {name.split(".")[-1] for name in sys.modules if name.startswith("transformers_modules.")}
 print("remote code:", *sorted(remote))
 print("package's code:", *sorted(name for name in sys.modules if name.startswith("sailvit.modeling")))
+print("training:", *sorted(name for name in sys.modules if name.startswith("sailvit.train")))
 sys.exit(code)
 """
 
@@ -112,6 +113,7 @@ def test_demo_runs_the_code_of_the_folders_offline(demo):
     modules = re.search("^remote code: (.*)", printed, flags=re.MULTILINE)[1].split()
     assert {"modeling_sailvit", "modeling_sailvl", "processing_sailvl"} <= {*modules}
     assert re.search("^package's code:$", printed, flags=re.MULTILINE)
+    assert re.search("^training:$", printed, flags=re.MULTILINE)  # whose packages a plain installation has not
 
 
 def test_demo_prints_its_steps_and_their_seconds(demo):
