@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import bootstrap, ttest_1samp
 from toy_sailvl import load_tokenizer
@@ -29,6 +30,7 @@ from sailvit.examples.miniature.arms import (
     run_names,
     write_corpus,
 )
+from sailvit.examples.miniature.charts import draw_charts
 from sailvit.examples.miniature.run import RECIPES, Planner, run_arms
 from sailvit.examples.miniature.setting import SIZES, Setting
 from sailvit.examples.miniature.summary import HEADS, bootstrap_pictures, mean_interval
@@ -129,6 +131,7 @@ class Trainings:
         for name in ("run", "compose_model", "convert_checkpoint", "run_probe", "write_answers", "write_corpus"):
             monkeypatch.setattr(steps, name, getattr(self, name))
         monkeypatch.setattr(steps, "write_report", lambda content, out, *rest: out.touch())
+        monkeypatch.setattr(steps, "draw_tokens", self.draw_tokens)
 
     def run(self, recipe, log) -> int:
         output, data = Path(recipe.output), Path(recipe.data).stem
@@ -172,6 +175,10 @@ class Trainings:
         out.mkdir(parents=True)
         (out / RESULTS).write_text(json.dumps({"results": entries}))
         return SimpleNamespace(to_json=lambda: {"results": entries})
+
+    def draw_tokens(self, encoders, picture) -> Image.Image:
+        assert picture.size == (64, 64) and all(encoder.exists() for encoder in encoders.values())
+        return picture
 
     def write_answers(self, out, model, tests, most) -> str:
         assert model in self.runs and not out.exists()
@@ -314,6 +321,14 @@ def test_the_tables_have_the_figures_of_the_json(summary, tmp_path):
     assert "| base | pretraining alone | 0, 1, 2 | 10 | 12 |" in text
     columns = [{line.count("|") for line in part.splitlines()} for part in text.split("\n\n") if part.startswith("|")]
     assert len(columns) == 12 and all(len(counts) == 1 for counts in columns)
+
+
+def test_charts_show_the_arms_that_have_intervals(summary, tmp_path):
+    for name, panels in (("probes.png", 2), ("transfer.png", 2)):
+        with Image.open(tmp_path / name) as chart:
+            assert chart.width >= 240 * panels
+    single = {"arms": {"refined": {**summary["arms"]["refined"], "seeds": [0]}}}
+    assert draw_charts(single, tmp_path / "none") == []
 
 
 def test_pictures_are_drawn_and_not_questions():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from einops import rearrange
 from fork_server import run_forked
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import sailvit_cli
 from sailvit.convert.export.code_files import CODE_FILES
 from sailvit.examples.miniature.answers import CATEGORIES, Answerer
+from sailvit.examples.miniature.charts import draw_tokens
 from sailvit.examples.miniature.demo import OBJECTS, SIZE, TILES, make_picture
 from sailvit.examples.miniature.draw import draw_picture
 from sailvit.examples.miniature.figure import GAP, LINE, ZOOM, draw_figure
@@ -74,6 +76,16 @@ def test_cards_show_what_was_measured(folder):
             f"| {entry['dataset_name']} {entry['dataset_config']} | {entry['metric_name']} | {entry['metric_value']} |"
             in card
         )
+
+
+def test_the_colours_of_its_tokens_tell_objects_from_the_ground():
+    picture, _, _ = make_picture(TILES)
+    height, width = (length * ZOOM for length in picture.size)
+    colours = np.asarray(draw_tokens({"refined": ENCODER}, picture))[-height:, -width:]
+    tokens = colours[:: PATCH * ZOOM, :: PATCH * ZOOM].astype(float)
+    light = rearrange(np.asarray(picture.convert("L")), "(y p) (x q) -> y x (p q)", p=PATCH, q=PATCH).max(-1)
+    distances = np.linalg.norm(tokens - np.median(tokens[light < 64], axis=0), axis=-1)
+    assert np.median(distances[light > 150]) > 4 * np.median(distances[light < 64])
 
 
 def test_most_answers_about_new_pictures_are_right():

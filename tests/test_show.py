@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PHOTOGRAPH, TINY, randomize
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,6 +29,8 @@ from sailvit.evaluate.show import ShownImage, draw_pngs, load_tiled_encoder, pag
 from sailvit.evaluate.show import attention as attention_module
 from sailvit.evaluate.show import view as view_module
 from sailvit.evaluate.show.attention import count_regions, evenly_spaced, expand_regions, plan_attention
+from sailvit.examples.miniature.demo import make_picture
+from sailvit.examples.miniature.shipped import ENCODER
 from sailvit.modeling_sailvit import SAILViTAttention, eager_attention_forward
 
 
@@ -118,6 +121,16 @@ def test_distance_is_the_mean_over_queries_weighted_with_attention(parsed, truth
     distances = torch.tensor([[float(np.hypot(a[0] - b[0], a[1] - b[1])) for b in places] for a in places])
     expected = (torch.stack(truth.attentions) * distances).sum(-1).mean((1, 3))
     np.testing.assert_allclose(parsed.facts["attention"]["distance"], expected.numpy(), atol=0.006)
+
+
+def test_a_head_of_a_trained_encoder_looks_at_the_objects(tmp_path):
+    picture = make_picture((1, 1))[0]
+    picture.save(tmp_path / "picture.png")
+    attention = show_image(load_tiled_encoder(str(ENCODER), "cpu"), str(tmp_path / "picture.png")).attention
+    light = rearrange(np.asarray(picture.convert("L")), "(y p) (x q) -> (y x) (p q)", p=4, q=4).max(-1)
+    objects = torch.from_numpy(light > 150)
+    shares = attention.mean[:, 0, :, objects].sum(-1)  # (blocks, heads)
+    assert objects.float().mean() < 0.15 and shares.max() > 0.6
 
 
 def test_regions_are_means_over_queries_and_sums_over_keys(folder, truth, monkeypatch):

@@ -12,14 +12,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 from toy_suite import write_suite_model
 
 from sailvit.evaluate.suites.harness import INSTALL, SuiteRun
 from sailvit.evaluate.suites.run import read_questions, rescore, run_suite
 from sailvit.evaluate.suites.sets import DRAWN, HARNESSES, SUITES
+from sailvit.examples.miniature.answers import Answerer
+from sailvit.examples.miniature.draw import draw_picture
+from sailvit.examples.miniature.pictures import make_scene
+from sailvit.examples.miniature.questions import Question, ask_what
+from sailvit.examples.miniature.shipped import MULTIMODAL
 
 
 pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("harnesses")]
@@ -132,6 +139,49 @@ def test_scores_of_questions_add_up_to_those_of_vlmevalkit(tmp_path):
 def test_lmms_eval_has_the_tasks_and_lists_the_plugin():
     names = sorted(d.lmms_eval for d in SUITES["opensource"] if d.lmms_eval)
     assert ask(find_python("lmms-eval"), LMMS_EVAL_TABLE, names) == [names, True, "SAILVLForLMMsEval"]
+
+
+def test_lmms_eval_scores_the_trained_miniature_as_its_card(tmp_path):
+    questions = write_miniature_task(tmp_path / "task", count=60)
+    arguments = f"pretrained={MULTIMODAL},msac=False,dtype=float32"
+    options = ["--tasks", "miniature", "--include_path", tmp_path / "task", "--output_path", tmp_path / "out"]
+    command = [find_python("lmms-eval"), "-m", "lmms_eval", "--model", "sail_vl", "--model_args", arguments, *options]
+    done = subprocess.run([*command, "--batch_size", "8"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = (json.loads(path.read_text())["results"] for path in (tmp_path / "out").rglob("*_results.json"))
+    answers = Answerer(MULTIMODAL).answer([one.user for one, _ in questions], [picture for _, picture in questions])
+    right = [answer == one.assistant for answer, (one, _) in zip(answers, questions, strict=True)]
+    assert results["miniature"]["exact_match,none"] == pytest.approx(sum(right) / len(right)) and sum(right) > 50
+
+
+MINIATURE_TASK = """\
+task: miniature
+dataset_path: imagefolder
+dataset_kwargs: {data_dir: %s}
+test_split: test
+output_type: generate_until
+doc_to_visual: image
+doc_to_text: "{{question}}"
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 16, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def write_miniature_task(folder: Path, count: int) -> list[tuple[Question, Image.Image]]:
+    """Write questions about new pictures, as a task of lmms-eval."""
+    random, images = Random("none of the test pictures"), folder / "images" / "test"
+    images.mkdir(parents=True)
+    questions, lines = [], []
+    for number in range(count):
+        scene = make_scene(random, count=4)
+        picture, question = Image.fromarray(draw_picture(scene, 32, random)), next(ask_what(scene, random))
+        picture.save(images / f"{number}.png")
+        lines.append({"file_name": f"{number}.png", "question": question.user, "answer": question.assistant})
+        questions.append((question, picture))
+    (images / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "miniature.yaml").write_text(MINIATURE_TASK % json.dumps(str(folder / "images")))
+    return questions
 
 
 @pytest.mark.parametrize("harness", HARNESSES)

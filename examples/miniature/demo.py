@@ -48,11 +48,11 @@ def run_demo(out: Path, log: Callable[[str], None], dtype: str = "auto") -> Path
     return demo.figure
 
 
-def make_picture(tiles: tuple[int, int]) -> tuple[Image.Image, Scene, list[Question]]:
-    """Return a picture of some tiles, what it shows, and three questions about it: what, colour, count."""
+def make_picture(tiles: tuple[int, int], size: int = SIZE) -> tuple[Image.Image, Scene, list[Question]]:
+    """Return a picture of some tiles, of `size` pixels each; what it shows; three questions: what, colour, count."""
     random = Random(SEED)
     scene = choose(lambda: make_scene(random, count=OBJECTS[tiles], tiles=tiles), held_out=True)
-    picture = Image.fromarray(draw_picture(scene, SIZE, random))
+    picture = Image.fromarray(draw_picture(scene, size, random))
     return picture, scene, [next(ask(scene, random)) for ask in (ask_what, ask_colour, ask_count)]
 
 

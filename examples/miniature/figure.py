@@ -41,9 +41,9 @@ def draw_figure(
     large = picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST)
     colours = enlarge(PrincipalColours.fit(patches)(patches), large.size)
     panels = [
-        _with_title(large, f"picture, {picture.width} x {picture.height} pixels"),
-        _with_title(sheet_of(_cut(large, grid), grid[0], GAP), f"{grid[0] * grid[1]} tiles"),
-        _with_title(
+        with_title(large, f"picture, {picture.width} x {picture.height} pixels"),
+        with_title(sheet_of(_cut(large, grid), grid[0], GAP), f"{grid[0] * grid[1]} tiles"),
+        with_title(
             sheet_of(_cut(colours, grid), grid[0], GAP), f"{patches[..., 0].numel()} patches, 3 principal components"
         ),
     ]
@@ -58,7 +58,8 @@ def draw_figure(
     return figure
 
 
-def _with_title(image: Image.Image, title: str) -> Image.Image:
+def with_title(image: Image.Image, title: str) -> Image.Image:
+    """Return an image with a line of text above."""
     panel = Image.new("RGB", (image.width, image.height + LINE), "white")
     panel.paste(image, (0, LINE))
     _write(panel, 0, 0, [(title, INK)])

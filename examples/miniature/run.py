@@ -13,6 +13,7 @@ A miniature from nothing to a report, through the package's own functions; a sec
     probe/, answers/   what the encoders learned, by probes; what the multimodal models answer
     results/ARM.json   both, and the pictures that it took
     report.html        the stages of refinement
+    tokens.png         a picture, and its tokens in the encoders of the arms
 
 With --arms there is such a folder for every seed, and a summary of all of them next to these.
 """
@@ -34,6 +35,8 @@ from ...train.checkpoints import is_finished
 from ...train.run import run
 from .answers import write_answers
 from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, count_kinds, run_names, write_corpus
+from .charts import draw_tokens
+from .demo import TILES, make_picture
 from .models import random_encoder, random_language
 from .results import PROBES, describe_probe, write_result
 from .setting import LANGUAGE, Setting
@@ -177,6 +180,7 @@ class Planner:
                 steps += self._transfer(name, language)
         steps += [self._result(name) for name in arms]
         steps += [self._report()] if REFINED in arms else []
+        steps += [self._tokens(transferred)] if transferred else []
         return [*{step.title: step for step in steps}.values()]
 
     # Where things are
@@ -307,6 +311,12 @@ class Planner:
             write_report(content, out, False, self.command)
 
         return Step("report", report, out)
+
+    def _tokens(self, arms: Sequence[str]) -> Step:
+        """Return the step that draws the tokens of a picture that no encoder was trained on."""
+        (picture, _, _), out = make_picture(TILES, self.setting.world.size), self.folder / "tokens.png"
+        encoders = {name: self.encoder(name) for name in arms}
+        return Step("tokens", lambda: draw_tokens(encoders, picture).save(out, optimize=True))
 
 
 def _folder_step(title: str, out: Path, write: Callable[[Path], object]) -> Step:

@@ -20,6 +20,7 @@ from scipy.stats import sem, t
 from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
 from .arms import ARMS, REFINED
+from .charts import draw_charts
 from .results import PROBES
 
 
@@ -35,7 +36,7 @@ ALL_LANGUAGES = "mean"
 
 def write_summary(folder: Path) -> None:
     """
-    Write summary.json and summary.md of the results in a folder.
+    Write summary.json, summary.md and charts of the results in a folder.
 
     Args:
         folder: With NAME/results/ARM.json, a NAME for every seed.
@@ -44,6 +45,7 @@ def write_summary(folder: Path) -> None:
         ValueError: There are no results, or two of the same arm and seed.
     """
     summary = summarize(read_results(folder))
+    draw_charts(summary, folder)
     for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("summary.md", to_markdown(summary))):
         part = folder / f"{name}.part"
         part.write_text(text, "utf-8")
