@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import NoReturn
 
 
@@ -100,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for family in FAMILIES:
         import_module(f".{family}", __name__).add_verbs(verbs)
-    parser.add_argument_group("options").add_argument("-h", "--help", action="help", help="show this help and exit")
+    group = parser.add_argument_group("options")
+    group.add_argument("-h", "--help", action="help", help="show this help and exit")
+    group.add_argument("--version", action="version", version=f"sailvit {version('sailvit')}", help="show it and exit")
     return parser
 
 

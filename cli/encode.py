@@ -162,14 +162,14 @@ def run_demo(options: argparse.Namespace) -> int:
       sailvit demo
       sailvit demo --model apple/aimv2-large-patch14-448 --out aimv2-demo
     """
-    if options.out.exists():
-        raise ValueError(f"{options.out} exists: remove it, or give another --out")
     import_without_torch()
     if options.size is None and options.model is None:
         from sailvit.examples.miniature.demo import run_demo as run_miniature
 
         run_miniature(options.out, log, options.dtype)
         return 0
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: remove it, or give another --out")
     from sailvit.encode.demo import run_demo as run
 
     run(options.out, log, options.size or "large", options.model, options.dtype)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,9 @@ def test_a_closed_stdout_is_no_error(tmp_path):
 def test_an_unknown_option_names_its_verb(tmp_path):
     done = subprocess.run([*SAILVIT, "convert", "a", "b", "--overwite"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.endswith("--overwite; see `sailvit convert --help`\n")
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sailvit_cli.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"sailvit {version('sailvit')}\n"

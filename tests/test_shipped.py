@@ -114,6 +114,8 @@ def test_both_folders_are_one_model_and_are_written_by_one_command(tmp_path):
 def demo(tmp_path_factory) -> tuple[Path, str]:
     """The folder that the demo writes, and what it prints."""
     folder = tmp_path_factory.mktemp("demo")
+    (folder / "sailvit-demo").mkdir()
+    (folder / "sailvit-demo" / "figure.png").touch()  # of a demo before, which is replaced
     modules = str(tmp_path_factory.mktemp("modules"))
     done = run_forked(COMMAND, "demo", folder=folder, env={**os.environ, "HF_MODULES_CACHE": modules})
     assert (done.returncode, done.stderr) == (0, "")
@@ -150,9 +152,11 @@ def test_demo_shows_held_out_pictures_and_is_answered_rightly(demo):
         assert verdict == ("right" if right else f"wrong, expected {question.assistant}")
 
 
-def test_demo_refuses_an_existing_folder(tmp_path, capsys):
+def test_demo_refuses_a_folder_with_other_files(tmp_path, capsys):
+    (tmp_path / "figure.png").touch()  # of a demo before
+    (tmp_path / "mine.png").touch()
     assert sailvit_cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} exists: remove it, or give another --out" in capsys.readouterr().err
+    assert f"{tmp_path} holds mine.png, which is not of this demo: give another --out" in capsys.readouterr().err
 
 
 def test_figure_shows_each_patch_in_its_place():

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_corpus import (
     MemoryCorpus,
@@ -55,6 +56,9 @@ OF_TRAINER = {
     "total_flos",
     "train_loss",
 }
+
+
+LM_HEAD = "language_model.lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +342,19 @@ def test_a_resumed_run_is_bit_equal(corpus, tmp_path, saved_step):
     assert untimed[0] == untimed[1]
     for name, tensor in weights_of(whole).items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_a_resumed_run_with_tied_embeddings_misses_nothing(corpus, tmp_path, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda line, *args: warnings.append(line))
+    for resumed in (None, str(tmp_path / "checkpoint-1")):
+        recipe = ToyRecipe(max_steps=2, save_steps=1)
+        model = make_model(corpus.processor, {"tie_word_embeddings": True})
+        set_trainable(model, recipe)
+        trainer = SAILVLTrainer(model, recipe, make_batches(corpus), tmp_path)
+        trainer.train(resume_from_checkpoint=resumed)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert not warnings and LM_HEAD not in load_file(tmp_path / "checkpoint-1" / "model.safetensors")
 
 
 @pytest.mark.parametrize("end", [1, 30, 31, 32, 60])

@@ -241,6 +241,12 @@ def component_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     return {name: (sum(map(_size, part)), sum(map(_trained_size, part))) for name, part in parts.items()}
 
 
+def tied_names(model: PreTrainedModel) -> list[str]:
+    """Return the parameters that are an earlier one under another name, such as an lm_head tied to the embeddings."""
+    own = {name for name, _ in model.named_parameters()}
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in own]
+
+
 def _size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 

@@ -36,7 +36,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..devices import choose_device, computes_natively
 from .collate import Pack, normalize_tiles
-from .components import check_trainable, checkpointed_components, components_of, parameter_groups
+from .components import check_trainable, checkpointed_components, components_of, parameter_groups, tied_names
 from .corpus import Skipped
 from .log import (
     LOG,
@@ -305,6 +305,7 @@ class SAILVLTrainer(Trainer):
         self.objective = objective_of(model)
         self.flops = self.objective.flops(checkpointed_components(recipe))  # before it is sharded
         super().__init__(model, args, train_dataset=batches, **kwargs)
+        model._keys_to_ignore_on_save = tied_names(model)  # else a resume warns that a checkpoint lacks them
         self._check_ranks(batches)
         self._reduce_in_float32()
         self.read_weight = read_weight if self.is_deepspeed_enabled else None

@@ -20,6 +20,7 @@ SIZE = 32  # pixels of a tile
 TILES = (2, 2)  # columns and rows of the picture that is encoded; that of the questions has one tile
 OBJECTS = {TILES: 6, (1, 1): 4}
 PALETTE = 128  # colours of the figure, which make its file small
+FILES = ("tiles.png", "questions.png", "figure.png")
 GENERATION = {"max_new_tokens": 16, "do_sample": False}
 
 
@@ -33,10 +34,13 @@ def run_demo(out: Path, log: Callable[[str], None], dtype: str = "auto") -> Path
         dtype: To compute in; "auto" for that of the weights, float32.
 
     Raises:
+        ValueError: The folder holds other files than those of a demo, which are replaced.
         OSError: A file cannot be written.
     """
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    if others := {path.name for path in out.iterdir()} - {*FILES}:
+        raise ValueError(f"{out} holds {min(others)}, which is not of this demo: give another --out")
     demo = _Demo(out, dtype)
     for number, (title, run) in enumerate(demo.steps(), 1):
         log(f"{number}. {title}")
@@ -60,7 +64,7 @@ class _Demo:
     """The steps of the demo; each yields lines for the log, and the next ones use what it made."""
 
     def __init__(self, out: Path, dtype: str):
-        self.out, self.dtype, self.figure = out, dtype, out / "figure.png"
+        self.out, self.dtype, self.figure = out, dtype, out / FILES[-1]
         self.picture, self.scene, _ = make_picture(TILES)
         self.small, self.small_scene, self.questions = make_picture((1, 1))
         self.answers: list[str] = []
@@ -77,8 +81,8 @@ class _Demo:
         )
 
     def write_pictures(self) -> Iterator[str]:
-        pictures = (("tiles.png", self.picture, self.scene), ("questions.png", self.small, self.small_scene))
-        for name, picture, scene in pictures:
+        pictures = ((self.picture, self.scene), (self.small, self.small_scene))
+        for name, (picture, scene) in zip(FILES, pictures, strict=False):
             picture.save(self.out / name)
             yield f"{self.out / name}: {picture.width} x {picture.height} pixels, {fine_caption(scene)}"
 
