@@ -1,0 +1,237 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Runs the server of transformers (`transformers serve`) for one SAIL-VL.
+
+Options, loading, generation and streaming are those of transformers. Added here: checks of requests, errors in the form
+of OpenAI, and only the routes that are checked.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig
+
+from .checks import RequestError, check_length, check_request, check_texts
+from .images import ImageError, Limits, read_images
+from .stop_strings import cut_completion, cut_stream
+
+
+OLDEST = "5.23"  # transformers from here on serves models that are registered
+ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
+JSON_BYTES = 1_000_000  # of a request, besides its images
+HOST = "127.0.0.1"
+
+
+def run_server(model: str, arguments: Sequence[str], limits: Limits) -> int:
+    """
+    Serve a SAIL-VL until it is interrupted. Return the exit code.
+
+    Args:
+        model: A folder, served under its name, or a name on the Hub.
+        arguments: Options of `transformers serve`.
+
+    Raises:
+        ImportError: The installed transformers has no server that serves the model, or packages are missing.
+        ValueError: The model is not a SAIL-VL.
+    """
+    check_installation()
+    import typer
+    from transformers.cli import serve
+    from transformers.cli.serving import server
+
+    name = _enter_folder_of(model)
+    _check_model_type(name)
+    # The constructor of Serve imports this function and runs what it returns: there is no other place for an app.
+    server.build_server = partial(build_checked_server, server.build_server, limits=limits)
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(serve.Serve)
+    try:
+        command([name, "--host", HOST, *arguments], prog_name="sailvit serve MODEL")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def check_installation() -> None:
+    """
+    Raises:
+        ImportError: transformers is too old, or the packages of the extra `serve` are missing.
+    """
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise ImportError(
+            f"sailvit serve: expected transformers >= {OLDEST}, whose server finds registered models, got "
+            f'{transformers.__version__}: pip install "transformers>={OLDEST}"'
+        )
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError('sailvit serve: expected fastapi, uvicorn, openai and pydantic: pip install "sailvit[serve]"')
+
+
+def _enter_folder_of(model: str) -> str:
+    """Return the name under which a model is served. A folder's is its last part, so that no client sees its path."""
+    folder = Path(model).expanduser().resolve()
+    if not folder.is_dir():
+        return model
+    os.chdir(folder.parent)
+    return folder.name
+
+
+def _check_model_type(name: str) -> None:
+    repo, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    found = AutoConfig.from_pretrained(repo, revision=revision or None).model_type
+    if found != "sailvl":
+        raise ValueError(f"{name}: expected a multimodal model (sailvl), got {found}: try `transformers serve`")
+
+
+def build_checked_server(
+    build_server: Callable[..., Any], model_manager: Any, chat_handler: Any, limits: Limits, **others: Any
+) -> Any:
+    """
+    Return the app of the server of transformers, with checks.
+
+    Args:
+        build_server: `transformers.cli.serving.server.build_server`; the other arguments but `limits` are its own.
+    """
+    app = build_server(model_manager, _CheckedChat(chat_handler, model_manager, limits), **others)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+    _add_load_model(app, model_manager)
+    _add_error_handlers(app)
+    # Base64 has 4 characters for 3 bytes.
+    app.add_middleware(_BodyLimit, size=limits.size * 4 // 3 + JSON_BYTES)
+    return app
+
+
+class _CheckedChat:
+    """The handler of chat requests, behind the checks."""
+
+    def __init__(self, handler: Any, manager: Any, limits: Limits):
+        self.handler, self.limits = handler, limits
+        self.model, self.processor = manager.load_model_and_processor(manager.process_model_name(manager.force_model))
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        from fastapi import HTTPException
+
+        try:
+            read = partial(read_images, limits=self.limits)
+            body = await asyncio.to_thread(check_request, body, read)
+            check_texts(body, self.processor)
+            body = check_length(body, self.processor, self.context)
+        except (RequestError, ImageError, ValueError, TypeError) as error:
+            raise HTTPException(400, str(error)) from error
+        return _finish(await self.handler.handle_request(body, request_id), body.get("stop") or [], request_id)
+
+
+def _finish(response: Any, stop: str | list[str], request_id: str) -> Any:
+    """Return a response, streamed or not, that ends before a stop string."""
+    from fastapi.responses import JSONResponse
+
+    stops = [stop] if isinstance(stop, str) else stop
+    if not hasattr(response, "body_iterator"):
+        return JSONResponse(cut_completion(json.loads(response.body), stops)) if stops else response
+    response.body_iterator = _finish_stream(response.body_iterator, stops, request_id)
+    return response
+
+
+async def _finish_stream(chunks: Any, stops: list[str], request_id: str) -> AsyncIterator[str]:
+    """Yield the events of a stream, an error in the form of OpenAI, and the event that ends it."""
+    events = _with_errors(chunks, request_id)
+    try:
+        async for event in cut_stream(events, stops) if stops else events:
+            yield event
+        yield "data: [DONE]\n\n"
+    finally:
+        await chunks.aclose()  # which ends the generation, if the client hung up
+
+
+async def _with_errors(chunks: AsyncIterator[str], request_id: str) -> AsyncIterator[str]:
+    async for chunk in chunks:
+        before, found, _ = chunk.partition('data: {"error":')
+        yield f"{before}data: {json.dumps(_internal_error(request_id))}\n\n" if found else chunk
+
+
+def _add_load_model(app: Any, manager: Any) -> None:
+    """Add the route with which `transformers chat` waits for a model, for the model that is served."""
+    from fastapi import Body, HTTPException
+    from fastapi.responses import StreamingResponse
+
+    @app.post("/load_model")
+    async def load_model(model: str = Body(embed=True)) -> StreamingResponse:
+        if model != manager.force_model:
+            raise HTTPException(400, f"model: expected {manager.force_model!r}, which is served, got {model[:100]!r}")
+        events = manager.load_model_streaming(manager.process_model_name(model))
+        return StreamingResponse(events, media_type="text/event-stream")
+
+
+# Errors
+
+
+def _add_error_handlers(app: Any) -> None:
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Any, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path}: expected POST /v1/chat/completions or GET /v1/models"
+        return JSONResponse(_error(message), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Any, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(_error(f"expected a JSON object as the body: {error.errors()[0]['msg']}"), 400)
+
+    @app.exception_handler(Exception)
+    async def fail(request: Any, error: Exception) -> JSONResponse:
+        return JSONResponse(_internal_error(request.state.request_id), 500)
+
+
+def _error(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _internal_error(request_id: str) -> dict[str, Any]:
+    return _error(f"internal error in request {request_id}; the log of the server has the cause", "server_error")
+
+
+class _BodyLimit:
+    """ASGI middleware that reads the body of a request, and refuses a large one."""
+
+    def __init__(self, app: Any, size: int):
+        self.app, self.size = app, size
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        from fastapi.responses import JSONResponse
+
+        body, message = bytearray(), {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self.size:
+                refusal = JSONResponse(_error(f"expected at most {self.size} bytes in a request"), 413)
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, _replay({**message, "body": bytes(body)}, receive), send)
+
+
+def _replay(message: dict[str, Any], receive: Callable) -> Callable:
+    """Return a `receive` of ASGI that gives a message once before it goes on."""
+    waiting = [message]
+
+    async def receive_next() -> dict[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_next
