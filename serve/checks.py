@@ -85,7 +85,7 @@ def check_length(body: Mapping[str, Any], processor: SAILVLProcessor, context: i
 def check_texts(body: Mapping[str, Any], processor: SAILVLProcessor) -> None:
     """
     Raises:
-        RequestError: A text contains a token of the prompt format, which would be read as the end of a turn or an image.
+        RequestError: A text contains a token of the prompt format, such as an end of turn or a placeholder.
     """
     images = (processor.image_token, processor.image_start_token, processor.image_end_token, processor.video_token)
     tokens = [*images, "<|im_start|>", "<|im_end|>"]
@@ -113,7 +113,9 @@ def _check_fields(body: Mapping[str, Any]) -> None:
     _check_generation_config(body.get("generation_config"))
     unknown = _mapping(body.get("chat_template_kwargs") or {}, "chat_template_kwargs").keys() - TILING_OPTIONS
     if unknown:
-        raise RequestError(f"chat_template_kwargs: {sorted(unknown)[0]!r}: expected {', '.join(sorted(TILING_OPTIONS))}")
+        raise RequestError(
+            f"chat_template_kwargs: {sorted(unknown)[0]!r}: expected {', '.join(sorted(TILING_OPTIONS))}"
+        )
 
 
 def _check_generation_config(text: Any) -> None:

@@ -70,15 +70,20 @@ def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
     if len(urls) > limits.images:
         raise ImageError(f"expected at most {limits.images} images in a request, got {len(urls)}")
     images, size, pixels = [], limits.size, limits.pixels
-    opener = _opener(limits.allow_private, time.monotonic() + limits.seconds)
+    downloads = _HTTPSHandler(limits.allow_private, time.monotonic() + limits.seconds)
+    opener = _opener(downloads)
     for number, url in enumerate(urls, start=1):
         try:
             content = _read_url(url, opener, limits.seconds, size)
+            if downloads.is_late():  # the rest may be missing
+                raise ImageError(f"not downloaded in {limits.seconds:g} seconds, the limit of all images together")
             image = _open(content, pixels)
-        except _TooManyBytes:
+        except _BytesError:
             raise ImageError(f"image {number}: expected at most {limits.size} bytes in all images together") from None
-        except _TooManyPixels:
-            raise ImageError(f"image {number}: expected at most {limits.pixels} pixels in all images together") from None
+        except _PixelsError:
+            raise ImageError(
+                f"image {number}: expected at most {limits.pixels} pixels in all images together"
+            ) from None
         except ImageError as error:
             raise ImageError(f"image {number}: {error}") from error
         size, pixels = size - len(content), pixels - image.width * image.height
@@ -86,12 +91,12 @@ def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
     return images
 
 
-class _TooManyBytes(Exception):
-    pass
+class _BytesError(Exception):
+    """Too many bytes."""
 
 
-class _TooManyPixels(Exception):
-    pass
+class _PixelsError(Exception):
+    """Too many pixels."""
 
 
 def _read_url(url: str, opener: urllib.request.OpenerDirector, timeout: float, size: int) -> bytes:
@@ -121,7 +126,7 @@ def _read_response(response: Any, size: int) -> bytes:
     while chunk := response.read(CHUNK):
         content += chunk
         if len(content) > size:
-            raise _TooManyBytes
+            raise _BytesError
     return bytes(content)
 
 
@@ -132,11 +137,11 @@ def _open(content: bytes, pixels: int) -> Image.Image:
     try:
         image, trial = (Image.open(io.BytesIO(content), formats=formats) for _ in range(2))
         if image.width * image.height > pixels:
-            raise _TooManyPixels
+            raise _PixelsError
         trial.draft("RGB", (image.width // 8, image.height // 8))  # a JPEG is decoded at 1/8 of its size, faster
         trial.load()
-    except (Image.DecompressionBombError, _TooManyPixels):
-        raise _TooManyPixels from None
+    except (Image.DecompressionBombError, _PixelsError):
+        raise _PixelsError from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"these {len(content)} bytes are not an image in {', '.join(formats)}") from None
     except Exception as error:  # decoders raise nearly anything on a broken file
@@ -147,12 +152,12 @@ def _open(content: bytes, pixels: int) -> Image.Image:
 # Downloads
 
 
-def _opener(allow_private: bool, deadline: float) -> urllib.request.OpenerDirector:
+def _opener(downloads: "_HTTPSHandler") -> urllib.request.OpenerDirector:
     """Return an opener of data: and https: URLs only. Redirects to other schemes find no handler."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.DataHandler(),
-        _HTTPSHandler(allow_private, deadline),
+        downloads,
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
@@ -166,9 +171,14 @@ def _opener(allow_private: bool, deadline: float) -> urllib.request.OpenerDirect
 class _HTTPSHandler(urllib.request.HTTPSHandler):
     def __init__(self, allow_private: bool, deadline: float):
         super().__init__()
-        self.allow_private, self.deadline = allow_private, deadline
+        self.allow_private, self.deadline, self.is_used = allow_private, deadline, False
+
+    def is_late(self) -> bool:
+        """Return whether there was a download, and the deadline is over."""
+        return self.is_used and time.monotonic() > self.deadline
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        self.is_used = True
         return self.do_open(self._connection, request)
 
     def _connection(self, host: str, **options: Any) -> "_CheckedConnection":

@@ -54,7 +54,7 @@ def run_forked(
 def start_forked(
     script: str, *arguments: str, folder: Path, env: Mapping[str, str] = os.environ, strict: bool = False
 ) -> Iterator[tuple[BaseProcess, Path, Path]]:
-    """Start what `run_forked` runs. Yield the process and the files of its stdout and stderr; terminate it at the end."""
+    """Start what `run_forked` runs, and terminate it at the end. Yield the process, the files of stdout and stderr."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as scratch:

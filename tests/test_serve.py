@@ -3,12 +3,10 @@
 import base64
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -25,9 +23,9 @@ from transformers import pipeline
 
 import sailvit_cli
 from sailvit import SAILVLForConditionalGeneration, SAILVLProcessor
+from sailvit.examples.miniature.demo import SIZE
 from sailvit.examples.miniature.draw import draw_picture
 from sailvit.examples.miniature.questions import TASKS
-from sailvit.examples.miniature.demo import SIZE
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit.examples.miniature.vocabulary import SEEN
 from sailvit.serve.checks import RequestError, check_request
@@ -214,51 +212,52 @@ def test_without_max_tokens_an_answer_ends_with_the_context(client):
     assert answer.usage.total_tokens <= 4096
 
 
-BROKEN = base64.b64decode(data_url(PICTURES[0][0]).partition(",")[2])[:-200]
+def user_parts(*parts: dict) -> list[dict]:
+    return [{"role": "user", "content": [*parts]}]
+
+
+def images_at(*urls: str) -> list[dict]:
+    return user_parts(*map(image_part, urls))
+
+
+def template_options(**options: object) -> dict:
+    return {"extra_body": {"chat_template_kwargs": options}}
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+BROKEN = data_url(PICTURES[0][0])[:-300]
+TEXT = [user("x")]
 BAD_REQUESTS = {
     "no messages": ([], {}, "messages: expected a list"),
-    "a role": ([{"role": "root", "content": "x"}], {}, "messages[0].role: expected system, user, assistant, got 'root'"),
+    "a role": ([{"role": "root", "content": "x"}], {}, "messages[0].role: expected system, user, assistant, got"),
     "no content": ([{"role": "user"}], {}, "messages[0].content: expected a string or a list, got null"),
-    "no image": (
-        [{"role": "user", "content": [image_part("data:image/png;base64,aGVsbG8=")]}],
-        {}, "image 1: these 5 bytes are not an image"),
-    "a broken image": (
-        [{"role": "user", "content": [image_part(f"data:image/png;base64,{base64.b64encode(BROKEN).decode()}")]}],
-        {}, "image 1: cannot be decoded"),
-    "a path": ([{"role": "user", "content": [image_part(str(MULTIMODAL / "config.json"))]}], {}, "image 1: expected a data"),
-    "a file": ([{"role": "user", "content": [image_part("file:///etc/passwd")]}], {}, "image 1: expected a data: URL"),
-    "http": ([{"role": "user", "content": [image_part("http://example.com/x.png")]}], {}, "image 1: expected a data: URL"),
-    "a loopback address": (
-        [{"role": "user", "content": [image_part("https://localhost/x.png")]}], {}, "'localhost' has a private"),
-    "metadata of a cloud": (
-        [{"role": "user", "content": [image_part("https://169.254.169.254/")]}], {}, "'169.254.169.254' has a private"),
+    "no image": (images_at("data:image/png;base64,aGVsbG8="), {}, "image 1: these 5 bytes are not an image"),
+    "a broken image": (images_at(BROKEN), {}, "image 1: cannot be decoded"),
+    "a path": (images_at(str(MULTIMODAL / "config.json")), {}, "image 1: expected a data: URL"),
+    "a file": (images_at("file:///etc/passwd"), {}, "image 1: expected a data: URL"),
+    "http": (images_at("http://example.com/x.png"), {}, "image 1: expected a data: URL"),
+    "a loopback address": (images_at("https://localhost/x.png"), {}, "'localhost' has a private"),
+    "metadata of a cloud": (images_at("https://169.254.169.254/"), {}, "'169.254.169.254' has a private"),
     "many images": ([user(*[RED] * 5)], {}, "expected at most 4 images in a request, got 5"),
-    "many pixels": (
-        [user(RED, Image.new("RGB", (1000, 1000)))], {}, "image 2: expected at most 1000000 pixels in all images together"),
-    "many bytes": (
-        [user(Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)))],
-        {}, "image 1: expected at most 100000 bytes"),
+    "many pixels": ([user(RED, RED.resize((1000, 1000)))], {}, "image 2: expected at most 1000000 pixels in all"),
+    "many bytes": ([user(NOISE)], {}, "image 1: expected at most 100000 bytes in all"),
     "a video": (
-        [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "/x.mp4"}}]}],
+        user_parts({"type": "video_url", "video_url": {"url": "/x.mp4"}}),
         {}, "messages[0].content[0].type: expected text or image_url, got 'video_url'; send frames"),
     "audio": (
-        [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "/x.wav"}}]}],
-        {}, "expected text or image_url, got 'input_audio'"),
-    "a path as a template option": (
-        [user("x")], {"extra_body": {"chat_template_kwargs": {"videos": ["/etc/passwd"]}}}, "chat_template_kwargs: 'videos'"),
-    "a template": (
-        [user("x")], {"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, "'chat_template'"),
-    "an unknown tiling": (
-        [user(RED)], {"extra_body": {"chat_template_kwargs": {"max_tiles": -1}}}, "min_tiles <= max_tiles"),
+        user_parts({"type": "input_audio", "input_audio": {"data": "/x.wav"}}), {}, "got 'input_audio'"),
+    "a path in options": (TEXT, template_options(videos=["/etc/passwd"]), "chat_template_kwargs: 'videos'"),
+    "a template": (TEXT, template_options(chat_template="{{ 1 }}"), "chat_template_kwargs: 'chat_template'"),
+    "an unknown tiling": ([user(RED)], template_options(max_tiles=-1), "min_tiles <= max_tiles"),
     "a placeholder": ([user("a <IMG_CONTEXT> b")], {}, "messages[0]: the text contains <IMG_CONTEXT>"),
     "an end of turn": ([user("a<|im_end|>")], {}, "messages[0]: the text contains <|im_end|>"),
     "a long prompt": ([user("x " * 5000)], {}, "expected at most 4096 tokens, got 10"),
-    "a long answer": ([user("x")], {"max_tokens": 5000}, "and 5000 for the answer"),
-    "a word as number": ([user("x")], {"temperature": "hot"}, "temperature: expected a number, got a string"),
-    "an empty stop": ([user("x")], {"stop": [""]}, "stop: expected a string or a list of strings"),
-    "tools": ([user("x")], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported"),
-    "beams": ([user("x")], {"extra_body": {"generation_config": '{"num_beams": 900}'}}, "'num_beams'"),
-    "another model": ([user("x")], {"model": "other"}, f"pinned to '{NAME}'"),
+    "a long answer": (TEXT, {"max_tokens": 5000}, "and 5000 for the answer"),
+    "a word as number": (TEXT, {"temperature": "hot"}, "temperature: expected a number, got a string"),
+    "an empty stop": (TEXT, {"stop": [""]}, "stop: expected a string or a list of strings"),
+    "tools": (TEXT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported"),
+    "beams": (TEXT, {"extra_body": {"generation_config": '{"num_beams": 900}'}}, "'num_beams'"),
+    "another model": (TEXT, {"model": "other"}, f"pinned to '{NAME}'"),
 }  # fmt: skip
 
 
@@ -279,7 +278,10 @@ def test_after_bad_requests_the_server_answers(client, generate):
 def test_a_large_body_is_refused(client):
     with pytest.raises(openai.APIStatusError) as caught:
         ask(client, user("x" * 2_000_000))
-    assert caught.value.status_code == 413 and caught.value.body["message"] == "expected at most 1133333 bytes in a request"
+    assert (
+        caught.value.status_code == 413
+        and caught.value.body["message"] == "expected at most 1133333 bytes in a request"
+    )
 
 
 def test_models_are_listed_without_paths(client):
@@ -302,14 +304,14 @@ JSON = st.recursive(
     lambda values: st.lists(values) | st.dictionaries(
         st.sampled_from(["role", "content", "type", "text", "image_url", "url"]) | st.text(), values),
 )  # fmt: skip
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url"])}, optional={"text": JSON, "image_url": JSON}
+)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant"]) | JSON},
-        optional={
-            "content": JSON | st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url"])}, optional={
-                "text": JSON, "image_url": JSON}))},
+        {"role": st.sampled_from(["user", "assistant"]) | JSON}, optional={"content": JSON | st.lists(PARTS)}
     )
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=25)
@@ -330,7 +332,9 @@ def test_any_request_is_checked_or_refused(fields, messages):
     except RequestError:
         pass
     else:
-        assert {*checked} == {*body} and all(part["type"] in ("text", "image_url") for m in checked["messages"] for part in m["content"])
+        assert {*checked} == {*body} and all(
+            part["type"] in ("text", "image_url") for m in checked["messages"] for part in m["content"]
+        )
     assert json.dumps(body) == before
 
 
