@@ -25,7 +25,7 @@ from .stop_strings import cut_completion, cut_stream
 
 
 OLDEST = "5.23"  # transformers from here on serves models that are registered
-ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
+ROUTES = ("/v1/chat/completions", "/health")  # of transformers, that stay open
 JSON_BYTES = 1_000_000  # of a request, besides its images
 HOST = "127.0.0.1"
 
@@ -103,7 +103,7 @@ def build_checked_server(
     """
     app = build_server(model_manager, _CheckedChat(chat_handler, model_manager, limits), **others)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
-    _add_load_model(app, model_manager)
+    _add_routes(app, model_manager)
     _add_error_handlers(app)
     # Base64 has 4 characters for 3 bytes.
     app.add_middleware(_BodyLimit, size=limits.size * 4 // 3 + JSON_BYTES)
@@ -159,15 +159,21 @@ async def _with_errors(chunks: AsyncIterator[str], request_id: str) -> AsyncIter
         yield f"{before}data: {json.dumps(_internal_error(request_id))}\n\n" if found else chunk
 
 
-def _add_load_model(app: Any, manager: Any) -> None:
-    """Add the route with which `transformers chat` waits for a model, for the model that is served."""
+def _add_routes(app: Any, manager: Any) -> None:
+    """Add routes that transformers has for any model, and here are for the one that is served."""
     from fastapi import Body, HTTPException
     from fastapi.responses import StreamingResponse
 
-    @app.post("/load_model")
+    name = manager.force_model
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "sailvit"}]}
+
+    @app.post("/load_model")  # `transformers chat` waits for it
     async def load_model(model: str = Body(embed=True)) -> StreamingResponse:
-        if model != manager.force_model:
-            raise HTTPException(400, f"model: expected {manager.force_model!r}, which is served, got {model[:100]!r}")
+        if model != name:
+            raise HTTPException(400, f"model: expected {name!r}, which is served, got {model[:100]!r}")
         events = manager.load_model_streaming(manager.process_model_name(model))
         return StreamingResponse(events, media_type="text/event-stream")
 

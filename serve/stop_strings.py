@@ -13,8 +13,9 @@ from typing import Any
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the first stop string."""
-    return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))]
+    """Return the text before the stop string that is complete first."""
+    found = ((start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0)
+    return text[: min(found, default=(0, len(text)))[1]]
 
 
 class StopFilter:

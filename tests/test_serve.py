@@ -18,6 +18,7 @@ from conftest import ROOT
 from fork_server import start_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image
 from transformers import pipeline
 
@@ -29,14 +30,16 @@ from sailvit.examples.miniature.questions import TASKS
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit.examples.miniature.vocabulary import SEEN
 from sailvit.serve.checks import RequestError, check_request
+from sailvit.serve.server import OLDEST
 from sailvit.serve.stop_strings import StopFilter, cut
 
 
-try:
-    from transformers import AutoModelForMultimodalLM
-except ImportError:  # transformers < 5.0
-    pytest.skip("this transformers has no AutoModelForMultimodalLM", allow_module_level=True)
-
+needs_server = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(OLDEST), reason="the server of this transformers finds no other models"
+)
+needs_auto_class = pytest.mark.skipif(
+    not hasattr(transformers, "AutoModelForMultimodalLM"), reason="transformers < 5.0 has no such class"
+)
 COMMAND = "import sys, sailvit_cli; sys.exit(sailvit_cli.main(sys.argv[1:]))"
 NAME = MULTIMODAL.name
 LIMITS = {"--max-images": 4, "--max-bytes": 100_000, "--max-pixels": 1_000_000}
@@ -47,6 +50,8 @@ QUESTION = "What is it?"  # of RED it is answered by "red red red", without end
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a server; it has served until the end of the tests."""
+    if Version(transformers.__version__) < Version(OLDEST):
+        pytest.skip(needs_server.kwargs["reason"])
     limits = [word for option, value in LIMITS.items() for word in (option, str(value))]
     arguments = ["serve", str(MULTIMODAL), *limits, "--port", "0", "--device", "cpu", "--dtype", "float32"]
     with start_forked(COMMAND, *arguments, folder=ROOT) as (process, _, errors):
@@ -347,12 +352,14 @@ def test_a_text_in_pieces_ends_where_the_whole_text_does(pieces, stops):
 # The command
 
 
+@needs_server
 def test_an_unknown_option_is_an_error_of_transformers(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert sailvit_cli.main(["serve", str(MULTIMODAL), "--nonsense"]) == 2
     assert "No such option: --nonsense" in capsys.readouterr().err
 
 
+@needs_server
 def test_options_are_passed_on(monkeypatch, capsys):
     """A wrong value of an option is refused by the server of transformers, which got it."""
     monkeypatch.chdir(ROOT)
@@ -361,6 +368,7 @@ def test_options_are_passed_on(monkeypatch, capsys):
         assert f"'{value}'" in capsys.readouterr().err
 
 
+@needs_server
 def test_an_encoder_is_not_served(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert sailvit_cli.main(["serve", str(ENCODER)]) == 2
@@ -377,10 +385,12 @@ def test_an_old_transformers_is_named(monkeypatch, capsys):
 # What transformers knows after `import sailvit`
 
 
+@needs_auto_class
 def test_the_multimodal_auto_class_loads_the_model():
-    assert type(AutoModelForMultimodalLM.from_pretrained(MULTIMODAL)) is SAILVLForConditionalGeneration
+    assert type(transformers.AutoModelForMultimodalLM.from_pretrained(MULTIMODAL)) is SAILVLForConditionalGeneration
 
 
+@needs_auto_class
 def test_pipelines_of_any_modality_run_the_model(generate):
     picture, question = PICTURES[0]
     parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
