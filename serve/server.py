@@ -18,16 +18,20 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from .checks import RequestError, check_length, check_request, check_texts
 from .images import ImageError, Limits, read_images
 from .stop_strings import cut_completion, cut_stream
 
 
+logger = logging.get_logger(__name__)
+
 OLDEST = "5.23"  # transformers from here on serves models that are registered
 ROUTES = ("/v1/chat/completions", "/health")  # of transformers, that stay open
 JSON_BYTES = 1_000_000  # of a request, besides its images
 HOST = "127.0.0.1"
+INTERNAL_ERROR = "internal error in request {}; the log of the server has the cause"
 
 
 def run_server(model: str, arguments: Sequence[str], limits: Limits) -> int:
@@ -49,14 +53,17 @@ def run_server(model: str, arguments: Sequence[str], limits: Limits) -> int:
 
     name = _enter_folder_of(model)
     _check_model_type(name)
-    # The constructor of Serve imports this function and runs what it returns: there is no other place for an app.
-    server.build_server = partial(build_checked_server, server.build_server, limits=limits)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(serve.Serve)
+    # The constructor of Serve imports this function and runs what it returns: there is no other place for an app.
+    build_server = server.build_server
+    server.build_server = partial(build_checked_server, build_server, limits=limits)
     try:
         command([name, "--host", HOST, *arguments], prog_name="sailvit serve MODEL")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
+    finally:
+        server.build_server = build_server
     return 0
 
 
@@ -101,7 +108,7 @@ def build_checked_server(
     Args:
         build_server: `transformers.cli.serving.server.build_server`; the other arguments but `limits` are its own.
     """
-    app = build_server(model_manager, _CheckedChat(chat_handler, model_manager, limits), **others)
+    app = build_server(model_manager, CheckedChat(chat_handler, model_manager, limits), **others)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     _add_routes(app, model_manager)
     _add_error_handlers(app)
@@ -110,7 +117,7 @@ def build_checked_server(
     return app
 
 
-class _CheckedChat:
+class CheckedChat:
     """The handler of chat requests, behind the checks."""
 
     def __init__(self, handler: Any, manager: Any, limits: Limits):
@@ -128,7 +135,14 @@ class _CheckedChat:
             body = check_length(body, self.processor, self.context)
         except (RequestError, ImageError, ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
-        return _finish(await self.handler.handle_request(body, request_id), body.get("stop") or [], request_id)
+        try:
+            response = await self.handler.handle_request(body, request_id)
+        except HTTPException:
+            raise
+        except Exception as error:
+            logger.exception("request %s", request_id)
+            raise HTTPException(500, INTERNAL_ERROR.format(request_id)) from error
+        return _finish(response, body.get("stop") or [], request_id)
 
 
 def _finish(response: Any, stop: str | list[str], request_id: str) -> Any:
@@ -138,11 +152,11 @@ def _finish(response: Any, stop: str | list[str], request_id: str) -> Any:
     stops = [stop] if isinstance(stop, str) else stop
     if not hasattr(response, "body_iterator"):
         return JSONResponse(cut_completion(json.loads(response.body), stops)) if stops else response
-    response.body_iterator = _finish_stream(response.body_iterator, stops, request_id)
+    response.body_iterator = finish_stream(response.body_iterator, stops, request_id)
     return response
 
 
-async def _finish_stream(chunks: Any, stops: list[str], request_id: str) -> AsyncIterator[str]:
+async def finish_stream(chunks: Any, stops: list[str], request_id: str) -> AsyncIterator[str]:
     """Yield the events of a stream, an error in the form of OpenAI, and the event that ends it."""
     events = _with_errors(chunks, request_id)
     try:
@@ -155,8 +169,12 @@ async def _finish_stream(chunks: Any, stops: list[str], request_id: str) -> Asyn
 
 async def _with_errors(chunks: AsyncIterator[str], request_id: str) -> AsyncIterator[str]:
     async for chunk in chunks:
-        before, found, _ = chunk.partition('data: {"error":')
-        yield f"{before}data: {json.dumps(_internal_error(request_id))}\n\n" if found else chunk
+        before, found, message = chunk.partition('data: {"error":')
+        if found:
+            logger.error("request %s: %s", request_id, message)
+            error = _error(INTERNAL_ERROR.format(request_id), 500)
+            chunk = f"{before}data: {json.dumps(error)}\n\n"
+        yield chunk
 
 
 def _add_routes(app: Any, manager: Any) -> None:
@@ -191,23 +209,17 @@ def _add_error_handlers(app: Any) -> None:
         message = str(error.detail)
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: expected POST /v1/chat/completions or GET /v1/models"
-        return JSONResponse(_error(message), error.status_code, error.headers)
+        return JSONResponse(_error(message, error.status_code), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Any, error: RequestValidationError) -> JSONResponse:
         return JSONResponse(_error(f"expected a JSON object as the body: {error.errors()[0]['msg']}"), 400)
 
-    @app.exception_handler(Exception)
-    async def fail(request: Any, error: Exception) -> JSONResponse:
-        return JSONResponse(_internal_error(request.state.request_id), 500)
 
-
-def _error(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+def _error(message: str, status: int = 400) -> dict[str, Any]:
+    """Return an error in the form of OpenAI."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def _internal_error(request_id: str) -> dict[str, Any]:
-    return _error(f"internal error in request {request_id}; the log of the server has the cause", "server_error")
 
 
 class _BodyLimit:

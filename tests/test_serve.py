@@ -1,5 +1,6 @@
 """`sailvit serve`: the OpenAI client and a server in a process of its own, which serves the trained miniature."""
 
+import asyncio
 import base64
 import io
 import json
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -15,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from fastapi import HTTPException
 from fork_server import start_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +33,8 @@ from sailvit.examples.miniature.questions import TASKS
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit.examples.miniature.vocabulary import SEEN
 from sailvit.serve.checks import RequestError, check_request
-from sailvit.serve.server import OLDEST
+from sailvit.serve.images import Limits
+from sailvit.serve.server import OLDEST, CheckedChat, finish_stream
 from sailvit.serve.stop_strings import StopFilter, cut
 
 
@@ -302,6 +306,44 @@ def test_other_routes_of_transformers_are_closed(path, server):
 def test_no_other_model_can_be_loaded(server):
     with pytest.raises(openai.BadRequestError, match="which is served, got '/etc'"):
         openai.OpenAI(base_url=server, api_key="none").post("/load_model", body={"model": "/etc"}, cast_to=str)
+
+
+# Failures of generation, which no request should reach
+
+
+def fail_with(error: Exception):
+    """A server's handler whose handle_request raises; behind it are the checks."""
+
+    async def handle_request(body: dict, request_id: str) -> None:
+        raise error
+
+    return SimpleNamespace(handle_request=handle_request)
+
+
+def test_a_failure_tells_nothing_of_the_server(model, processor, caplog):
+    manager = SimpleNamespace(
+        force_model=NAME, process_model_name=str, load_model_and_processor=lambda name: (model, processor)
+    )
+    chat = CheckedChat(fail_with(RuntimeError("in /home/me/model")), manager, Limits())
+    with pytest.raises(HTTPException) as caught:
+        asyncio.run(chat.handle_request({"model": NAME, "messages": TEXT}, "request-1"))
+    assert caught.value.status_code == 500 and "in /home/me/model" in caplog.text
+    assert caught.value.detail == "internal error in request request-1; the log of the server has the cause"
+
+
+def test_a_failure_in_a_stream_is_an_error_of_openai():
+    async def chunks():
+        yield 'data: {"choices": []}\n\n'
+        yield 'data: {"choices": []}\n\ndata: {"error": "in "/home/me/model""}\n\n'
+
+    async def collect(stops: list[str]) -> str:
+        return "".join([event async for event in finish_stream(chunks(), stops, "request-1")])
+
+    for stops in ([], ["x"]):
+        *events, end = filter(None, asyncio.run(collect(stops)).split("\n\n"))
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert len(events) == 3 and end == "data: [DONE]" and error["type"] == "server_error"
+        assert error["message"] == "internal error in request request-1; the log of the server has the cause"
 
 
 JSON = st.recursive(
