@@ -16,7 +16,8 @@ import openai
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import PHOTOGRAPH, ROOT
+from doc_pages import code_blocks
 from fastapi import HTTPException
 from fork_server import start_forked
 from hypothesis import given, settings
@@ -46,7 +47,7 @@ needs_auto_class = pytest.mark.skipif(
 )
 COMMAND = "import sys, sailvit_cli; sys.exit(sailvit_cli.main(sys.argv[1:]))"
 NAME = MULTIMODAL.name
-LIMITS = {"--max-images": 4, "--max-bytes": 100_000, "--max-pixels": 1_000_000}
+LIMITS = {"--max-images": 4, "--max-bytes": 300_000, "--max-pixels": 1_000_000}
 RED = Image.new("RGB", (2 * SIZE, 2 * SIZE), "red")
 QUESTION = "What is it?"  # of RED it is answered by "red red red", without end
 
@@ -215,6 +216,15 @@ def test_a_request_of_transformers_chat_is_answered(client, server):
     assert ask(client, user(RED, QUESTION), extra_body={"generation_config": config}, max_tokens=None) == " red red red"
 
 
+def test_the_client_of_the_page_prints_an_answer(server, generate, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (block,) = code_blocks(ROOT / "docs" / "serving.md", "python")
+    exec(block.replace("http://127.0.0.1:8000", server).replace('"sail-vl"', f'"{NAME}"'), {})
+    part = image_part(data_url(Image.open(PHOTOGRAPH)))
+    expected = generate({"role": "user", "content": [part, *user(QUESTION)["content"]]}, tokens=64)
+    assert capsys.readouterr().out == expected
+
+
 def test_without_max_tokens_an_answer_ends_with_the_context(client):
     number = 3 * 1300  # of tokens, of 4096
     answer = client.chat.completions.create(model=NAME, messages=[user(RED, "red, " * (number // 2), QUESTION)])
@@ -233,7 +243,7 @@ def template_options(**options: object) -> dict:
     return {"extra_body": {"chat_template_kwargs": options}}
 
 
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8))
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8))
 BROKEN = data_url(PICTURES[0][0])[:-300]
 TEXT = [user("x")]
 BAD_REQUESTS = {
@@ -249,7 +259,7 @@ BAD_REQUESTS = {
     "metadata of a cloud": (images_at("https://169.254.169.254/"), {}, "'169.254.169.254' has a private"),
     "many images": ([user(*[RED] * 5)], {}, "expected at most 4 images in a request, got 5"),
     "many pixels": ([user(RED, RED.resize((1000, 1000)))], {}, "image 2: expected at most 1000000 pixels in all"),
-    "many bytes": ([user(NOISE)], {}, "image 1: expected at most 100000 bytes in all"),
+    "many bytes": ([user(NOISE)], {}, "image 1: expected at most 300000 bytes in all"),
     "a video": (
         user_parts({"type": "video_url", "video_url": {"url": "/x.mp4"}}),
         {}, "messages[0].content[0].type: expected text or image_url, got 'video_url'; send frames"),
@@ -289,7 +299,7 @@ def test_a_large_body_is_refused(client):
         ask(client, user("x" * 2_000_000))
     assert (
         caught.value.status_code == 413
-        and caught.value.body["message"] == "expected at most 1133333 bytes in a request"
+        and caught.value.body["message"] == "expected at most 1400000 bytes in a request"
     )
 
 
