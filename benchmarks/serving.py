@@ -3,7 +3,8 @@ Benchmark of `sailvit serve` against `generate` in the same process: time to fir
 
 Server and `generate` share a process, and take turns; the OpenAI clients are in a process of their own. Both begin with
 a PNG and end with text. With several clients at once the aggregate tokens per second are compared with those of
-`generate`, called for one request after the other, as the server does.
+`generate`, called for one request after the other, as the server does. Processor time is that of the server without the
+clients: it is what another load on the machine changes least.
 
     OMP_NUM_THREADS=1 python benchmarks/serving.py              # the trained miniature, then a wide one
 """
@@ -136,10 +137,11 @@ def compare(folder: Path, clients: Any, options: argparse.Namespace) -> dict[str
     pngs = [make_png(number) for number in range(options.clients)]
     seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"server": [], "generate": []})
     for is_warm in [False, *[True] * options.rounds]:
-        one = {
-            "server": clients.apply(ask, (address, folder.name, pngs[0], tokens)),
-            "generate": generate(model, processor, pngs[0], tokens),
-        }
+        cpu = {"server": -time.process_time()}
+        one = {"server": clients.apply(ask, (address, folder.name, pngs[0], tokens))}
+        cpu = {"server": cpu["server"] + time.process_time(), "generate": -time.process_time()}
+        one["generate"] = generate(model, processor, pngs[0], tokens)
+        cpu["generate"] += time.process_time()
         whole, answers = clients.apply(ask_at_once, (address, folder.name, pngs, tokens))
         started = time.perf_counter()
         others = [generate(model, processor, png, tokens) for png in pngs]
@@ -149,6 +151,7 @@ def compare(folder: Path, clients: Any, options: argparse.Namespace) -> dict[str
             first, last, _ = one[name]
             seconds["time to first token, 1 client"][name].append(first)
             seconds["tokens per second after it, 1 client"][name].append((last - first) / (tokens - 1))
+            seconds["processor time of this process per token, 1 client"][name].append(cpu[name] / tokens)
             seconds[f"tokens per second, {len(pngs)} clients together"][name].append(several[name] / tokens / len(pngs))
     for what, found in seconds.items():
         print(f"{what}: {', '.join(f'{name} {median(values) * 1e3:.2f} ms' for name, values in found.items())}")
@@ -160,14 +163,18 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (64)")
     parser.add_argument("--layers", type=int, default=4, help="of the wide language model (4)")
+    parser.add_argument("--only", choices=("miniature", "wide"))
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(1) as clients:
-        wide = write_wide_model(Path(scratch) / "wide", options.layers)
-        for title, folder in (("the miniature", MULTIMODAL), (f"{options.layers} layers of width 896", wide)):
-            print_ratios(f"{title}: speed, generate = 1", compare(folder, clients, options))
+        if options.only != "wide":
+            print_ratios("the miniature: speed, generate = 1", compare(MULTIMODAL, clients, options))
+        if options.only != "miniature":
+            folder = write_wide_model(Path(scratch) / "wide", options.layers)
+            title = f"{options.layers} layers of width 896: speed, generate = 1"
+            print_ratios(title, compare(folder, clients, options))
     os._exit(0)  # the servers' threads have no end
 
 

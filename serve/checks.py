@@ -55,13 +55,16 @@ def check_request(body: Mapping[str, Any], read_images: Callable[[list[str]], li
     return {**body, "messages": messages}
 
 
-def check_length(body: Mapping[str, Any], processor: SAILVLProcessor, context: int | None) -> dict[str, Any]:
+def check_length(
+    body: Mapping[str, Any], processor: SAILVLProcessor, context: int | None, opening: int
+) -> dict[str, Any]:
     """
     Return a checked request with `max_completion_tokens`, at most what the context of the model leaves.
 
     Args:
         body: As `check_request` returns it.
         context: Tokens of a prompt and its answer; None if the model has no limit.
+        opening: Tokens that open the answer, of `count_opening`.
 
     Raises:
         RequestError: A text contains a token of the prompt format, or prompt and answer are longer than the context.
@@ -69,7 +72,7 @@ def check_length(body: Mapping[str, Any], processor: SAILVLProcessor, context: i
     """
     tiling = body.get("chat_template_kwargs") or {}
     counts = processor.count_tokens(_as_conversation(body["messages"]), **tiling)
-    prompt = counts.tokens + _count_generation_prompt(processor)
+    prompt = counts.tokens + opening
     settings = json.loads(body.get("generation_config") or "{}")
     names = ("max_completion_tokens", "max_tokens")
     requested = next((int(body[name]) for name in names if body.get(name) is not None), settings.get("max_new_tokens"))
@@ -181,7 +184,7 @@ def _as_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     ]
 
 
-def _count_generation_prompt(processor: SAILVLProcessor) -> int:
+def count_opening(processor: SAILVLProcessor) -> int:
     """Return the tokens that `add_generation_prompt` adds."""
     chat = [{"role": "user", "content": ""}]
     without, whole = (processor.apply_chat_template(chat, add_generation_prompt=added) for added in (False, True))

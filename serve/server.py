@@ -10,6 +10,7 @@ of OpenAI, and only the routes that are checked.
 import asyncio
 import json
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from packaging.version import Version
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from .checks import RequestError, check_length, check_request, check_texts
+from .checks import RequestError, check_length, check_request, check_texts, count_opening
 from .images import ImageError, Limits, read_images
 from .stop_strings import cut_completion, cut_stream
 
@@ -108,12 +109,16 @@ def build_checked_server(
     Args:
         build_server: `transformers.cli.serving.server.build_server`; the other arguments but `limits` are its own.
     """
+    from starlette.middleware.base import BaseHTTPMiddleware
+
     app = build_server(model_manager, CheckedChat(chat_handler, model_manager, limits), **others)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     _add_routes(app, model_manager)
     _add_error_handlers(app)
+    # That of transformers, which numbers requests, copies every piece of a stream through queues. _Requests does not.
+    app.user_middleware[:] = [entry for entry in app.user_middleware if entry.cls is not BaseHTTPMiddleware]
     # Base64 has 4 characters for 3 bytes.
-    app.add_middleware(_BodyLimit, size=limits.size * 4 // 3 + JSON_BYTES)
+    app.add_middleware(_Requests, size=limits.size * 4 // 3 + JSON_BYTES)
     return app
 
 
@@ -124,6 +129,7 @@ class CheckedChat:
         self.handler, self.limits = handler, limits
         self.model, self.processor = manager.load_model_and_processor(manager.process_model_name(manager.force_model))
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.opening = count_opening(self.processor)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         from fastapi import HTTPException
@@ -132,7 +138,7 @@ class CheckedChat:
             read = partial(read_images, limits=self.limits)
             body = await asyncio.to_thread(check_request, body, read)
             check_texts(body, self.processor)
-            body = check_length(body, self.processor, self.context)
+            body = check_length(body, self.processor, self.context, self.opening)
         except (RequestError, ImageError, ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
         try:
@@ -222,8 +228,8 @@ def _error(message: str, status: int = 400) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-class _BodyLimit:
-    """ASGI middleware that reads the body of a request, and refuses a large one."""
+class _Requests:
+    """ASGI middleware that numbers requests, reads their bodies, and refuses large ones."""
 
     def __init__(self, app: Any, size: int):
         self.app, self.size = app, size
@@ -234,6 +240,8 @@ class _BodyLimit:
             return
         from fastapi.responses import JSONResponse
 
+        request_id = scope.setdefault("state", {})["request_id"] = str(uuid.uuid4())
+        send = partial(_send_with_id, send, request_id)
         body, message = bytearray(), {"more_body": True}
         while message.get("more_body"):
             message = await receive()
@@ -243,6 +251,12 @@ class _BodyLimit:
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, _replay({**message, "body": bytes(body)}, receive), send)
+
+
+async def _send_with_id(send: Callable, request_id: str, message: dict[str, Any]) -> None:
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+    await send(message)
 
 
 def _replay(message: dict[str, Any], receive: Callable) -> Callable:
