@@ -32,6 +32,15 @@ if __package__ == "sailvit":
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         auto_class.register(SAILVLConfig, SAILVLForConditionalGeneration)
     AutoProcessor.register(SAILVLConfig, SAILVLProcessor)
+    try:
+        from transformers import AutoModelForMultimodalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    except ImportError:  # transformers < 5.0
+        pass
+    else:
+        AutoModelForMultimodalLM.register(SAILVLConfig, SAILVLForConditionalGeneration)
+        # The server and the pipelines of transformers look for names here, where `register` writes none.
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["sailvl"] = SAILVLForConditionalGeneration.__name__
     for config_class in (SAILViTConfig, SAILVLConfig):
         try:
             AutoImageProcessor.register(config_class, image_processor_classes={"torchvision": SAILViTImageProcessor})

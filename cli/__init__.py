@@ -27,6 +27,7 @@ FAMILIES = (
     "probe",
     "report",
     "suite",
+    "serve",
     "miniature",
     "push",
 )  # files of this folder, in the order of `sailvit --help`
@@ -78,12 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse arguments; an unknown one is an error of its verb, whose help lists the known ones."""
+    """Parse arguments; an unknown one is an error of its verb, unless the verb passes it on to another command."""
     parser = build_parser()
     options, unknown = parser.parse_known_args(arguments)
     if hasattr(options, "overrides"):  # argparse takes positional arguments up to the next option only
         options.overrides += [word for word in unknown if not word.startswith("-")]
         unknown = [word for word in unknown if word.startswith("-")]
+    if hasattr(options, "passed_on"):
+        options.passed_on, unknown = unknown, []
     if unknown:
         parser.prog = f"{parser.prog} {options.verb}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 
@@ -39,19 +41,33 @@ def run_forked(
         env: The environment; of the variables that are read at import, only the cache of remote code is set again.
         strict: Whether warnings are errors.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory() as scratch:
-        outputs = [f"{scratch}/stdout", f"{scratch}/stderr"]
-        request = (script, arguments, str(folder), dict(env), outputs, strict)
-        process = context.Process(target=_run, args=request)
-        process.start()
+    with start_forked(script, *arguments, folder=folder, env=env, strict=strict) as (process, *outputs):
         process.join(timeout=300)
         if process.exitcode is None:
             process.kill()
             process.join()
-        texts = [Path(path).read_text() for path in outputs]
+        texts = [path.read_text() for path in outputs]
     return subprocess.CompletedProcess([script, *arguments], process.exitcode, *texts)
+
+
+@contextmanager
+def start_forked(
+    script: str, *arguments: str, folder: Path, env: Mapping[str, str] = os.environ, strict: bool = False
+) -> Iterator[tuple[BaseProcess, Path, Path]]:
+    """Start what `run_forked` runs, and terminate it at the end. Yield the process, the files of stdout and stderr."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [f"{scratch}/stdout", f"{scratch}/stderr"]
+        for path in outputs:
+            Path(path).touch()
+        process = context.Process(target=_run, args=(script, arguments, str(folder), dict(env), outputs, strict))
+        process.start()
+        try:
+            yield process, *map(Path, outputs)
+        finally:
+            process.terminate()
+            process.join()
 
 
 def _run(script: str, arguments: list[str], folder: str, env: dict[str, str], outputs: list[str], strict: bool) -> None:

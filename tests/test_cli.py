@@ -35,7 +35,7 @@ from sailvit_cli.progress import byte_progress
 
 VERBS = (
     *("convert", "compose", "inspect", "encode", "demo", "show", "data", "train", "probe", "report", "suite"),
-    *("miniature", "push"),
+    *("serve", "miniature", "push"),
 )
 
 

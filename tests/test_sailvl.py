@@ -69,7 +69,8 @@ def test_a_released_config_loads_and_round_trips(release, tmp_path):
     again.save_pretrained(tmp_path / "twice")
     texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "twice")]
     assert texts[0] == texts[1] and again.architectures != ["SailVLModel"]
-    assert again.auto_map["AutoModelForImageTextToText"] == "modeling_sailvl.SAILVLForConditionalGeneration"
+    for auto_class in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        assert again.auto_map[auto_class] == "modeling_sailvl.SAILVLForConditionalGeneration"
 
 
 def test_the_default_config_is_sailvit_large_and_qwen2():

@@ -17,6 +17,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_sailvl.SAILVLForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_sailvl.SAILVLForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_sailvl.SAILVLForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_sailvl.SAILVLForConditionalGeneration",
     "AutoProcessor": "processing_sailvl.SAILVLProcessor",
     "AutoImageProcessor": "image_processing_sailvit.SAILViTImageProcessor",
 }

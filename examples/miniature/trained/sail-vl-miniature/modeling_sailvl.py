@@ -405,6 +405,8 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if "tokenizer" in kwargs:  # of stop strings; the server of transformers gives the processor
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         return super().generate(*args, **with_cache_name(kwargs))
 
     def prepare_inputs_for_generation(

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: that of transformers, with SAIL-VL registered and checks of requests before it."""

@@ -1,0 +1,213 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Checks of a chat request before the server of transformers handles it.
+
+A request is written anew from the fields that are known here, so that nothing else of it reaches the processor: the
+server of transformers passes `chat_template_kwargs` on, in which a client could name files or a template.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL.Image import Image
+
+from ..processing_sailvl import TILING_OPTIONS, SAILVLProcessor
+
+
+ROLES = ("system", "user", "assistant")
+NUMBERS = ("temperature", "top_p", "frequency_penalty", "seed", "max_tokens", "max_completion_tokens")
+# Fields that would change the answer, and that the server of transformers ignores or a SAIL-VL cannot do.
+UNSUPPORTED = ("tools", "functions", "response_format", "logprobs", "audio", "prediction")
+# Of `generation_config`, which `transformers chat` sends as JSON.
+GENERATION_FIELDS = {
+    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
+    "max_new_tokens", "stop_strings", "transformers_version",
+}  # fmt: skip
+DEFAULT_TOKENS = 1024  # of an answer, as in the server of transformers
+
+
+class RequestError(ValueError):
+    """A request that is not answered; the message is for the client."""
+
+
+def check_request(body: Mapping[str, Any], read_images: Callable[[list[str]], list[Image]]) -> dict[str, Any]:
+    """
+    Return a request with checked messages that contain images in place of URLs.
+
+    Args:
+        body: The JSON of a request to /v1/chat/completions.
+        read_images: Called once with the URLs of all images.
+
+    Raises:
+        RequestError: A field has a wrong type or value, or is not supported.
+    """
+    _check_fields(body)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages: expected a list of at least one message")
+    messages = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    parts = [*_image_parts(messages)]
+    images = read_images([part["image_url"]["url"] for part in parts])
+    for part, image in zip(parts, images, strict=True):
+        part["image_url"] = {"url": image}
+    return {**body, "messages": messages}
+
+
+def check_length(
+    body: Mapping[str, Any], processor: SAILVLProcessor, context: int | None, opening: int
+) -> dict[str, Any]:
+    """
+    Return a checked request with `max_completion_tokens`, at most what the context of the model leaves.
+
+    Args:
+        body: As `check_request` returns it.
+        context: Tokens of a prompt and its answer; None if the model has no limit.
+        opening: Tokens that open the answer, of `count_opening`.
+
+    Raises:
+        RequestError: A text contains a token of the prompt format, or prompt and answer are longer than the context.
+        ValueError, TypeError: An image has no tiling; a tiling option has a wrong value.
+    """
+    tiling = body.get("chat_template_kwargs") or {}
+    counts = processor.count_tokens(_as_conversation(body["messages"]), **tiling)
+    prompt = counts.tokens + opening
+    settings = json.loads(body.get("generation_config") or "{}")
+    names = ("max_completion_tokens", "max_tokens")
+    requested = next((int(body[name]) for name in names if body.get(name) is not None), settings.get("max_new_tokens"))
+    room = prompt + (requested or DEFAULT_TOKENS) if context is None else context
+    if prompt + (requested or 1) > room:
+        raise RequestError(
+            f"expected at most {context} tokens, got {prompt} in the prompt ({counts.tiles} tiles of images) and "
+            f"{requested or 1} for the answer: shorten the messages, send fewer or smaller images, or lower max_tokens"
+        )
+    return {**body, "max_completion_tokens": requested or min(DEFAULT_TOKENS, room - prompt)}
+
+
+def check_texts(body: Mapping[str, Any], processor: SAILVLProcessor) -> None:
+    """
+    Raises:
+        RequestError: A text contains a token of the prompt format, such as an end of turn or a placeholder.
+    """
+    images = (processor.image_token, processor.image_start_token, processor.image_end_token, processor.video_token)
+    tokens = [*images, "<|im_start|>", "<|im_end|>"]
+    for index, message in enumerate(body["messages"]):
+        for part in message["content"]:
+            if found := [token for token in tokens if token in part.get("text", "")]:
+                raise RequestError(f"messages[{index}]: the text contains {found[0]}, a token of the prompt format")
+
+
+def _check_fields(body: Mapping[str, Any]) -> None:
+    for name in NUMBERS:
+        if not _is_number(body.get(name, 0)):
+            raise RequestError(f"{name}: expected a number, got {_type(body[name])}")
+    for name in UNSUPPORTED:
+        if body.get(name) not in (None, False, [], {"type": "text"}):
+            raise RequestError(f"{name}: not supported by this server; leave it out")
+    if body.get("n") not in (None, 1):
+        raise RequestError(f"n: expected 1 answer to a request, got {str(body['n'])[:20]}")
+    stop = body.get("stop") or []
+    if not all(isinstance(text, str) and text for text in ([stop] if isinstance(stop, str) else _list(stop, "stop"))):
+        raise RequestError("stop: expected a string or a list of strings, none of them empty")
+    answer = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    if any(number is not None and not (number >= 1 and float(number).is_integer()) for number in answer):
+        raise RequestError(f"max_tokens: expected an integer of at least 1, got {answer}")
+    _check_generation_config(body.get("generation_config"))
+    unknown = _mapping(body.get("chat_template_kwargs") or {}, "chat_template_kwargs").keys() - TILING_OPTIONS
+    if unknown:
+        raise RequestError(
+            f"chat_template_kwargs: {sorted(unknown)[0]!r}: expected {', '.join(sorted(TILING_OPTIONS))}"
+        )
+
+
+def _check_generation_config(text: Any) -> None:
+    try:
+        settings = json.loads(text) if text is not None else {}
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"generation_config: expected a JSON object in a string: {str(error)[:80]}") from error
+    if unknown := _mapping(settings, "generation_config").keys() - GENERATION_FIELDS:
+        raise RequestError(
+            f"generation_config: {sorted(unknown)[0]!r}: expected {', '.join(sorted(GENERATION_FIELDS))}"
+        )
+    most = settings.get("max_new_tokens")
+    if most is not None and (type(most) is not int or most < 1):
+        raise RequestError("generation_config: max_new_tokens: expected an integer of at least 1")
+
+
+def _check_message(message: Any, location: str) -> dict[str, Any]:
+    """Return role and content of a message, the content as a list of parts; what else it has is dropped."""
+    message = _mapping(message, location)
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise RequestError(f"{location}.role: expected {', '.join(ROLES)}, got {str(role)[:40]!r}")
+    if message.get("tool_calls"):
+        raise RequestError(f"{location}.tool_calls: not supported by this server")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else _list(content, f"{location}.content")
+    return {
+        "role": role,
+        "content": [_check_part(part, f"{location}.content[{index}]") for index, part in enumerate(parts)],
+    }
+
+
+def _check_part(part: Any, location: str) -> dict[str, Any]:
+    part = _mapping(part, location)
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, Mapping) else image
+    if kind == "image_url" and isinstance(url, str):
+        return {"type": "image_url", "image_url": {"url": url}}
+    if kind in ("text", "image_url"):
+        example = '{"url": "data:..."}' if kind == "image_url" else '"..."'
+        raise RequestError(f'{location}: expected {{"type": "{kind}", "{kind}": {example}}}')
+    hint = "; send frames of a video as images" if "video" in str(kind) else ""
+    raise RequestError(f"{location}.type: expected text or image_url, got {str(kind)[:40]!r}{hint}")
+
+
+def _image_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (part for message in messages for part in message["content"] if part["type"] == "image_url")
+
+
+def _as_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as processors take them, as the server of transformers converts them."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": part["image_url"]["url"]} if part["type"] == "image_url" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def count_opening(processor: SAILVLProcessor) -> int:
+    """Return the tokens that `add_generation_prompt` adds."""
+    chat = [{"role": "user", "content": ""}]
+    without, whole = (processor.apply_chat_template(chat, add_generation_prompt=added) for added in (False, True))
+    return len(processor.tokenizer(whole.removeprefix(without), add_special_tokens=False)["input_ids"])
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _mapping(value: Any, location: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{location}: expected an object, got {_type(value)}")
+    return value
+
+
+def _list(value: Any, location: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RequestError(f"{location}: expected a string or a list, got {_type(value)}")
+    return value
+
+
+def _type(value: Any) -> str:
+    """Return the name of a value's type in JSON."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
