@@ -11,6 +11,7 @@ fixed, so that it is narrower than what another seed would change.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -203,16 +204,22 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     arms, differences = summary["arms"], summary["differences"]
     answers, transfer = _names(arms, "answers/"), _names(arms, f"transfer/{ALL_LANGUAGES}/")
     languages = dict.fromkeys(name.split("/")[1] for name in _names(arms, "transfer/"))
-    by_language = [_by_arm(arms, _names(arms, f"transfer/{one}/")) for one in languages if one != ALL_LANGUAGES]
-    probes = [f"probes/{name}/{head}" for head in HEADS for name in SETS]
+    by_language = [
+        part
+        for one in languages
+        if one != ALL_LANGUAGES
+        for part in (f"The language model `{one}`:", _by_arm(arms, _names(arms, f"transfer/{one}/")))
+    ]
+    probes = {head: [f"probes/{name}/{head}" for name in SETS] for head in HEADS}
+    by_head = [part for head, names in probes.items() for part in (f"With {HEADS[head]} heads:", _by_arm(arms, names))]
     parts = [
         summary["method"], "Accuracies are in %, with 95% intervals in brackets; one without is of one seed.",
         "## Arms", _table(("arm", "stages", "seeds", "pictures", "tiles"), _arm_rows(arms)),
-        "## Probes", *(_by_arm(arms, [f"probes/{name}/{head}" for name in SETS]) for head in HEADS),
+        "## Probes", *by_head,
         "## Answers", _by_arm(arms, answers), "The same questions about another picture:", _blind_table(arms),
         "## Transfer", "Means over the language models:", _by_arm(arms, transfer),
-        "Each language model:", *by_language,
-        f"## {REFINED} minus another arm", _by_figure(differences, [*probes, *transfer, *answers]),
+        *by_language,
+        f"## {REFINED} minus another arm", _by_figure(differences, [*chain(*probes.values()), *transfer, *answers]),
         "## Goals", _goal_table(summary["goals"]),
     ]  # fmt: skip
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -238,7 +245,7 @@ def _by_arm(arms: Mapping[str, Any], names: Sequence[str]) -> str:
         for arm, one in arms.items()
         if any(name in one["figures"] for name in names)
     ]
-    return _table(("arm", *(_short(name) for name in names)), rows) if rows else ""
+    return _table(("arm", *(_column(name) for name in names)), rows) if rows else ""
 
 
 def _by_figure(arms: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -267,6 +274,12 @@ def _goal_table(goals: Sequence[Mapping[str, Any]]) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _column(name: str) -> str:
+    """Return what tells the figures of a table apart: "objects" for "probes/objects/knn"."""
+    kind, *parts = name.split("/")
+    return {"probes": parts[0], "answers": parts[0], "transfer": ", ".join(parts[1:])}[kind].replace("_", " ")
 
 
 def _short(name: str) -> str:
