@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import bootstrap, ttest_1samp
@@ -31,15 +32,23 @@ from sailvit.examples.miniature.arms import (
     write_corpus,
 )
 from sailvit.examples.miniature.charts import draw_charts
+from sailvit.examples.miniature.results import HEADS
 from sailvit.examples.miniature.run import RECIPES, Planner, run_arms
 from sailvit.examples.miniature.setting import SIZES, Setting
-from sailvit.examples.miniature.summary import HEADS, bootstrap_pictures, mean_interval
+from sailvit.examples.miniature.summary import (
+    bootstrap_pictures,
+    mean_interval,
+    read_results,
+    summarize,
+    to_markdown,
+)
 from sailvit.processing_sailvl import SAILVLProcessor
 from sailvit.train import load_recipe
 from sailvit.train.corpus import Corpus
 from sailvit_cli.miniature import SIZES as SIZE_CHOICES
 
 
+PAGE = ROOT / "docs" / "miniature"
 PLAN = Setting().world
 STAGES = {name: PLAN.corpora[name] for name in ("stage1", "stage2", "stage3")}
 SMALL = replace(replace(PLAN, corpora=STAGES).scaled(0.004), language=(1, 1), tests=1, probe=(1, 1))
@@ -324,7 +333,7 @@ def test_the_tables_have_the_figures_of_the_json(summary, tmp_path):
 
 
 def test_charts_show_the_arms_that_have_intervals(summary, tmp_path):
-    for name, panels in (("probes.png", 2), ("transfer.png", 2)):
+    for name, panels in (("probes.png", 3), ("transfer.png", 2)):
         with Image.open(tmp_path / name) as chart:
             assert chart.width >= 240 * panels
     single = {"arms": {"refined": {**summary["arms"]["refined"], "seeds": [0]}}}
@@ -372,3 +381,18 @@ def test_two_arms_are_trained_transferred_and_compared(tmp_path):
     lines.clear()
     assert run_arms(*arguments) == 0
     assert sum("nothing to do" in line for line in lines) == 11 and not any("step 1/" in line for line in lines)
+
+
+# The results that come with the package
+
+
+def test_the_page_has_the_figures_of_its_results():
+    text = (PAGE / "summary.md").read_text()
+    assert text == to_markdown(summarize(read_results(PAGE)))
+    rows = [line for line in PAGE.with_suffix(".md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) > 20 and [row for row in rows if row not in text.splitlines()] == []
+
+
+def test_the_results_reach_what_is_expected_of_refinement():
+    goals = json.loads((PAGE / "summary.json").read_text())["goals"]
+    assert len(goals) == 2 * 16 + 1 + 3 and [goal for goal in goals if not goal["met"]] == []

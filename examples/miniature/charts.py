@@ -2,38 +2,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of an experiment: charts of its summary, and what the encoders of its arms see in one picture."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ...evaluate.pictures import PrincipalColours, enlarge, side_by_side, stitch_tokens
+from .answers import CATEGORIES
 from .figure import SPACE, ZOOM, with_title
+from .results import HEADS, SETS
 
 
-SHOWN = ("what", "colour", "count", "caption")  # of transfer
 RUNS = {"connector": "connector trained", "language": "connector and language model trained"}
+COLUMNS = 3  # panels side by side
 
 
 def draw_charts(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """
-    Draw what the arms with several seeds reached, with intervals, if there are such arms.
+    Draw what the arms with several seeds reached, if there are such arms: a dot for each seed, a line for the mean.
 
     Args:
         summary: As `summarize` returns it.
         folder: Where probes.png and transfer.png are written.
     """
-    arms = {name: one for name, one in summary["arms"].items() if len(one["seeds"]) > 1}
-    figures = {name: one["figures"] for name, one in arms.items()}
-    probes: dict[str, dict[str, str]] = {}  # panel -> label on the x axis -> figure
-    for name in next(iter(figures.values()), {}):
-        kind, *parts = name.split("/")
-        if kind == "probes":
-            probes.setdefault(parts[0].replace("_", " "), {})[parts[1].replace("_", "\n")] = name
-    transfer = {title: {name: f"transfer/mean/{run}/{name}" for name in SHOWN} for run, title in RUNS.items()}
+    figures = {name: one["figures"] for name, one in summary["arms"].items() if len(one["seeds"]) > 1}
+    probes = {
+        name.replace("_", " "): {title.replace(" ", "\n"): f"probes/{name}/{head}" for head, title in HEADS.items()}
+        for name in SETS
+    }
+    transfer = {title: {name: f"transfer/mean/{run}/{name}" for name in CATEGORIES} for run, title in RUNS.items()}
     charts = {"probes.png": probes, "transfer.png": transfer}
-    return [_draw_panels(panels, figures, folder / name) for name, panels in charts.items() if arms]
+    return [_draw_panels(panels, figures, folder / name) for name, panels in charts.items() if figures]
 
 
 def draw_tokens(encoders: Mapping[str, Path], picture: Image.Image) -> Image.Image:
@@ -61,26 +62,33 @@ def draw_tokens(encoders: Mapping[str, Path], picture: Image.Image) -> Image.Ima
 
 
 def _draw_panels(panels: Mapping[str, Mapping[str, str]], arms: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """Draw a panel for each of a group of figures: a colour for each arm, which the legend names."""
+    """Draw a panel for each group of figures; an arm has a colour, which the legend names."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 3.2 * len(panels)), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+    rows = math.ceil(len(panels) / COLUMNS)
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(3.8 * columns, 2.9 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
         for number, (arm, figures) in enumerate(arms.items()):
-            shift = 0.6 * ((number + 0.5) / len(arms) - 0.5)
-            shown = [(at + shift, figures[name]) for at, name in enumerate(names.values()) if name in figures]
-            axis.errorbar(*_with_intervals(shown), fmt="o", markersize=3, capsize=2, color=f"C{number}", label=arm)
+            shift = 0.7 * ((number + 0.5) / len(arms) - 0.5)
+            for at, found in enumerate(figures.get(name) for name in names.values()):
+                if found:
+                    _draw_seeds(axis, at + shift, found, 0.6 / len(arms), f"C{number}")
+            axis.plot([], [], "o", markersize=4, color=f"C{number}", label=arm)
         axis.set_xticks(range(len(names)), names)
         axis.set_title(title, fontsize="medium")
+        axis.set_ylim(-2, 102)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("right, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("right, %")
+    handles = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(arms), fontsize="small")
     figure.savefig(path, dpi=80)
     return path
 
 
-def _with_intervals(shown: Sequence[tuple[float, Mapping[str, float]]]) -> tuple[list[float], list[float], list[Any]]:
-    """Return x, y and the lengths of the bars below and above, in percent."""
-    below, above = ([100 * abs(one["mean"] - one[end]) for _, one in shown] for end in ("low", "high"))
-    return [at for at, _ in shown], [100 * one["mean"] for _, one in shown], [below, above]
+def _draw_seeds(axis: Any, x: float, figure: Mapping[str, Any], width: float, colour: str) -> None:
+    values = [100 * value for value in figure["values"]]
+    axis.plot([x] * len(values), values, "o", markersize=3, color=colour, alpha=0.6)
+    axis.hlines(100 * figure["mean"], x - width / 2, x + width / 2, color=colour)

@@ -20,6 +20,8 @@ def _group_by_training() -> dict[str, list[str]]:
 
 
 PROBES = _group_by_training()
+SETS = [name for sets in PROBES.values() for name in sets]
+HEADS = {"linear": "linear", "mlp": "MLP", "knn": "kNN", "whitened_knn": "whitened kNN"}  # name -> for tables
 RUN_FIELDS = ("recipe", "data", "samples_seen", "tiles_seen", "precision", "loss", "hours", "torch", "transformers")
 
 

@@ -22,14 +22,12 @@ from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
 from .arms import ARMS, REFINED
 from .charts import draw_charts
-from .results import PROBES
+from .results import HEADS, SETS
 
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Mapping[int, Result]]  # arm -> seed -> result
-SETS = [name for sets in PROBES.values() for name in sets]
 GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # scenes need places, a mean has none
-HEADS = {"linear": "linear", "mlp": "MLP", "knn": "kNN", "whitened_knn": "whitened kNN"}
 ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
 PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
 ALL_LANGUAGES = "mean"
