@@ -84,17 +84,16 @@ def compare_answers(folder: Path, options: argparse.Namespace) -> None:
             else:
                 answerer.model = load(MULTIMODAL, settings(skip), torch.float32, options.device)
             right, other = ask(answerer, asked)
-            print(
-                f"{f'{method}: {components}':45} {show(right)}, words as unquantized {agreement(captions, other):.3f}"
-            )
+            words = f"words as unquantized {agreement(captions, other):.3f}"
+            print(f"{f'{method}: {components}':45} {show(right)}, {words}")
 
 
 def round_to_4_bits(model: SAILVLForConditionalGeneration, skip: list[str]) -> SAILVLForConditionalGeneration:
     """
     Replace weights by what bitsandbytes' 4 bits make of them.
 
-    On a CPU bitsandbytes dequantizes rows wrongly that are no whole blocks, as the miniature's; given as rows of one block,
-    the same blocks are right.
+    On a CPU bitsandbytes dequantizes rows wrongly that are no whole blocks, as the miniature's; given as rows of one
+    block, the same blocks are right.
     """
     quantize = functools.partial(quantize_4bit, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
     for name, module in model.named_modules():

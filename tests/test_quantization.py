@@ -67,10 +67,8 @@ METHODS = {
     "torchao-int4": lambda **skip: TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(16)), **skip),
 }
 SKIP_LIST = {name: "modules_to_not_convert" if "ao" in name else "llm_int8_skip_modules" for name in METHODS}
-each_method = pytest.mark.parametrize(
-    "method",
-    [pytest.param(name, marks=pytest.mark.nightly if name in ("fp4", "torchao-int4") else ()) for name in METHODS],
-)
+NIGHTLY = {"fp4": pytest.mark.nightly, "torchao-int4": pytest.mark.nightly}
+each_method = pytest.mark.parametrize("method", [pytest.param(name, marks=NIGHTLY.get(name, ())) for name in METHODS])
 
 
 def load(method: str, folder: Path, **skip) -> SAILVLForConditionalGeneration:
@@ -183,15 +181,12 @@ assert type(model).__module__.startswith("transformers_modules") and "sailvit" n
 # What it computes
 
 
-@pytest.mark.parametrize(
-    ("method", "least"),
-    [("int8", 0.99), ("torchao-int8", 0.99), pytest.param("torchao-int4", 0.95, marks=pytest.mark.nightly)],
-)
-def test_answers_are_those_of_the_unquantized_model(method, least, answerer, asked, expected):
-    """Greedy ones of the trained miniature about new pictures; the least shares are below those that were measured."""
+@pytest.mark.parametrize("method", ["int8", "torchao-int8"])
+def test_answers_are_those_of_the_unquantized_model(method, answerer, asked, expected):
+    """Greedy ones of the trained miniature about new pictures; benchmarks/quantization.py measures more of them."""
     answerer.model = load(method, MULTIMODAL)
     answers = answerer.answer(*asked)
-    assert len(answers) >= 60 and sum(map(str.__eq__, answers, expected)) / len(answers) >= least
+    assert len(answers) >= 60 and sum(map(str.__eq__, answers, expected)) / len(answers) > 0.98
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +319,9 @@ def test_lora_on_quantized_weights_trains(method, toy, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     adapted.save_pretrained(tmp_path)
-    expected = logits(adapted.eval())
-    merged = adapted.merge_and_unload()
+    again, unmerged = (peft.PeftModel.from_pretrained(load(method, toy), tmp_path).eval() for _ in range(2))
+    expected = logits(again)
+    assert relative_difference(logits(adapted.eval()), expected) < 1e-2
+    merged = unmerged.merge_and_unload()  # before it runs: then bitsandbytes may have packed its weights
     assert quantized_modules(merged) == quantized_modules(load(method, toy))
     assert relative_difference(logits(merged), expected) < 0.2
-    again = peft.PeftModel.from_pretrained(load(method, toy), tmp_path).eval()
-    assert relative_difference(logits(again), expected) < 1e-3
