@@ -5,12 +5,15 @@ Contenders are interleaved in one process.
 
     python benchmarks/quantization.py answers         # the trained miniature: right answers, agreement of captions
     python benchmarks/quantization.py speed           # random weights: Qwen2.5-0.5B with 2 blocks of Large
+
+On a CPU the times are those of the processor, so that other work does not count: OMP_NUM_THREADS=1.
 """
 
 import argparse
 import dataclasses
 import functools
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,7 +179,7 @@ def time_models(models: dict[str, SAILVLForConditionalGeneration], options: argp
     candidates = {
         f"{name}/{what}": generate(model, tokens) for name, model in models.items() for what, tokens in lengths.items()
     }
-    seconds = medians(candidates, options.rounds)
+    seconds = medians(candidates, options.rounds, clock_of(options.device))
     first = {name: seconds[f"{name}/prompt"] for name in models}
     later = {name: seconds[f"{name}/all"] - first[name] for name in models}
     for title, times in (("Time to the first token", first), (f"Time of {options.tokens} more tokens", later)):
@@ -188,9 +191,14 @@ def time_vision(models: dict[str, SAILVLForConditionalGeneration], options: argp
     """Print the speed of quantized vision encoders and connectors."""
     _, pixels = make_prompt(models["unquantized"])
     candidates = {name: functools.partial(model.get_image_features, pixels) for name, model in models.items()}
-    seconds = medians(candidates, options.rounds)
+    seconds = medians(candidates, options.rounds, clock_of(options.device))
     ratios = {name: value / seconds["unquantized"] for name, value in seconds.items()}
     print_ratios("Time of vision encoder and connector if they are quantized, unquantized = 1", ratios)
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Return the processor's time on a CPU, where other work on the machine would count."""
+    return time.process_time if device == "cpu" else time.perf_counter
 
 
 def make_prompt(model: SAILVLForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
