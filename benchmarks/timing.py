@@ -7,17 +7,19 @@ from collections.abc import Callable
 import torch
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(
+    candidates: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median seconds of every candidate over `rounds` rounds, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for is_warm in [False, *[True] * rounds]:
         for name, run in candidates.items():
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             run()
             synchronize()
             if is_warm:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -233,8 +233,7 @@ def add_tokens(folder: Path, added: Mapping[str, int]) -> None:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     content = read_json(folder / "tokenizer.json")
     content["added_tokens"] += [{"id": index, "content": token, **flags} for token, index in added.items()]
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     config = read_json(folder / "tokenizer_config.json")
     decoder = {str(entry["id"]): {key: entry[key] for key in ("content", *flags)} for entry in content["added_tokens"]}
     named = config.get("additional_special_tokens") or []

@@ -11,7 +11,7 @@ from .models.aimv2_names import is_aimv2
 from .models.internlm2 import is_internlm2, plan_internlm2
 from .models.internvit import is_internvit, plan_internvit
 from .models.sailvl import plan_component, plan_sailvl
-from .models.sailvl_config import PREFIXES, component_problems, is_component, is_sailvl
+from .models.sailvl_config import PREFIXES, component_problems, is_component, is_sailvl, quantized_by
 from .plan import COMPONENTS, ConversionPlan, Options
 from .storage.checkpoint import Checkpoint
 from .storage.errors import CheckpointError, Problem
@@ -94,6 +94,10 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
     if architecture.part == "vision" and options.from_layout is not None:
         architecture = AIMV2
     _check_options(checkpoint, architecture, options)
+    if method := quantized_by(checkpoint, architecture.part):
+        what = f"{architecture.title}: expected weights that are not quantized, got weights quantized by {method}"
+        fix = "convert what they were made from, then load the result with a quantization_config and save it"
+        raise CheckpointError(f"{checkpoint.source.name}: {what}: {fix}")
     if options.dtype is None:
         prefix = PREFIXES.get(architecture.part, "")
         own = [name for name in checkpoint.weight_map if f".{prefix}" in f".{name}"]

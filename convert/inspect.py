@@ -13,7 +13,7 @@ from .detect import AIMV2, detect_components
 from .export.code_files import Code, find_code
 from .export.image_settings import read_image_settings
 from .models.aimv2_config import find_aimv2, size_name
-from .models.sailvl_config import component_facts
+from .models.sailvl_config import component_facts, quantized_by
 from .storage.checkpoint import Checkpoint, FileCheckpoint, recorded_hashes, value_problems
 from .storage.errors import CheckpointError, Problem
 from .storage.files import count_bytes, hash_file, is_hard_link
@@ -166,12 +166,13 @@ def _check_architectures(report: Report, checkpoint: Checkpoint, from_layout: st
         found.append(AIMV2)
     for architecture in found:
         with report.collect_errors():
-            if architecture is AIMV2:
+            is_quantized = quantized_by(checkpoint, architecture.part) is not None
+            if architecture is AIMV2 and not is_quantized:
                 _check_aimv2(report, checkpoint, from_layout, prefix)
                 continue
             if architecture.part:
                 report.parts[architecture.part] = component_facts(checkpoint, architecture.part)
-            report.problems += architecture.problems(checkpoint)
+            report.problems += [] if is_quantized else architecture.problems(checkpoint)
 
 
 def _check_aimv2(report: Report, checkpoint: Checkpoint, from_layout: str | None, prefix: str | None) -> None:
@@ -238,7 +239,7 @@ def _aimv2_rows(report: Report) -> dict[str, str]:
 
 def _component_line(facts: Mapping[str, Any]) -> str:
     named = {key.removeprefix("num_hidden_").replace("_", " "): value for key, value in facts.items()}
-    parameters, dtypes = named.pop("parameters"), named.pop("dtypes")
+    parameters, dtypes = named.pop("parameters"), named.pop("dtypes")  # of quantized weights, what is stored
     shown = [f"{key} {value}" for key, value in named.items()]
     return ", ".join([*shown, f"{parameters / 1e6:.1f}M", _counts(dtypes)])
 

@@ -59,8 +59,8 @@ def refresh_code(
     old = _Folder(Path(folder))
     before, after = read_version(old.path), package_version()
     if before > after:
-        fix = "install a newer package"
-        raise CheckpointError(f"{folder}: expected code of version {after} at most, got version {before}: {fix}")
+        what = f"expected code of version {after} at most, got version {before}"
+        raise CheckpointError(f"{folder}: {what}: install a newer package")
     code = {name: (PACKAGE / name).read_bytes() for name in CODE_FILES[old.config["model_type"]]}
     if not overwrite:
         _check_unedited(old, code)
@@ -124,8 +124,7 @@ def _new_settings(old: _Folder) -> tuple[dict[str, bytes], list[str]]:
     if is_old_template(old.files.get(TEMPLATE, b"").decode("utf-8", "replace")):
         new[TEMPLATE] = chat_sailvl.CHAT_TEMPLATE.encode()
     tokenizer = read_json(old.path / TOKENIZER) if TOKENIZER in old.files else None
-    image_token = config.get("image_token", "<IMG_CONTEXT>")
-    settings = None if tokenizer is None else generation_settings(tokenizer, image_token)
+    settings = None if tokenizer is None else generation_settings(tokenizer, config.get("image_token", "<IMG_CONTEXT>"))
     if settings != tokenizer and old.is_unedited(TOKENIZER):
         new[TOKENIZER] = _json(settings)
     elif settings != tokenizer:

@@ -51,16 +51,11 @@ def write_synthetic(
 def apple_config(shape: AIMv2Dimensions) -> dict[str, Any]:
     """Return config.json as Apple publishes it."""
     fields = asdict(shape)
+    size, heads = (fields.pop("grid_size") or 16) * shape.patch_size, max(shape.hidden_size // HEAD_WIDTH, 1)
     return {
-        "architectures": ["AIMv2Model"],
-        "model_type": "aimv2",
-        "image_size": (fields.pop("grid_size") or 16) * shape.patch_size,
-        **fields,
-        "num_attention_heads": max(shape.hidden_size // HEAD_WIDTH, 1),
-        "rms_norm_eps": 1e-5,
-        "attention_dropout": 0.0,
-        "projection_dropout": 0.0,
-    }
+        "architectures": ["AIMv2Model"], "model_type": "aimv2", "image_size": size, **fields,
+        "num_attention_heads": heads, "rms_norm_eps": 1e-5, "attention_dropout": 0.0, "projection_dropout": 0.0,
+    }  # fmt: skip
 
 
 def _random(spec: TensorSpec, dtype: str) -> Iterator[np.ndarray]:

@@ -93,8 +93,9 @@ class Target:
     def differences(self, local: Mapping[str, tuple[str, str]], revision: str) -> dict[str, str]:
         """Return name -> how a revision differs: files to upload, and of a model, those that the folder has not."""
         tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
-        files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        remote = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+        remote = {
+            each.path: each.lfs.sha256 if each.lfs else each.blob_id for each in tree if isinstance(each, RepoFile)
+        }
         wrong = [name for name, hashes in local.items() if remote.get(name) not in hashes]
         found = {name: "differs from the local file" if name in remote else "is missing" for name in wrong}
         return found | {name: "was not deleted" for name in remote if name not in local and is_model_file(name)}

@@ -114,6 +114,7 @@ def test_python_runs_as_written(page, workplace, capsys):
         "README.md": check_quickstart,
         "docs/usage.md": check_usage,
         "docs/image-processing.md": check_image_processing,
+        "docs/quantization.md": check_quantization,
         "docs/sail-vl.md": check_sailvl,
         "docs/converting.md": check_converting,
         "docs/training.md": check_training,
@@ -148,6 +149,12 @@ def check_image_processing(scope: dict, printed: str) -> None:
 def check_sailvl(scope: dict, printed: str) -> None:
     assert scope["tiles"].shape == (7, 3, TILE, TILE) and len(scope["history"]) == 1
     assert scope["history"][0][1] == printed.strip()
+
+
+def check_quantization(scope: dict, printed: str) -> None:
+    assert scope["again"].quantization_method == "bitsandbytes"
+    assert scope["again"].language_model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert scope["again"].vision_model.dtype == torch.bfloat16
 
 
 def check_converting(scope: dict, printed: str) -> None:

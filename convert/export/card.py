@@ -192,7 +192,8 @@ def _metadata(model: _Model) -> dict[str, Any]:
     made |= _base_models(list(dict.fromkeys(part.base for part in model.parts if part.base)))
     # The Hub knows finetune, merge, adapter and quantized; the same weights under other names are none of these.
     relation = "finetune" if model.training else "merge" if len(model.parts) > 1 else None
-    if "base_model" in made and relation:
+    relation = "quantized" if model.config.get("quantization_config") else relation
+    if relation == "quantized" or ("base_model" in made and relation):  # of the former a person names the base
         made["base_model_relation"] = relation
     tags = [model.config["model_type"]] if model.config.get("model_type") in ("sailvit", "sailvl") else []
     return {**made, "tags": tags + (["custom_code"] if "auto_map" in model.config else [])}

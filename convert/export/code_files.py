@@ -29,14 +29,10 @@ CODE_FILES = {
 CONFIGS = ("configuration_sailvit.SAILViTConfig", "configuration_sailvl.SAILVLConfig")  # in our auto_map
 
 # Version that does it first, model type -> what no earlier version does. Without CODE_VERSION it is version 1.
-FIXES = {
-    2: {"sailvl": "write anything on transformers >= 5.24, where `past_key_values` became `cache`"},
-}
+FIXES = {2: {"sailvl": "write anything on transformers >= 5.24, where `past_key_values` became `cache`"}}
 
 # sha256 of chat_template.jinja as earlier versions wrote it.
-OLD_TEMPLATES = {
-    "ef78b73535068723bf85ded3b8e4c5a008056b13ca8f6d101d760f96c3c0bb69",  # 1
-}
+OLD_TEMPLATES = {"ef78b73535068723bf85ded3b8e4c5a008056b13ca8f6d101d760f96c3c0bb69"}  # of version 1
 
 
 @dataclass(frozen=True)

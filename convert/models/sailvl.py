@@ -285,8 +285,7 @@ class ComponentPlan(ConversionPlan):
             return
         write_json(folder / "config.json", {**self.config, "dtype": dtype})
         if self.part == "vision":
-            settings = clip_settings(self.checkpoint, self.config["image_size"])
-            write_json(folder / "preprocessor_config.json", settings)
+            write_json(folder / "preprocessor_config.json", clip_settings(self.checkpoint, self.config["image_size"]))
         elif copy_tokenizer(self.checkpoint, folder):
             write_generation_config(self.checkpoint, folder)
         title, tags = ("vision encoder", ["vision"]) if self.part == "vision" else ("language model", [])

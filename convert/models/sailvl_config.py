@@ -11,7 +11,7 @@ from ..export.sailvl_files import portable, transformers_errors
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
 from ..storage.names import strip_wrapper_prefixes, text_fields, without_wrapper_prefixes
-from ..storage.tensors import is_same, torch_name
+from ..storage.tensors import FLOAT_BITS, is_same, torch_name
 from .checks import tensor_problems
 
 
@@ -105,6 +105,15 @@ def find_component(checkpoint: Checkpoint, part: str) -> Component:
         config = vision_fields(config) if inner == VISION else text_fields(config)
     names = {name.removeprefix(inner): stored for name, stored in found.stored.items() if name.startswith(inner)}
     return Component(checkpoint, part, config, names, found.prefix + inner, found.wrappers, found.others)
+
+
+def quantized_by(checkpoint: Checkpoint, part: str | None) -> str | None:
+    """Return the method of the quantization that config.json names if weights of the part are stored as no floats."""
+    quantization = checkpoint.document("config.json").get("quantization_config")
+    if part is None or not isinstance(quantization, Mapping):
+        return None
+    dtypes = {checkpoint[name].dtype for name in find_component(checkpoint, part).names.values()}
+    return None if dtypes <= FLOAT_BITS.keys() else f"{quantization.get('quant_method')}"
 
 
 def read_config(checkpoint: Checkpoint, **changes: Any) -> "SAILVLConfig":
@@ -228,5 +237,6 @@ def component_facts(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
         facts = {"architecture": architectures[0], **{key: config.get(key) for key in keys}}
     if part == "language":
         facts["tied"] = bool(config.get("tie_word_embeddings", False))
+    facts |= {"quantized by": method} if (method := quantized_by(checkpoint, part)) else {}
     facts["parameters"] = sum(prod(tensor.shape) for tensor in tensors)
     return {**facts, "dtypes": dict(Counter(torch_name(tensor.dtype) for tensor in tensors))}

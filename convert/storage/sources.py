@@ -132,8 +132,7 @@ def find_source(source: str, revision: str | None = None, headers_only: bool = F
     if path.is_file():
         # the files that belong to it; WEIGHTS are a whole model, even next to an adapter
         files = (path.name, *SIDECAR_FILES, *(() if path.name in WEIGHTS else (ADAPTER,)))
-        is_index = path.name.endswith(".index.json")
-        return LocalFolder(path.parent, None if is_index else files, path), path.name
+        return LocalFolder(path.parent, None if path.name.endswith(".index.json") else files, path), path.name
     folder = LocalFolder(path) if path.is_dir() else _open_repository(source, revision, headers_only)
     entry, parent = _choose_weights(folder), path.resolve().parent
     is_shard_folder = path.is_dir() and entry in ENGINE_ENTRIES and not {*ROOT_MARKERS} & {*folder.files}

@@ -78,8 +78,7 @@ def read_saved(path: Path, trust: bool = False, start: int = 0, length: int | No
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise CheckpointError(f"{path}: its numbers are big-endian: save it on another machine")
             content = io.BytesIO(archive.read(members["data.pkl"]))
-            locate = cache(lambda key: _locate(file, members[f"data/{key}"]))
-            return _Unpickler(content, path, trust, locate).load()
+            return _Unpickler(content, path, trust, cache(lambda key: _locate(file, members[f"data/{key}"]))).load()
 
 
 def read_opaque(path: Path, trust: bool = False) -> Any:
@@ -200,8 +199,7 @@ class _Unpickler(pickle.Unpickler):
             return KNOWN_GLOBALS[full]
         if full in IGNORED_GLOBALS or self.trust:
             return _opaque_class(full)
-        what = f"opening it could run code ({full}): give --trust-pickle if you trust its author"
-        raise CheckpointError(f"{self.path}: {what}")
+        raise CheckpointError(f"{self.path}: opening it could run code ({full}): --trust-pickle skips such objects")
 
     def persistent_load(self, identity: Any) -> Storage:
         """A storage from ("storage", dtype, key, device, number of elements)."""
@@ -260,6 +258,5 @@ KNOWN_GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": _Function(lambda data, *others: data),
     "torch._tensor._rebuild_from_type_v2": _Function(lambda rebuild, kind, arguments, state: rebuild(*arguments)),
     "torch.storage.UntypedStorage": "U8",
-    **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
-    **{f"torch.{name}": dtype for name, dtype in TORCH_DTYPES.items()},
+    **{f"torch.{name}": dtype for name, dtype in {**STORAGES, **TORCH_DTYPES}.items()},
 }

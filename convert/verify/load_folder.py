@@ -52,8 +52,7 @@ def run_timm(options: SimpleNamespace, image: Image.Image) -> Outputs:
     import timm
 
     model = timm.create_model(f"local-dir:{options.folder}", pretrained=True).float().eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    pixel_values = transform(image)[None]
+    pixel_values = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)[None]
     return {"pixel_values": pixel_values, "tokens": model.forward_features(pixel_values)}
 
 
@@ -90,7 +89,7 @@ def load_model(options: SimpleNamespace, config: object, trust: dict[str, bool])
             model = auto.from_config(config, **trust)
         report = compare_names(model, files)
     else:
-        dtype = "auto" if is_large else torch.float32
+        dtype = "auto" if is_large or hasattr(config, "quantization_config") else torch.float32
         model, report = auto.from_pretrained(options.folder, dtype=dtype, output_loading_info=True, **trust)
     if wrong := {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}:
         raise SystemExit(f"not loaded strictly: {wrong}")

@@ -14,6 +14,7 @@ Shapes: B prompts, S tokens of a prompt, n tiles of all prompts, h and w the hei
 visual tokens of a tile, D width of the vision encoder, f pixel shuffle factor, E width of the language model.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import is_flash_attn_2_available, logging
 
 from .chat_sailvl import SAILVLChat
@@ -39,6 +41,27 @@ logger = logging.get_logger(__name__)
 CACHE_NAMES = ("cache", "past_key_values")
 _GENERATION_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = next((name for name in CACHE_NAMES if name in _GENERATION_ARGUMENTS), CACHE_NAMES[-1])
+
+
+# Modules that a quantization leaves as they are, unless its settings list modules themselves.
+UNQUANTIZED = ("vision_model", "mlp1", "language_model.lm_head")
+# Names of that list in the settings of bitsandbytes, and of torchao and others.
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def with_unquantized_modules(quantization: Any) -> Any:
+    """
+    Return a copy of a `quantization_config`, object or dict, that quantizes the language model only.
+
+    A list of modules in the settings, even an empty one, is kept as it is.
+    """
+    if isinstance(quantization, Mapping):
+        quantization = AutoQuantizationConfig.from_dict(dict(quantization))
+    quantization = copy.deepcopy(quantization)
+    for name in _SKIP_LISTS:
+        if getattr(quantization, name, ()) is None:
+            setattr(quantization, name, list(UNQUANTIZED))
+    return quantization
 
 
 def with_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,20 +136,25 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
         As in transformers, plus the arguments that evaluation harnesses and the InternVL model cards pass.
 
         Args:
+            quantization_config: Quantizes the language model without its LM head, unless it lists the modules to skip
+                itself (`llm_int8_skip_modules`, `modules_to_not_convert`).
             load_in_8bit, load_in_4bit: Quantize with bitsandbytes; transformers >= 5 removed these arguments.
             use_flash_attn: Use FlashAttention 2 if it is installed, as in the InternVL model cards.
 
         Raises:
-            ValueError: A shard is missing or corrupt, or the checkpoint is not a SAIL-VL.
+            ValueError: A shard is missing or corrupt, the checkpoint is not a SAIL-VL, or bitsandbytes cannot compute
+                its widths.
         """
         if load_in_8bit or load_in_4bit:
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_unquantized_modules(kwargs["quantization_config"])
         if use_flash_attn and is_flash_attn_2_available():
             kwargs.setdefault("attn_implementation", "flash_attention_2")
         elif use_flash_attn:
             logger.warning_once("use_flash_attn=True, but flash-attn is not installed: using the default attention")
         try:
-            return super().from_pretrained(*args, **kwargs)
+            loaded = super().from_pretrained(*args, **kwargs)
         except FileNotFoundError as error:
             raise ValueError(f"{error}: the checkpoint is incomplete; download this file") from error
         except SafetensorError as error:
@@ -135,6 +163,24 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
                 f"{name}: a weight file is truncated or corrupt ({error}): find it with `sailvit inspect` and "
                 "re-download it"
             ) from error
+        _check_4_bit_widths(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers.
+
+        Raises:
+            ValueError: bitsandbytes has rounded the scales of its 4-bit weights for a kernel, and would save those.
+        """
+        for name, module in self.named_modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"{name}: expected 4-bit weights as they were loaded, got what bitsandbytes rounded and packed as "
+                    "the model ran on this CPU: load the model again, and save it before it runs"
+                )
+        return super().save_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize the connector; vision encoder and language model initialize themselves."""
@@ -506,6 +552,19 @@ class SAILVLModel(nn.Module):
         return self.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+
+
+def _check_4_bit_widths(model: nn.Module) -> None:
+    """Raise ValueError for 4-bit weights that the CPU kernels of bitsandbytes (0.50) dequantize wrongly."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(weight).__name__ != "Params4bit" or weight.device.type != "cpu":
+            continue
+        if module.in_features % weight.blocksize:
+            raise ValueError(
+                f"{name}: expected an input width that is a multiple of {weight.blocksize}, got {module.in_features}: "
+                "bitsandbytes computes others wrongly in 4 bit on a CPU; load the model in 8 bit, or on a GPU"
+            )
 
 
 def _is_empty(cache: Any) -> bool:
