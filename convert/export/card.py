@@ -192,6 +192,7 @@ def _metadata(model: _Model) -> dict[str, Any]:
     made |= _base_models(list(dict.fromkeys(part.base for part in model.parts if part.base)))
     # The Hub knows finetune, merge, adapter and quantized; the same weights under other names are none of these.
     relation = "finetune" if model.training else "merge" if len(model.parts) > 1 else None
+    relation = "quantized" if model.provenance.get("dtype") == ["int8"] else relation
     if "base_model" in made and relation:
         made["base_model_relation"] = relation
     tags = [model.config["model_type"]] if model.config.get("model_type") in ("sailvit", "sailvl") else []
