@@ -22,6 +22,7 @@ from ..convert.verify.outputs import IMAGE
 from ..encode.onnx_model import FILES, FOLDER
 from .source import NEEDED_PACKAGES, check_dtypes, check_installed, check_source, load_encoder
 from .verify import Reference, photograph, verify_files
+from .weights import data_file, process_weights
 
 
 if TYPE_CHECKING:
@@ -83,7 +84,6 @@ def convert_to_onnx(
             if with_connector:
                 connector = scratch / "connector"
                 convert_checkpoint(source, connector, part="connector", dtype="float32", verify=False, **opened)
-            # Loaded for each file, so that memory holds the weights once while they are quantized or written.
             load = partial(load_encoder, scratch, checkpoint if with_connector else None)
             reference = Reference.compute(load(), scratch, pictures) if verify else None
         write_files(folder / FOLDER, load, dtypes, log)
@@ -105,21 +105,17 @@ def _named_as(scratch: Path, out: str | Path) -> Iterator[None]:
 
 def write_files(folder: Path, load: "Callable[[], ExportedEncoder]", dtypes: Sequence[str], log: Log) -> None:
     """Write an ONNX file for every dtype into a new folder; `load` returns the encoder, in float32."""
-    from .graph import data_file, join_weights, write_graph
-    from .quantize import quantize
+    from .graph import write_graph
 
     folder.mkdir()
     full, half, small = (folder / FILES[dtype] for dtype in ("float32", "float16", "int8"))
     if "float16" in dtypes:
         write_graph(load().half(), half)
-        join_weights(half)
+        process_weights(half)
     if {"float32", "int8"} & {*dtypes}:
         write_graph(load(), full)
-    if "int8" in dtypes:
-        quantize(full, small)
-    if "float32" in dtypes:
-        join_weights(full)
-    elif full.exists():
+        process_weights(full, small if "int8" in dtypes else None, join="float32" in dtypes)
+    if full.exists() and "float32" not in dtypes:
         full.unlink()
         data_file(full).unlink()
     for path in sorted(folder.iterdir()):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..modeling_sailvit import SAILViTModel
+from .weights import data_file
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ OPSET = (
 INPUT = "pixel_values"
 OUTPUTS = ("last_hidden_state", "image_features", "image_embeds")  # the last one only with a connector
 IR_VERSION = 10  # onnxruntime since 1.18
-LARGEST_FILE = 2_000_000_000  # bytes of weights in a file of protobuf, which ends at 2 GiB
 
 
 class ExportedEncoder(nn.Module):
@@ -57,7 +57,6 @@ def export_program(encoder: ExportedEncoder) -> torch.export.ExportedProgram:
 def write_graph(encoder: ExportedEncoder, path: Path) -> None:
     """
     Write an encoder as an ONNX file, its weights, in the dtype that they have, in a file of their own: NAME.onnx_data.
-    Memory holds the weights twice, since torch's are transposed for ONNX.
     """
     import onnx_ir
 
@@ -75,22 +74,6 @@ def write_graph(encoder: ExportedEncoder, path: Path) -> None:
     program.model.ir_version = IR_VERSION
     _strip_metadata(program.model)
     onnx_ir.save(program.model, path, external_data=data_file(path).name)
-
-
-def data_file(path: Path) -> Path:
-    """Return the file of the weights of an ONNX file that has them outside, as transformers.js calls it."""
-    return path.with_name(f"{path.name}_data")
-
-
-def join_weights(path: Path, largest_file: int = LARGEST_FILE) -> None:
-    """Move the weights of an ONNX file into it, unless they are more than `largest_file` bytes."""
-    import onnx
-
-    data = data_file(path)
-    if data.stat().st_size <= largest_file:
-        model = onnx.load(path)
-        data.unlink()
-        onnx.save(model, path)
 
 
 def _example(encoder: ExportedEncoder) -> torch.Tensor:

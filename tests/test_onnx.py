@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from conftest import PHOTOGRAPH, TINY, TINY_SHAPE, make_checkpoint, randomize, relative_difference
+from conftest import PHOTOGRAPH, ROOT, TINY, TINY_SHAPE, make_checkpoint, randomize, relative_difference
+from doc_pages import code_blocks
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
@@ -36,7 +38,8 @@ from sailvit.encode.onnx_model import OnnxEncoder, load_onnx
 from sailvit.examples.miniature.draw import draw_scenes
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit.examples.miniature.world import WorldPlan, write_world
-from sailvit.exporters import graph, quantize
+from sailvit.exporters import folder as onnx_folder
+from sailvit.exporters import graph, weights
 from sailvit.exporters.folder import convert_to_onnx
 from sailvit.exporters.source import load_encoder
 from sailvit.exporters.verify import Reference, verify_files
@@ -393,8 +396,8 @@ def test_the_card_of_int8_alone_is_of_a_quantized_model(copied):
 def test_weights_above_the_limit_are_in_a_file_of_their_own(exported, tmp_path):
     full, small = tmp_path / "model.onnx", tmp_path / "model_quantized.onnx"
     onnx_ir.save(onnx_ir.load(exported / "onnx" / "model.onnx"), full, external_data="model.onnx_data")
-    quantize.quantize(full, small, largest_file=1000)
-    graph.join_weights(full, largest_file=1000)
+    weights.quantize(full, small, largest_file=1000)
+    weights.join_weights(full, largest_file=1000)
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{path.name}{end}" for path in (full, small) for end in ("", "_data")
     }
@@ -405,7 +408,8 @@ def test_weights_above_the_limit_are_in_a_file_of_their_own(exported, tmp_path):
 
 
 def test_config_names_files_with_external_data_to_transformers_js(tmp_path, monkeypatch, without_export):
-    monkeypatch.setattr(graph, "join_weights", lambda path: None)  # as if they were too large
+    process = partial(onnx_folder.process_weights, largest_file=1000)
+    monkeypatch.setattr(onnx_folder, "process_weights", process)
     figures = convert_to_onnx(ENCODER, tmp_path / "out")
     size = sum(path.stat().st_size for path in (tmp_path / "out" / "onnx").iterdir())
     assert figures["onnx/model.onnx"]["bytes"] == size
@@ -413,6 +417,18 @@ def test_config_names_files_with_external_data_to_transformers_js(tmp_path, monk
     assert config.pop("transformers.js_config") == {"use_external_data_format": {"model.onnx": True}}
     assert config == json.loads((ENCODER / "config.json").read_text())
     assert check_before_publish(tmp_path / "out") == []
+
+
+def test_the_page_runs_as_written(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "sailvit-large-onnx").symlink_to(exported)
+    (tmp_path / "photo.jpg").symlink_to(PHOTOGRAPH)
+    scope: dict = {}
+    for block in code_blocks(ROOT / "docs" / "onnx.md", "python"):
+        exec(block, scope)
+    tiles = len(scope["batch"]["pixel_values"])
+    assert scope["tokens"].shape == (tiles, GRID**2, WIDTH) and scope["features"].shape == (tiles, 16, 4 * WIDTH)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of shapes
