@@ -16,6 +16,7 @@ import torch
 from conftest import PHOTOGRAPH, ROOT, TINY, TINY_SHAPE, make_checkpoint, randomize, relative_difference
 from doc_pages import code_blocks
 from PIL import Image
+from processes import SAILVIT, measure
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -484,6 +485,17 @@ def test_int8_of_a_large_encoder_is_a_quarter_of_float32(tmp_path):
     source = write_synthetic(tmp_path / "source", published_shape("large", 8))
     figures = convert_to_onnx(source, tmp_path / "out", dtypes=["float32", "int8"], verify=True)
     assert figures["onnx/model_quantized.onnx"]["bytes"] <= 0.27 * figures["onnx/model.onnx"]["bytes"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", ["large", "huge"])
+def test_no_process_of_an_export_has_the_weights_more_than_twice(tmp_path, size):
+    source = write_synthetic(tmp_path / "source", published_shape(size))
+    words = ["convert", source, tmp_path / "out", "--to-layout", "onnx", "--dtype", "float32", "int8", "--no-verify"]
+    _, peak = measure(*SAILVIT, *words)  # of the command, or of the largest process that it starts
+    assert peak < 2 * (source / "model.safetensors").stat().st_size
+    files = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
+    assert files == {*FILES.values()} | ({"model.onnx_data"} if size == "huge" else set())
 
 
 @pytest.mark.nightly
