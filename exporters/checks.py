@@ -43,7 +43,8 @@ def run_files(
     dtypes = {name: dtype for dtype, name in FILES.items()}
     for key in tensors.keys() - pixel_values.keys():
         file, name, output = key.split(":")
-        outputs[dtypes[file]][name][output] = tensors[key]
+        if file in dtypes:
+            outputs[dtypes[file]][name][output] = tensors[key]
     return pixel_values, outputs
 
 

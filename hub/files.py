@@ -22,7 +22,7 @@ from ..convert.storage.training_record import TRAINING
 CONFIGS = {
     "config.json", "generation_config.json", PROVENANCE, TRAINING, RESULTS, *PROCESSOR_FILES, *TOKENIZER_FILES,
 }  # fmt: skip
-WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?|onnx/model\w*\.onnx(_data)?")
+WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?|onnx/model(_fp16|_quantized)?\.onnx(_data)?")
 OTHERS = re.compile(r"README\.md|\.gitattributes|(LICENSE|NOTICE)[\w.-]*|(assets/)?[\w.-]+\.(png|jpe?g|webp|gif|svg)")
 # In a repository: code and weights of an earlier model, by the names that tools give them.
 GENERATED = re.compile(r"(configuration|modeling|image_processing|processing|video|chat)_\w+\.py|pytorch_model[\w.-]*")

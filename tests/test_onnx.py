@@ -373,7 +373,7 @@ def test_push_accepts_the_folder(exported, capsys):
             "sha256",
             "not the f",
         ),
-        (lambda folder: (folder / "onnx" / "notes.txt").write_text("x"), "stray", "remove it"),
+        (lambda folder: shutil.copy(folder / "onnx/model.onnx", folder / "onnx/model_q4.onnx"), "stray", "remove it"),
         (lambda folder: (folder / "image_processing_sailvit.py").unlink(), "code", "missing"),
     ],
 )
