@@ -60,19 +60,20 @@ def add_trust_pickle(group: Group) -> None:
     )
 
 
-def add_compute_dtype(group: Group) -> None:
+def add_compute_dtype(group: Group, dtypes: Sequence[str] = DTYPES) -> None:
+    onnx = "; of an ONNX folder the file with it, the most precise" if "int8" in dtypes else ""
     group.add_argument(
         "--dtype",
-        choices=("auto", *DTYPES),
+        choices=("auto", *dtypes),
         default="auto",
-        help="to compute in; auto: that of the weights if the device computes it natively, else float32",
+        help=f"to compute in; auto: that of the weights if the device computes it natively, else float32{onnx}",
     )
 
 
-def add_computation(group: Group, batch_size: int, batch: str) -> None:
+def add_computation(group: Group, batch_size: int, batch: str, dtypes: Sequence[str] = DTYPES) -> None:
     """Add the options of a command that runs an encoder over many images."""
     group.add_argument("--device", metavar="D", help="cpu, cuda, ...; default: a GPU if there is one")
-    add_compute_dtype(group)
+    add_compute_dtype(group, dtypes)
     group.add_argument(
         "--batch-size", type=positive_integer, default=batch_size, metavar="N", help=f"{batch}; default: {batch_size}"
     )

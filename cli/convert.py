@@ -4,6 +4,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .arguments import (
     DTYPES,
@@ -22,11 +23,17 @@ from .progress import byte_progress, log
 from .startup import exit_on_signals, import_without_torch
 
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 # Options of convert that --refresh-code excludes; their names are those of convert_checkpoint's arguments.
 CONVERSION_OPTIONS = (
     *("revision", "from_layout", "prefix", "base", "average", "insert_vision"),
     *("part", "to_layout", "image_size", "dtype", "max_shard_size", "link", "trust_pickle"),
 )
+ONNX = "onnx"
+ONNX_ONLY = ("with_connector", "calibration")
+NOT_ONNX = ("insert_vision", "max_shard_size", "link")  # of CONVERSION_OPTIONS
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -42,6 +49,12 @@ def _add_convert(verbs: Verbs) -> None:
     checks = convert.add_argument_group("checks")
     checks.add_argument(
         "--no-verify", action="store_true", help="do not load the folder and compare its outputs with the source's"
+    )
+    checks.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="IMAGE",
+        help="ONNX: pictures that int8 is compared on; default: drawn ones",
     )
     add_trust_pickle(checks)
 
@@ -64,13 +77,21 @@ def _add_convert_output(group: Group) -> None:
     )
     group.add_argument(
         "--to-layout",
-        choices=LAYOUTS,
-        help="default: sailvit. transformers and timm load theirs; the others are parts of larger models",
+        choices=(*LAYOUTS, ONNX),
+        help="default: sailvit. transformers, timm and onnxruntime load theirs; the others are parts of larger models",
     )
     group.add_argument(
         "--image-size", type=positive_integer, metavar="PIXELS", help="resample learned position embeddings to it"
     )
-    group.add_argument("--dtype", choices=DTYPES, help="default: the source's")
+    group.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "int8"),
+        nargs="+",
+        help="default: the source's; for ONNX any of float32, float16 and int8, a file for each; default: float32",
+    )
+    group.add_argument(
+        "--with-connector", action="store_true", help="ONNX: with the SAIL-VL's connector, up to language embeddings"
+    )
     group.add_argument(
         "--max-shard-size", metavar="SIZE", help="200MB for example; default: 5GB where weights are rewritten"
     )
@@ -124,11 +145,14 @@ def run_convert(options: argparse.Namespace) -> int:
     from sailvit.convert.verify.outputs import describe
 
     exit_on_signals()
+    if options.to_layout == ONNX:
+        return _convert_to_onnx(options)
+    arguments = _torch_options(options)
     with byte_progress() as on_progress:
         done = convert_checkpoint(
             options.source,
             options.out,
-            **pick(options, CONVERSION_OPTIONS),
+            **arguments,
             overwrite=options.overwrite,
             verify=not options.no_verify,
             log=log,
@@ -142,10 +166,60 @@ def run_convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _torch_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of convert_checkpoint; raise ValueError for an option that only ONNX has."""
+    dtypes = options.dtype or [None]
+    for given, name in (
+        (len(dtypes) > 1 or dtypes == ["int8"], "dtype"),
+        *((getattr(options, n), n) for n in ONNX_ONLY),
+    ):
+        if given:
+            value = f" {' '.join(dtypes)}" if name == "dtype" else ""
+            raise ValueError(f"--{name.replace('_', '-')}{value}: only for --to-layout onnx: add that, or leave it out")
+    return pick(options, CONVERSION_OPTIONS) | {"dtype": dtypes[0]}
+
+
+def _convert_to_onnx(options: argparse.Namespace) -> int:
+    from transformers import logging
+
+    from sailvit.examples.miniature.draw import draw_scenes
+    from sailvit.exporters.folder import convert_to_onnx
+
+    logging.disable_progress_bar()
+    for name in NOT_ONNX:
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')}: not for --to-layout {ONNX}: leave it out")
+    opened = [_open_image(path) for path in options.calibration or ()]
+    figures = convert_to_onnx(
+        options.source,
+        options.out,
+        **pick(options, [name for name in CONVERSION_OPTIONS if name not in (*NOT_ONNX, "to_layout", "dtype")]),
+        **pick(options, ("with_connector", "overwrite")),
+        dtypes=options.dtype or ["float32"],
+        pictures=(lambda size: opened) if opened else draw_scenes,
+        verify=not options.no_verify,
+        log=log,
+    )
+    if figures is None:
+        print("not verified")
+    print(options.out)
+    return 0
+
+
+def _open_image(path: str) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except OSError as error:  # with UnidentifiedImageError
+        raise ValueError(f"--calibration {path}: expected a picture: {error.strerror or error}") from error
+
+
 def _refresh_code(options: argparse.Namespace) -> int:
     from sailvit.convert import refresh_code
 
-    for name in ("out", *CONVERSION_OPTIONS):
+    for name in ("out", *CONVERSION_OPTIONS, *ONNX_ONLY):
         if getattr(options, name) not in (None, False, ()):
             excluded = "OUT" if name == "out" else f"--{name.replace('_', '-')}"
             raise ValueError(f"--refresh-code updates the code of {options.source} in place: leave out {excluded}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import (
+    DTYPES,
     Group,
     Verbs,
     add_computation,
@@ -24,6 +25,7 @@ from .startup import import_without_torch
 
 if TYPE_CHECKING:
     from sailvit import SAILViTImageProcessor, SAILViTModel
+    from sailvit.encode.onnx_model import OnnxEncoder
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -39,12 +41,13 @@ def _add_encode(verbs: Verbs) -> None:
     _add_encode_output(encode.add_argument_group("output"))
     group = encode.add_argument_group("checks")
     group.add_argument("--strict", action="store_true", help="stop at the first broken image")
-    add_computation(encode.add_argument_group("compute"), 8, "tiles in a micro-batch")
+    compute = encode.add_argument_group("compute")
+    add_computation(compute, 8, "tiles in a micro-batch", dtypes=(*DTYPES, "int8"))
 
 
 def _add_encode_input(group: Group) -> None:
     group.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder (searched recursively) or a URL")
-    group.add_argument("--model", required=True, metavar="M", help="a SAILViT folder or a name on the Hub")
+    group.add_argument("--model", required=True, metavar="M", help="a SAILViT or ONNX folder, or a name on the Hub")
     add_max_tiles(group)
     group.add_argument("--no-tile", action="store_true", help="resize every image to one tile")
     group.add_argument("--exif-transpose", action="store_true", help="rotate images as their EXIF orientation requires")
@@ -91,7 +94,7 @@ def run_encode(options: argparse.Namespace) -> int:
     from transformers import logging
 
     from sailvit.encode.images import find_images
-    from sailvit.encode.load import load_config, load_processor, load_tower
+    from sailvit.encode.load import load_config, load_encoder, load_processor
     from sailvit.encode.write import choose_targets
 
     logging.disable_progress_bar()
@@ -101,7 +104,7 @@ def run_encode(options: argparse.Namespace) -> int:
         print(f"{len(images)} encoded already")
         return 0
     processor = load_processor(options.model, load_config(options.model).image_size, _image_options(options))
-    model = load_tower(options.model, options.device, options.dtype, log)
+    model = load_encoder(options.model, options.device, options.dtype, log)
     encoded, broken = _encode(targets, model, processor, options)
     skipped = f", {len(images) - len(targets)} encoded already" if options.resume else ""
     print(f"{encoded} encoded, {broken} broken, {len(targets) - encoded - broken} not tried{skipped}")
@@ -119,7 +122,10 @@ def _image_options(options: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def _encode(
-    targets: dict[str, Path], model: "SAILViTModel", processor: "SAILViTImageProcessor", options: argparse.Namespace
+    targets: dict[str, Path],
+    model: "SAILViTModel | OnnxEncoder",
+    processor: "SAILViTImageProcessor",
+    options: argparse.Namespace,
 ) -> tuple[int, int]:
     """Encode and write images with progress on the terminal; return how many were encoded and how many are broken."""
     from sailvit.encode.stream import encode_images

@@ -13,6 +13,7 @@ from ..convert.storage.sources import check_name, find_source
 from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
+from .onnx_model import OnnxEncoder, load_onnx, onnx_files
 
 
 def load_config(path: str) -> SAILViTConfig:
@@ -71,6 +72,17 @@ def _checked_options(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice")
         checked[name] = value
     return checked
+
+
+def load_encoder(
+    path: str,
+    device: str | None = None,
+    dtype: str = "auto",
+    log: Callable[[str], None] = lambda line: None,
+) -> SAILViTModel | OnnxEncoder:
+    """Return what encode_images runs: a session for an ONNX folder, else a vision tower; see load_onnx, load_tower."""
+    load_config(path)
+    return load_onnx(path, device, dtype, log) if onnx_files(path) else load_tower(path, device, dtype, log)
 
 
 def load_tower(

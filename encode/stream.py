@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
+from .onnx_model import OnnxEncoder
 
 
 @dataclass
@@ -52,7 +53,7 @@ class TiledImages(Dataset):
 
 def encode_images(
     sources: list[str],
-    model: SAILViTModel,
+    model: SAILViTModel | OnnxEncoder,
     processor: SAILViTImageProcessor,
     batch_size: int = 8,
     workers: int = 0,
@@ -64,7 +65,7 @@ def encode_images(
 
     Args:
         sources: Paths or URLs.
-        model: A vision tower in evaluation mode, on its device.
+        model: A vision tower in evaluation mode, on its device, or a session of onnxruntime.
         batch_size: Tiles in a micro-batch.
         workers: Processes that read and tile images ahead.
 
@@ -96,7 +97,7 @@ class _QueuedImage:
     tokens: list[torch.Tensor] = field(default_factory=list)
 
 
-def _encode_next(model: SAILViTModel, queue: Iterable[_QueuedImage], batch_size: int) -> None:
+def _encode_next(model: SAILViTModel | OnnxEncoder, queue: Iterable[_QueuedImage], batch_size: int) -> None:
     """Encode one micro-batch of the first tiles in the queue, and give every image its tokens."""
     chunks: list[tuple[_QueuedImage, torch.Tensor]] = []
     for entry in queue:
@@ -116,7 +117,7 @@ def _start_worker(worker: int) -> None:
 
 
 @torch.inference_mode()
-def _encode(model: SAILViTModel, tiles: torch.Tensor) -> torch.Tensor:
+def _encode(model: SAILViTModel | OnnxEncoder, tiles: torch.Tensor) -> torch.Tensor:
     return model.get_image_features(tiles.to(model.device)).cpu()
 
 

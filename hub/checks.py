@@ -16,6 +16,7 @@ from ..convert.storage.errors import CheckpointError, Problem, VerificationError
 from ..convert.storage.files import read_json
 from ..convert.storage.sources import PROVENANCE
 from ..convert.verify.outputs import TOLERANCE, link_or_copy, relative_difference, run_in_clean_process
+from ..exporters.checks import onnx_problems
 from .files import file_problems, published_files
 
 
@@ -49,7 +50,11 @@ def check_before_publish(
     check_folder(folder)
     config = read_json(folder / "config.json")
     problems = file_problems(folder, repo.split("/")[0] if repo else None)
-    problems += [*card_problems(folder), *_checkpoint_problems(folder), *_load_problems(folder, config, log)]
+    problems += card_problems(folder)
+    if auto_class_of(folder) != "onnx":
+        problems += [*_checkpoint_problems(folder), *_load_problems(folder, config, log)]
+    if (folder / "onnx").is_dir():
+        problems += onnx_problems(folder, log)
     return list(dict.fromkeys(problems))
 
 

@@ -22,7 +22,7 @@ from ..convert.storage.training_record import TRAINING
 CONFIGS = {
     "config.json", "generation_config.json", PROVENANCE, TRAINING, RESULTS, *PROCESSOR_FILES, *TOKENIZER_FILES,
 }  # fmt: skip
-WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?")
+WEIGHTS = re.compile(r"[\w.-]+\.safetensors(\.index\.json)?|onnx/model(_fp16|_quantized)?\.onnx(_data)?")
 OTHERS = re.compile(r"README\.md|\.gitattributes|(LICENSE|NOTICE)[\w.-]*|(assets/)?[\w.-]+\.(png|jpe?g|webp|gif|svg)")
 # In a repository: code and weights of an earlier model, by the names that tools give them.
 GENERATED = re.compile(r"(configuration|modeling|image_processing|processing|video|chat)_\w+\.py|pytorch_model[\w.-]*")
@@ -120,12 +120,12 @@ def _wrong_file(name: str, path: Path, folder: Path, owner: str | None) -> Itera
 
 
 def _text_of(path: Path) -> str:
-    """Return the text of a file; of weights their metadata."""
+    """Return the text of a file; of safetensors the metadata, of ONNX none: this package writes no paths there."""
     if path.suffix == ".safetensors":
         with suppress(SafetensorError), safe_open(path, "np") as file:  # reported by inspect_checkpoint
             return json.dumps(file.metadata())
         return ""
-    if path.stat().st_size > LONGEST_TEXT:
+    if path.suffix in (".onnx", ".onnx_data") or path.stat().st_size > LONGEST_TEXT:
         return ""
     content = path.read_bytes()
     return content.decode(BYTE_ORDER_MARKS.get(content[:2], "utf-8"), errors="replace")

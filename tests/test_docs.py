@@ -30,7 +30,8 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 LINKED = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "examples").rglob("README.md"), ROOT / "benchmarks" / "RESULTS.md"]
-SERVING = ROOT / "docs" / "serving.md"  # its Python needs a server, which test_serve.py has
+SERVING, ONNX = (ROOT / "docs" / name for name in ("serving.md", "onnx.md"))
+ELSEWHERE = (SERVING, ONNX)  # test_serve.py and test_onnx.py run their Python
 MOST_LINES = 150
 LARGEST_PICTURE = 60_000  # bytes
 SLOW_CALLS = re.compile(r"convert_checkpoint|make_plan\(")
@@ -104,7 +105,7 @@ def run_blocks(page: Path) -> dict:
     "page",
     [
         pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * bool(SLOW_CALLS.search(page.read_text())))
-        for page in PAGES if code_blocks(page, "python") and page != SERVING
+        for page in PAGES if code_blocks(page, "python") and page not in ELSEWHERE
     ],
 )  # fmt: skip
 def test_python_runs_as_written(page, workplace, capsys):

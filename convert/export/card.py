@@ -191,9 +191,10 @@ def _metadata(model: _Model) -> dict[str, Any]:
         made |= licences[0] if is_common else {"license": "other", "license_name": "by-component"}
     made |= _base_models(list(dict.fromkeys(part.base for part in model.parts if part.base)))
     # The Hub knows finetune, merge, adapter and quantized; the same weights under other names are none of these.
+    is_quantized = model.config.get("quantization_config") or model.provenance.get("dtype") == ["int8"]
     relation = "finetune" if model.training else "merge" if len(model.parts) > 1 else None
-    relation = "quantized" if model.config.get("quantization_config") else relation
-    if relation == "quantized" or ("base_model" in made and relation):  # of the former a person names the base
+    relation = "quantized" if is_quantized else relation
+    if is_quantized or ("base_model" in made and relation):  # without provenance a person names the base
         made["base_model_relation"] = relation
     tags = [model.config["model_type"]] if model.config.get("model_type") in ("sailvit", "sailvl") else []
     return {**made, "tags": tags + (["custom_code"] if "auto_map" in model.config else [])}

@@ -238,6 +238,9 @@ def _choose_weights(source: Source) -> str:
     steps = sorted({file.split("/")[0] for file in source.files if re.match(r"(checkpoint|global_step)-?\d+/", file)})
     if steps and not choices:
         raise CheckpointError(f"{source.name}: a run with several steps ({', '.join(steps)}): name one of them")
+    if not choices and any(file.endswith(".onnx") for file in source.files):
+        fix = "only `sailvit encode` and `sailvit push` take it: give the folder that it was made from"
+        raise CheckpointError(f"{source.name}: an ONNX folder, which has no weights for torch; {fix}")
     what = f"several ({', '.join(choices)}): name the file" if choices else "no weights"
     raise CheckpointError(f"{source.name}: {what}; names found automatically: {', '.join(WEIGHTS)}")
 

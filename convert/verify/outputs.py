@@ -23,17 +23,17 @@ TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOK
 
 
 def run_in_clean_process(
-    folder: Path, auto_class: str, *, generate: bool = False, compare_with_package: bool = False
+    folder: Path, auto_class: str = "", *, script: Path = LOADER_SCRIPT, generate: bool = False, **options: Any
 ) -> "dict[str, torch.Tensor]":
     """
     Load a folder in a clean process, offline, without a token and with empty caches, and run one image through it.
-    Returns the tensors that load_folder.py saves.
+    Returns the tensors that load_folder.py saves, or another script with these options.
 
     Args:
         auto_class: The class of transformers that loads it, or "timm".
         generate: Whether a language model is run too, not only loaded. It computes in float32 if it is small, so that
             the comparison is exact and fast on every CPU, else in the dtype of its weights, since it may not fit.
-        compare_with_package: Whether this package's classes are run as well.
+        options: compare_with_package, whether this package's classes are run as well; of another script, its own.
 
     Raises:
         VerificationError: It does not load or run.
@@ -44,12 +44,12 @@ def run_in_clean_process(
         # Under a name without a dot: from another transformers < 4.57 cannot import code.
         link, out = Path(scratch, "folder"), Path(scratch, "outputs.safetensors")
         link_or_copy(folder, link)
-        options = {"folder": str(link), "image": str(IMAGE), "out": str(out), "auto_class": auto_class}
-        options |= {"generate": generate, "compare_with_package": compare_with_package}
+        options = {"auto_class": auto_class, "generate": generate, "compare_with_package": False, **options}
+        options |= {"folder": str(link), "image": str(IMAGE), "out": str(out)}
         environment = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
         environment |= {"HF_HOME": f"{scratch}/home", "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         # As text, since a script's own folder becomes importable.
-        command = [sys.executable, "-c", LOADER_SCRIPT.read_text(encoding="utf-8"), json.dumps(options)]
+        command = [sys.executable, "-c", script.read_text(encoding="utf-8"), json.dumps(options)]
         done = subprocess.run(
             command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )

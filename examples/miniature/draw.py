@@ -8,9 +8,10 @@ from functools import lru_cache
 from random import Random
 
 import numpy as np
+from PIL import Image
 
 from .glyphs import draw_glyph, draw_line
-from .pictures import MOST_BAR, PAPER, Chart, Item, Lines, Picture, Scene, Sum
+from .pictures import MOST_BAR, PAPER, Chart, Item, Lines, Picture, Scene, Sum, choose, make_scene
 from .vocabulary import COLOURS, GRIDS, SEEN, Look
 
 
@@ -46,6 +47,13 @@ def draw_picture(picture: Picture, size: int, random: Random, look: Look = SEEN)
     else:
         _draw_lines(canvas, picture, random, size)
     return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
+
+
+def draw_scenes(size: int, count: int = 8, seed: int = 0) -> list[Image.Image]:
+    """Return pictures of one tile of `size` pixels, of scenes that training never shows."""
+    random = Random(seed)
+    scenes = [choose(lambda: make_scene(random, tiles=(1, 1)), held_out=True) for _ in range(count)]
+    return [Image.fromarray(draw_picture(scene, size, random)) for scene in scenes]
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -69,7 +69,7 @@ def resample_position_embeddings(positions: torch.Tensor, grid: tuple[int, int])
     Returns:
         (1, R * C, D) in the dtype of `positions`; `positions` itself if the grid does not change.
     """
-    side = round(positions.shape[1] ** 0.5)
+    side = round(int(positions.shape[1]) ** 0.5)
     if grid == (side, side):
         return positions
     image = rearrange(positions.float(), "1 (r c) d -> 1 d r c", r=side)

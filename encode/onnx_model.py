@@ -1,0 +1,102 @@
+# Copyright 2026 The SAILViT package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder of an ONNX folder, run by onnxruntime."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import onnxruntime
+    import torch
+
+FOLDER = "onnx"
+# Dtype of the weights -> name in FOLDER, as onnx-community and transformers.js have them.
+FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+# Devices of --device -> execution provider, the preferred one first.
+PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+NEEDED = 'onnxruntime is not installed: pip install "sailvit[onnx]"'
+TOO_OLD = ("opset", "IR version")  # in onnxruntime's messages about files newer than itself
+
+
+def onnx_files(folder: str | Path) -> dict[str, Path]:
+    """Return dtype -> file of an ONNX folder; empty if it is none."""
+    paths = {dtype: Path(folder) / FOLDER / name for dtype, name in FILES.items()}
+    return {dtype: path for dtype, path in paths.items() if path.is_file()}
+
+
+class OnnxEncoder:
+    """A session of onnxruntime with what encode_images takes of SAILViTModel."""
+
+    def __init__(self, session: "onnxruntime.InferenceSession"):
+        import torch
+
+        self.session, self.device = session, torch.device("cpu")  # of the tiles; the session moves them itself
+
+    def get_image_features(self, pixel_values: "torch.Tensor") -> "torch.Tensor":
+        """Return pixel-shuffled tokens (tiles, N / f^2, f^2 * D), float32, of pixel_values (tiles, 3, S, S)."""
+        import torch
+
+        (features,) = self.session.run(["image_features"], {"pixel_values": pixel_values.float().numpy()})
+        return torch.from_numpy(features)
+
+
+def load_onnx(
+    folder: str | Path, device: str | None = None, dtype: str = "auto", log: Callable[[str], None] = lambda line: None
+) -> OnnxEncoder:
+    """
+    Return the encoder of an ONNX folder.
+
+    Args:
+        device: A key of PROVIDERS; None for the first that the installed onnxruntime has.
+        dtype: A key of FILES; "auto" for the most precise file.
+        log: Called with each progress message.
+
+    Raises:
+        ValueError: The folder has no such file, onnxruntime no such device, or it does not load the file.
+        ImportError: onnxruntime is not installed.
+    """
+    files = onnx_files(folder)
+    chosen = next(iter(files), dtype) if dtype == "auto" else dtype
+    if chosen not in files:
+        has = " and ".join(f"{other} ({path.name})" for other, path in files.items())
+        raise ValueError(f"{folder}: expected one of its ONNX files, {has}, got dtype {dtype}: correct --dtype")
+    session = open_session(files[chosen], device)
+    log(f"runs {files[chosen].name} ({chosen}) in onnxruntime, by its {session.get_providers()[0]}")
+    return OnnxEncoder(session)
+
+
+def open_session(path: Path, device: str | None = None) -> "onnxruntime.InferenceSession":
+    """Return a session with as many threads as torch; arguments and errors as of load_onnx."""
+    import torch
+
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path}: {NEEDED}") from error
+    installed = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
+    if device not in (None, *installed):
+        fix = "leave --device out, or install the onnxruntime for it"
+        raise ValueError(f"{path}: expected a device of onnxruntime, {', '.join(installed)}, got {device!r}: {fix}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    providers = dict.fromkeys([PROVIDERS[device or installed[0]], PROVIDERS["cpu"]])
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=[*providers])
+    except Exception as error:  # onnxruntime's have no other base
+        what = explain(error, onnxruntime.__version__)
+        raise ValueError(f"{path}: {what}") from error
+
+
+def explain(error: Exception, version: str) -> str:
+    """Return why this version of onnxruntime did not load a file, and the fix, in one line."""
+    reason = " ".join(str(error).split())
+    if any(word in reason for word in TOO_OLD):
+        return f"onnxruntime {version} is too old for this file: pip install -U onnxruntime"
+    return f"onnxruntime {version} does not load it: download or convert it again: {reason[:200]}"
