@@ -23,7 +23,8 @@ from sailvit.train.recipe import load_recipe
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
-LINKED = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "examples").rglob("README.md"), ROOT / "benchmarks" / "RESULTS.md"]
+EXAMPLES = [page for page in (ROOT / "examples").rglob("README.md") if "node_modules" not in page.parts]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", *EXAMPLES, ROOT / "benchmarks" / "RESULTS.md"]
 MOST_LINES = 150
 LARGEST_PICTURE = 60_000  # bytes
 SLOW_CALLS = re.compile(r"convert_checkpoint|make_plan\(")
