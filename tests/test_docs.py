@@ -29,7 +29,8 @@ except ImportError:  # transformers < 5.0
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
-LINKED = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "examples").rglob("README.md"), ROOT / "benchmarks" / "RESULTS.md"]
+EXAMPLES = [page for page in (ROOT / "examples").rglob("README.md") if "node_modules" not in page.parts]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", *EXAMPLES, ROOT / "benchmarks" / "RESULTS.md"]
 SERVING, ONNX = (ROOT / "docs" / name for name in ("serving.md", "onnx.md"))
 ELSEWHERE = (SERVING, ONNX)  # test_serve.py and test_onnx.py run their Python
 MOST_LINES = 150
