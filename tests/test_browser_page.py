@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 from sailvit import SAILViTImageProcessor, SAILViTModel, image_processing_sailvit
 from sailvit.evaluate.pictures import PrincipalColours, stitch_tokens
 from sailvit.examples.miniature.shipped import ENCODER
+from sailvit.exporters.folder import convert_to_onnx
 
 
 PAGE = ROOT / "examples" / "browser"
@@ -140,36 +141,6 @@ def test_equal_tokens_have_no_components():
 # In a browser
 
 
-def export_onnx(folder: Path) -> Path:
-    """The miniature's encoder as a folder for onnxruntime."""
-
-    class Encoder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = SAILViTModel.from_pretrained(ENCODER)
-
-        def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.model.get_image_features(pixel_values, return_dict=True)
-            return output.last_hidden_state, output.pooler_output
-
-    (folder / "onnx").mkdir(parents=True)
-    for name in ("config.json", "preprocessor_config.json"):
-        shutil.copy(ENCODER / name, folder)
-    torch.onnx.export(
-        Encoder().eval(),
-        (torch.zeros(2, 3, 32, 32),),
-        folder / "onnx" / "model.onnx",
-        input_names=["pixel_values"],
-        output_names=["last_hidden_state", "image_features"],
-        dynamic_shapes={"pixel_values": {0: "tiles"}},
-        opset_version=18,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    return folder
-
-
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         pass
@@ -187,7 +158,8 @@ def built(tmp_path_factory) -> Path:
     if "ENOTFOUND" in installed.stderr or "ECONNREFUSED" in installed.stderr:
         pytest.skip("npm does not reach its registry")
     assert installed.returncode == 0, installed.stderr
-    model = export_onnx(folder / "miniature")
+    model = folder / "miniature"
+    convert_to_onnx(ENCODER, model, verify=False, log=lambda line: None)
     command = ["npm", "run", "build", "--", str(model)]
     done = subprocess.run(command, cwd=folder / "browser", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
