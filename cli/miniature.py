@@ -12,7 +12,7 @@ from .progress import log
 
 
 SIZES = ("32px", "48px", "224px", "448px")  # of sailvit.examples.miniature.setting; a test compares them
-QUICK = 0.05  # of the pictures, for --quick
+QUICK = 0.03  # of the pictures, for --quick
 SEEDS = (0, 1, 2)
 
 

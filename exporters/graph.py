@@ -15,9 +15,8 @@ from .weights import data_file
 if TYPE_CHECKING:
     import onnx_ir
 
-OPSET = (
-    18  # of ai.onnx; every onnxruntime since 1.14 has it, and on a CPU it was faster than 23 with its fused operators
-)
+# Of ai.onnx: every onnxruntime since 1.14 has it, and on a CPU it was faster than 23 with its fused operators.
+OPSET = 18
 INPUT = "pixel_values"
 OUTPUTS = ("last_hidden_state", "image_features", "image_embeds")  # the last one only with a connector
 IR_VERSION = 10  # onnxruntime since 1.18

@@ -36,9 +36,9 @@ def test_the_quick_setting_trains_every_part_and_measures_it(quick):
         quarter = max(1, len(losses) // 4)
         assert sum(losses[-quarter:]) < 0.85 * sum(losses[:quarter]), run
     base, refined = (json.loads((quick / "results" / f"{arm}.json").read_text()) for arm in ("base", "refined"))
-    assert (base["pictures"], refined["pictures"]) == (0, 200 + 1600 + 1900)
+    assert (base["pictures"], refined["pictures"]) == (0, 120 + 960 + 1140)
     assert {*base["probes"]} == {*refined["probes"]} == {*PROBE_SETS} and not base["answers"]
-    assert [refined["answers"][name]["n"] for name in CATEGORIES] == [100, 100, 100]
+    assert [refined["answers"][name]["n"] for name in CATEGORIES] == [60, 60, 60]
     assert (quick / "report.html").exists() and (quick / "sailvit-miniature" / "model.safetensors").exists()
 
 
