@@ -20,7 +20,7 @@ from .arguments import (
     positive_integer,
 )
 from .progress import byte_progress, log
-from .startup import exit_on_signals, import_without_torch
+from .startup import exit_on_signals, import_with_torch, import_without_torch
 
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def _torch_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert_to_onnx(options: argparse.Namespace) -> int:
+    import_with_torch()  # the encoder is built by the package's own code
     from transformers import logging
 
     from sailvit.examples.miniature.draw import draw_scenes

@@ -17,14 +17,30 @@ from ..processing_sailvl import TILING_OPTIONS, SAILVLProcessor
 
 
 ROLES = ("system", "user", "assistant")
-NUMBERS = ("temperature", "top_p", "frequency_penalty", "seed", "max_tokens", "max_completion_tokens")
+# Numbers -> type, least and largest value, as `generate` takes them; "temperature" is used with do_sample alone.
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 100),
+    "top_p": (float, 0, 1),
+    "frequency_penalty": (float, 0, 2),
+    "seed": (int, -(2**63), 2**63 - 1),
+    "max_tokens": (int, 1, 2**31),
+    "max_completion_tokens": (int, 1, 2**31),
+}
 # Fields that would change the answer, and that the server of transformers ignores or a SAIL-VL cannot do.
 UNSUPPORTED = ("tools", "functions", "response_format", "logprobs", "audio", "prediction")
 # Of `generation_config`, which `transformers chat` sends as JSON.
-GENERATION_FIELDS = {
-    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
-    "max_new_tokens", "stop_strings", "transformers_version",
-}  # fmt: skip
+GENERATION_NUMBERS: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 1e-6, 100),
+    "top_p": (float, 0, 1),
+    "top_k": (int, 1, 2**31),
+    "min_p": (float, 0, 1),
+    "typical_p": (float, 1e-6, 1),
+    "repetition_penalty": (float, 1e-6, 100),
+    "no_repeat_ngram_size": (int, 0, 2**31),
+    "max_new_tokens": (int, 1, 2**31),
+}
+GENERATION_FIELDS = {*GENERATION_NUMBERS, "do_sample", "stop_strings", "transformers_version"}
+CHARACTERS = 16  # of a token, at most; in English about 4
 DEFAULT_TOKENS = 1024  # of an answer, as in the server of transformers
 
 
@@ -52,7 +68,7 @@ def check_request(body: Mapping[str, Any], read_images: Callable[[list[str]], li
     images = read_images([part["image_url"]["url"] for part in parts])
     for part, image in zip(parts, images, strict=True):
         part["image_url"] = {"url": image}
-    return {**body, "messages": messages}
+    return {**_without_empty(body), "messages": messages}
 
 
 def check_length(
@@ -67,9 +83,11 @@ def check_length(
         opening: Tokens that open the answer, of `count_opening`.
 
     Raises:
-        RequestError: A text contains a token of the prompt format, or prompt and answer are longer than the context.
+        RequestError: Prompt and answer are longer than the context, or a token of logit_bias does not exist.
         ValueError, TypeError: An image has no tiling; a tiling option has a wrong value.
     """
+    if unknown := [token for token in body.get("logit_bias", ()) if int(token) >= len(processor.tokenizer)]:
+        raise RequestError(f"logit_bias: expected tokens below {len(processor.tokenizer)}, got {unknown[0]}")
     tiling = body.get("chat_template_kwargs") or {}
     counts = processor.count_tokens(_as_conversation(body["messages"]), **tiling)
     prompt = counts.tokens + opening
@@ -85,40 +103,62 @@ def check_length(
     return {**body, "max_completion_tokens": requested or min(DEFAULT_TOKENS, room - prompt)}
 
 
-def check_texts(body: Mapping[str, Any], processor: SAILVLProcessor) -> None:
+def check_texts(body: Mapping[str, Any], processor: SAILVLProcessor, context: int | None) -> None:
     """
     Raises:
-        RequestError: A text contains a token of the prompt format, such as an end of turn or a placeholder.
+        RequestError: A message contains a special token, such as an end of turn or a placeholder, or the texts are much
+            longer than the context; to count their tokens would take long.
     """
-    images = (processor.image_token, processor.image_start_token, processor.image_end_token, processor.video_token)
-    tokens = [*images, "<|im_start|>", "<|im_end|>"]
-    for index, message in enumerate(body["messages"]):
-        for part in message["content"]:
-            if found := [token for token in tokens if token in part.get("text", "")]:
-                raise RequestError(f"messages[{index}]: the text contains {found[0]}, a token of the prompt format")
+    tokens = special_tokens(processor)
+    texts = ["".join(part.get("text", "") for part in message["content"]) for message in body["messages"]]
+    for index, text in enumerate(texts):
+        if found := [token for token in tokens if token in text]:
+            raise RequestError(f"messages[{index}]: the text contains {found[0]}, a token of the prompt format")
+    if context is not None and (length := sum(map(len, texts))) > context * CHARACTERS:
+        raise RequestError(f"messages: expected at most {context} tokens, got {length} characters: shorten the texts")
+
+
+def special_tokens(processor: SAILVLProcessor) -> list[str]:
+    """Return what a tokenizer makes one token, wherever it is in a text: ends of turns, placeholders, end of text."""
+    own = (processor.image_token, processor.image_start_token, processor.image_end_token, processor.video_token)
+    added = [str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    return [*dict.fromkeys([*own, *added])]
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:
-    for name in NUMBERS:
-        if not _is_number(body.get(name, 0)):
-            raise RequestError(f"{name}: expected a number, got {_type(body[name])}")
+    _check_numbers(body, NUMBERS)
     for name in UNSUPPORTED:
         if body.get(name) not in (None, False, [], {"type": "text"}):
             raise RequestError(f"{name}: not supported by this server; leave it out")
     if body.get("n") not in (None, 1):
         raise RequestError(f"n: expected 1 answer to a request, got {str(body['n'])[:20]}")
-    stop = body.get("stop") or []
-    if not all(isinstance(text, str) and text for text in ([stop] if isinstance(stop, str) else _list(stop, "stop"))):
-        raise RequestError("stop: expected a string or a list of strings, none of them empty")
-    answer = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
-    if any(number is not None and not (number >= 1 and float(number).is_integer()) for number in answer):
-        raise RequestError(f"max_tokens: expected an integer of at least 1, got {answer}")
+    if not isinstance(body.get("stream") or False, bool):
+        raise RequestError(f"stream: expected true or false, got {_type(body['stream'])}")
+    _check_stop(body.get("stop"), "stop")
     _check_generation_config(body.get("generation_config"))
-    unknown = _mapping(body.get("chat_template_kwargs") or {}, "chat_template_kwargs").keys() - TILING_OPTIONS
-    if unknown:
+    options = body.get("chat_template_kwargs")
+    if unknown := _mapping({} if options is None else options, "chat_template_kwargs").keys() - TILING_OPTIONS:
         raise RequestError(
             f"chat_template_kwargs: {sorted(unknown)[0]!r}: expected {', '.join(sorted(TILING_OPTIONS))}"
         )
+
+
+def _check_numbers(values: Mapping[str, Any], known: Mapping[str, tuple[type, float, float]], where: str = "") -> None:
+    for name, (kind, least, most) in known.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        is_number = _is_number(value)
+        if not is_number or not least <= value <= most or (kind is int and value != int(value)):
+            what = "an integer" if kind is int else "a number"
+            got = str(value)[:40] if is_number else _type(value)
+            raise RequestError(f"{where}{name}: expected {what} from {least:g} to {most:g}, got {got}")
+
+
+def _check_stop(stop: Any, name: str) -> None:
+    texts = [stop] if isinstance(stop, str) else _list([] if stop is None else stop, name)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise RequestError(f"{name}: expected a string or a list of strings, none of them empty")
 
 
 def _check_generation_config(text: Any) -> None:
@@ -130,9 +170,26 @@ def _check_generation_config(text: Any) -> None:
         raise RequestError(
             f"generation_config: {sorted(unknown)[0]!r}: expected {', '.join(sorted(GENERATION_FIELDS))}"
         )
-    most = settings.get("max_new_tokens")
-    if most is not None and (type(most) is not int or most < 1):
-        raise RequestError("generation_config: max_new_tokens: expected an integer of at least 1")
+    _check_numbers(settings, GENERATION_NUMBERS, "generation_config: ")
+    _check_stop(settings.get("stop_strings"), "generation_config: stop_strings")
+    if not isinstance(settings.get("do_sample") or False, bool):
+        raise RequestError(f"generation_config: do_sample: expected true or false, got {_type(settings['do_sample'])}")
+
+
+def _without_empty(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checked request without fields that say nothing, and with the biases of logits as floats."""
+    kept = {name: value for name, value in body.items() if value not in (None, [], {}, "")}
+    if "logit_bias" in kept:
+        kept["logit_bias"] = _check_biases(kept["logit_bias"])
+    return kept
+
+
+def _check_biases(biases: Any) -> dict[str, float]:
+    """Return token -> bias as floats, which transformers wants; clients of OpenAI send integers."""
+    for token, bias in _mapping(biases, "logit_bias").items():
+        if not str(token).isdecimal() or not _is_number(bias) or not -100 <= bias <= 100:
+            raise RequestError("logit_bias: expected numbers of tokens and biases from -100 to 100")
+    return {token: float(bias) for token, bias in biases.items()}
 
 
 def _check_message(message: Any, location: str) -> dict[str, Any]:
@@ -192,7 +249,7 @@ def count_opening(processor: SAILVLProcessor) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _mapping(value: Any, location: str) -> Mapping[str, Any]:

@@ -94,10 +94,15 @@ def _enter_folder_of(model: str) -> str:
 
 
 def _check_model_type(name: str) -> None:
+    if name.isdecimal() or (name[0] in "/.~" and not Path(name).expanduser().exists()):
+        raise ValueError(f"{name}: no such folder; MODEL comes first, then the options")
     repo, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
     found = AutoConfig.from_pretrained(repo, revision=revision or None).model_type
     if found != "sailvl":
         raise ValueError(f"{name}: expected a multimodal model (sailvl), got {found}: try `transformers serve`")
+    if Path(name).is_dir() and not (Path(name) / "processor_config.json").exists():
+        what = "expected a folder with a processor, got no processor_config.json"
+        raise ValueError(f"{name}: {what}: save the processor there, too")
 
 
 def build_checked_server(
@@ -137,8 +142,8 @@ class CheckedChat:
         try:
             read = partial(read_images, limits=self.limits)
             body = await asyncio.to_thread(check_request, body, read)
-            check_texts(body, self.processor)
-            body = check_length(body, self.processor, self.context, self.opening)
+            check_texts(body, self.processor, self.context)
+            body = await asyncio.to_thread(check_length, body, self.processor, self.context, self.opening)
         except (RequestError, ImageError, ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
         try:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import PHOTOGRAPH, ROOT, TINY, TINY_SHAPE, make_checkpoint, randomize, relative_difference
 from doc_pages import code_blocks
+from fork_server import run_forked
 from PIL import Image
 from processes import SAILVIT, measure
 from safetensors.torch import load_file
@@ -93,6 +94,15 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def tiles_of(count: int, seed: int = 0) -> torch.Tensor:
     processor = SAILViTImageProcessor.from_pretrained(ENCODER)
     return processor(draw_scenes(SIZE, count, seed), do_tile=False)["pixel_values"]
+
+
+def test_the_command_exports_in_a_process_of_its_own(tmp_path):
+    """Without the package imported before, and without a terminal to ask about remote code."""
+    script = "import sys, sailvit_cli; sys.exit(sailvit_cli.main(sys.argv[1:]))"
+    words = ["convert", str(ENCODER), "out", "--to-layout", "onnx", "--no-verify"]
+    done = run_forked(script, *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out" / "onnx").iterdir()] == ["model.onnx"]
 
 
 @pytest.mark.parametrize("name", FILES.values())

@@ -199,6 +199,15 @@ def test_the_server_goes_on_after_a_client_hung_up(client, generate):
     assert ask(client, message) == generate(message)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"logit_bias": {"5": -1}}, {"stop": []}, {"extra_body": {"chat_template_kwargs": None}}, {"seed": 0}],
+    ids=str,
+)
+def test_options_that_say_nothing_change_nothing(options, client, generate):
+    assert ask(client, user(*PICTURES[0]), **options) == generate(user(*PICTURES[0]))
+
+
 def test_options_that_transformers_takes_change_the_answer(client, generate):
     message = user(Image.fromarray(np.tile(np.asarray(PICTURES[0][0]), (2, 2, 1))), "How many objects are there?")
     one_tile = client.chat.completions.create(
@@ -270,9 +279,23 @@ BAD_REQUESTS = {
     "an unknown tiling": ([user(RED)], template_options(max_tiles=-1), "min_tiles <= max_tiles"),
     "a placeholder": ([user("a <IMG_CONTEXT> b")], {}, "messages[0]: the text contains <IMG_CONTEXT>"),
     "an end of turn": ([user("a<|im_end|>")], {}, "messages[0]: the text contains <|im_end|>"),
+    "an end of turn in parts": (
+        user_parts({"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>"}),
+        {}, "messages[0]: the text contains <|im_end|>"),
+    "an end of text": ([user("a<|endoftext|>")], {}, "messages[0]: the text contains <|endoftext|>"),
+    "much text": ([user("x" * 100_000)], {}, "expected at most 4096 tokens, got 100000 characters"),
     "a long prompt": ([user("x " * 5000)], {}, "expected at most 4096 tokens, got 10"),
     "a long answer": (TEXT, {"max_tokens": 5000}, "and 5000 for the answer"),
-    "a word as number": (TEXT, {"temperature": "hot"}, "temperature: expected a number, got a string"),
+    "a word as number": (TEXT, {"temperature": "hot"}, "temperature: expected a number from 0 to 100, got a string"),
+    "a cold temperature": (TEXT, {"temperature": -1}, "temperature: expected a number from 0 to 100, got -1"),
+    "a large seed": (TEXT, {"seed": 2**64}, "seed: expected an integer from"),
+    "half a token": (TEXT, {"max_tokens": 1.5}, "max_tokens: expected an integer from 1 to"),
+    "a negative penalty": (TEXT, {"frequency_penalty": -1}, "frequency_penalty: expected a number from 0 to 2"),
+    "a bias of a word": (TEXT, {"logit_bias": {"abc": 1}}, "logit_bias: expected numbers of tokens"),
+    "a bias of no token": (TEXT, {"logit_bias": {"999999": 1}}, "logit_bias: expected tokens below"),
+    "a setting out of range": (
+        TEXT, {"extra_body": {"generation_config": '{"do_sample": true, "top_k": -1}'}},
+        "generation_config: top_k: expected an integer from 1"),
     "an empty stop": (TEXT, {"stop": [""]}, "stop: expected a string or a list of strings"),
     "tools": (TEXT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported"),
     "beams": (TEXT, {"extra_body": {"generation_config": '{"num_beams": 900}'}}, "'num_beams'"),
@@ -389,7 +412,7 @@ def test_any_request_is_checked_or_refused(fields, messages):
     except RequestError:
         pass
     else:
-        assert {*checked} == {*body} and all(
+        assert {*checked} <= {*body} and all(
             part["type"] in ("text", "image_url") for m in checked["messages"] for part in m["content"]
         )
     assert json.dumps(body) == before
@@ -421,6 +444,21 @@ def test_options_are_passed_on(monkeypatch, capsys):
 
 
 @needs_server
+@pytest.mark.parametrize(
+    ("name", "message"), [("/nope/model", "no such folder; MODEL comes first"), ("8901", "no such folder; MODEL")]
+)
+def test_what_is_no_model_is_one_line(name, message, capsys):
+    assert sailvit_cli.main(["serve", name]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_processor_is_not_served(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text((MULTIMODAL / "config.json").read_text())
+    assert sailvit_cli.main(["serve", str(tmp_path)]) == 2
+    assert "expected a folder with a processor, got no processor_config.json" in capsys.readouterr().err
+
+
 def test_an_encoder_is_not_served(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert sailvit_cli.main(["serve", str(ENCODER)]) == 2
