@@ -107,6 +107,8 @@ def test_tiles_are_those_of_the_processor(options, passes_of_pillow_13):
 def test_with_the_backend_pil_resizing_equals_pillow(size):
     image = noise(100, 60)
     script = "return page.resize({ ...data.image, data: Uint8Array.from(data.image.data) }, ...data.size, 'pil');"
+    if size == (160, 5) and not image_processing_sailvit.PILLOW_ORDERS_PASSES:
+        pytest.skip("Pillow before 13.0 resizes the width first")
     ours = run_node("tiling.js", script, {"image": as_data(image), "size": size})
     theirs = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     assert np.array_equal(np.reshape(ours["data"], theirs.shape), theirs)

@@ -163,7 +163,9 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
                 f"{name}: a weight file is truncated or corrupt ({error}): find it with `sailvit inspect` and "
                 "re-download it"
             ) from error
-        _check_4_bit_widths(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model, "is_loaded_in_4bit", False):
+            _check_4_bit_widths(model)
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
