@@ -452,6 +452,7 @@ def test_what_is_no_model_is_one_line(name, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@needs_server
 def test_a_folder_without_a_processor_is_not_served(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text((MULTIMODAL / "config.json").read_text())
@@ -459,6 +460,7 @@ def test_a_folder_without_a_processor_is_not_served(tmp_path, monkeypatch, capsy
     assert "expected a folder with a processor, got no processor_config.json" in capsys.readouterr().err
 
 
+@needs_server
 def test_an_encoder_is_not_served(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert sailvit_cli.main(["serve", str(ENCODER)]) == 2
