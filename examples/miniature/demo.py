@@ -81,8 +81,9 @@ class _Demo:
         )
 
     def write_pictures(self) -> Iterator[str]:
-        pictures = ((self.picture, self.scene), (self.small, self.small_scene))
-        for name, (picture, scene) in zip(FILES, pictures, strict=False):
+        first, second, _ = FILES
+        pictures = ((first, self.picture, self.scene), (second, self.small, self.small_scene))
+        for name, picture, scene in pictures:
             picture.save(self.out / name)
             yield f"{self.out / name}: {picture.width} x {picture.height} pixels, {fine_caption(scene)}"
 
