@@ -104,6 +104,17 @@ def named_value(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def some_of(*choices: str) -> Callable[[str], list[str]]:
+    """Return the parser of an option that takes several of some words, with commas between them."""
+
+    def words(text: str) -> list[str]:
+        if wrong := [word for word in text.split(",") if word not in choices]:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {wrong[0]!r}")
+        return text.split(",")
+
+    return words
+
+
 def count(text: str) -> int:
     """Parse an integer of at least 0."""
     if not text.isdecimal():

@@ -18,6 +18,7 @@ from .arguments import (
     count,
     pick,
     positive_integer,
+    some_of,
 )
 from .progress import byte_progress, log
 from .startup import exit_on_signals, import_with_torch, import_without_torch
@@ -85,9 +86,10 @@ def _add_convert_output(group: Group) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=(*DTYPES, "int8"),
-        nargs="+",
-        help="default: the source's; for ONNX any of float32, float16 and int8, a file for each; default: float32",
+        type=some_of(*DTYPES, "int8"),
+        metavar="D[,D...]",
+        help="float32, bfloat16 or float16, default: the source's; for ONNX one or several of float32, float16 and "
+        "int8, a file for each, default: float32",
     )
     group.add_argument(
         "--with-connector", action="store_true", help="ONNX: with the SAIL-VL's connector, up to language embeddings"
@@ -174,7 +176,7 @@ def _torch_options(options: argparse.Namespace) -> dict[str, Any]:
         *((getattr(options, n), n) for n in ONNX_ONLY),
     ):
         if given:
-            value = f" {' '.join(dtypes)}" if name == "dtype" else ""
+            value = f" {','.join(dtypes)}" if name == "dtype" else ""
             raise ValueError(f"--{name.replace('_', '-')}{value}: only for --to-layout onnx: add that, or leave it out")
     return pick(options, CONVERSION_OPTIONS) | {"dtype": dtypes[0]}
 

@@ -16,7 +16,8 @@ from PIL.Image import Image
 from ..processing_sailvl import TILING_OPTIONS, SAILVLProcessor
 
 
-ROLES = ("system", "user", "assistant")
+# Role of a message -> that of the prompt; "developer" is OpenAI's newer name for "system".
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Numbers -> type, least and largest value, as `generate` takes them; "temperature" is used with do_sample alone.
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 0, 100),
@@ -196,13 +197,13 @@ def _check_message(message: Any, location: str) -> dict[str, Any]:
     """Return role and content of a message, the content as a list of parts; what else it has is dropped."""
     message = _mapping(message, location)
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"{location}.role: expected {', '.join(ROLES)}, got {str(role)[:40]!r}")
     if message.get("tool_calls"):
         raise RequestError(f"{location}.tool_calls: not supported by this server")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else _list(content, f"{location}.content")
     return {
-        "role": role,
+        "role": ROLES[role],
         "content": [_check_part(part, f"{location}.content[{index}]") for index, part in enumerate(parts)],
     }
 

@@ -7,9 +7,11 @@ Options, loading, generation and streaming are those of transformers. Added here
 of OpenAI, and only the routes that are checked.
 """
 
+import argparse
 import asyncio
 import json
 import os
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -21,6 +23,7 @@ from packaging.version import Version
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from ..devices import choose_device
 from .checks import RequestError, check_length, check_request, check_texts, count_opening
 from .images import ImageError, Limits, read_images
 from .stop_strings import cut_completion, cut_stream
@@ -45,7 +48,7 @@ def run_server(model: str, arguments: Sequence[str], limits: Limits) -> int:
 
     Raises:
         ImportError: The installed transformers has no server that serves the model, or packages are missing.
-        ValueError: The model is not a SAIL-VL.
+        ValueError: The model is not a SAIL-VL, or the address or the device cannot be used.
     """
     check_installation()
     import typer
@@ -54,6 +57,7 @@ def run_server(model: str, arguments: Sequence[str], limits: Limits) -> int:
 
     name = _enter_folder_of(model)
     _check_model_type(name)
+    check_options(arguments)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(serve.Serve)
     # The constructor of Serve imports this function and runs what it returns: there is no other place for an app.
@@ -82,6 +86,34 @@ def check_installation() -> None:
 
     if not is_serve_available():
         raise ImportError('sailvit serve: expected fastapi, uvicorn, openai and pydantic: pip install "sailvit[serve]"')
+
+
+def check_options(arguments: Sequence[str]) -> None:
+    """
+    Check the options of transformers that it would use after the model is loaded.
+
+    Raises:
+        ValueError: The address is in use or not of this machine, or there is no such device.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--host", default=HOST)
+    parser.add_argument("--port", default="8000")
+    parser.add_argument("--device", default="auto")
+    try:
+        options, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return  # an option without a value, of which transformers says so
+    if options.device != "auto":
+        choose_device(options.device)
+    if not options.port.isdecimal() or int(options.port) > 65535:
+        raise ValueError(f"--port: expected a number from 0 to 65535, got {options.port[:40]!r}")
+    try:
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        with socket.create_server((options.host, int(options.port)), family=family):
+            pass
+    except OSError as error:
+        cause = error.strerror or error
+        raise ValueError(f"--host {options.host} --port {options.port}: {cause}: choose another") from error
 
 
 def _enter_folder_of(model: str) -> str:
@@ -194,15 +226,24 @@ def _add_routes(app: Any, manager: Any) -> None:
     from fastapi.responses import StreamingResponse
 
     name = manager.force_model
+    served = {"id": name, "object": "model", "created": 0, "owned_by": "sailvit"}
+
+    def check_name(model: str, status: int) -> None:
+        if model != name:
+            raise HTTPException(status, f"model: expected {name!r}, which is served, got {model[:100]!r}")
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "sailvit"}]}
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{model:path}")
+    async def describe_model(model: str) -> dict[str, Any]:
+        check_name(model, 404)
+        return served
 
     @app.post("/load_model")  # `transformers chat` waits for it
     async def load_model(model: str = Body(embed=True)) -> StreamingResponse:
-        if model != name:
-            raise HTTPException(400, f"model: expected {name!r}, which is served, got {model[:100]!r}")
+        check_name(model, 400)
         events = manager.load_model_streaming(manager.process_model_name(model))
         return StreamingResponse(events, media_type="text/event-stream")
 
@@ -218,7 +259,7 @@ def _add_error_handlers(app: Any) -> None:
     @app.exception_handler(HTTPException)
     async def refuse(request: Any, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
-        if error.status_code in (404, 405):
+        if message in ("Not Found", "Method Not Allowed"):  # of the router
             message = f"{request.method} {request.url.path}: expected POST /v1/chat/completions or GET /v1/models"
         return JSONResponse(_error(message, error.status_code), error.status_code, error.headers)
 

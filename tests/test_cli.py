@@ -82,11 +82,16 @@ def test_choices_are_those_of_the_package():
     assert set(devices.DTYPES) == {"auto", *DTYPE_CHOICES}
 
 
+def test_options_of_convert_may_come_before_the_checkpoint():
+    options = sailvit_cli.parse(["convert", "--dtype", "float32,int8", "SRC", "OUT"])
+    assert (options.dtype, options.source, str(options.out)) == (["float32", "int8"], "SRC", "OUT")
+
+
 def test_wrong_usage_is_exit_code_two(tmp_path):
     for words, message in {
         ("encode",): "sailvit encode: the following arguments are required: IMAGE, --model",
         ("fly",): "sailvit: argument VERB: invalid choice: 'fly'",
-        ("convert", "a", "b", "--dtype", "float64"): "sailvit convert: argument --dtype: invalid choice: 'float64'",
+        ("convert", "a", "b", "--dtype", "float64"): "sailvit convert: argument --dtype: expected some of float32,",
         ("convert", "a", "b", "--part", "tower"): "sailvit convert: argument --part: invalid choice: 'tower'",
         ("encode", "a", "--batch-size", "0"): "argument --batch-size: expected a positive integer, got '0'",
         ("encode", "a", "--image-option", "max_tiles"): "--image-option: expected NAME=VALUE, got 'max_tiles'",

@@ -287,7 +287,7 @@ def test_logits_with_a_shared_prefix_are_those_of_separate_conversations(process
         with torch.no_grad():
             row = model(**arguments_of(model, pack)).logits[0]
         logits.append(row[pack.inputs["labels"][0].roll(-1) != -100])
-    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", NOT_SHARING.values(), ids=NOT_SHARING)

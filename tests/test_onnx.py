@@ -65,8 +65,7 @@ def exported(tmp_path_factory) -> Path:
         "--to-layout",
         "onnx",
         "--dtype",
-        "float32",
-        "int8",
+        "float32,int8",
     ]
     assert convert(*words) == 0
     return out
@@ -257,7 +256,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "words", ["--dtype int8", "--dtype float32 float16", "--with-connector", "--calibration x.png"]
+    "words", ["--dtype int8", "--dtype float32,float16", "--with-connector", "--calibration x.png"]
 )
 def test_options_of_onnx_are_refused_without_it(tmp_path, capsys, words):
     assert convert(ENCODER, tmp_path / "out", *words.split()) == 2
@@ -301,6 +300,12 @@ def test_encode_writes_the_tokens_of_torch(exported, tmp_path, dtype, bound):
     assert torch.equal(ours["tile_grid"], expected["tile_grid"]) and len(ours["tokens"]) > 2
     assert ours["tokens"].dtype == torch.float32
     assert relative_difference(ours["tokens"], expected["tokens"]) < bound
+
+
+def test_in_int8_the_tokens_of_a_tile_do_not_depend_on_the_other_tiles(exported):
+    encoder, tiles = load_onnx(exported, "cpu", "int8"), tiles_of(3)
+    tiles[1] *= 3
+    assert torch.equal(encoder.get_image_features(tiles)[2:], encoder.get_image_features(tiles[2:]))
 
 
 def test_encode_says_which_file_runs_where(exported, tmp_path, capsys):
@@ -501,7 +506,7 @@ def test_int8_of_a_large_encoder_is_a_quarter_of_float32(tmp_path):
 @pytest.mark.parametrize("size", ["large", "huge"])
 def test_no_process_of_an_export_has_the_weights_more_than_twice(tmp_path, size):
     source = write_synthetic(tmp_path / "source", published_shape(size))
-    words = ["convert", source, tmp_path / "out", "--to-layout", "onnx", "--dtype", "float32", "int8", "--no-verify"]
+    words = ["convert", source, tmp_path / "out", "--to-layout", "onnx", "--dtype", "float32,int8", "--no-verify"]
     _, peak = measure(*SAILVIT, *words)  # of the command, or of the largest process that it starts
     assert peak < 2 * (source / "model.safetensors").stat().st_size
     files = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}

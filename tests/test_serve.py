@@ -217,6 +217,11 @@ def test_options_that_transformers_takes_change_the_answer(client, generate):
     assert tiles.usage.prompt_tokens - one_tile.usage.prompt_tokens == 4 * 16
 
 
+def test_developer_is_another_name_of_system(client, generate):
+    developer, system = ({"role": role, "content": "Answer."} for role in ("developer", "system"))
+    assert ask(client, developer, user(*PICTURES[0])) == generate(system, user(*PICTURES[0]))
+
+
 def test_a_request_of_transformers_chat_is_answered(client, server):
     """It waits for the model, then sends a whole generation_config."""
     ready = openai.OpenAI(base_url=server, api_key="none").post("/load_model", body={"model": NAME}, cast_to=str)
@@ -257,7 +262,7 @@ BROKEN = data_url(PICTURES[0][0])[:-300]
 TEXT = [user("x")]
 BAD_REQUESTS = {
     "no messages": ([], {}, "messages: expected a list"),
-    "a role": ([{"role": "root", "content": "x"}], {}, "messages[0].role: expected system, user, assistant, got"),
+    "a role": ([{"role": "root", "content": "x"}], {}, "messages[0].role: expected system, developer, user,"),
     "no content": ([{"role": "user"}], {}, "messages[0].content: expected a string or a list, got null"),
     "no image": (images_at("data:image/png;base64,aGVsbG8="), {}, "image 1: these 5 bytes are not an image"),
     "a broken image": (images_at(BROKEN), {}, "image 1: cannot be decoded"),
@@ -328,6 +333,12 @@ def test_a_large_body_is_refused(client):
 
 def test_models_are_listed_without_paths(client):
     assert [model.id for model in client.models.list()] == [NAME]
+
+
+def test_the_model_is_described(client):
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match=f"expected '{NAME}', which is served, got 'gpt-5'"):
+        client.models.retrieve("gpt-5")
 
 
 @pytest.mark.parametrize("path", ["reset", "v1/responses", "v1/completions", "v1/audio/transcriptions", "docs"])
@@ -430,7 +441,7 @@ def test_a_text_in_pieces_ends_where_the_whole_text_does(pieces, stops):
 @needs_server
 def test_an_unknown_option_is_an_error_of_transformers(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert sailvit_cli.main(["serve", str(MULTIMODAL), "--nonsense"]) == 2
+    assert sailvit_cli.main(["serve", str(MULTIMODAL), "--port", "0", "--nonsense"]) == 2
     assert "No such option: --nonsense" in capsys.readouterr().err
 
 
@@ -439,8 +450,36 @@ def test_options_are_passed_on(monkeypatch, capsys):
     """A wrong value of an option is refused by the server of transformers, which got it."""
     monkeypatch.chdir(ROOT)
     for option, value in (("--quantization", "2bit"), ("--attn-implementation", "none"), ("--dtype", "complex3")):
-        assert sailvit_cli.main(["serve", str(MULTIMODAL), option, value, "--continuous-batching", "--compile"]) == 2
+        words = ["--port", "0", option, value, "--continuous-batching", "--compile"]
+        assert sailvit_cli.main(["serve", str(MULTIMODAL), *words]) == 2
         assert f"'{value}'" in capsys.readouterr().err
+
+
+@needs_server
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--port 999999", "--port: expected a number from 0 to 65535, got '999999'"),
+        ("--port x", "--port: expected a number from 0 to 65535, got 'x'"),
+        ("--host 192.0.2.1", "--host 192.0.2.1 --port 8000: Cannot assign requested address"),
+        ("--port 0 --device cuda:99", "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_an_address_or_device_that_cannot_be_used_is_found_before_the_model_is_loaded(
+    words, message, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    assert sailvit_cli.main(["serve", str(MULTIMODAL), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@needs_server
+def test_a_port_in_use_is_found_before_the_model_is_loaded(server, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    port = server.rpartition(":")[2]
+    assert sailvit_cli.main(["serve", str(MULTIMODAL), "--port", port]) == 2
+    assert f"--port {port}: Address already in use" in capsys.readouterr().err
 
 
 @needs_server
