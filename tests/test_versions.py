@@ -43,6 +43,16 @@ SAME_EVERYWHERE = (
     "test_train_formats.py",
     "test_training_checkpoints.py",
 )
+# These meet little of it; the oldest release runs without them, for time, the others with them.
+LEFT_OUT_OF_THE_OLDEST = (
+    "test_corpus.py",
+    "test_data_check.py",
+    "test_estimate.py",
+    "test_hub_push.py",
+    "test_hub_source.py",
+    "test_miniature_world.py",
+    "test_run.py",
+)
 
 
 def test_the_tested_releases_are_those_that_are_promised():
@@ -78,7 +88,8 @@ def test_the_fast_tests_pass_on_transformers(version, tmp_path):
     install += TESTED[version]
     subprocess.run(install, check=True)
     command = [python, "-m", "pytest", "-q", "-n0", "-m", "not slow and not nightly", "-p", "no:cacheprovider", "tests"]
-    command += [f"--ignore=tests/{file}" for file in SAME_EVERYWHERE]
+    left_out = (*SAME_EVERYWHERE, *(LEFT_OUT_OF_THE_OLDEST if version == OLDEST else ()))
+    command += [f"--ignore=tests/{file}" for file in left_out]
     variables = {**os.environ, "SAILVIT_VERSION_RUN": version, "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
