@@ -10,6 +10,7 @@ A new family of verbs is a file with `add_verbs` and a name in FAMILIES.
 """
 
 import argparse
+import logging
 import os
 import sys
 from importlib import import_module
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # transformers imports torchao where it is installed; torch warns at length about the enums that it registers.
     os.environ.setdefault("TORCH_LOGS", "-torch.utils._pytree")
+    # peft imports bitsandbytes where it is installed, which warns on a CPU that a package of faster products is not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         code = options.run(options)
         sys.stdout.flush()

@@ -26,6 +26,7 @@ from sailvit.convert.plan import DTYPES
 from sailvit.convert.storage.errors import VerificationError
 from sailvit.evaluate.encoders import LAST
 from sailvit.evaluate.probe.heads import KINDS
+from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit_cli.arguments import DTYPES as DTYPE_CHOICES
 from sailvit_cli.arguments import LAYOUTS as LAYOUT_CHOICES
 from sailvit_cli.probe import HEADS as HEAD_CHOICES
@@ -190,11 +191,13 @@ def test_what_reads_and_writes_files_imports_no_framework_and_prints_no_warning(
 
 
 @pytest.mark.slow
-def test_commands_that_run_a_model_print_no_warning(folder, tmp_path):
-    """torchao, where it is installed, makes torch warn at every import of transformers."""
-    make_checkpoint(tmp_path / "apple", "transformers")
+def test_commands_that_run_a_model_print_no_warning(tmp_path):
+    """torchao, where installed, makes torch warn at every import of transformers; bitsandbytes warns with peft."""
     shutil.copy(PHOTOGRAPH, tmp_path / "photo.jpg")
-    for arguments in (["convert", "apple", "tower"], ["encode", "photo.jpg", "--model", "tower", "--workers", "1"]):
+    for arguments in (
+        ["encode", "photo.jpg", "--model", ENCODER, "--workers", "1"],
+        ["train", "stage3", f"model={MULTIMODAL}", "--plan"],
+    ):
         done = run(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
 
