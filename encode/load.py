@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..configuration_sailvit import SAILViTConfig
-from ..convert.storage.sources import check_name, find_source
+from ..convert.storage.sources import check_name, open_folder
 from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
@@ -25,7 +25,7 @@ def load_config(path: str) -> SAILViTConfig:
     """
     check_name(path)
     if not Path(path).exists():
-        find_source(path)  # one request; transformers would retry for half a minute if the Hub is unreachable
+        open_folder(path)  # one request; transformers would retry for half a minute if the Hub is unreachable
     if Path(path).is_file():
         raise ValueError(f"{path}: expected a SAILViT folder, got a file: convert it with `sailvit convert`")
     config = AutoConfig.from_pretrained(path)
@@ -82,7 +82,8 @@ def load_encoder(
 ) -> SAILViTModel | OnnxEncoder:
     """Return what encode_images runs: a session for an ONNX folder, else a vision tower; see load_onnx, load_tower."""
     load_config(path)
-    return load_onnx(path, device, dtype, log) if onnx_files(path) else load_tower(path, device, dtype, log)
+    load = load_onnx if onnx_files(open_folder(path)) else load_tower
+    return load(path, device, dtype, log)
 
 
 def load_tower(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..convert.storage.sources import Source, open_folder
+
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,10 +27,10 @@ NEEDED = 'onnxruntime is not installed: pip install "sailvit[onnx]"'
 TOO_OLD = ("opset", "IR version")  # in onnxruntime's messages about files newer than itself
 
 
-def onnx_files(folder: str | Path) -> dict[str, Path]:
-    """Return dtype -> file of an ONNX folder; empty if it is none."""
-    paths = {dtype: Path(folder) / FOLDER / name for dtype, name in FILES.items()}
-    return {dtype: path for dtype, path in paths.items() if path.is_file()}
+def onnx_files(source: Source) -> dict[str, str]:
+    """Return dtype -> name of the file in an ONNX folder or repository; empty if it is none."""
+    names = {dtype: f"{FOLDER}/{name}" for dtype, name in FILES.items()}
+    return {dtype: name for dtype, name in names.items() if name in source.files}
 
 
 class OnnxEncoder:
@@ -62,6 +64,7 @@ def load_onnx(
     Return the encoder of an ONNX folder.
 
     Args:
+        folder: Or the name of a repository on the Hub, of which one file is downloaded, with its external data.
         device: A key of PROVIDERS; None for the first that the installed onnxruntime has.
         dtype: A key of FILES; "auto" for the most precise file.
         log: Called with each progress message.
@@ -70,13 +73,17 @@ def load_onnx(
         ValueError: The folder has no such file, onnxruntime no such device, or it does not load the file.
         ImportError: onnxruntime is not installed.
     """
-    files = onnx_files(folder)
+    source = open_folder(str(folder))
+    files = onnx_files(source)
     chosen = next(iter(files), dtype) if dtype == "auto" else dtype
     if chosen not in files:
-        has = " and ".join(f"{other} ({path.name})" for other, path in files.items())
+        has = " and ".join(f"{other} ({FILES[other]})" for other in files)
         raise ValueError(f"{folder}: expected one of its ONNX files, {has}, got dtype {dtype}: correct --dtype")
-    session = open_session(files[chosen], device)
-    log(f"runs {files[chosen].name} ({chosen}) in onnxruntime, by its {session.get_providers()[0]}")
+    path, data = source.path(files[chosen]), f"{files[chosen]}_data"
+    if data in source.files:
+        source.path(data)  # onnxruntime looks for it next to the other
+    session = open_session(path, device)
+    log(f"runs {FILES[chosen]} ({chosen}) in onnxruntime, by its {session.get_providers()[0]}")
     return OnnxEncoder(session)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..convert.storage.errors import Problem, VerificationError
 from ..convert.storage.files import hash_file, read_json
-from ..convert.storage.sources import PROVENANCE
+from ..convert.storage.sources import PROVENANCE, LocalFolder
 from ..convert.verify.outputs import relative_difference, run_in_clean_process
 from ..encode.onnx_model import FILES, onnx_files
 
@@ -39,7 +39,9 @@ def run_files(
     """
     tensors = run_in_clean_process(folder, script=SCRIPT, inputs=inputs and str(inputs))
     pixel_values = {name: tensor for name, tensor in tensors.items() if ":" not in name}
-    outputs: dict[str, dict[str, Any]] = {dtype: {name: {} for name in pixel_values} for dtype in onnx_files(folder)}
+    outputs: dict[str, dict[str, Any]] = {
+        dtype: {name: {} for name in pixel_values} for dtype in onnx_files(LocalFolder(folder))
+    }
     dtypes = {name: dtype for dtype, name in FILES.items()}
     for key in tensors.keys() - pixel_values.keys():
         file, name, output = key.split(":")

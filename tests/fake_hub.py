@@ -5,8 +5,11 @@ Hubs on this machine, as huggingface_hub's client speaks to them: one that serve
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +84,20 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
+
+
+def sailvit(home: Path, *arguments: object, endpoint: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command, with caches of its own; without an endpoint, offline."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    environment |= {"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sailvit_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
 
 
 @contextmanager

@@ -1,15 +1,11 @@
 """Converting models on the Hub: the real client, against a Hub on this machine."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import TINY_SHAPE, make_checkpoint
-from fake_hub import COMMIT, put, serve, serve_writable
+from fake_hub import COMMIT, put, sailvit, serve, serve_writable
 
 
 @pytest.fixture
@@ -22,20 +18,6 @@ def hub(tmp_path):
     (sharded / "llm.safetensors").write_bytes(b"large")
     with serve(tmp_path / "hub") as server:
         yield server
-
-
-def sailvit(home: Path, *arguments: object, endpoint: str | None = None) -> subprocess.CompletedProcess[str]:
-    """The command, with caches of its own; without an endpoint, offline."""
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    environment.pop("HF_HUB_OFFLINE", None)
-    environment |= {"HF_ENDPOINT": endpoint} if endpoint else {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sailvit_cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
 
 
 def test_a_model_on_the_hub_is_converted_at_its_commit_and_then_offline(hub, tmp_path):

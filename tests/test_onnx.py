@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import PHOTOGRAPH, ROOT, TINY, TINY_SHAPE, make_checkpoint, randomize, relative_difference
 from doc_pages import code_blocks
+from fake_hub import sailvit, serve
 from fork_server import run_forked
 from PIL import Image
 from processes import SAILVIT, measure
@@ -300,6 +301,19 @@ def test_encode_writes_the_tokens_of_torch(exported, tmp_path, dtype, bound):
     assert torch.equal(ours["tile_grid"], expected["tile_grid"]) and len(ours["tokens"]) > 2
     assert ours["tokens"].dtype == torch.float32
     assert relative_difference(ours["tokens"], expected["tokens"]) < bound
+
+
+@pytest.mark.slow
+def test_encode_takes_an_onnx_repository_by_name_and_downloads_one_file(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "hub" / "user" / "tiny-onnx")
+    words = ["encode", PHOTOGRAPH, "--dtype", "int8", "--no-tile", "--model"]
+    with serve(tmp_path / "hub") as (endpoint, asked):
+        done = sailvit(tmp_path, *words, "user/tiny-onnx", "--out", "by-name", endpoint=endpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {request.rpartition("/")[2] for request in asked if ".onnx" in request} == {FILES["int8"]}
+    assert encode(*words[1:], exported, "--out", tmp_path / "local") == 0
+    by_name, local = ((tmp_path / out / "raccoon.jpg.safetensors").read_bytes() for out in ("by-name", "local"))
+    assert by_name == local
 
 
 def test_in_int8_the_tokens_of_a_tile_do_not_depend_on_the_other_tiles(exported):

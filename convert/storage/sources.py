@@ -133,12 +133,26 @@ def find_source(source: str, revision: str | None = None, headers_only: bool = F
         # the files that belong to it; WEIGHTS are a whole model, even next to an adapter
         files = (path.name, *SIDECAR_FILES, *(() if path.name in WEIGHTS else (ADAPTER,)))
         return LocalFolder(path.parent, None if path.name.endswith(".index.json") else files, path), path.name
-    folder = LocalFolder(path) if path.is_dir() else _open_repository(source, revision, headers_only)
+    folder = open_folder(source, revision, headers_only)
     entry, parent = _choose_weights(folder), path.resolve().parent
     is_shard_folder = path.is_dir() and entry in ENGINE_ENTRIES and not {*ROOT_MARKERS} & {*folder.files}
     if is_shard_folder and any((parent / file).is_file() for file in ROOT_MARKERS):
         return LocalFolder(parent, requested=path), f"{path.resolve().name}/{entry}"
     return folder, entry
+
+
+def open_folder(name: str, revision: str | None = None, headers_only: bool = False) -> Source:
+    """All files of a folder or of a repository on the Hub, offline of those in the cache; errors as of find_source."""
+    from huggingface_hub import constants, snapshot_download
+
+    if Path(name).is_dir():
+        return LocalFolder(Path(name))
+    if not constants.HF_HUB_OFFLINE:
+        return HubRepository(name, revision, headers_only)
+    with _hub_errors(name, revision):
+        folder = LocalFolder(Path(snapshot_download(name, revision=revision, local_files_only=True)))
+    folder.name, folder.revision = name, folder.folder.name
+    return folder
 
 
 def check_name(source: str) -> None:
@@ -243,18 +257,6 @@ def _choose_weights(source: Source) -> str:
         raise CheckpointError(f"{source.name}: an ONNX folder, which has no weights for torch; {fix}")
     what = f"several ({', '.join(choices)}): name the file" if choices else "no weights"
     raise CheckpointError(f"{source.name}: {what}; names found automatically: {', '.join(WEIGHTS)}")
-
-
-def _open_repository(name: str, revision: str | None, headers_only: bool) -> Source:
-    """A repository on the Hub; offline, its files in the cache."""
-    from huggingface_hub import constants, snapshot_download
-
-    if not constants.HF_HUB_OFFLINE:
-        return HubRepository(name, revision, headers_only)
-    with _hub_errors(name, revision):
-        folder = LocalFolder(Path(snapshot_download(name, revision=revision, local_files_only=True)))
-    folder.name, folder.revision = name, folder.folder.name
-    return folder
 
 
 @contextmanager
