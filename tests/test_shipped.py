@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -22,8 +23,8 @@ from sailvit.examples.miniature.charts import draw_tokens
 from sailvit.examples.miniature.demo import OBJECTS, SIZE, TILES, make_picture
 from sailvit.examples.miniature.draw import draw_picture
 from sailvit.examples.miniature.figure import GAP, LINE, ZOOM, draw_figure
-from sailvit.examples.miniature.pictures import is_held_out
-from sailvit.examples.miniature.questions import TASKS
+from sailvit.examples.miniature.pictures import choose, is_held_out, make_scene
+from sailvit.examples.miniature.questions import TASKS, ask_what
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL, TRAINED, write_folders
 from sailvit.examples.miniature.vocabulary import SEEN
 from sailvit.hub import check_before_publish
@@ -97,6 +98,22 @@ def test_most_answers_about_new_pictures_are_right():
     answers = Answerer(MULTIMODAL).answer(*zip(*((question.user, picture) for question, picture in asked), strict=True))
     right = [answer == question.assistant for answer, (question, _) in zip(answers, asked, strict=True)]
     assert len(right) > 200 and np.mean(right) > 0.9
+
+
+@pytest.mark.nightly
+def test_objects_in_several_tiles_are_named_less_often():
+    """Prints the figures of docs/miniature.md."""
+    random, answerer, accuracy = Random("none of the test pictures"), Answerer(MULTIMODAL), {}
+    for tiles in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        scenes = [choose(partial(make_scene, random, tiles=tiles), True) for _ in range(200)]
+        asked = [(scene, question) for scene in scenes for question in ask_what(scene, random)]
+        pictures = [Image.fromarray(draw_picture(scene, SIZE, random)) for scene, _ in asked]
+        answers = answerer.answer([question.user for _, question in asked], pictures)
+        right = [answer == question.assistant for answer, (_, question) in zip(answers, asked, strict=True)]
+        accuracy[tiles] = np.mean(right)
+        print(f"{tiles[0]} x {tiles[1]} tiles: {accuracy[tiles]:.1%} of {len(right)} questions")
+    one, *several = accuracy.values()
+    assert one > 0.93 and 0.2 < np.mean(several) < 0.6
 
 
 def test_both_folders_are_one_model_and_are_written_by_one_command(tmp_path):
