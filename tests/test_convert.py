@@ -715,7 +715,7 @@ def test_a_kill_at_any_point_leaves_the_old_folder_or_none(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "source"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_memory_is_bounded_by_a_shard_not_by_the_checkpoint(tmp_path, suffix):
     from processes import SAILVIT, idle_bytes, measure

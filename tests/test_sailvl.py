@@ -586,8 +586,8 @@ def test_embeddings_can_be_resized(model):
 # Compilation, quantization, device maps
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_gives_the_logits_of_eager(model, backend):
     ids, pixels = prompt(2), random_pixels(2, 3, 56, 56)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
@@ -599,7 +599,7 @@ def test_compiled_gives_the_logits_of_eager(model, backend):
             compiled(ids[:, 1:].clone().index_fill_(1, torch.tensor([5]), 7), pixels)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("images", [0, 1])
 def test_generate_with_a_static_cache_compiles_without_a_graph_break(model, images):
     ids, pixels = prompt(images, 3), random_pixels(1, 3, 56, 56)

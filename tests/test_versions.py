@@ -50,8 +50,12 @@ LEFT_OUT_OF_THE_OLDEST = (
     "test_estimate.py",
     "test_hub_push.py",
     "test_hub_source.py",
+    "test_inspect.py",
+    "test_miniature_arms.py",
     "test_miniature_world.py",
+    "test_report.py",
     "test_run.py",
+    "test_show.py",
 )
 
 
