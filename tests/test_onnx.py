@@ -519,10 +519,13 @@ def test_int8_of_a_large_encoder_is_a_quarter_of_float32(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("size", ["large", "huge"])
 def test_no_process_of_an_export_has_the_weights_more_than_twice(tmp_path, size):
+    """Prints the seconds, too."""
     source = write_synthetic(tmp_path / "source", published_shape(size))
     words = ["convert", source, tmp_path / "out", "--to-layout", "onnx", "--dtype", "float32,int8", "--no-verify"]
-    _, peak = measure(*SAILVIT, *words)  # of the command, or of the largest process that it starts
-    assert peak < 2 * (source / "model.safetensors").stat().st_size
+    seconds, peak = measure(*SAILVIT, *words)  # of the command, or of the largest process that it starts
+    weights = (source / "model.safetensors").stat().st_size
+    print(f"{size}: {seconds:.0f} s, {peak / weights:.2f} x the weights")
+    assert peak < 2 * weights
     files = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
     assert files == {*FILES.values()} | ({"model.onnx_data"} if size == "huge" else set())
 
