@@ -24,7 +24,7 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument(
         "--size", choices=SIZES, default="32px", help="of a tile, and the widths of the models; default: 32px"
     )
-    group.add_argument("--seed", type=count, default=0, metavar="N", help="of pictures, weights and order; default: 0")
+    group.add_argument("--seed", type=count, metavar="N", help="of pictures, weights and order; default: 0")
     group.add_argument(
         "--arms",
         nargs="*",
@@ -50,6 +50,8 @@ def run_verb(options: argparse.Namespace) -> int:
     """
     if options.seeds and options.arms is None:
         raise ValueError("--seeds: expected --arms, too; --seed is that of one miniature")
+    if options.seed is not None and options.arms is not None:
+        raise ValueError("--seed: expected --seeds, which are those of --arms")
     try:
         _be_quiet()
         from sailvit.examples.miniature.run import run_arms, run_miniature
@@ -63,7 +65,7 @@ def run_verb(options: argparse.Namespace) -> int:
         write_summary(options.out)
         return 0
     if options.arms is None:
-        return run_miniature(options.out, setting.with_seed(options.seed), log, command)
+        return run_miniature(options.out, setting.with_seed(options.seed or 0), log, command)
     return run_arms(options.out, setting, options.arms, options.seeds or SEEDS, log, command)
 
 

@@ -254,6 +254,16 @@ def test_a_stopped_experiment_goes_on_and_repeats_nothing(trainings, tmp_path):
     assert [*summary["arms"]] == ["base", "refined"] and summary["arms"]["refined"]["seeds"] == [1]
 
 
+def test_a_result_has_no_transfers_until_all_have_answered(trainings, tmp_path):
+    folder = tmp_path / "seed-0"
+    (folder / "untrained").mkdir(parents=True)
+    trainings.stop_before = folder / "transfer" / "base-wide" / "language"
+    assert run_arms(tmp_path, Setting(), ["base"], [0], quiet) == STOPPED
+    trainings.stop_before = None
+    assert steps.run_miniature(folder, Setting(), quiet, "", ["base"]) == 0
+    assert json.loads((folder / "results" / "base.json").read_text())["transfer"] == {}
+
+
 def test_a_miniature_without_arms_is_refined_alone(trainings, tmp_path):
     (tmp_path / "untrained").mkdir()
     lines: list[str] = []
@@ -351,9 +361,11 @@ def test_pictures_are_drawn_and_not_questions():
         bootstrap_pictures("11 0", "1 10")
 
 
-def test_seeds_without_arms_are_an_error(tmp_path, capsys):
+def test_the_seed_option_of_the_other_way_to_run_is_an_error(tmp_path, capsys):
     assert sailvit_cli.main(["miniature", str(tmp_path), "--seeds", "0", "1"]) == 2
     assert "--seeds: expected --arms, too" in capsys.readouterr().err
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--arms", "base", "--seed", "5"]) == 2
+    assert "--seed: expected --seeds" in capsys.readouterr().err
 
 
 # All of it, tiny
@@ -386,7 +398,7 @@ def test_two_arms_are_trained_transferred_and_compared(tmp_path):
 # The results that come with the package
 
 
-def test_the_page_has_the_figures_of_its_results():
+def test_the_tables_of_the_page_are_those_of_its_results():
     text = (PAGE / "summary.md").read_text()
     assert text == to_markdown(summarize(read_results(PAGE)))
     rows = [line for line in PAGE.with_suffix(".md").read_text().splitlines() if line.startswith("|")]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +23,7 @@ from toy_sailvl import load_tokenizer
 from sailvit import SAILViTImageProcessor, SAILVLProcessor
 from sailvit.evaluate.datasets import load_images, match_classes
 from sailvit.examples.miniature import LOOKS, PROBE_SETS, TASKS, WorldPlan, draw_picture, read_examples, write_world
+from sailvit.examples.miniature.answers import CATEGORIES as ASKED
 from sailvit.examples.miniature.conversations import make_conversation
 from sailvit.examples.miniature.draw import encode_png, find_cell
 from sailvit.examples.miniature.glyphs import FONTS, draw_glyph, load_glyphs, parse_glyphs
@@ -33,10 +35,14 @@ from sailvit.examples.miniature.vocabulary import (
     DIGITS,
     GRIDS,
     LETTERS,
+    SEEN,
     SEEN_COLOURS,
+    SEEN_FONTS,
     SHAPES,
     UNSEEN_COLOURS,
+    UNSEEN_FONTS,
     UNSEEN_LETTERS,
+    WORDS,
     Look,
 )
 from sailvit.train import Corpus
@@ -281,7 +287,31 @@ def test_training_shows_nothing_unseen_and_no_split_the_descriptions_of_another(
         if isinstance(picture, Scene):
             assert not {item.thing for item in picture.items} & {*UNSEEN_LETTERS}
             assert {item.colour for item in picture.items} <= {*SEEN_COLOURS}
-            assert "angular" not in {item.font for item in picture.items}
+            assert not {item.font for item in picture.items} & {*UNSEEN_FONTS}
+
+
+def test_texts_of_training_have_no_unseen_letter_and_no_unseen_font():
+    assert {*"".join(WORDS)} <= {*LETTERS} and not {*LETTERS} & {*UNSEEN_LETTERS}
+    for make in (make_lines, make_sum):
+        assert {make(Random(seed)).font for seed in range(100)} == {*SEEN_FONTS}
+
+
+@pytest.mark.nightly
+def test_commonest_answers_are_seldom_right_but_for_counts():
+    """Prints the figures of docs/miniature.md: how often a question's commonest answer in training is right."""
+    random, answers = Random(0), [defaultdict(Counter), defaultdict(Counter)]
+    for held_out, number in ((False, 20_000), (True, 4000)):
+        for _ in range(number):
+            for question in TASKS["scenes"].make(random, SEEN, held_out, 7)[1]:
+                answers[held_out][question.category, question.user][question.assistant] += 1
+    right, asked = Counter(), Counter()
+    for (category, text), found in answers[True].items():
+        (commonest, _), *_ = answers[False][category, text].most_common(1)
+        right[category] += found[commonest]
+        asked[category] += found.total()
+    for category in ASKED:
+        print(f"{category}: {right[category] / asked[category]:.1%} of {asked[category]} questions")
+    assert right["what"] / asked["what"] < 0.1 < 0.3 < right["count"] / asked["count"] < 0.5
 
 
 def test_no_picture_is_in_the_world_twice(world):

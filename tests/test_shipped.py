@@ -26,7 +26,7 @@ from sailvit.examples.miniature.figure import GAP, LINE, ZOOM, draw_figure
 from sailvit.examples.miniature.pictures import choose, is_held_out, make_scene
 from sailvit.examples.miniature.questions import TASKS, ask_what
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL, TRAINED, write_folders
-from sailvit.examples.miniature.vocabulary import SEEN
+from sailvit.examples.miniature.vocabulary import LOOKS, SEEN
 from sailvit.hub import check_before_publish
 
 
@@ -98,6 +98,25 @@ def test_most_answers_about_new_pictures_are_right():
     answers = Answerer(MULTIMODAL).answer(*zip(*((question.user, picture) for question, picture in asked), strict=True))
     right = [answer == question.assistant for answer, (question, _) in zip(answers, asked, strict=True)]
     assert len(right) > 200 and np.mean(right) > 0.9
+
+
+@pytest.mark.nightly
+def test_answers_about_other_looks_and_other_kinds_of_pictures():
+    """Prints the figures of docs/miniature.md."""
+    random, answerer, accuracy = Random("none of the test pictures"), Answerer(MULTIMODAL), {}
+    tests = [(look, "scenes") for look in ("seen", "clutter", "unseen_font_colour")]
+    for look, task in [*tests, ("seen", "ocr"), ("seen", "math")]:
+        asked = []
+        for _ in range(300):
+            picture, questions = TASKS[task].make(random, LOOKS[look], True, 7)
+            image = Image.fromarray(draw_picture(picture, SIZE, random, LOOKS[look]))
+            asked += [(question, image) for question in questions if task != "scenes" or question.category == "what"]
+        answers = answerer.answer(*zip(*((question.user, image) for question, image in asked), strict=True))
+        right = [answer == question.assistant for answer, (question, _) in zip(answers, asked, strict=True)]
+        accuracy[look, task] = np.mean(right)
+        print(f"{look}, {task}: {np.mean(right):.1%} of {len(right)} questions")
+    assert accuracy["seen", "scenes"] > 0.9 > accuracy["unseen_font_colour", "scenes"] > 0.3
+    assert max(accuracy["seen", "ocr"], accuracy["seen", "math"]) < 0.5
 
 
 @pytest.mark.nightly

@@ -162,12 +162,13 @@ def make_scene(
         random: The source of randomness.
         look: What may be drawn.
         count: Objects. Default: 1 to 4 in one tile, more in a picture of several.
-        tiles: Columns and rows of tiles. Default: at random.
+        tiles: Columns and rows of tiles. Default: at random. One object is always in one tile.
     """
+    fewest = 1 if tiles in (None, (1, 1)) else 2
     tiles = tiles or choose_tiles(random)
     grid = GRIDS[tiles]
     cells = CELLS[grid]
-    count = count or random.randint(1, min(len(cells), look.most_objects))
+    count = count or random.randint(fewest, min(len(cells), look.most_objects))
     if count == 1:
         return Scene((_make_item(random, look, "", look.single),), (1, 1))
     # Few colours make objects of one colour, so that counting them is a question.

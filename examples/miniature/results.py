@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluate.probe.files import RESULTS
+from .arms import ARMS
 from .world import PROBE_SETS, TEXT
 
 
@@ -38,7 +39,7 @@ def write_result(
         seed: Of the miniature.
         runs: "pretraining" and "stages": the runs that made the encoder.
         folder: Of the miniature, with probe/ and answers/.
-        transfers: Language model -> runs; those that do not exist are left out.
+        transfers: Language model -> runs; left out unless all of them have answered.
     """
     described = {name: [_describe_run(run) for run in own] for name, own in runs.items()}
     result: dict[str, Any] = {"arm": arm, "seed": seed}
@@ -46,14 +47,15 @@ def write_result(
     result["probes"] = {}
     for train in PROBES:
         result["probes"] |= _read_probe(folder / "probe" / arm / train / RESULTS, train)
-    result["answers"] = _read_answers(folder / "answers" / f"{arm}.json")
+    answers = folder / "answers"
+    result["answers"] = _read_answers(answers / f"{arm}.json") if ARMS[arm].has_language else {}
+    files = {run: answers / f"{run.parent.name}-{run.name}.json" for own in transfers.values() for run in own}
+    finished = transfers if all(path.exists() for path in files.values()) else {}
     result["transfer"] = {
-        language: {run.name: _read_answers(folder / "answers" / f"{run.parent.name}-{run.name}.json") for run in own}
-        for language, own in transfers.items()
-        if own[-1].exists()
+        language: {run.name: _read_answers(files[run]) for run in own} for language, own in finished.items()
     }
-    made = [run for own in transfers.values() for run in own if own[-1].exists()]
-    result["runs"] = {**described, "transfer": [_describe_run(run) for run in made]}
+    made = [_describe_run(run) for own in finished.values() for run in own]
+    result["runs"] = {**described, "transfer": made}
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -94,4 +96,4 @@ def _by_set(content: Mapping[str, Any], train: str) -> dict[str, dict[str, Any]]
 
 
 def _read_answers(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return json.loads(path.read_text("utf-8"))

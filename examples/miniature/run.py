@@ -47,6 +47,7 @@ from .world import read_texts, write_world
 RECIPES = Path(__file__).parent / "recipes"
 INTERVAL = 10.0  # seconds between lines about the same step
 ENCODER = "sailvit-miniature"
+PICTURED = ("base", "more_aim", REFINED)  # the arms of tokens.png
 TRANSFER = ("connector", "language")  # the runs of a transfer, named after what is trained first in each
 Log = Callable[[str], None]
 
@@ -180,7 +181,8 @@ class Planner:
                 steps += self._transfer(name, language)
         steps += [self._result(name) for name in arms]
         steps += [self._report()] if REFINED in arms else []
-        steps += [self._tokens(transferred)] if transferred else []
+        pictured = [name for name in PICTURED if name in transferred]
+        steps += [self._tokens(pictured)] if pictured else []
         return [*{step.title: step for step in steps}.values()]
 
     # Where things are
