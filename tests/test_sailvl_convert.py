@@ -436,6 +436,17 @@ def test_all_is_the_default_for_a_release_and_the_tower_for_a_tower(toys, tmp_pa
     assert read(tmp_path / "out" / "config.json")["model_type"] == "sailvit"
 
 
+@pytest.mark.parametrize(("factor", "name"), [(1, "downsample_ratio"), (4, "pixel_shuffle_factor")])
+def test_the_tower_taken_out_has_the_pixel_shuffle_factor_of_the_whole(tmp_path, factor, name):
+    source = write_release(tmp_path / "source", factor=factor)
+    if name == "pixel_shuffle_factor":
+        change(source / "config.json", downsample_ratio=None, pixel_shuffle_factor=factor)
+    convert(source, tmp_path / "out", part="vision")
+    assert read(tmp_path / "out" / "config.json")["pixel_shuffle_factor"] == factor
+    features = load(tmp_path / "out", AutoModel).get_image_features(random_pixels(1, 3, 56, 56))
+    assert features.shape == (1, TINY_SHAPE.grid_size**2 // factor**2, factor**2 * TINY["hidden_size"])
+
+
 @pytest.mark.parametrize("source", ["release", "all"])
 def test_the_tower_taken_out_gives_its_tokens(toys, tmp_path, source):
     convert(toys / source, tmp_path / "out", part="vision")

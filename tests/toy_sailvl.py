@@ -156,7 +156,8 @@ def released_tensors(config: dict, seed: int = 0, attentive: bool = False) -> di
     """
     tower = randomize(SAILViTModel(SAILViTConfig(**_fields(config["vision_config"]))), seed)
     language = randomize(_language_model(config["llm_config"]), seed + 1)
-    width, shuffled = config["llm_config"]["hidden_size"], 4 * config["vision_config"]["hidden_size"]
+    width, factor = config["llm_config"]["hidden_size"], round(1 / config["downsample_ratio"])
+    shuffled = factor**2 * config["vision_config"]["hidden_size"]
     connector = randomize(_connector(shuffled, width), seed + 2)
     tensors = {}
     for prefix, part in (("vision_model", tower), ("mlp1", connector), ("language_model", language)):
@@ -179,9 +180,10 @@ def write_release(
     dtype: torch.dtype = torch.float32,
     attentive: bool = False,
     smallest: bool = False,
+    factor: int = 2,
 ) -> Path:
     """Write a SAIL-VL release of toy size: sharded weights, config.json, tokenizer; no processor, no code."""
-    config = released_config(language, tied)
+    config = released_config(language, tied) | {"downsample_ratio": 1 / factor}
     if smallest:
         for part, sizes in SMALLEST.items():
             config[part] |= sizes

@@ -9,6 +9,7 @@ from typing import Any
 from ..export.runtimes import ENCODER_FIELDS, SIZE_NAMES
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem, raise_if_any
+from ..storage.names import shuffle_factor, text_fields
 from ..storage.sources import PROVENANCE
 from ..storage.tensors import StoredTensor
 from .aimv2_names import AIMV2, PATCHES, POSITIONS, AIMv2Dimensions
@@ -84,6 +85,8 @@ def read_aimv2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     is_tower = "patch_size" in config or str(config.get("model_type")).startswith(("aimv2_vision", "sailvit"))
     fields = next((each for each in sections if isinstance(each, Mapping)), config if is_tower else {})
     known = {key: fields[key] for key in ENCODER_FIELDS if fields.get(key) is not None}
+    if known and text_fields(config):  # the connector's, which a SAIL-VL has at the top level
+        known["pixel_shuffle_factor"] = shuffle_factor(config)
     if "mlp_bias" in fields:
         known["use_bias"] = fields["mlp_bias"]
     if fields.get("model_type") == "aimv2_vision_model" or "is_native" in fields:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..export.sailvl_files import portable, transformers_errors
 from ..storage.checkpoint import Checkpoint
 from ..storage.errors import CheckpointError, Problem
-from ..storage.names import strip_wrapper_prefixes, text_fields, without_wrapper_prefixes
+from ..storage.names import shuffle_factor, strip_wrapper_prefixes, text_fields, without_wrapper_prefixes
 from ..storage.tensors import FLOAT_BITS, is_same, torch_name
 from .checks import tensor_problems
 
@@ -207,9 +207,7 @@ def _converts_on_load(config: "PretrainedConfig") -> bool:
 def _connector_shapes(connector: Component) -> dict[str, tuple[int, ...]]:
     config, (out, width) = connector.config, connector.matrix_shape
     vision, text = (fields.get("hidden_size") for fields in (vision_fields(config), text_fields(config)))
-    ratio = config.get("downsample_ratio")
-    factor = round(1 / ratio) if isinstance(ratio, float) and ratio else config.get("pixel_shuffle_factor", 2)
-    if type(vision) is int and type(factor) is int:
+    if type(vision) is int and type(factor := shuffle_factor(config)) is int:
         width = factor**2 * vision or width
     if type(text) is int:
         out = text or out

@@ -66,6 +66,13 @@ def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return fields if isinstance(fields, Mapping) else {}
 
 
+def shuffle_factor(config: Mapping[str, Any]) -> Any:
+    """Return the pixel shuffle factor in the config.json of a SAIL-VL, `downsample_ratio` in releases."""
+    ratio = config.get("downsample_ratio")
+    is_ratio = isinstance(ratio, int | float) and 0 < ratio <= 1
+    return round(1 / ratio) if is_ratio else config.get("pixel_shuffle_factor", 2)
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the config.json of a SAIL-VL or language model ties them; by default as its config class does."""
     fields = text_fields(config) or config
