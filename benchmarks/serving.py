@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -90,11 +91,17 @@ def start_server(folder: Path) -> str:
             time.sleep(0.1)
 
 
-def ask(address: str, name: str, png: bytes, tokens: int) -> tuple[float, float, int]:
-    """Return the seconds to the first piece of a streamed answer and to its end, and its tokens."""
+@cache
+def client_of(address: str) -> Any:
+    """Return the client of a server, which takes tens of milliseconds to make."""
     import openai
 
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def ask(address: str, name: str, png: bytes, tokens: int) -> tuple[float, float, int]:
+    """Return the seconds to the first piece of a streamed answer and to its end, and its tokens."""
+    client = client_of(address)
     url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]

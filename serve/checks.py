@@ -8,7 +8,8 @@ server of transformers passes `chat_template_kwargs` on, in which a client could
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL.Image import Image
@@ -20,7 +21,7 @@ from ..processing_sailvl import TILING_OPTIONS, SAILVLProcessor
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Numbers -> type, least and largest value, as `generate` takes them; "temperature" is used with do_sample alone.
 NUMBERS: dict[str, tuple[type, float, float]] = {
-    "temperature": (float, 0, 100),
+    "temperature": (float, 1e-6, 100),  # or 0
     "top_p": (float, 0, 1),
     "frequency_penalty": (float, 0, 2),
     "seed": (int, -(2**63), 2**63 - 1),
@@ -41,6 +42,8 @@ GENERATION_NUMBERS: dict[str, tuple[type, float, float]] = {
     "max_new_tokens": (int, 1, 2**31),
 }
 GENERATION_FIELDS = {*GENERATION_NUMBERS, "do_sample", "stop_strings", "transformers_version"}
+MOST_PARTS = 2000  # of all messages
+MOST_STOPS, STOP_LENGTH = 4, 100  # as OpenAI has it; characters. transformers makes a table of them for all tokens
 CHARACTERS = 16  # of a token, at most; in English about 4
 DEFAULT_TOKENS = 1024  # of an answer, as in the server of transformers
 
@@ -49,13 +52,12 @@ class RequestError(ValueError):
     """A request that is not answered; the message is for the client."""
 
 
-def check_request(body: Mapping[str, Any], read_images: Callable[[list[str]], list[Image]]) -> dict[str, Any]:
+def check_request(body: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return a request with checked messages that contain images in place of URLs.
+    Return a request with checked messages.
 
     Args:
         body: The JSON of a request to /v1/chat/completions.
-        read_images: Called once with the URLs of all images.
 
     Raises:
         RequestError: A field has a wrong type or value, or is not supported.
@@ -64,12 +66,21 @@ def check_request(body: Mapping[str, Any], read_images: Callable[[list[str]], li
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages: expected a list of at least one message")
+    if (parts := sum(map(_count_parts, messages))) > MOST_PARTS:
+        raise RequestError(f"messages: expected at most {MOST_PARTS} messages and parts, got {parts}")
     messages = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    parts = [*_image_parts(messages)]
-    images = read_images([part["image_url"]["url"] for part in parts])
-    for part, image in zip(parts, images, strict=True):
+    return {**_rewrite_fields(body), "messages": messages}
+
+
+def image_urls(body: Mapping[str, Any]) -> list[str]:
+    """Return the URLs of all images of a checked request, in order."""
+    return [part["image_url"]["url"] for part in _image_parts(body["messages"])]
+
+
+def insert_images(body: Mapping[str, Any], images: Sequence[Image]) -> None:
+    """Put images in the place of the URLs of a checked request."""
+    for part, image in zip(_image_parts(body["messages"]), images, strict=True):
         part["image_url"] = {"url": image}
-    return {**_without_empty(body), "messages": messages}
 
 
 def check_length(
@@ -79,7 +90,7 @@ def check_length(
     Return a checked request with `max_completion_tokens`, at most what the context of the model leaves.
 
     Args:
-        body: As `check_request` returns it.
+        body: As `check_request` returns it, with images.
         context: Tokens of a prompt and its answer; None if the model has no limit.
         opening: Tokens that open the answer, of `count_opening`.
 
@@ -104,13 +115,17 @@ def check_length(
     return {**body, "max_completion_tokens": requested or min(DEFAULT_TOKENS, room - prompt)}
 
 
-def check_texts(body: Mapping[str, Any], processor: SAILVLProcessor, context: int | None) -> None:
+def check_texts(body: Mapping[str, Any], tokens: Sequence[str], context: int | None) -> None:
     """
+    Args:
+        body: As `check_request` returns it.
+        tokens: Of `special_tokens`.
+        context: Tokens of a prompt and its answer; None if the model has no limit.
+
     Raises:
         RequestError: A message contains a special token, such as an end of turn or a placeholder, or the texts are much
             longer than the context; to count their tokens would take long.
     """
-    tokens = special_tokens(processor)
     texts = ["".join(part.get("text", "") for part in message["content"]) for message in body["messages"]]
     for index, text in enumerate(texts):
         if found := [token for token in tokens if token in text]:
@@ -136,7 +151,7 @@ def _check_fields(body: Mapping[str, Any]) -> None:
     if not isinstance(body.get("stream") or False, bool):
         raise RequestError(f"stream: expected true or false, got {_type(body['stream'])}")
     _check_stop(body.get("stop"), "stop")
-    _check_generation_config(body.get("generation_config"))
+    _read_generation_config(body.get("generation_config"))
     options = body.get("chat_template_kwargs")
     if unknown := _mapping({} if options is None else options, "chat_template_kwargs").keys() - TILING_OPTIONS:
         raise RequestError(
@@ -147,7 +162,7 @@ def _check_fields(body: Mapping[str, Any]) -> None:
 def _check_numbers(values: Mapping[str, Any], known: Mapping[str, tuple[type, float, float]], where: str = "") -> None:
     for name, (kind, least, most) in known.items():
         value = values.get(name)
-        if value is None:
+        if value is None or (name == "temperature" and value == 0 and not where):
             continue
         is_number = _is_number(value)
         if not is_number or not least <= value <= most or (kind is int and value != int(value)):
@@ -158,14 +173,16 @@ def _check_numbers(values: Mapping[str, Any], known: Mapping[str, tuple[type, fl
 
 def _check_stop(stop: Any, name: str) -> None:
     texts = [stop] if isinstance(stop, str) else _list([] if stop is None else stop, name)
-    if not all(isinstance(text, str) and text for text in texts):
+    if not all(_is_text(text) and text for text in texts):
         raise RequestError(f"{name}: expected a string or a list of strings, none of them empty")
+    if len(texts) > MOST_STOPS or any(len(text) > STOP_LENGTH for text in texts):
+        raise RequestError(f"{name}: expected at most {MOST_STOPS} strings of at most {STOP_LENGTH} characters each")
 
 
-def _check_generation_config(text: Any) -> None:
+def _read_generation_config(text: Any) -> Mapping[str, Any]:
     try:
         settings = json.loads(text) if text is not None else {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"generation_config: expected a JSON object in a string: {str(error)[:80]}") from error
     if unknown := _mapping(settings, "generation_config").keys() - GENERATION_FIELDS:
         raise RequestError(
@@ -175,13 +192,20 @@ def _check_generation_config(text: Any) -> None:
     _check_stop(settings.get("stop_strings"), "generation_config: stop_strings")
     if not isinstance(settings.get("do_sample") or False, bool):
         raise RequestError(f"generation_config: do_sample: expected true or false, got {_type(settings['do_sample'])}")
+    return settings
 
 
-def _without_empty(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checked request without fields that say nothing, and with the biases of logits as floats."""
+def _rewrite_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked fields without those that say nothing, and with numbers of the types that transformers wants."""
     kept = {name: value for name, value in body.items() if value not in (None, [], {}, "")}
     if "logit_bias" in kept:
         kept["logit_bias"] = _check_biases(kept["logit_bias"])
+    if "generation_config" in kept:
+        settings = {k: v for k, v in _read_generation_config(kept["generation_config"]).items() if v is not None}
+        if stop := settings.pop("stop_strings", None):
+            kept.setdefault("stop", stop)  # where they are cut from the answer
+        numbers = {name: GENERATION_NUMBERS[name][0](value) for name, value in settings.items() if _is_number(value)}
+        kept["generation_config"] = json.dumps({**settings, **numbers})
     return kept
 
 
@@ -211,7 +235,7 @@ def _check_message(message: Any, location: str) -> dict[str, Any]:
 def _check_part(part: Any, location: str) -> dict[str, Any]:
     part = _mapping(part, location)
     kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
+    if kind == "text" and _is_text(part.get("text")):
         return {"type": "text", "text": part["text"]}
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, Mapping) else image
@@ -247,6 +271,17 @@ def count_opening(processor: SAILVLProcessor) -> int:
     chat = [{"role": "user", "content": ""}]
     without, whole = (processor.apply_chat_template(chat, add_generation_prompt=added) for added in (False, True))
     return len(processor.tokenizer(whole.removeprefix(without), add_special_tokens=False)["input_ids"])
+
+
+def _count_parts(message: Any) -> int:
+    """Return 1 for a message and 1 for each of its parts."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return 1 + len(content if isinstance(content, list) else ())
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether it is a string of valid Unicode; JSON may have half a surrogate pair, which is none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _is_number(value: Any) -> bool:

@@ -55,6 +55,11 @@ class Limits:
     seconds: float = 20
     allow_private: bool = False
 
+    def __post_init__(self) -> None:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or self.pixels)
+        if self.pixels > most:
+            raise ValueError(f"--max-pixels: expected at most {most}, the limit of Pillow, got {self.pixels}")
+
 
 def read_images(urls: Sequence[str], limits: Limits) -> list[Image.Image]:
     """
@@ -138,7 +143,8 @@ def _open(content: bytes, pixels: int) -> Image.Image:
         image, trial = (Image.open(io.BytesIO(content), formats=formats) for _ in range(2))
         if image.width * image.height > pixels:
             raise _PixelsError
-        trial.draft("RGB", (image.width // 8, image.height // 8))  # a JPEG is decoded at 1/8 of its size, faster
+        eighth = max(1, image.width // 8), max(1, image.height // 8)
+        trial.draft("RGB", eighth)  # a JPEG is decoded at 1/8 of its size, faster
         trial.load()
     except (Image.DecompressionBombError, _PixelsError):
         raise _PixelsError from None
@@ -158,7 +164,7 @@ def _opener(downloads: "_HTTPSHandler") -> urllib.request.OpenerDirector:
     for handler in (
         urllib.request.DataHandler(),
         downloads,
-        urllib.request.HTTPRedirectHandler(),
+        _Redirects(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.UnknownHandler(),
@@ -166,6 +172,16 @@ def _opener(downloads: "_HTTPSHandler") -> urllib.request.OpenerDirector:
         opener.add_handler(handler)
     opener.addheaders = [("User-Agent", "sailvit"), ("Accept", "image/*")]
     return opener
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects without reading their bodies, which may be endless."""
+
+    def http_error_302(self, request: Any, response: Any, *arguments: Any) -> Any:
+        response.close()
+        return super().http_error_302(request, response, *arguments)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 class _HTTPSHandler(urllib.request.HTTPSHandler):
@@ -195,13 +211,19 @@ class _CheckedConnection(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         addresses = resolve(self.host, self.port, self.allow_private)
-        plain = _connect_to_any(addresses, self.port, min(self.timeout, self._seconds_left()))
+        plain = self._connect_to_any(addresses)
         # The certificate is that of the name, not of the address. The deadline covers the handshake, too.
         self.sock = self.tls.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
         timer = threading.Timer(self._seconds_left(), _shut_down, [self.sock])
         timer.daemon = True
         timer.start()
         self.sock.do_handshake()
+
+    def _connect_to_any(self, addresses: Sequence[str]) -> socket.socket:
+        for address in addresses[:-1]:
+            with suppress(OSError):
+                return socket.create_connection((address, self.port), self._seconds_left())
+        return socket.create_connection((addresses[-1], self.port), self._seconds_left())
 
     def _seconds_left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.001)
@@ -210,13 +232,6 @@ class _CheckedConnection(http.client.HTTPSConnection):
 def _shut_down(connected: socket.socket) -> None:
     with suppress(OSError):  # closed in the meantime
         connected.shutdown(socket.SHUT_RDWR)
-
-
-def _connect_to_any(addresses: Sequence[str], port: int, timeout: float) -> socket.socket:
-    for address in addresses[:-1]:
-        with suppress(OSError):
-            return socket.create_connection((address, port), timeout)
-    return socket.create_connection((addresses[-1], port), timeout)
 
 
 def resolve(host: str, port: int, allow_private: bool) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,17 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..devices import choose_device
-from .checks import RequestError, check_length, check_request, check_texts, count_opening
+from ..processing_sailvl import TILING_OPTIONS
+from .checks import (
+    RequestError,
+    check_length,
+    check_request,
+    check_texts,
+    count_opening,
+    image_urls,
+    insert_images,
+    special_tokens,
+)
 from .images import ImageError, Limits, read_images
 from .stop_strings import cut_completion, cut_stream
 
@@ -32,6 +43,7 @@ from .stop_strings import cut_completion, cut_stream
 logger = logging.get_logger(__name__)
 
 OLDEST = "5.23"  # transformers from here on serves models that are registered
+DOWNLOADS = 16  # requests whose images are read at the same time
 ROUTES = ("/v1/chat/completions", "/health")  # of transformers, that stay open
 JSON_BYTES = 1_000_000  # of a request, besides its images
 HOST = "127.0.0.1"
@@ -93,16 +105,19 @@ def check_options(arguments: Sequence[str]) -> None:
     Check the options of transformers that it would use after the model is loaded.
 
     Raises:
-        ValueError: The address is in use or not of this machine, or there is no such device.
+        ValueError: The address is in use or not of this machine, there is no such device, or no such level of the log.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--host", default=HOST)
     parser.add_argument("--port", default="8000")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--log-level", default="warning")
     try:
         options, _ = parser.parse_known_args(arguments)
     except argparse.ArgumentError:
         return  # an option without a value, of which transformers says so
+    if options.log_level.lower() not in logging.log_levels:
+        raise ValueError(f"--log-level: expected {', '.join(logging.log_levels)}, got {options.log_level[:40]!r}")
     if options.device != "auto":
         choose_device(options.device)
     if not options.port.isdecimal() or int(options.port) > 65535:
@@ -165,27 +180,53 @@ class CheckedChat:
     def __init__(self, handler: Any, manager: Any, limits: Limits):
         self.handler, self.limits = handler, limits
         self.model, self.processor = manager.load_model_and_processor(manager.process_model_name(manager.force_model))
+        self.name, self.tiling = manager.force_model, handler.chat_template_kwargs
+        if unknown := self.tiling.keys() - TILING_OPTIONS:
+            known = ", ".join(sorted(TILING_OPTIONS))
+            raise ValueError(f"{sorted(unknown)[0]}: not of this model (--chat-template-kwargs, --reasoning): {known}")
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.opening = count_opening(self.processor)
+        self.opening, self.tokens = count_opening(self.processor), special_tokens(self.processor)
+        # Threads of their own: what waits for downloads keeps no other request waiting.
+        self.downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="downloads")
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         from fastapi import HTTPException
 
         try:
-            read = partial(read_images, limits=self.limits)
-            body = await asyncio.to_thread(check_request, body, read)
-            check_texts(body, self.processor, self.context)
-            body = await asyncio.to_thread(check_length, body, self.processor, self.context, self.opening)
-        except (RequestError, ImageError, ValueError, TypeError) as error:
-            raise HTTPException(400, str(error)) from error
-        try:
+            body = await self._check(body)
             response = await self.handler.handle_request(body, request_id)
         except HTTPException:
             raise
+        except (RequestError, ImageError) as error:
+            raise HTTPException(400, str(error)) from error
         except Exception as error:
             logger.exception("request %s", request_id)
             raise HTTPException(500, INTERNAL_ERROR.format(request_id)) from error
         return _finish(response, body.get("stop") or [], request_id)
+
+    async def _check(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return a checked request with images; what needs no download is checked before."""
+        body = await asyncio.to_thread(self._check_fields, body)
+        if urls := image_urls(body):
+            loop = asyncio.get_running_loop()
+            insert_images(body, await loop.run_in_executor(self.downloads, read_images, urls, self.limits))
+        try:
+            return await asyncio.to_thread(check_length, body, self.processor, self.context, self.opening)
+        except (ValueError, TypeError) as error:  # of the processor
+            raise RequestError(str(error)) from error
+
+    def _check_fields(self, body: dict[str, Any]) -> dict[str, Any]:
+        from fastapi import HTTPException
+
+        try:
+            self.handler._validate_request(body)
+        except HTTPException as error:  # of an unknown field
+            raise RequestError(str(error.detail)) from error
+        if body.get("model") not in (None, self.name):
+            raise RequestError(f"model: expected {self.name!r}, which is served, got {str(body['model'])[:100]!r}")
+        body = check_request(body)
+        check_texts(body, self.tokens, self.context)
+        return {**body, "chat_template_kwargs": {**self.tiling, **body.get("chat_template_kwargs", {})}}
 
 
 def _finish(response: Any, stop: str | list[str], request_id: str) -> Any:

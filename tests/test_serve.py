@@ -33,7 +33,7 @@ from sailvit.examples.miniature.draw import draw_picture
 from sailvit.examples.miniature.questions import TASKS
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit.examples.miniature.vocabulary import SEEN
-from sailvit.serve.checks import RequestError, check_request
+from sailvit.serve.checks import RequestError, check_request, image_urls, insert_images
 from sailvit.serve.images import Limits
 from sailvit.serve.server import OLDEST, CheckedChat, finish_stream
 from sailvit.serve.stop_strings import StopFilter, cut
@@ -208,7 +208,32 @@ def test_options_that_say_nothing_change_nothing(options, client, generate):
     assert ask(client, user(*PICTURES[0]), **options) == generate(user(*PICTURES[0]))
 
 
-def test_options_that_transformers_takes_change_the_answer(client, generate):
+def test_numbers_of_settings_may_be_integers_or_floats(client):
+    """transformers wants the type that each has in generate."""
+    settings = {
+        "do_sample": True,
+        "temperature": 2,
+        "top_k": 50.0,
+        "repetition_penalty": 2,
+        "no_repeat_ngram_size": 3.0,
+    }
+    options = {"extra_body": {"generation_config": json.dumps(settings)}, "max_tokens": 8}
+    answers = [ask(client, user(RED, QUESTION), seed=seed, **options) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_penalties_and_probabilities_are_taken(client):
+    greedy, penalized = (ask(client, user(RED, QUESTION), max_tokens=3, frequency_penalty=f) for f in (0, 2))
+    assert greedy == " red red red" != penalized
+    assert ask(client, user(RED, QUESTION), max_tokens=3, temperature=0, top_p=0.5) == greedy
+
+
+def test_stop_strings_of_settings_are_cut_from_the_answer(client):
+    settings = json.dumps({"stop_strings": ["red red"]})
+    assert ask(client, user(RED, QUESTION), extra_body={"generation_config": settings}) == " "
+
+
+def test_tiling_of_a_request_changes_the_prompt(client):
     message = user(Image.fromarray(np.tile(np.asarray(PICTURES[0][0]), (2, 2, 1))), "How many objects are there?")
     one_tile = client.chat.completions.create(
         model=NAME, messages=[message], max_tokens=4, extra_body={"chat_template_kwargs": {"do_tile": False}}
@@ -291,8 +316,10 @@ BAD_REQUESTS = {
     "much text": ([user("x" * 100_000)], {}, "expected at most 4096 tokens, got 100000 characters"),
     "a long prompt": ([user("x " * 5000)], {}, "expected at most 4096 tokens, got 10"),
     "a long answer": (TEXT, {"max_tokens": 5000}, "and 5000 for the answer"),
-    "a word as number": (TEXT, {"temperature": "hot"}, "temperature: expected a number from 0 to 100, got a string"),
-    "a cold temperature": (TEXT, {"temperature": -1}, "temperature: expected a number from 0 to 100, got -1"),
+    "many messages": ([{"role": "assistant", "content": ""}] * 2000 + TEXT, {}, "expected at most 2000 messages and"),
+    "a word as number": (TEXT, {"temperature": "hot"}, "temperature: expected a number from 1e-06 to 100, got a string"),
+    "a cold temperature": (TEXT, {"temperature": -1}, "temperature: expected a number from 1e-06 to 100, got -1"),
+    "next to no temperature": (TEXT, {"temperature": 1e-40}, "temperature: expected a number from 1e-06"),
     "a large seed": (TEXT, {"seed": 2**64}, "seed: expected an integer from"),
     "half a token": (TEXT, {"max_tokens": 1.5}, "max_tokens: expected an integer from 1 to"),
     "a negative penalty": (TEXT, {"frequency_penalty": -1}, "frequency_penalty: expected a number from 0 to 2"),
@@ -302,9 +329,15 @@ BAD_REQUESTS = {
         TEXT, {"extra_body": {"generation_config": '{"do_sample": true, "top_k": -1}'}},
         "generation_config: top_k: expected an integer from 1"),
     "an empty stop": (TEXT, {"stop": [""]}, "stop: expected a string or a list of strings"),
+    "half a character as stop": (TEXT, {"extra_body": {"generation_config": '{"stop_strings": "\\ud800"}'}},
+        "stop_strings: expected a string or a list"),
+    "a long stop": (TEXT, {"stop": "a" * 101}, "stop: expected at most 4 strings of at most 100 characters each"),
+    "many stops": (TEXT, {"stop": ["a", "b", "c", "d", "e"]}, "stop: expected at most 4 strings"),
+    "nested settings": (TEXT, {"extra_body": {"generation_config": "[" * 100_000}}, "generation_config: expected a JSON"),
+    "a field of another server": (TEXT, {"extra_body": {"top_k": 5}}, "Unexpected fields in the request: {'top_k'}"),
     "tools": (TEXT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported"),
     "beams": (TEXT, {"extra_body": {"generation_config": '{"num_beams": 900}'}}, "'num_beams'"),
-    "another model": (TEXT, {"model": "other"}, f"pinned to '{NAME}'"),
+    "another model": (TEXT, {"model": "other"}, f"model: expected '{NAME}', which is served, got 'other'"),
 }  # fmt: skip
 
 
@@ -361,18 +394,56 @@ def fail_with(error: Exception):
     async def handle_request(body: dict, request_id: str) -> None:
         raise error
 
-    return SimpleNamespace(handle_request=handle_request)
+    return SimpleNamespace(handle_request=handle_request, _validate_request=lambda body: None, chat_template_kwargs={})
 
 
-def test_a_failure_tells_nothing_of_the_server(model, processor, caplog):
-    manager = SimpleNamespace(
+@pytest.fixture
+def manager(model, processor) -> SimpleNamespace:
+    return SimpleNamespace(
         force_model=NAME, process_model_name=str, load_model_and_processor=lambda name: (model, processor)
     )
-    chat = CheckedChat(fail_with(RuntimeError("in /home/me/model")), manager, Limits())
+
+
+@pytest.mark.parametrize("where", ["generation", "the checks"])
+def test_a_failure_tells_nothing_of_the_server(where, manager, caplog, monkeypatch):
+    error = RuntimeError("in /home/me/model")
+    chat = CheckedChat(fail_with(error), manager, Limits())
+    if where == "the checks":
+        monkeypatch.setattr("sailvit.serve.server.check_length", lambda *arguments: 1 / 0)
     with pytest.raises(HTTPException) as caught:
         asyncio.run(chat.handle_request({"model": NAME, "messages": TEXT}, "request-1"))
-    assert caught.value.status_code == 500 and "in /home/me/model" in caplog.text
+    assert caught.value.status_code == 500 and "Traceback" in caplog.text
     assert caught.value.detail == "internal error in request request-1; the log of the server has the cause"
+
+
+def test_tiling_options_of_the_server_hold_for_its_requests(manager):
+    handler = fail_with(RuntimeError())
+    handler.chat_template_kwargs = {"max_tiles": 1}
+    chat = CheckedChat(handler, manager, Limits())
+    for options, expected in (({}, {"max_tiles": 1}), ({"chat_template_kwargs": {"max_tiles": 2}}, {"max_tiles": 2})):
+        assert chat._check_fields({"messages": TEXT, **options})["chat_template_kwargs"] == expected
+    handler.chat_template_kwargs = {"enable_thinking": True}
+    with pytest.raises(ValueError, match=r"enable_thinking: not of this model \(--chat-template-kwargs, --reasoning\)"):
+        CheckedChat(handler, manager, Limits())
+
+
+def test_a_stream_that_is_not_read_to_its_end_ends_the_generation():
+    ended = []
+
+    async def chunks():
+        try:
+            while True:
+                yield 'data: {"choices": []}\n\n'
+        finally:
+            ended.append(True)
+
+    async def hang_up() -> None:
+        events = finish_stream(chunks(), [], "request-1")
+        await anext(events)
+        await events.aclose()
+
+    asyncio.run(hang_up())
+    assert ended == [True]
 
 
 def test_a_failure_in_a_stream_is_an_error_of_openai():
@@ -419,7 +490,8 @@ def test_any_request_is_checked_or_refused(fields, messages):
     body = {**fields, "messages": messages}
     before = json.dumps(body)
     try:
-        checked = check_request(body, lambda urls: [RED for _ in urls])
+        checked = check_request(body)
+        insert_images(checked, [RED for _ in image_urls(checked)])
     except RequestError:
         pass
     else:
@@ -463,6 +535,8 @@ def test_options_are_passed_on(monkeypatch, capsys):
         ("--port x", "--port: expected a number from 0 to 65535, got 'x'"),
         ("--host 192.0.2.1", "--host 192.0.2.1 --port 8000: Cannot assign requested address"),
         ("--port 0 --device cuda:99", "device 'cuda:99' cannot be used"),
+        ("--port 0 --log-level trace", "--log-level: expected detail, debug, info, warning,"),
+        ("--port 0 --max-pixels 400000000", "--max-pixels: expected at most 178956970, the limit of Pillow"),
     ],
 )
 def test_an_address_or_device_that_cannot_be_used_is_found_before_the_model_is_loaded(
