@@ -52,7 +52,8 @@ def run_files(
 
 def compare(dtype: str, ours: "Mapping[str, Outputs]", reference: "Mapping[str, Outputs]") -> dict[str, float]:
     """
-    Return the figure of a file that BOUNDS is about, with its name in WORD; the worst of all outputs for some inputs.
+    Return the figure of a file that BOUNDS is about, with its name in WORD; the worst of all outputs for some inputs,
+    NaN if one is.
 
     Args:
         dtype: Of the file, a key of BOUNDS.
@@ -61,9 +62,11 @@ def compare(dtype: str, ours: "Mapping[str, Outputs]", reference: "Mapping[str, 
     pairs = [
         (ours[name][output], expected) for name, all_of in reference.items() for output, expected in all_of.items()
     ]
-    if dtype == "int8":
-        return {WORD[dtype]: min(_smallest_cosine(*pair) for pair in pairs)}
-    return {WORD[dtype]: max(relative_difference(*pair) for pair in pairs)}
+    import torch
+
+    measure, worst = (_smallest_cosine, torch.amin) if dtype == "int8" else (relative_difference, torch.amax)
+    values = torch.tensor([measure(*pair) for pair in pairs], dtype=torch.float64)
+    return {WORD[dtype]: worst(values).item()}
 
 
 def _smallest_cosine(ours: "torch.Tensor", reference: "torch.Tensor") -> float:
@@ -93,6 +96,10 @@ def onnx_problems(folder: Path, log: Callable[[str], None]) -> Iterator[Problem]
         _, outputs = run_files(folder)
     except VerificationError as error:
         yield Problem("load", "onnxruntime", f"{error}: fix that, or convert again")
+        return
+    if not outputs:
+        known = ", ".join(FILES.values())
+        yield Problem("load", "onnx", f"expected one of {known}, got none: convert again, or remove the folder")
         return
     first = next(iter(outputs))  # the most precise; compared with itself it shows NaN
     for dtype, ours in outputs.items():

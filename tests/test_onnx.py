@@ -43,6 +43,7 @@ from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
 from sailvit.examples.miniature.world import WorldPlan, write_world
 from sailvit.exporters import folder as onnx_folder
 from sailvit.exporters import graph, weights
+from sailvit.exporters.checks import BOUNDS, WORD, compare, is_within
 from sailvit.exporters.folder import convert_to_onnx
 from sailvit.exporters.source import load_encoder
 from sailvit.exporters.verify import Reference, verify_files
@@ -197,6 +198,15 @@ def test_a_file_that_computes_something_else_is_found(exported, reference, dtype
         outputs["last_hidden_state"] = tokens + noise * tokens.std() * torch.randn(tokens.shape, generator=generator)
     with pytest.raises(VerificationError, match=f"onnx/{FILES[dtype]}: .* to torch's, expected at"):
         verify_files(exported, reference)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_nan_is_found_in_any_output(dtype):
+    tokens = torch.ones(1, 4, 3)
+    reference = {"one tile": {"last_hidden_state": tokens, "image_features": tokens, "image_embeds": tokens}}
+    for name in reference["one tile"]:
+        figure = compare(dtype, {"one tile": {**reference["one tile"], name: tokens * torch.nan}}, reference)
+        assert np.isnan(figure[WORD[dtype]]) and not is_within(dtype, figure)
 
 
 def test_a_failed_verification_leaves_nothing(exported, tmp_path, monkeypatch, capsys):
@@ -393,9 +403,23 @@ def test_push_accepts_the_folder(exported, capsys):
     assert capsys.readouterr().out.count("onnxruntime runs onnx/model") == 2
 
 
+def without_known_files(folder: Path) -> None:
+    (folder / "onnx" / "model.onnx").rename(folder / "onnx" / "model_q4.onnx")
+    (folder / "onnx" / "model_quantized.onnx").unlink()
+
+
+def with_empty_folder(folder: Path) -> None:
+    """Next to weights for torch."""
+    shutil.rmtree(folder / "onnx")
+    shutil.copytree(ENCODER, folder, dirs_exist_ok=True)
+    (folder / "onnx").mkdir()
+
+
 @pytest.mark.parametrize(
     ("damage", "kind", "message"),
     [
+        (without_known_files, "load", "expected one of model.onnx, model_fp16.onnx, model_quantized.onnx, got none"),
+        (with_empty_folder, "load", "expected one of model.onnx, model_fp16.onnx, model_quantized.onnx, got none"),
         (lambda folder: (folder / "onnx" / "model.onnx").write_bytes(b"x"), "load", "the folder does not load"),
         (
             lambda folder: shutil.copy(folder / "onnx/model_quantized.onnx", folder / "onnx/model.onnx"),
