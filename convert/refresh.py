@@ -21,6 +21,7 @@ from .storage.sources import PROVENANCE
 from .verify.outputs import link_or_copy, run_in_clean_process
 
 
+ONNX_SCRIPT = PACKAGE / "exporters" / "run_folder.py"  # runs an ONNX folder
 CONFIG, TEMPLATE, TOKENIZER = "config.json", "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -152,8 +153,10 @@ def _verify(old: _Folder, new: Mapping[str, bytes]) -> None:
             (trial / name).write_bytes(content)
         if old.config["model_type"] == "sailvl":
             verify_sailvl(trial)
+        elif (auto_class := auto_class_of(trial)) == "onnx":
+            run_in_clean_process(trial, script=ONNX_SCRIPT, inputs=None)
         else:
-            run_in_clean_process(trial, auto_class_of(trial))
+            run_in_clean_process(trial, auto_class)
 
 
 def _replace(old: _Folder, new: Mapping[str, bytes]) -> None:

@@ -398,6 +398,17 @@ def test_commands_that_need_weights_refuse_an_onnx_folder(exported, tmp_path, mo
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}  # of a run
 
 
+def test_the_code_of_the_folder_is_renewed(copied, capsys):
+    before = {path.name: path.read_bytes() for path in (copied / "onnx").iterdir()}
+    (copied / "image_processing_sailvit.py").write_text("# old\n")
+    assert convert(copied, "--refresh-code", "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert "with the new code it loads in a clean process" in printed
+    assert "updated: image_processing_sailvit.py" in printed
+    assert {path.name: path.read_bytes() for path in (copied / "onnx").iterdir()} == before
+    assert check_before_publish(copied) == []
+
+
 def test_push_accepts_the_folder(exported, capsys):
     assert check_before_publish(exported, "owner/miniature-onnx", log=print) == []
     assert capsys.readouterr().out.count("onnxruntime runs onnx/model") == 2
