@@ -90,7 +90,7 @@ def convert_to_onnx(
         _write_settings(folder, scratch)
         figures = verify_files(folder, reference, log) if reference else None
         _write_record(folder, {"dtypes": dtypes, "part": part, "with_connector": with_connector}, figures)
-        write_model_card(folder, final_name(folder))
+        write_model_card(folder, final_name(folder), revision=None)
     return figures
 
 

@@ -17,6 +17,7 @@ from conftest import PHOTOGRAPH, ROOT, TINY, TINY_SHAPE, make_checkpoint, random
 from doc_pages import code_blocks
 from fake_hub import sailvit, serve
 from fork_server import run_forked
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from processes import SAILVIT, measure
 from safetensors.torch import load_file
@@ -455,7 +456,35 @@ def test_the_card_of_int8_alone_is_of_a_quantized_model(copied):
     write_model_card(copied, "owner/tower-onnx", "v1")
     card = (copied / "README.md").read_text()
     assert "base_model: owner/tower\n" in card and "base_model_relation: quantized\n" in card
-    assert "library_name: transformers.js\n" in card and 'InferenceSession("onnx/model_quantized.onnx")' in card
+    assert "library_name: transformers.js\n" in card and 'InferenceSession(f"{folder}/onnx/model_quantized.onnx")' in card
+    assert "A vision encoder in ONNX, int8, sailvit" in card
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_usage_of_the_card_runs_as_written(exported, tmp_path, monkeypatch, published):
+    def snapshot_download(repo_id: str, revision: str, allow_patterns: list[str]) -> str:
+        assert (repo_id, revision) == ("owner/tower-onnx", "v1")
+        for path in filter(Path.is_file, exported.rglob("*")):
+            if [*filter_repo_objects([name := str(path.relative_to(exported))], allow_patterns=allow_patterns)]:
+                (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.jpg").symlink_to(PHOTOGRAPH)
+    copied = Path(shutil.copytree(exported, tmp_path / exported.name))
+    if published:
+        write_model_card(copied, "owner/tower-onnx", "v1")
+    card = copied / "README.md"
+    assert "A vision encoder in ONNX, float32 and int8, sailvit" in card.read_text()
+    (usage,) = code_blocks(card, "python")
+    scope: dict = {}
+    if published:
+        shutil.rmtree(copied)
+    exec(usage, scope)
+    assert scope["tokens"].shape[1:] == (GRID**2, WIDTH) and scope["features"].shape[1:] == (16, 4 * WIDTH)
 
 
 def test_weights_above_the_limit_are_in_a_file_of_their_own(exported, tmp_path):

@@ -84,14 +84,14 @@ def write_conversion_card(
     _save(folder, metadata | (licence_of(sources[0]) if len(sources) == 1 else {}), blocks)
 
 
-def write_model_card(folder: str | Path, name: str | None = None, revision: str = "main", published: str = "") -> str:
+def write_model_card(folder: str | Path, name: str | None = None, revision: str | None = "main", published: str = "") -> str:
     """
     Write README.md for publishing, in place of one that is there.
 
     Args:
         folder: With config.json; provenance.json, training.json and evaluation.json are read if they exist.
         name: Of the repository; the folder's if not given.
-        revision: Which the usage pins: a tag, a branch or a commit.
+        revision: Which the usage pins: a tag, a branch or a commit; None for the usage of a local folder.
         published: README.md as it is on the Hub. A person's text is taken from there if the folder has none.
 
     Returns:
@@ -204,7 +204,7 @@ def _base_models(names: list[str]) -> dict[str, Any]:
     return {"base_model": names[0] if len(names) == 1 else names} if names else {}
 
 
-def _render(model: _Model, name: str, revision: str, results: list[Any]) -> str:
+def _render(model: _Model, name: str, revision: str | None, results: list[Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)

@@ -23,13 +23,14 @@ class ModelType:
 
     def usage(self, name: str, revision: str | None = None, has_code: bool = False) -> str:
         """Return Python code for a folder or, with a revision, a repository; `has_code`: it has Python files."""
-        options = [f'revision="{revision}"'] if revision else []
-        options += ["trust_remote_code=True"] if has_code else []
-        source = ", ".join([f'"{name}"', *options])
+        pin, trust = [f'revision="{revision}"'] if revision else [], ["trust_remote_code=True"] if has_code else []
+        source, file = ", ".join([f'"{name}"', *pin, *trust]), self.code or self.auto_class
         if self.auto_class == "timm":
             source = f'"hf-hub:{name}@{revision}"' if revision else f'"local-dir:{name}"'
-        code = (USAGE / f"{self.code or self.auto_class}.txt").read_text(encoding="utf-8").strip()
-        return code.format(source=source, onnx_file=self.onnx_file)
+        elif self.auto_class == "onnx" and revision:
+            source, file = ", ".join(["folder", *trust]), "onnx_hub"
+        code = (USAGE / f"{file}.txt").read_text(encoding="utf-8").strip()
+        return code.format(source=source, name=name, revision=revision, onnx_file=self.onnx_file)
 
 
 USAGE = Path(__file__).with_name("usage")
