@@ -3,10 +3,11 @@
 """
 The arms over the seeds: summary.json, and the same as tables in summary.md.
 
-Intervals of means are Student's t over the seeds. A difference is paired: both arms have the world, the pretrained
-encoder and the language models of a seed in common, and the interval is that of the mean of the seeds' differences.
-Within a seed, a bootstrap over test pictures gives the interval of a difference of answers; it holds the trained models
-fixed, so that it is narrower than what another seed would change.
+Intervals of means are Student's t over the seeds; settings were tuned with seed 0. A difference is paired: both arms
+have the world, the pretrained encoder and the language models of a seed in common, and the interval is that of the mean
+of the seeds' differences.
+Within a seed, a bootstrap over test pictures gives the interval of a difference of answers, in summary.json alone: it
+holds the trained models fixed, so that it is narrower than what another seed would change.
 """
 
 import json
