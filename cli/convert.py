@@ -192,6 +192,10 @@ def _convert_to_onnx(options: argparse.Namespace) -> int:
     for name in NOT_ONNX:
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')}: not for --to-layout {ONNX}: leave it out")
+    if options.calibration and options.no_verify:
+        raise ValueError("--calibration: --no-verify compares nothing: leave out one of them")
+    if options.calibration and "int8" not in (options.dtype or ()):
+        raise ValueError("--calibration: only int8 is compared on pictures: add int8 to --dtype, or leave it out")
     opened = [_open_image(path) for path in options.calibration or ()]
     figures = convert_to_onnx(
         options.source,
@@ -210,13 +214,12 @@ def _convert_to_onnx(options: argparse.Namespace) -> int:
 
 
 def _open_image(path: str) -> "Image.Image":
-    from PIL import Image
+    from sailvit import SAILViTImageProcessor
 
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except OSError as error:  # with UnidentifiedImageError
-        raise ValueError(f"--calibration {path}: expected a picture: {error.strerror or error}") from error
+        return SAILViTImageProcessor().to_rgb_image(path)
+    except ValueError as error:
+        raise ValueError(f"--calibration {path}: {str(error).removeprefix('image: ')}") from error
 
 
 def _refresh_code(options: argparse.Namespace) -> int:

@@ -85,7 +85,8 @@ def convert_to_onnx(
                 connector = scratch / "connector"
                 convert_checkpoint(source, connector, part="connector", dtype="float32", verify=False, **opened)
             load = partial(load_encoder, scratch, checkpoint if with_connector else None)
-            reference = Reference.compute(load(), scratch, pictures) if verify else None
+            compared = pictures if "int8" in dtypes else None
+            reference = Reference.compute(load(), scratch, compared) if verify else None
         write_files(folder / FOLDER, load, dtypes, log)
         _write_settings(folder, scratch)
         figures = verify_files(folder, reference, log) if reference else None

@@ -41,7 +41,7 @@ class Reference:
     pictures: list[str]  # the inputs that int8 is compared on
 
     @classmethod
-    def compute(cls, encoder: "ExportedEncoder", folder: Path, pictures: "Pictures") -> "Reference":
+    def compute(cls, encoder: "ExportedEncoder", folder: Path, pictures: "Pictures | None") -> "Reference":
         """Run an encoder on what the image processor of a folder makes of the pictures."""
         import torch
 
@@ -52,7 +52,7 @@ class Reference:
         processor, (test,) = load_processor(str(folder), size), photograph(size)
         tilings = {"one tile": ONE, "several tiles": SEVERAL}
         tiles = {name: processor(test, **tiling)["pixel_values"] for name, tiling in tilings.items()}
-        chosen = {f"picture {index}": picture for index, picture in enumerate(pictures(size))}
+        chosen = {f"picture {index}": picture for index, picture in enumerate(pictures(size) if pictures else ())}
         tiles |= {name: processor(picture, **ONE)["pixel_values"] for name, picture in chosen.items()}
         with torch.inference_mode():
             outputs = {
@@ -66,6 +66,16 @@ class Reference:
         return {name: outputs for name, outputs in self.outputs.items() if (name in self.pictures) == (dtype == "int8")}
 
 
+def _save_inputs(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # of the library, for a full disk too
+        raise OSError(f"{path}: {error}") from error
+
+
 def verify_files(
     folder: Path, reference: Reference, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, dict[str, Any]]:
@@ -74,16 +84,15 @@ def verify_files(
 
     Raises:
         VerificationError: It does not run there, makes other tiles, or a file exceeds its bound.
+        OSError: The temporary folder is full.
     """
     import torch
-    from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as scratch:
-        save_file(
-            {name: reference.pixel_values[name].contiguous() for name in reference.pictures},
-            inputs := Path(scratch, "in"),
-        )
-        tiles, outputs = run_files(folder, inputs)
+        pictures = {name: reference.pixel_values[name].contiguous() for name in reference.pictures}
+        if pictures:
+            _save_inputs(pictures, Path(scratch, "inputs"))
+        tiles, outputs = run_files(folder, Path(scratch, "inputs") if pictures else None)
     if wrong := [name for name, expected in reference.pixel_values.items() if not torch.equal(tiles[name], expected)]:
         raise VerificationError(f"the folder's image processor makes other tiles of the test image: {wrong[0]}")
     figures: dict[str, dict[str, Any]] = {}

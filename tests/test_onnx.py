@@ -247,7 +247,13 @@ def save_model(folder: Path, cls: type = SAILViTModel, **config) -> Path:
         (make_checkpoint, "--dtype bfloat16", "expected one of float32, float16, int8 for ONNX, got 'bfloat16'"),
         (make_checkpoint, "--link", "--link: not for --to-layout onnx: leave it out"),
         (make_checkpoint, "--with-connector", "--with-connector: expected a SAIL-VL"),
-        (make_checkpoint, "--calibration gone.png", "--calibration gone.png: expected a picture: No such file"),
+        (
+            make_checkpoint,
+            "--dtype int8 --calibration gone.png",
+            "--calibration gone.png: cannot be opened as an image: no such file",
+        ),
+        (make_checkpoint, "--calibration x.png", "only int8 is compared on pictures: add int8 to --dtype"),
+        (make_checkpoint, "--dtype int8 --calibration x.png --no-verify", "--no-verify compares nothing: leave"),
         (lambda folder: MULTIMODAL, "", "a SAIL-VL, of which ONNX has the vision encoder: add --part vision"),
         (lambda folder: MULTIMODAL, "--part language", "expected vision for ONNX, got language: the language model is"),
         (
@@ -275,6 +281,26 @@ def test_options_of_onnx_are_refused_without_it(tmp_path, capsys, words):
     assert f"{words}: only for --to-layout onnx" in capsys.readouterr().err.replace(
         "calibration:", "calibration x.png:"
     )
+
+
+def test_a_picture_above_the_limit_of_pillow_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    words = ["--to-layout", "onnx", "--dtype", "int8", "--calibration", PHOTOGRAPH]
+    assert convert(ENCODER, tmp_path / "out", *words) == 2
+    error = capsys.readouterr().err
+    assert f"--calibration {PHOTOGRAPH}: cannot be opened as an image" in error and error.count("\n") == 1
+
+
+def test_pictures_are_read_only_for_int8(tmp_path, monkeypatch, without_export):
+    def refuse(size: int) -> list[Image.Image]:
+        raise AssertionError("no file is compared on them")
+
+    assert convert_to_onnx(ENCODER, tmp_path / "out", pictures=refuse).keys() == {"onnx/model.onnx"}
+
+
+def test_a_full_temporary_folder_is_an_error_of_the_disk(exported, reference):
+    with largest_file(1000), pytest.raises(OSError, match=r"inputs: .*File too large"):
+        verify_files(exported, reference)
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, capsys, monkeypatch):
@@ -456,7 +482,8 @@ def test_the_card_of_int8_alone_is_of_a_quantized_model(copied):
     write_model_card(copied, "owner/tower-onnx", "v1")
     card = (copied / "README.md").read_text()
     assert "base_model: owner/tower\n" in card and "base_model_relation: quantized\n" in card
-    assert "library_name: transformers.js\n" in card and 'InferenceSession(f"{folder}/onnx/model_quantized.onnx")' in card
+    assert "library_name: transformers.js\n" in card
+    assert 'InferenceSession(f"{folder}/onnx/model_quantized.onnx")' in card
     assert "A vision encoder in ONNX, int8, sailvit" in card
 
 

@@ -84,7 +84,9 @@ def write_conversion_card(
     _save(folder, metadata | (licence_of(sources[0]) if len(sources) == 1 else {}), blocks)
 
 
-def write_model_card(folder: str | Path, name: str | None = None, revision: str | None = "main", published: str = "") -> str:
+def write_model_card(
+    folder: str | Path, name: str | None = None, revision: str | None = "main", published: str = ""
+) -> str:
     """
     Write README.md for publishing, in place of one that is there.
 
