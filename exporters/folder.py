@@ -3,6 +3,7 @@
 """Convert a checkpoint to an ONNX folder, as onnx-community and transformers.js have them."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -84,13 +85,14 @@ def convert_to_onnx(
             if with_connector:
                 connector = scratch / "connector"
                 convert_checkpoint(source, connector, part="connector", dtype="float32", verify=False, **opened)
+                _record_connector(scratch, connector)
             load = partial(load_encoder, scratch, checkpoint if with_connector else None)
             compared = pictures if "int8" in dtypes else None
             reference = Reference.compute(load(), scratch, compared) if verify else None
         write_files(folder / FOLDER, load, dtypes, log)
         _write_settings(folder, scratch)
         figures = verify_files(folder, reference, log) if reference else None
-        _write_record(folder, {"dtypes": dtypes, "part": part, "with_connector": with_connector}, figures)
+        _write_record(folder, {"dtype": dtypes, "part": part, "with_connector": with_connector}, figures)
         write_model_card(folder, final_name(folder), revision=None)
     return figures
 
@@ -102,6 +104,21 @@ def _named_as(scratch: Path, out: str | Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(scratch), str(out))) from error
+
+
+def _record_connector(encoder: Path, connector: Path) -> None:
+    """Add to provenance.json of an encoder what was read of its SAIL-VL for the connector, by that one's own."""
+    record, added = (read_json(folder / PROVENANCE) for folder in (encoder, connector))
+    source, others = record["source"], Counter(record["source"]["dropped"]["others"])
+    others[added["source"]["prefix"].split(".")[0]] -= len(added["tensors"])
+    source["dropped"]["others"] = dict(+others)
+    for name, entry in added["source"]["files"].items():
+        own = source["files"].get(name)
+        if own and "taken" in own and "taken" in entry:  # bytes
+            own["taken"] += entry["taken"]
+        elif own is None or "taken" in own:
+            source["files"][name] = entry
+    write_json(encoder / PROVENANCE, record)
 
 
 def write_files(folder: Path, load: "Callable[[], ExportedEncoder]", dtypes: Sequence[str], log: Log) -> None:
@@ -150,7 +167,7 @@ def _write_record(folder: Path, options: Mapping[str, Any], figures: dict[str, d
     content |= {
         "options": {**before["options"], "to_layout": "onnx", **options},
         "layout": "onnx",
-        "dtype": options["dtypes"],
+        "dtype": options["dtype"],
         "onnx": graph,
         "verification": figures
         and {"reference": "SAILViTModel in torch, float32", "picture": IMAGE.name, "files": figures},

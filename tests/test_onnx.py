@@ -20,11 +20,13 @@ from fork_server import run_forked
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from processes import SAILVIT, measure
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_evaluate_disk import largest_file
+from toy_sailvl import write_release
 
 import sailvit_cli
 from sailvit import (
@@ -174,6 +176,25 @@ def test_figures_are_printed_and_recorded_with_their_bounds(exported, capsys, tm
     cosine = cosine["onnx/model_quantized.onnx"]["cosine"]
     assert f"onnx/model_quantized.onnx: smallest cosine of a token {cosine:.4f} to torch's" in printed
     assert [path.name for path in (tmp_path / "out" / "onnx").iterdir()] == ["model_quantized.onnx"]
+
+
+def test_the_connector_and_the_dtypes_are_recorded(exported):
+    record = json.loads((exported / "provenance.json").read_text())
+    assert record["options"]["dtype"] == record["dtype"] == ["float32", "int8"]
+    assert record["source"]["dropped"]["others"] == {"language_model": 38}
+    with safe_open(MULTIMODAL / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith(("vision_model.", "mlp1."))]  # noqa: SIM118
+        read = sum(file.get_tensor(name).nbytes for name in names)
+    assert record["source"]["files"]["model.safetensors"]["taken"] == read
+
+
+def test_files_of_the_connector_alone_are_recorded(tmp_path, without_export):
+    source = write_release(tmp_path / "source", shards=8)
+    convert_to_onnx(source, tmp_path / "out", part="vision", with_connector=True, verify=False)
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    read = {file for name, file in index.items() if not name.startswith("language_model.")}
+    assert {name for name in record["source"]["files"] if name.endswith(".safetensors")} == read
 
 
 def test_files_name_nothing_of_this_machine(exported):
