@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
 
 from ..configuration_sailvit import SAILViTConfig
-from ..convert.storage.sources import check_name, open_folder
+from ..convert.storage.sources import check_name, open_folder, weight_files
 from ..devices import choose_device, choose_dtype, dtype_name
 from ..image_processing_sailvit import SAILViTImageProcessor
 from ..modeling_sailvit import SAILViTModel
@@ -80,9 +80,13 @@ def load_encoder(
     dtype: str = "auto",
     log: Callable[[str], None] = lambda line: None,
 ) -> SAILViTModel | OnnxEncoder:
-    """Return what encode_images runs: a session for an ONNX folder, else a vision tower; see load_onnx, load_tower."""
+    """
+    Return what encode_images runs: a vision tower, or a session if there are ONNX files and no weights for torch; see
+    load_tower, load_onnx.
+    """
     load_config(path)
-    load = load_onnx if onnx_files(open_folder(path)) else load_tower
+    source = open_folder(path)
+    load = load_onnx if onnx_files(source) and not weight_files(source) else load_tower
     return load(path, device, dtype, log)
 
 

@@ -70,7 +70,8 @@ def load_onnx(
         log: Called with each progress message.
 
     Raises:
-        ValueError: The folder has no such file, onnxruntime no such device, or it does not load the file.
+        ValueError: The folder has no such file, onnxruntime no such device, or it does not load the file or start the
+            device.
         ImportError: onnxruntime is not installed.
     """
     source = open_folder(str(folder))
@@ -103,10 +104,14 @@ def open_session(path: Path, device: str | None = None) -> "onnxruntime.Inferenc
     options.intra_op_num_threads = torch.get_num_threads()
     providers = dict.fromkeys([PROVIDERS[device or installed[0]], PROVIDERS["cpu"]])
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[*providers])
+        session = onnxruntime.InferenceSession(path, options, providers=[*providers])
     except Exception as error:  # onnxruntime's have no other base
         what = explain(error, onnxruntime.__version__)
         raise ValueError(f"{path}: {what}") from error
+    if device and (first := session.get_providers()[0]) != PROVIDERS[device]:  # a provider that fails is left out
+        fix = "install what it needs (onnxruntime has printed it), or leave --device out"
+        raise ValueError(f"{path}: expected onnxruntime to run on {device}, got its {first}: {fix}")
+    return session
 
 
 def explain(error: Exception, version: str) -> str:

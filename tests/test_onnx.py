@@ -38,8 +38,10 @@ from sailvit import (
     SAILVLForConditionalGeneration,
 )
 from sailvit.convert.export.card import write_model_card
+from sailvit.convert.export.model_types import auto_class_of
 from sailvit.convert.storage.errors import VerificationError
 from sailvit.convert.synthetic import published_shape, write_synthetic
+from sailvit.encode.load import load_encoder as load_any_encoder
 from sailvit.encode.onnx_model import OnnxEncoder, load_onnx
 from sailvit.examples.miniature.draw import draw_scenes
 from sailvit.examples.miniature.shipped import ENCODER, MULTIMODAL
@@ -390,13 +392,44 @@ def test_encode_says_which_file_runs_where(exported, tmp_path, capsys):
     assert "float32 (model.onnx) and int8 (model_quantized.onnx), got dtype bfloat16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", None])
+def test_weights_for_torch_go_before_onnx_files(copied, weights):
+    if weights == "model.safetensors":
+        shutil.copy(ENCODER / weights, copied)
+    elif weights:
+        torch.save(load_file(ENCODER / "model.safetensors"), copied / weights)
+    assert isinstance(load_any_encoder(str(copied), "cpu"), SAILViTModel if weights else OnnxEncoder)
+    assert auto_class_of(copied) == ("AutoModel" if weights else "onnx")
+
+
+def test_a_device_that_does_not_start_is_an_error_if_it_was_asked_for(exported, monkeypatch):
+    """onnxruntime falls back to the next provider, and prints why."""
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, providers: real(path, options, providers=["CPUExecutionProvider"]),
+    )
+    with pytest.raises(
+        ValueError, match="expected onnxruntime to run on cuda, got its CPUExecutionProvider: "
+    ) as error:
+        load_onnx(exported, "cuda")
+    assert "\n" not in str(error.value)
+    assert load_onnx(exported).runs_single_tiles
+
+
 def test_the_provider_is_the_best_that_is_installed(exported, monkeypatch):
-    """A session takes the first provider that works here; that is the CPU's."""
+    """Only the CPU's works here."""
     asked, real = [], onnxruntime.InferenceSession
 
     def record(path: Path, options: object, providers: list[str]) -> onnxruntime.InferenceSession:
         asked.append(providers)
-        return real(path, options, providers=["CPUExecutionProvider"])
+        session = real(path, options, providers=["CPUExecutionProvider"])
+        session.get_providers = lambda: providers
+        return session
 
     available = ["OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)

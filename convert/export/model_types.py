@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..storage.files import read_json
+from ..storage.sources import LocalFolder, weight_files
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ MODEL_TYPES = (
 
 def auto_class_of(folder: Path) -> str:
     """Return the Auto class of transformers that loads a folder with a config.json; or "timm", or "onnx"."""
-    if [*folder.glob("onnx/*.onnx")] and not [*folder.glob("*.safetensors")]:
+    if [*folder.glob("onnx/*.onnx")] and not weight_files(LocalFolder(folder)):
         return "onnx"
     config = read_json(folder / "config.json")
     if "architecture" in config:
