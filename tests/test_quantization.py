@@ -149,6 +149,13 @@ def test_settings_may_be_a_dict_or_an_argument_of_the_releases(option, full, toy
         assert quantized_modules(model) == matrices(full, "language_model.model.")
 
 
+@pytest.mark.parametrize("option", ["load_in_8bit", "load_in_4bit"])
+def test_two_quantizations_are_refused(option, toy):
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    with pytest.raises(ValueError, match="or a quantization_config, got both: leave one of them out"):
+        SAILVLForConditionalGeneration.from_pretrained(toy, quantization_config=settings, **{option: True})
+
+
 @pytest.mark.nightly
 @each_method
 def test_remote_code_quantizes_the_same(method, toy, tmp_path):

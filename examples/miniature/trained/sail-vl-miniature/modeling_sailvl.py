@@ -142,10 +142,14 @@ class SAILVLForConditionalGeneration(SAILVLChat, PreTrainedModel, GenerationMixi
             use_flash_attn: Use FlashAttention 2 if it is installed, as in the InternVL model cards.
 
         Raises:
-            ValueError: A shard is missing or corrupt, the checkpoint is not a SAIL-VL, or bitsandbytes cannot compute
-                its widths.
+            ValueError: A shard is missing or corrupt, the checkpoint is not a SAIL-VL, bitsandbytes cannot compute its
+                widths, or the quantization is given twice.
         """
         if load_in_8bit or load_in_4bit:
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    "expected load_in_8bit or load_in_4bit, or a quantization_config, got both: leave one of them out"
+                )
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_unquantized_modules(kwargs["quantization_config"])
