@@ -60,9 +60,14 @@ def _quantiles(values: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Ten
 
 
 def stitch_tiles(tiles: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Return (rows * R, columns * C, ...) of the whole image from (tiles, R, C, ...), without tiles after the grid."""
+    """
+    Return (rows * R, columns * C, ...) of the whole image from (tiles, R, C, ...), without tiles after the grid.
+
+    The tile of a 1 x 1 grid is the last of all; those before it are of the second grid of `msac`.
+    """
     columns, rows = grid
-    return rearrange(tiles[: columns * rows], "(r k) y x ... -> (r y) (k x) ...", r=rows, k=columns)
+    tiles = tiles[-1:] if columns * rows == 1 else tiles[: columns * rows]
+    return rearrange(tiles, "(r k) y x ... -> (r y) (k x) ...", r=rows, k=columns)
 
 
 def stitch_tokens(tokens: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:

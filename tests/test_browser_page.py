@@ -17,7 +17,7 @@ from conftest import PHOTOGRAPH, ROOT, relative_difference
 from PIL import ExifTags, Image
 
 from sailvit import SAILViTImageProcessor, SAILViTModel, image_processing_sailvit
-from sailvit.evaluate.pictures import PrincipalColours, stitch_tokens
+from sailvit.evaluate.pictures import PrincipalColours, stitch_tiles, stitch_tokens
 from sailvit.examples.miniature.shipped import ENCODER
 from sailvit.exporters.folder import convert_to_onnx
 
@@ -120,6 +120,18 @@ def test_a_filter_that_the_page_does_not_have_is_an_error():
     options = SAILViTImageProcessor(resample=Image.Resampling.BILINEAR).to_dict()
     message = run_node("tiling.js", script, {"image": as_data(noise(4, 4)), "options": options})
     assert message == "preprocessor_config.json: resample: expected 3 (bicubic), got 2."
+
+
+@needs_node
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (1, 2)])
+def test_the_tiles_of_a_grid_are_stitched_as_in_python(grid):
+    """Next to the first grid there are the two tiles of a second one of msac, and the thumbnail."""
+    count = (grid[0] * grid[1] if grid != (1, 1) else 0) + 2 + 1
+    tiles = torch.arange(count * 4 * 3).view(count, 2, 2, 3).float()
+    script = "return page.stitchTiles(Float32Array.from(data.tokens), data.grid, 2, 3);"
+    ours = run_node("colours.js", script, {"tokens": tiles.flatten().tolist(), "grid": grid})
+    theirs = stitch_tiles(tiles, grid)
+    assert torch.equal(torch.tensor(ours).view(theirs.shape), theirs)
 
 
 @needs_node

@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 import sailvit_cli
 from sailvit import SAILViTImageProcessor, SAILViTModel, SAILVLForConditionalGeneration
-from sailvit.evaluate.pictures import PrincipalColours, stitch_tokens
+from sailvit.evaluate.pictures import PrincipalColours, stitch_tiles, stitch_tokens
 from sailvit.evaluate.show import ShownImage, draw_pngs, load_tiled_encoder, page, show_image
 from sailvit.evaluate.show import attention as attention_module
 from sailvit.evaluate.show import view as view_module
@@ -184,6 +184,14 @@ def test_an_outlier_does_not_change_the_range_of_the_colours():
     with_outlier = torch.cat([tokens, 5 * tokens[:1]])
     before, after = (PrincipalColours.fit(each)(tokens).int() for each in (tokens, with_outlier))
     assert (before - after).abs().max() < 30
+
+
+def test_with_one_tile_in_the_grid_the_whole_image_is_the_last_tile():
+    """Before it are those of the second grid of msac."""
+    processor = SAILViTImageProcessor(size=28, msac=True, max_tiles=4)
+    batch = processor(Image.linear_gradient("L").resize((28, 28)).convert("RGB"))
+    assert batch["tile_grids"].tolist() == [[1, 1]] and batch["num_tiles"][0] > 1
+    assert torch.equal(stitch_tiles(batch["pixel_values"], (1, 1)), batch["pixel_values"][-1])
 
 
 def test_stitched_tokens_keep_the_position_of_their_patches(folder, truth):

@@ -9,9 +9,14 @@ const TOLERANCE = 1e-8; // of |A v - a v| for every direction v, relative to the
 const MOST_ITERATIONS = 1000;
 const QUANTILES = [0.01, 0.99];
 
-/** Return tokens (rows * side, columns * side, depth) of the whole image from (tiles, side * side, depth). */
+/**
+ * Return tokens (rows * side, columns * side, depth) of the whole image from (tiles, side * side, depth).
+ *
+ * The tile of a 1 x 1 grid is the last of all; those before it are of the second grid of `msac`.
+ */
 export function stitchTiles(tokens, [columns, rows], side, depth) {
   const stitched = new Float32Array(rows * side * columns * side * depth);
+  if (columns * rows === 1) tokens = tokens.subarray(-stitched.length);
   for (let tile = 0; tile < columns * rows; tile++) {
     for (let y = 0; y < side; y++) {
       const from = (tile * side + y) * side * depth;
