@@ -9,22 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import typer
 from conftest import ROOT, make_checkpoint
 from doc_pages import TRAINING, code_blocks, outputs, write_large_tiles, write_model, write_training_data
+from packaging.version import Version
 
 import sailvit_cli
 from sailvit import SAILViTConfig, SAILViTModel, SAILVLForConditionalGeneration
 from sailvit.evaluate.probe.results import PAPER_ACCURACIES
 from sailvit.examples.miniature.demo import TILES, make_picture
+from sailvit.serve.server import OLDEST
 from sailvit.train.corpus_file import CorpusFile, Source, read_corpus_file
 from sailvit.train.recipe import load_recipe
 
 
-try:
-    from transformers.cli.serve import Serve
-except ImportError:  # transformers < 5.0
+if Version(transformers.__version__) < Version(OLDEST):
     Serve = None
+else:
+    from transformers.cli.serve import Serve
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -233,7 +236,7 @@ def test_every_key_of_a_corpus_file_is_in_a_table():
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_verbs_and_options_in_the_text_exist(page):
     if page == SERVING and Serve is None:
-        pytest.skip("this transformers has no such command")
+        pytest.skip("this transformers has no server for it")
     options = verb_options()
     for code in inline_code(page):
         if match := re.match(r"sailvit (\w+)", code):
