@@ -37,22 +37,21 @@ class OnnxEncoder:
     """
     A session of onnxruntime with what encode_images takes of SAILViTModel.
 
-    On a CPU it runs tile by tile, which is faster than many at once. And in int8, where a call has one scale for all of
-    its activations, the tokens of a tile do not depend on the others.
+    In int8 a call has one scale for all of its activations: there it runs tile by tile, so that the tokens of a tile do
+    not depend on the others.
     """
 
-    def __init__(self, session: "onnxruntime.InferenceSession"):
+    def __init__(self, session: "onnxruntime.InferenceSession", is_int8: bool = False):
         import torch
 
         self.session, self.device = session, torch.device("cpu")  # of the tiles; the session moves them itself
-        self.runs_single_tiles = session.get_providers()[0] == PROVIDERS["cpu"]
+        self.is_int8 = is_int8
 
     def get_image_features(self, pixel_values: "torch.Tensor") -> "torch.Tensor":
         """Return pixel-shuffled tokens (tiles, N / f^2, f^2 * D), float32, of pixel_values (tiles, 3, S, S)."""
         import torch
 
-        size = 1 if self.runs_single_tiles else len(pixel_values)
-        batches = pixel_values.float().split(size)
+        batches = pixel_values.float().split(1 if self.is_int8 else len(pixel_values))
         features = [self.session.run(["image_features"], {"pixel_values": tiles.numpy()})[0] for tiles in batches]
         return torch.cat([torch.from_numpy(batch) for batch in features])
 
@@ -85,7 +84,7 @@ def load_onnx(
         source.path(data)  # onnxruntime looks for it next to the other
     session = open_session(path, device)
     log(f"runs {FILES[chosen]} ({chosen}) in onnxruntime, by its {session.get_providers()[0]}")
-    return OnnxEncoder(session)
+    return OnnxEncoder(session, chosen == "int8")
 
 
 def open_session(path: Path, device: str | None = None) -> "onnxruntime.InferenceSession":

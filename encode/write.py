@@ -55,7 +55,7 @@ def write_tokens(image: EncodedImage, path: Path) -> None:
                 np.save(file, tokens.numpy())
         else:
             tensors = {"tokens": image.tokens.contiguous(), "tile_grid": torch.tensor(image.grid)}
-            _save_safetensors(tensors, part, {"format": "pt", "image": image.source})
+            save_safetensors(tensors, part, {"format": "pt", "image": image.source})
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -63,7 +63,8 @@ def write_tokens(image: EncodedImage, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file as save_file does; raise OSError if it cannot be written, which the library does not."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # of the library, for a full disk too

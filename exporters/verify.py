@@ -66,16 +66,6 @@ class Reference:
         return {name: outputs for name, outputs in self.outputs.items() if (name in self.pictures) == (dtype == "int8")}
 
 
-def _save_inputs(tensors: "dict[str, torch.Tensor]", path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # of the library, for a full disk too
-        raise OSError(f"{path}: {error}") from error
-
-
 def verify_files(
     folder: Path, reference: Reference, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, dict[str, Any]]:
@@ -88,10 +78,12 @@ def verify_files(
     """
     import torch
 
+    from ..encode.write import save_safetensors
+
     with tempfile.TemporaryDirectory() as scratch:
         pictures = {name: reference.pixel_values[name].contiguous() for name in reference.pictures}
         if pictures:
-            _save_inputs(pictures, Path(scratch, "inputs"))
+            save_safetensors(pictures, Path(scratch, "inputs"))
         tiles, outputs = run_files(folder, Path(scratch, "inputs") if pictures else None)
     if wrong := [name for name, expected in reference.pixel_values.items() if not torch.equal(tiles[name], expected)]:
         raise VerificationError(f"the folder's image processor makes other tiles of the test image: {wrong[0]}")

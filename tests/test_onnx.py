@@ -418,7 +418,7 @@ def test_a_device_that_does_not_start_is_an_error_if_it_was_asked_for(exported, 
     ) as error:
         load_onnx(exported, "cuda")
     assert "\n" not in str(error.value)
-    assert load_onnx(exported).runs_single_tiles
+    assert load_onnx(exported).session.get_providers()[0] == "CPUExecutionProvider"
 
 
 def test_the_provider_is_the_best_that_is_installed(exported, monkeypatch):
