@@ -38,13 +38,17 @@ SERVING, ONNX = (ROOT / "docs" / name for name in ("serving.md", "onnx.md"))
 ELSEWHERE = (SERVING, ONNX)  # test_serve.py and test_onnx.py run their Python
 MOST_LINES = 150
 LARGEST_PICTURE = 60_000  # bytes
-SLOW_CALLS = re.compile(r"convert_checkpoint|make_plan\(")
+SLOW_CALLS = {"convert_checkpoint": pytest.mark.slow, "make_plan(": pytest.mark.nightly}
 TILE = 56  # pixels of the tiny encoder; the pages have 448
 SCORES = {name.replace("-Large", " large").replace("-Huge", " huge"): row for name, row in PAPER_ACCURACIES.items()}
 
 
 def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def page_marks(page: Path) -> list[pytest.MarkDecorator]:
+    return [mark for call, mark in SLOW_CALLS.items() if call in page.read_text()]
 
 
 def prose(page: Path) -> str:
@@ -108,7 +112,7 @@ def run_blocks(page: Path) -> dict:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * bool(SLOW_CALLS.search(page.read_text())))
+        pytest.param(page, id=page_name(page), marks=page_marks(page))
         for page in PAGES if code_blocks(page, "python") and page not in ELSEWHERE
     ],
 )  # fmt: skip

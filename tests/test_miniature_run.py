@@ -29,7 +29,7 @@ def quick(tmp_path_factory) -> Path:
     return run_quick(tmp_path_factory.mktemp("miniature") / "quick")
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_quick_setting_trains_every_part_and_measures_it(quick):
     for run in RUNS:
         losses = [json.loads(line)["loss"] for line in (quick / run / "log.jsonl").read_text().splitlines()]
