@@ -39,7 +39,8 @@ example:
   sailvit convert apple/aimv2-large-patch14-448 sailvit-large"""
 EPILOG = """\
 `sailvit VERB --help` shows the examples and options of a verb.
-Exit codes: 0 success, 2 wrong usage or bad input, 130 interrupted, 1 failed verification or internal failure."""
+Exit codes: 0 success, 2 wrong usage or bad input, 130 interrupted, 1 failed verification or internal failure,
+75 a training that was stopped and goes on by the same command."""
 
 
 class _Parser(argparse.ArgumentParser):

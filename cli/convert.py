@@ -15,9 +15,9 @@ from .arguments import (
     add_source,
     add_trust_pickle,
     add_verb,
-    count,
     pick,
     positive_integer,
+    seed,
     some_of,
 )
 from .progress import byte_progress, log
@@ -123,7 +123,7 @@ def _add_compose(verbs: Verbs) -> None:
     group = compose.add_argument_group("output")
     group.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     group.add_argument("--dtype", choices=DTYPES, help="default: the language model's")
-    group.add_argument("--seed", type=count, default=0, metavar="N", help="of the connector's weights; default: 0")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the connector's weights; default: 0")
     add_max_tiles(group)
     group.add_argument("--overwrite", action="store_true", help="replace OUT if this package wrote it")
     group = compose.add_argument_group("checks")

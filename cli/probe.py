@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Group, Verbs, add_computation, add_verb, count, positive_integer
+from .arguments import Group, Verbs, add_computation, add_verb, positive_integer, seed
 from .progress import interval_timer, log, progress_bar
 from .startup import import_with_torch, import_without_torch
 
@@ -84,7 +84,7 @@ def _add_heads(group: Group) -> None:
     group.add_argument(
         "--neighbours", nargs="+", type=positive_integer, metavar="K", help="to choose among; default: 1, 5, 10, 20"
     )
-    group.add_argument("--seed", type=count, default=0, metavar="N", help="of split, heads and order; default: 0")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of split, heads and order; default: 0")
 
 
 def _layer(text: str) -> int | str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .arguments import Verbs, add_verb, count, positive_integer
+from .arguments import Verbs, add_verb, positive_integer, seed
 from .startup import exit_on_signals, import_without_torch
 
 
@@ -36,7 +36,7 @@ def add_verbs(verbs: Verbs) -> None:
     group.add_argument("--leave-out", nargs="+", default=[], metavar="SET", help="data sets not to take")
     group.add_argument("--limit", type=positive_integer, metavar="N", help="questions of each data set; for trials")
     group.add_argument("--questions", type=positive_integer, default=60, metavar="N", help="of drawn; default: 60")
-    group.add_argument("--seed", type=count, default=0, metavar="S", help="of drawn; default: 0")
+    group.add_argument("--seed", type=seed, default=0, metavar="S", help="of drawn; default: 0")
     group = suite.add_argument_group("compute")
     group.add_argument("--batch-size", type=positive_integer, default=1, metavar="N", help="lmms-eval; default: 1")
     group.add_argument("--processes", type=positive_integer, default=1, metavar="N", help="accelerators; default: 1")

@@ -45,6 +45,8 @@ from sailvit.examples.miniature.summary import (
 from sailvit.processing_sailvl import SAILVLProcessor
 from sailvit.train import load_recipe
 from sailvit.train.corpus import Corpus
+from sailvit.train.trainer import TrainingError
+from sailvit_cli.miniature import ARMS as ARM_CHOICES
 from sailvit_cli.miniature import SIZES as SIZE_CHOICES
 
 
@@ -89,6 +91,8 @@ def test_some_arms_have_one_seed():
     assert choose_arms(["half_math", "all_at_once", "refined"], 1) == ("refined", "all_at_once")
     with pytest.raises(ValueError, match=r"--arms: expected some of base, .*, got 'x'"):
         run_arms(Path("unused"), Setting(), ["x"], [0])
+    with pytest.raises(ValueError, match=r"--seeds: expected 0 among them, the only seed of half_math"):
+        run_arms(Path("unused"), Setting(), ["base", "half_math"], [1, 2])
 
 
 @pytest.mark.parametrize("recipe, trained", [("transfer1", ["connector"]), ("transfer2", ["connector", "language"])])
@@ -97,7 +101,8 @@ def test_a_transfer_leaves_the_encoder_as_it_is(recipe, trained):
 
 
 def test_the_sizes_of_the_command_are_those_of_the_settings():
-    assert (*SIZES,) == SIZE_CHOICES
+    assert (*SIZES,) == SIZE_CHOICES == (*(setting.name for setting in SIZES.values()),)
+    assert (*ARMS,) == ARM_CHOICES
     for setting in SIZES.values():
         widths = [one["hidden_size"] for one in setting.other_languages.values()]
         assert len({*widths, setting.language.get("hidden_size", 96)}) == 3
@@ -136,11 +141,16 @@ class Trainings:
         names = ("write_world", "random_encoder", "random_language", "read_texts", "build_report")
         for name in names:
             monkeypatch.setattr(steps, name, lambda *args, **options: None)
-        monkeypatch.setattr(steps, "_folder_step", lambda title, out, write: steps.Step(title, out.mkdir, out))
+        monkeypatch.setattr(
+            steps, "_folder_step", lambda title, out, write: steps.Step(title, lambda: out.mkdir(parents=True), out)
+        )
         for name in ("run", "compose_model", "convert_checkpoint", "run_probe", "write_answers", "write_corpus"):
             monkeypatch.setattr(steps, name, getattr(self, name))
         monkeypatch.setattr(steps, "write_report", lambda content, out, *rest: out.touch())
         monkeypatch.setattr(steps, "draw_tokens", self.draw_tokens)
+
+    def folder_step(self, title, out, write) -> steps.Step:
+        return steps.Step(title, lambda: out.mkdir(parents=True), out)
 
     def run(self, recipe, log) -> int:
         output, data = Path(recipe.output), Path(recipe.data).stem
@@ -207,7 +217,6 @@ def experiment(tmp_path_factory) -> tuple[Trainings, Planner]:
     """All arms with seed 0."""
     out = tmp_path_factory.mktemp("experiment")
     planner = Planner(out / "seed-0", Setting())
-    (planner.folder / "untrained").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         trainings = Trainings(patch)
         assert run_arms(out, Setting(), [], [0], quiet) == 0
@@ -241,7 +250,6 @@ def test_results_record_the_pictures_of_the_table(experiment):
 
 
 def test_a_stopped_experiment_goes_on_and_repeats_nothing(trainings, tmp_path):
-    (tmp_path / "seed-1" / "untrained").mkdir(parents=True)
     trainings.stop_before = tmp_path / "seed-1" / "transfer" / "base-narrow" / "connector"
     arguments = tmp_path, Setting(), ["refined", "base"], [1], quiet
     assert run_arms(*arguments) == STOPPED
@@ -254,9 +262,38 @@ def test_a_stopped_experiment_goes_on_and_repeats_nothing(trainings, tmp_path):
     assert [*summary["arms"]] == ["base", "refined"] and summary["arms"]["refined"]["seeds"] == [1]
 
 
+@pytest.mark.parametrize("other", [Setting().scaled(0.03), SIZES["48px"], replace(Setting(), questions=5)])
+def test_a_folder_of_another_setting_is_refused(other, trainings, tmp_path):
+    assert run_arms(tmp_path, Setting(), ["base"], [1], quiet) == 0
+    done = len(trainings.runs)
+    with pytest.raises(ValueError, match=r"was made with 32px, 1\.0 of the pictures, seed 0, which is not .*: other "):
+        run_arms(tmp_path, other, ["base"], [2], quiet)
+    with pytest.raises(ValueError, match=r"seed-1: was made with 32px, 1\.0 of the pictures, seed 1, .*give another"):
+        steps.run_miniature(tmp_path / "seed-1", Setting(), quiet)
+    (tmp_path / "seed-1" / "setting.json").unlink()
+    (tmp_path / "seed-1" / "world").mkdir()
+    with pytest.raises(ValueError, match=r"expected a new folder, or one with setting\.json"):
+        run_arms(tmp_path, Setting(), ["base"], [1], quiet)
+    assert len(trainings.runs) == done
+
+
+def test_a_seed_without_arms_is_not_begun(trainings, tmp_path):
+    lines: list[str] = []
+    assert run_arms(tmp_path, Setting(), ["half_math"], [0, 1], lines.append) == 0
+    assert "seed 1: none of these arms" in lines and not (tmp_path / "seed-1").exists()
+
+
+def test_a_failed_training_is_one_line(trainings, tmp_path, monkeypatch, capsys):
+    def fail(recipe, log):
+        raise TrainingError("step 3: the loss is nan")
+
+    monkeypatch.setattr(steps, "run", fail)
+    assert sailvit_cli.main(["miniature", str(tmp_path / "out"), "--quick"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "sailvit miniature: step 3: the loss is nan"
+
+
 def test_a_result_has_no_transfers_until_all_have_answered(trainings, tmp_path):
     folder = tmp_path / "seed-0"
-    (folder / "untrained").mkdir(parents=True)
     trainings.stop_before = folder / "transfer" / "base-wide" / "language"
     assert run_arms(tmp_path, Setting(), ["base"], [0], quiet) == STOPPED
     trainings.stop_before = None
@@ -265,7 +302,6 @@ def test_a_result_has_no_transfers_until_all_have_answered(trainings, tmp_path):
 
 
 def test_a_miniature_without_arms_is_refined_alone(trainings, tmp_path):
-    (tmp_path / "untrained").mkdir()
     lines: list[str] = []
     assert steps.run_miniature(tmp_path, Setting(), lines.append) == 0
     assert {run.relative_to(tmp_path).as_posix() for run in trainings.runs} == {
@@ -285,8 +321,8 @@ def result_of(arm: str, seed: int, accuracy: float, right: str = "11 0 1") -> di
     transfer = {name: dict.fromkeys(("connector", "language"), answers) for name in ("narrow", "wide")}
     probes = dict.fromkeys(("objects", "scenes"), dict.fromkeys(HEADS, answer))
     own = answers if ARMS[arm].has_language else {}
-    return {"arm": arm, "seed": seed, "pictures": 10, "tiles_seen": 12, "probes": probes, "answers": own,
-            "transfer": transfer}  # fmt: skip
+    return {"arm": arm, "seed": seed, "setting": "32px", "pictures": 10, "tiles_seen": 12, "probes": probes,
+            "answers": own, "transfer": transfer}  # fmt: skip
 
 
 def write_results(folder: Path, values: dict[str, list[float]]) -> None:
@@ -350,6 +386,62 @@ def test_charts_show_the_arms_that_have_intervals(summary, tmp_path):
     assert draw_charts(single, tmp_path / "none") == []
 
 
+def change_result(folder: Path, arm: str, /, **values: object) -> None:
+    path = folder / "seed-1" / "results" / f"{arm}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_seed_without_transfer_leaves_transfer_out(summary, tmp_path, capsys):
+    change_result(tmp_path, "refined", transfer={})
+    capsys.readouterr()
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 0
+    names = ("probes.png", "transfer.png", "summary.json", "summary.md")
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert not any(name.startswith("transfer") for name in found["arms"]["refined"]["figures"])
+    assert "probes/objects/knn" in found["differences"]["base"]["figures"]
+
+
+def test_charts_of_one_seed_are_removed(summary, tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f"seed-{seed}").rename(tmp_path.with_name(f"{tmp_path.name}-{seed}"))
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 0
+    assert not (tmp_path / "probes.png").exists() and not (tmp_path / "transfer.png").exists()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"setting": "48px"}, "seed-0/results/base.json) and 48px ("),
+        ({"arm": "typo"}, "expected one of the arms base, refined,"),
+        ({"seed": 0}, "expected one result of base with seed 0, got two: remove one"),
+        ({"seed": "one"}, "base.json: expected a result with seed: remove it"),
+        ({"probes": None}, "base.json: expected a result with probes: remove it"),
+    ],
+)
+def test_results_that_do_not_belong_together_are_one_line(summary, tmp_path, capsys, values, message):
+    before = (tmp_path / "summary.json").read_bytes()
+    change_result(tmp_path, "base", **values)
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 2
+    assert message in capsys.readouterr().err and (tmp_path / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b'{"arm": "ba', b"[]", b"\xff"])
+def test_a_broken_result_is_named(summary, tmp_path, capsys, content):
+    path = tmp_path / "seed-1" / "results" / "base.json"
+    path.write_bytes(content)
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 2
+    assert f"{path}: not " in capsys.readouterr().err
+
+
+def test_answers_to_other_questions_are_named(summary, tmp_path, capsys):
+    answers = result_of("refined", 1, 0.9, "1 1")["answers"]
+    change_result(tmp_path, "refined", answers=answers)
+    write_results(tmp_path, {"all_at_once": [0.9, 0.9]})
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 2
+    assert "refined and all_at_once, seed 1: expected answers to the same questions" in capsys.readouterr().err
+
+
 def test_pictures_are_drawn_and_not_questions():
     random = np.random.default_rng(0)
     words = ["".join(random.choice(["0", "1"], 2, p=[1 - p, p])) for p in (0.8, 0.4) for _ in range(300)]
@@ -361,11 +453,29 @@ def test_pictures_are_drawn_and_not_questions():
         bootstrap_pictures("11 0", "1 10")
 
 
-def test_the_seed_option_of_the_other_way_to_run_is_an_error(tmp_path, capsys):
-    assert sailvit_cli.main(["miniature", str(tmp_path), "--seeds", "0", "1"]) == 2
-    assert "--seeds: expected --arms, too" in capsys.readouterr().err
-    assert sailvit_cli.main(["miniature", str(tmp_path), "--arms", "base", "--seed", "5"]) == 2
-    assert "--seed: expected --seeds" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seeds", "0", "1"], "--seeds: expected --arms, too"),
+        (["--arms", "base", "--seed", "5"], "--seed: expected --seeds"),
+        (["--summary", "--seed", "0"], "--summary: expected OUT alone, got --seed"),
+        (["--summary", "--arms"], "--summary: expected OUT alone, got --arms"),
+        (["--arms", "nope"], "argument --arms: invalid choice: 'nope'"),
+        (["--seed", str(1 << 32)], "expected an integer from 0 to 4294967295"),
+    ],
+)
+def test_options_without_a_meaning_are_an_error(options, message, tmp_path, capsys):
+    try:
+        code = sailvit_cli.main(["miniature", str(tmp_path), *options])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert sailvit_cli.main(["miniature", str(tmp_path / "file"), "--quick"]) == 2
+    assert "file: expected a folder, got a file" in capsys.readouterr().err
 
 
 # All of it, tiny

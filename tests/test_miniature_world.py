@@ -377,6 +377,8 @@ def test_writing_goes_on_where_it_stopped_with_the_same_bytes(small, tmp_path):
 def test_a_folder_of_another_plan_is_an_error(small, tmp_path):
     with pytest.raises(ValueError, match="holds a world with size 32, expected 64"):
         write_world(small, replace(PLAN, size=64))
+    with pytest.raises(ValueError, match="factor: expected a positive number, got 0"):
+        PLAN.scaled(0)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         write_world(tmp_path, PLAN)

@@ -261,6 +261,7 @@ def test_a_wrong_override_is_an_error_that_names_it(override, message):
         ("extends: mine.yaml\n", "extends itself"),
         ("seed: 1\n", "trainable: Field required"),
         ("extends: stage1\n1: 2\n", "1: unknown field"),
+        ("extends: stage1\nseed: 4294967296\n", "seed: expected"),
         ("extends: stage1\nmodel: 2\n", "model: expected a valid string, got 2"),
     ],
 )

@@ -193,6 +193,8 @@ def test_demo_refuses_a_folder_with_other_files(tmp_path, capsys):
     (tmp_path / "mine.png").touch()
     assert sailvit_cli.main(["demo", "--out", str(tmp_path)]) == 2
     assert f"{tmp_path} holds mine.png, which is not of this demo: give another --out" in capsys.readouterr().err
+    assert sailvit_cli.main(["demo", "--out", str(tmp_path / "mine.png")]) == 2
+    assert "mine.png: expected a folder, got a file: give another --out" in capsys.readouterr().err
 
 
 def test_figure_shows_each_patch_in_its_place():

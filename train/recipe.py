@@ -166,7 +166,7 @@ class Recipe(Strict):
     report_to: Names = ["tensorboard"]
     peak_tflops: Positive | None = None
     workers: int = Field(4, ge=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 32)
     max_hours: Positive | None = None
     timeout_minutes: Positive = 30
     kinds: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = None

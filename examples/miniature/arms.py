@@ -116,10 +116,12 @@ MIXES = {
 }
 
 
-def check_arms(names: Sequence[str]) -> None:
-    """Raise ValueError if there is no such arm."""
+def check_arms(names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raise ValueError if there is no such arm, or if it has none of the seeds."""
     if unknown := [name for name in names if name not in ARMS]:
         raise ValueError(f"--arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
+    if SINGLE not in seeds and (single := [name for name in names if ARMS[name].single]):
+        raise ValueError(f"--seeds: expected {SINGLE} among them, the only seed of {single[0]}")
 
 
 def choose_arms(names: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ COLUMNS = 3  # panels side by side
 
 def draw_charts(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """
-    Draw what the arms with several seeds reached, if there are such arms: a dot for each seed, a line for the mean.
+    Draw what the arms with several seeds reached: a dot for each seed, a line for the mean. Without such arms, older
+    charts are removed.
 
     Args:
         summary: As `summarize` returns it.
@@ -34,7 +35,11 @@ def draw_charts(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     }
     transfer = {title: {name: f"transfer/mean/{run}/{name}" for name in CATEGORIES} for run, title in RUNS.items()}
     charts = {"probes.png": probes, "transfer.png": transfer}
-    return [_draw_panels(panels, figures, folder / name) for name, panels in charts.items() if figures]
+    if not figures:
+        for name in charts:
+            (folder / name).unlink(missing_ok=True)
+        return []
+    return [_draw_panels(panels, figures, folder / name) for name, panels in charts.items()]
 
 
 def draw_tokens(encoders: Mapping[str, Path], picture: Image.Image) -> Image.Image:

@@ -34,10 +34,12 @@ def run_demo(out: Path, log: Callable[[str], None], dtype: str = "auto") -> Path
         dtype: To compute in; "auto" for that of the weights, float32.
 
     Raises:
-        ValueError: The folder holds other files than those of a demo, which are replaced.
+        ValueError: It is a file, or the folder holds other files than those of a demo, which are replaced.
         OSError: A file cannot be written.
     """
     started = time.perf_counter()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a folder, got a file: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     if others := {path.name for path in out.iterdir()} - {*FILES}:
         raise ValueError(f"{out} holds {min(others)}, which is not of this demo: give another --out")

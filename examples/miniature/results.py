@@ -9,6 +9,7 @@ from typing import Any
 
 from ...evaluate.probe.files import RESULTS
 from .arms import ARMS
+from .setting import Setting
 from .world import PROBE_SETS, TEXT
 
 
@@ -27,7 +28,7 @@ RUN_FIELDS = ("recipe", "data", "samples_seen", "tiles_seen", "precision", "loss
 
 
 def write_result(
-    out: Path, arm: str, seed: int, runs: Mapping[str, Sequence[Path]], folder: Path,
+    out: Path, arm: str, setting: Setting, runs: Mapping[str, Sequence[Path]], folder: Path,
     transfers: Mapping[str, Sequence[Path]],
 ) -> None:  # fmt: skip
     """
@@ -36,13 +37,13 @@ def write_result(
     Args:
         out: The JSON file.
         arm: Its name.
-        seed: Of the miniature.
+        setting: Of the miniature.
         runs: "pretraining" and "stages": the runs that made the encoder.
         folder: Of the miniature, with probe/ and answers/.
         transfers: Language model -> runs; left out unless all of them have answered.
     """
     described = {name: [_describe_run(run) for run in own] for name, own in runs.items()}
-    result: dict[str, Any] = {"arm": arm, "seed": seed}
+    result: dict[str, Any] = {"arm": arm, "seed": setting.world.seed, "setting": setting.title}
     result |= {name: sum(run[name] for run in described["stages"]) for name in ("pictures", "tiles_seen")}
     result["probes"] = {}
     for train in PROBES:

@@ -3,6 +3,7 @@
 """
 A miniature from nothing to a report, through the package's own functions; a second call goes on where one stopped.
 
+    setting.json       how large it is, and its seed
     world/, corpora/   pictures, questions, texts; corpora made of them for the arms
     untrained/         a vision encoder, language models
     runs/aim           the vision encoder, pretrained on pixels
@@ -39,7 +40,7 @@ from .charts import draw_tokens
 from .demo import TILES, make_picture
 from .models import random_encoder, random_language
 from .results import PROBES, describe_probe, write_result
-from .setting import LANGUAGE, Setting
+from .setting import LANGUAGE, Setting, check_setting
 from .summary import write_summary
 from .world import read_texts, write_world
 
@@ -88,13 +89,17 @@ def run_arms(
         As `run_miniature`.
 
     Raises:
-        ValueError: There is no such arm, or a folder holds another miniature.
+        ValueError: There is no such arm or it has none of the seeds, or a folder holds a miniature of another setting.
+        TrainingError: A training cannot go on.
         OSError: A file cannot be written.
     """
-    check_arms(arms)
+    check_arms(arms, seeds)
+    check_setting(folder, setting.with_seed(0))
     for seed in seeds:
         one, chosen = setting.with_seed(seed), choose_arms(arms or [*ARMS], seed)
-        log(f"seed {seed}: {', '.join(chosen)}")
+        log(f"seed {seed}: {', '.join(chosen) or 'none of these arms'}")
+        if not chosen:
+            continue
         if code := run_miniature(folder / f"seed-{seed}", one, log, command, chosen, transfers=True):
             return code
         write_summary(folder)
@@ -120,9 +125,11 @@ def run_miniature(
         0, or the exit code of a training that was stopped: the same call goes on.
 
     Raises:
-        ValueError: The folder holds another miniature.
+        ValueError: The folder holds a miniature of another setting.
+        TrainingError: A training cannot go on.
         OSError: A file cannot be written.
     """
+    check_setting(folder, setting)
     steps = Planner(folder, setting, log, command).plan(arms, transfers)
     clock = Clock(sum(step.samples for step in steps))
     for number, step in enumerate(steps, 1):
@@ -300,8 +307,8 @@ class Planner:
     def _result(self, arm: str) -> Step:
         pairs = [(language, self.transfer_runs(arm, language)) for language in self.setting.other_languages]
         runs = {"pretraining": [self.runs / "aim"], "stages": self.arm_runs(arm)}
-        out, seed = self.folder / "results" / f"{arm}.json", self.setting.world.seed
-        return Step(f"result {arm}", lambda: write_result(out, arm, seed, runs, self.folder, dict(pairs)))
+        out = self.folder / "results" / f"{arm}.json"
+        return Step(f"result {arm}", lambda: write_result(out, arm, self.setting, runs, self.folder, dict(pairs)))
 
     def _report(self) -> Step:
         """Return the step that writes the report on the stages of refinement."""

@@ -4,8 +4,8 @@
 The arms over the seeds: summary.json, and the same as tables in summary.md.
 
 Intervals of means are Student's t over the seeds; settings were tuned with seed 0. A difference is paired: both arms
-have the world, the pretrained encoder and the language models of a seed in common, and the interval is that of the mean
-of the seeds' differences.
+have the world, the pretrained encoder and the language models of a seed in common (on another kind of processor, up to
+rounding), and the interval is that of the mean of the seeds' differences.
 Within a seed, a bootstrap over test pictures gives the interval of a difference of answers, in summary.json alone: it
 holds the trained models fixed, so that it is narrower than what another seed would change.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 from scipy.stats import sem, t
 
+from ...convert.storage.files import read_json
 from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
 from .arms import ARMS, REFINED
@@ -32,41 +33,67 @@ GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters"
 ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
 PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
 ALL_LANGUAGES = "mean"
+FIELDS = {
+    "arm": str,
+    "seed": int,
+    "setting": str,
+    "pictures": int,
+    "tiles_seen": int,
+    "probes": dict,
+    "answers": dict,
+    "transfer": dict,
+}  # of a result; fmt: skip
 
 
-def write_summary(folder: Path) -> None:
+def write_summary(folder: Path) -> list[Path]:
     """
-    Write summary.json, summary.md and charts of the results in a folder.
+    Write summary.json, summary.md and charts of the results in a folder, and return the paths.
 
     Args:
         folder: With NAME/results/ARM.json, a NAME for every seed.
 
     Raises:
-        ValueError: There are no results, or two of the same arm and seed.
+        ValueError: There are no results, one cannot be read, two are of the same arm and seed, or not all of the same
+            setting.
     """
     summary = summarize(read_results(folder))
-    draw_charts(summary, folder)
+    written = draw_charts(summary, folder)
     for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("summary.md", to_markdown(summary))):
         part = folder / f"{name}.part"
         part.write_text(text, "utf-8")
-        part.rename(folder / name)
+        written.append(part.rename(folder / name))
+    return written
 
 
 def read_results(folder: Path) -> Results:
     """Return the results in a folder: arm -> seed -> result, in the order of ARMS and of the seeds."""
     found: dict[str, dict[int, Result]] = {name: {} for name in ARMS}
+    settings: dict[str, Path] = {}
     for path in sorted(folder.glob("*/results/*.json")):
-        result = json.loads(path.read_text("utf-8"))
+        result = _read_result(path)
         arm, seed = result["arm"], result["seed"]
-        if seed in found.setdefault(arm, {}):
+        if seed in found[arm]:
             raise ValueError(f"{path}: expected one result of {arm} with seed {seed}, got two: remove one")
         found[arm][seed] = result
+        settings.setdefault(result["setting"], path)
     results = {arm: dict(sorted(seeds.items())) for arm, seeds in found.items() if seeds}
     if not results:
         raise ValueError(
-            f"{folder}: no results: expected SEED/results/ARM.json, which `sailvit miniature --arms` writes"
+            f"{folder}: no results: expected seed-N/results/ARM.json, which `sailvit miniature --arms` writes"
         )
+    if len(settings) > 1:
+        described = " and ".join(f"{setting} ({path})" for setting, path in settings.items())
+        raise ValueError(f"expected results of one setting, got {described}: remove those of the other")
     return results
+
+
+def _read_result(path: Path) -> Result:
+    result = read_json(path)
+    if wrong := [name for name, kind in FIELDS.items() if type(result.get(name)) is not kind]:
+        raise ValueError(f"{path}: expected a result with {wrong[0]}: remove it, and the same command writes it anew")
+    if result["arm"] not in ARMS:
+        raise ValueError(f"{path}: expected one of the arms {', '.join(ARMS)}, got {result['arm']!r}")
+    return result
 
 
 def summarize(results: Results) -> dict[str, Any]:
@@ -122,8 +149,7 @@ def _describe_arm(arm: str, seeds: Mapping[int, Result]) -> dict[str, Any]:
         for category in CATEGORIES
         if all(category in result["answers"] for result in seeds.values())
     }
-    title = ARMS[arm].title if arm in ARMS else arm
-    return {"title": title, "seeds": [*seeds], **compute, "figures": figures, "with_another_picture": blind}
+    return {"title": ARMS[arm].title, "seeds": [*seeds], **compute, "figures": figures, "with_another_picture": blind}
 
 
 def _compare(refined: Mapping[int, Result], other: Mapping[int, Result]) -> dict[str, Any]:
@@ -132,7 +158,7 @@ def _compare(refined: Mapping[int, Result], other: Mapping[int, Result]) -> dict
     pairs = {seed: (flatten(refined[seed]), flatten(other[seed])) for seed in shared}
     figures = _gather({seed: {name: a[name] - b[name] for name in a if name in b} for seed, (a, b) in pairs.items()})
     for seed in shared:
-        for name, interval in _within(refined[seed], other[seed]).items():
+        for name, interval in _within(refined[seed], other[seed], [*figures]).items():
             figures[name].setdefault("within", {})[str(seed)] = interval
     return {"seeds": shared, "figures": figures}
 
@@ -144,18 +170,19 @@ def _gather(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, A
     return {name: {"values": own, **mean_interval(own)} for name, own in values.items()}
 
 
-def _within(refined: Result, other: Result) -> dict[str, tuple[float, float]]:
-    """Return the intervals of differences of answers, over the test pictures of a seed."""
+def _within(refined: Result, other: Result, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Return the intervals of differences of answers, over the test pictures of a seed; of the figures with a name."""
     answers = [
         {f"answers/{name}": one for name, one in result["answers"].items()}
         | {f"transfer/{name}": one for name, one in _transfers(result).items()}
         for result in (refined, other)
     ]
-    return {
-        name: bootstrap_pictures(one["right"], answers[1][name]["right"])
-        for name, one in answers[0].items()
-        if name in answers[1]
-    }
+    try:
+        return {
+            name: bootstrap_pictures(*(one[name]["right"] for one in answers)) for name in names if name in answers[0]
+        }
+    except ValueError as error:
+        raise ValueError(f"{refined['arm']} and {other['arm']}, seed {refined['seed']}: {error}") from error
 
 
 def bootstrap_pictures(first: str, second: str) -> tuple[float, float]:

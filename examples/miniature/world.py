@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+from ...convert.storage.files import read_json
 from .conversations import make_conversation
 from .draw import draw_picture, encode_png
 from .pictures import Scene, choose, make_scene
@@ -78,7 +79,10 @@ class WorldPlan:
     probe: tuple[int, int] = (100, 50)
 
     def scaled(self, factor: float) -> "WorldPlan":
-        """Return the plan with all counts of samples multiplied, none below 1."""
+        """Return the plan with all counts of samples multiplied by a positive number, none below 1."""
+
+        if factor <= 0:
+            raise ValueError(f"factor: expected a positive number, got {factor}")
 
         def scale(count: int) -> int:
             return max(1, round(count * factor))
@@ -158,7 +162,7 @@ def _check_folder(folder: Path, plan: WorldPlan) -> None:
     content = json.dumps(asdict(plan), indent=2) + "\n"
     path = folder / PLAN
     if path.is_file():
-        old, new = json.loads(path.read_text("utf-8")), json.loads(content)
+        old, new = read_json(path), json.loads(content)
         if changed := [key for key in new if old.get(key) != new[key]]:
             raise ValueError(
                 f"{folder}: holds a world with {changed[0]} {old.get(changed[0])}, expected {new[changed[0]]}: remove "
