@@ -1,4 +1,4 @@
-"""docs/architecture.md compared with the repository: its tree with the files, its import rules with the imports."""
+"""docs/architecture.md compared with the repository: its tree with the files, its imports with the rules; ruff."""
 
 import ast
 import re
@@ -197,6 +197,12 @@ def test_root_files_import_only_what_every_user_of_the_hub_has(files):
     names = {path: imported_names(path, (ROOT / path).read_text()) for path in files if "/" not in path}
     wrong = {path: {module for module, _ in own if module.split(".")[0] not in allowed} for path, own in names.items()}
     assert {path: modules for path, modules in wrong.items() if modules} == {}
+
+
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_ruff_finds_nothing(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 RULES = """

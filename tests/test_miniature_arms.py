@@ -68,7 +68,8 @@ def test_arms_that_are_compared_have_equal_numbers_of_pictures():
     pictures = {arm: count_pictures(arm, PLAN) for arm in ARMS}
     equal = [arm for arm, one in ARMS.items() if one.transfers and one.chain] + ["frozen_language", "step_by_step"]
     # A corpus that is repeated is rounded source by source.
-    assert {pictures[arm] - (4_000 + 32_000 + 38_000) for arm in equal} == {0, 1} and pictures["base"] == 0
+    assert {pictures[arm] - (4_000 + 32_000 + 38_000) for arm in equal} == {0, 1}
+    assert pictures["base"] == pictures["untrained"] == 0
     before = count_pictures("refined", PLAN) - 38_000
     assert [pictures[f"data_1_{part}"] - before for part in (2, 4, 8)] == [19_000, 9_500, 4_750]
     for kind in KINDS:
@@ -89,7 +90,7 @@ def test_arms_that_begin_alike_share_their_runs():
 def test_some_arms_have_one_seed():
     assert choose_arms([*ARMS], 0) == (*ARMS,)
     assert choose_arms(["half_math", "all_at_once", "refined"], 1) == ("refined", "all_at_once")
-    with pytest.raises(ValueError, match=r"--arms: expected some of base, .*, got 'x'"):
+    with pytest.raises(ValueError, match=r"--arms: expected some of untrained, base, .*, got 'x'"):
         run_arms(Path("unused"), Setting(), ["x"], [0])
     with pytest.raises(ValueError, match=r"--seeds: expected 0 among them, the only seed of half_math"):
         run_arms(Path("unused"), Setting(), ["base", "half_math"], [1, 2])
@@ -227,6 +228,7 @@ def test_every_chain_begins_where_it_should(experiment):
     trainings, planner = experiment
     new, aim = planner.folder / "composed" / "new", planner.runs / "aim"
     assert trainings.composed[new] == (aim, planner.folder / "languages" / "language")
+    assert planner.encoder("untrained") == planner.untrained != planner.encoder("base") == aim
     for arm, one in ARMS.items():
         runs = planner.arm_runs(arm)
         for model, out in pairwise([aim if arm == "more_aim" else new, *runs]):
@@ -246,6 +248,7 @@ def test_results_record_the_pictures_of_the_table(experiment):
     for arm, one in ARMS.items():
         result = json.loads((folder / "results" / f"{arm}.json").read_text())
         assert result["pictures"] == count_pictures(arm, PLAN) and {*result["probes"]} == {*PROBE_SETS}
+        assert bool(result["runs"]["pretraining"]) == one.pretrained
         assert {*result["transfer"]} == ({*Setting().other_languages} if one.transfers else set())
 
 
@@ -413,7 +416,7 @@ def test_charts_of_one_seed_are_removed(summary, tmp_path):
     "values, message",
     [
         ({"setting": "48px"}, "seed-0/results/base.json) and 48px ("),
-        ({"arm": "typo"}, "expected one of the arms base, refined,"),
+        ({"arm": "typo"}, "expected one of the arms untrained, base,"),
         ({"seed": 0}, "expected one result of base with seed 0, got two: remove one"),
         ({"seed": "one"}, "base.json: expected a result with seed: remove it"),
         ({"probes": None}, "base.json: expected a result with probes: remove it"),

@@ -28,19 +28,21 @@ REFINED = "refined"
 @dataclass(frozen=True)
 class Arm:
     """
-    A way to train the pretrained encoder on.
+    A way to train the pretrained encoder on; or none, as a measure for the others.
 
     Attributes:
         title: For tables.
         chain: The stages, each with the result of the one before.
         transfers: Whether the encoder is tried with other language models.
         single: Whether it is trained with one seed alone.
+        pretrained: Whether its encoder is pretrained.
     """
 
     title: str
     chain: Chain = ()
     transfers: bool = False
     single: bool = False
+    pretrained: bool = True
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -54,6 +56,7 @@ class Arm:
 
 STAGES_1_2 = (("stage1", "stage1"), ("stage2", "stage2"))
 ARMS = {
+    "untrained": Arm("random weights", (), True, pretrained=False),
     "base": Arm("pretraining alone", (), True),
     REFINED: Arm("stages 1, 2, 3", (*STAGES_1_2, ("stage3", "stage3")), True),
     "more_aim": Arm("pretraining goes on, with the pictures of the stages", (("aim", "all"),), True),

@@ -175,6 +175,7 @@ class Planner:
     def __init__(self, folder: Path, setting: Setting, log: Log = print, command: str = ""):
         self.folder, self.setting, self.log, self.command = folder, setting, log, command
         self.world, self.runs = folder / "world", folder / "runs"
+        self.untrained = folder / "untrained" / "encoder"
 
     def plan(self, arms: Sequence[str], transfers: bool = False) -> list[Step]:
         """Return the steps of arms, each once, in order."""
@@ -196,6 +197,8 @@ class Planner:
 
     def encoder(self, arm: str) -> Path:
         """Return the folder of the vision encoder of an arm."""
+        if not ARMS[arm].pretrained:
+            return self.untrained
         if not ARMS[arm].chain:
             return self.runs / "aim"
         return self.folder / ENCODER if arm == REFINED else self.folder / "encoders" / arm
@@ -214,13 +217,13 @@ class Planner:
 
     def _prepare(self) -> Iterator[Step]:
         yield Step("world", lambda: write_world(self.world, self.setting.world, _log_now_and_then(self.log)))
-        encoder, options = self.folder / "untrained" / "encoder", self.setting.encoder
+        options = self.setting.encoder
         yield _folder_step(
             "untrained encoder",
-            encoder,
+            self.untrained,
             lambda part: random_encoder(part, self.setting.world.seed, self.setting.max_tiles, **options),
         )
-        yield self._train("aim", encoder, "pretrain", self.runs / "aim")
+        yield self._train("aim", self.untrained, "pretrain", self.runs / "aim")
         yield from self._train_language(LANGUAGE)
         yield self._compose("new", self.runs / "aim", LANGUAGE)
 
@@ -235,7 +238,7 @@ class Planner:
             lambda part: random_language(part, read_texts(self.world), setting.vocabulary, seed, **config),
         )
         composed = self.folder / "composed" / f"text-{name}"
-        yield self._compose_from(composed, self.folder / "untrained" / "encoder", untrained)
+        yield self._compose_from(composed, self.untrained, untrained)
         yield self._train("language", composed, "language", self.runs / name)
         yield self._convert(self.runs / name, self.folder / "languages" / name, "language")
 
@@ -306,7 +309,8 @@ class Planner:
 
     def _result(self, arm: str) -> Step:
         pairs = [(language, self.transfer_runs(arm, language)) for language in self.setting.other_languages]
-        runs = {"pretraining": [self.runs / "aim"], "stages": self.arm_runs(arm)}
+        pretraining = [self.runs / "aim"] if ARMS[arm].pretrained else []
+        runs = {"pretraining": pretraining, "stages": self.arm_runs(arm)}
         out = self.folder / "results" / f"{arm}.json"
         return Step(f"result {arm}", lambda: write_result(out, arm, self.setting, runs, self.folder, dict(pairs)))
 

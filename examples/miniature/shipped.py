@@ -28,8 +28,8 @@ else. It was trained from nothing on pictures and texts that `sailvit miniature`
 half an hour of a CPU.
 """
 PROMPTS = """
-It answers questions in the words that it was trained on, so ask one of these in place of "Describe the image.": "What is
-where?", "Describe the picture in detail.", "What is top left?", "What colour is the object top left?", "How many red
+It answers questions in the words that it was trained on, so ask one of these in place of "Describe the image.": "What
+is where?", "Describe the picture in detail.", "What is top left?", "What colour is the object top left?", "How many red
 objects are there?" (it never says 0: training asks for colours that are there). Of text and sums it reads little, of
 pictures of several tiles less than half of the objects.
 """
