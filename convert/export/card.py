@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.errors import CheckpointError, Problem
-from ..storage.files import read_json
+from ..storage.files import read_json, replace_text
 from ..storage.output_folder import final_name
 from ..storage.sources import LICENCE_KEYS, PROVENANCE, Source, licence_of, public_name
 from ..storage.training_record import read_training
@@ -125,9 +125,7 @@ def _save(folder: Path, metadata: Mapping[str, Any], blocks: Iterable[str], text
     from huggingface_hub import ModelCardData
 
     body = "\n\n".join(filter(None, [*blocks, MARK, text]))
-    part = folder / ".README.md.part"
-    part.write_text(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{body}\n", encoding="utf-8")
-    part.replace(folder / "README.md")
+    replace_text(folder / "README.md", f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{body}\n")
 
 
 def _split_card(card: str, name: str) -> tuple[dict[str, Any], str]:

@@ -44,6 +44,14 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, completely or not at all, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file, from an index of shards; raises a CheckpointError if it names files outside its folder."""
     weight_map = read_json(path).get("weight_map")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from transformers.generation import GenerationConfig
 
+from ...convert.storage.files import replace_text
 from ...devices import choose_device
 from ...evaluate.statistics import wilson_interval
 from ...modeling_sailvl import SAILVLForConditionalGeneration
@@ -70,10 +71,7 @@ def write_answers(out: Path, model: Path, tests: Path, most: int) -> str:
             "accuracy_with_another_picture": sum(lucky) / len(right),
             "right": _by_picture(right, [one.number for one in questions]),
         }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    part.rename(out)
+    replace_text(out, json.dumps(result, indent=2) + "\n")
     return ", ".join(f"{category} {entry['accuracy']:.3f}" for category, entry in result.items())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from ...convert.storage.files import replace_text
 from ...train.mix import scale_kinds
 from .questions import TASKS
 from .world import TEXT, WorldPlan
@@ -173,10 +174,7 @@ def write_corpus(name: str, world: Path, out: Path, plan: WorldPlan) -> None:
                 path, repeat = f"../{world.name}/{source['path']}", _repeat(mix, plan)
                 sources.append({**source, "name": f"{corpus}-{source['name']}", "path": path, "repeat": repeat})
     shares = {"kinds": {mix.half: 0.5}, "total": _total(mix, plan)} if mix.half else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(yaml.safe_dump({"sources": sources, **shares}, sort_keys=False), "utf-8")
-    part.rename(out)
+    replace_text(out, yaml.safe_dump({"sources": sources, **shares}, sort_keys=False))
 
 
 def _kind_of(task: str) -> str:

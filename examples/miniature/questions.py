@@ -82,7 +82,7 @@ def fine_caption(picture: Picture) -> str:
         return f"{count} {plural('object', count)}: {join([describe_item(item) for item in picture.items])}"
     if isinstance(picture, Chart):
         return f"a chart of {len(picture.bars)} bars: {join([f'{colour} {value}' for colour, value in picture.bars])}"
-    return f"{coarse_caption(picture)}" + (f": {' '.join(picture.lines)}" if isinstance(picture, Lines) else "")
+    return coarse_caption(picture) + (f": {' '.join(picture.lines)}" if isinstance(picture, Lines) else "")
 
 
 def _lines(picture: Lines) -> str:
@@ -263,7 +263,7 @@ class Subject(NamedTuple):
 
     share: float
     make: Callable[[Random, Look], Picture]
-    ask: Callable[[Picture, Random], Iterator[Question]]
+    ask: Ask
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def names_seen(question: Question) -> bool:
     return not UNSEEN & {*re.findall(r"\w+", f"{question.user} {question.assistant}")}
 
 
-def _caption_subjects(ask: Callable[[Picture, Random], Iterator[Question]]) -> tuple[Subject, ...]:
+def _caption_subjects(ask: Ask) -> tuple[Subject, ...]:
     return Subject(0.9, make_scene, ask), Subject(0.05, make_chart, ask), Subject(0.05, make_lines, ask)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...convert.storage.files import replace_text
 from ...evaluate.probe.files import RESULTS
 from .arms import ARMS
 from .setting import Setting
@@ -57,10 +58,7 @@ def write_result(
     }
     made = [_describe_run(run) for own in finished.values() for run in own]
     result["runs"] = {**described, "transfer": made}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    part.rename(out)
+    replace_text(out, json.dumps(result, indent=1) + "\n")
 
 
 def describe_probe(content: Mapping[str, Any], train: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...convert.storage.files import read_json
+from ...convert.storage.files import read_json, replace_text
 from .world import WorldPlan
 
 
@@ -86,10 +86,7 @@ def check_setting(folder: Path, setting: Setting) -> None:
     if not path.exists():
         if (folder / "world").exists():
             raise ValueError(f"{folder}: expected a new folder, or one with {SETTING}: give another one")
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{SETTING}.part"
-        part.write_text(json.dumps(now, indent=1) + "\n", "utf-8")
-        part.rename(path)
+        replace_text(path, json.dumps(now, indent=1) + "\n")
         return
     before = read_json(path)
     if changed := [name for name in now if before.get(name) != now[name]]:

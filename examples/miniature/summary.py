@@ -19,7 +19,7 @@ from typing import Any
 
 from scipy.stats import sem, t
 
-from ...convert.storage.files import read_json
+from ...convert.storage.files import read_json, replace_text
 from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
 from .arms import ARMS, REFINED
@@ -57,12 +57,10 @@ def write_summary(folder: Path) -> list[Path]:
             setting.
     """
     summary = summarize(read_results(folder))
-    written = draw_charts(summary, folder)
-    for name, text in (("summary.json", json.dumps(summary, indent=1) + "\n"), ("summary.md", to_markdown(summary))):
-        part = folder / f"{name}.part"
-        part.write_text(text, "utf-8")
-        written.append(part.rename(folder / name))
-    return written
+    texts = {"summary.json": json.dumps(summary, indent=1) + "\n", "summary.md": to_markdown(summary)}
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+    return [*draw_charts(summary, folder), *(folder / name for name in texts)]
 
 
 def read_results(folder: Path) -> Results:

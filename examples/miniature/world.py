@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from ...convert.storage.files import read_json
+from ...convert.storage.files import read_json, replace_text
 from .conversations import make_conversation
 from .draw import draw_picture, encode_png
 from .pictures import Scene, choose, make_scene
@@ -171,10 +171,7 @@ def _check_folder(folder: Path, plan: WorldPlan) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: expected a new or empty folder, or one with {PLAN}: give another one")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{PLAN}.part"
-    part.write_text(content, "utf-8")
-    part.rename(path)
+    replace_text(path, content)
 
 
 def _remove(path: Path) -> None:
