@@ -1,6 +1,7 @@
 """The arms of the miniature's experiment: what each trains on, where each begins, resuming, the summary over seeds."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -40,8 +41,8 @@ from sailvit.examples.miniature.summary import (
     mean_interval,
     read_results,
     summarize,
-    to_markdown,
 )
+from sailvit.examples.miniature.tables import to_markdown
 from sailvit.processing_sailvl import SAILVLProcessor
 from sailvit.train import load_recipe
 from sailvit.train.corpus import Corpus
@@ -378,7 +379,25 @@ def test_the_tables_have_the_figures_of_the_json(summary, tmp_path):
     assert f"{100 * figure['mean']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]" in text
     assert "| base | pretraining alone | 0, 1, 2 | 10 | 12 |" in text
     columns = [{line.count("|") for line in part.splitlines()} for part in text.split("\n\n") if part.startswith("|")]
-    assert len(columns) == 12 and all(len(counts) == 1 for counts in columns)
+    assert len(columns) == 18 and all(len(counts) == 1 for counts in columns)
+
+
+def test_arms_of_one_seed_are_next_to_the_refined_one_with_that_seed(summary, tmp_path):
+    over_seeds, alone = (tmp_path / "summary.md").read_text().split("## Seed 0 alone")
+    assert [line for line in over_seeds.splitlines() if line.startswith("| half_math")] == [
+        "| half_math | 1/4 of stage 3, half of it math | 0 | 10 | 12 |"
+    ]
+    assert "| half_math" not in alone.split("## Goals")[1] and {*summary["single"]} == {"refined", "half_math"}
+    rows = [line.split(" | ")[:2] for line in alone.splitlines()]
+    assert rows.count(["| refined", "95.0"]) == rows.count(["| half_math", "90.0"]) == 5  # four heads, answers
+    for path in (tmp_path / "seed-0" / "results").glob("[rb]*.json"):
+        path.unlink()
+    for path in tmp_path.glob("seed-[12]/results/*.json"):
+        path.unlink()
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 0
+    text = (tmp_path / "summary.md").read_text()
+    assert re.findall("^## .*", text, re.MULTILINE) == ["## Arms", "## Seed 0 alone"]
+    assert text.count("\n| half_math | 90.0 |") == 5
 
 
 def test_charts_show_the_arms_that_have_intervals(summary, tmp_path):
@@ -418,6 +437,7 @@ def test_charts_of_one_seed_are_removed(summary, tmp_path):
         ({"setting": "48px"}, "seed-0/results/base.json) and 48px ("),
         ({"arm": "typo"}, "expected one of the arms untrained, base,"),
         ({"seed": 0}, "expected one result of base with seed 0, got two: remove one"),
+        ({"arm": "half_math"}, "base.json: expected seed 0, the only one of half_math, got 1"),
         ({"seed": "one"}, "base.json: expected a result with seed: remove it"),
         ({"probes": None}, "base.json: expected a result with probes: remove it"),
     ],

@@ -11,8 +11,7 @@ holds the trained models fixed, so that it is narrower than what another seed wo
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,9 +21,10 @@ from scipy.stats import sem, t
 from ...convert.storage.files import read_json, replace_text
 from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
-from .arms import ARMS, REFINED
+from .arms import ARMS, REFINED, SINGLE
 from .charts import draw_charts
-from .results import HEADS, SETS
+from .results import HEADS
+from .tables import ALL_LANGUAGES, to_markdown
 
 
 Result = Mapping[str, Any]
@@ -32,7 +32,6 @@ Results = Mapping[str, Mapping[int, Result]]  # arm -> seed -> result
 GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # scenes need places, a mean has none
 ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
 PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
-ALL_LANGUAGES = "mean"
 FIELDS = {
     "arm": str,
     "seed": int,
@@ -42,7 +41,7 @@ FIELDS = {
     "probes": dict,
     "answers": dict,
     "transfer": dict,
-}  # of a result; fmt: skip
+}  # of a result
 
 
 def write_summary(folder: Path) -> list[Path]:
@@ -91,14 +90,18 @@ def _read_result(path: Path) -> Result:
         raise ValueError(f"{path}: expected a result with {wrong[0]}: remove it, and the same command writes it anew")
     if result["arm"] not in ARMS:
         raise ValueError(f"{path}: expected one of the arms {', '.join(ARMS)}, got {result['arm']!r}")
+    if ARMS[result["arm"]].single and result["seed"] != SINGLE:
+        raise ValueError(f"{path}: expected seed {SINGLE}, the only one of {result['arm']}, got {result['seed']}")
     return result
 
 
 def summarize(results: Results) -> dict[str, Any]:
-    """Return the means of every arm, and what the refined arm has more than each other one."""
+    """Return the means of every arm over its seeds, and what the refined arm has more than each other one."""
+    several = {arm: seeds for arm, seeds in results.items() if not ARMS[arm].single}
     summary: dict[str, Any] = {
         "method": " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
-        "arms": {arm: _describe_arm(arm, seeds) for arm, seeds in results.items()},
+        "arms": {arm: _describe_arm(arm, seeds) for arm, seeds in several.items()},
+        "single": {arm: _describe_arm(arm, seeds) for arm, seeds in _single(results).items()},
         "differences": {
             arm: _compare(results[REFINED], seeds)
             for arm, seeds in results.items()
@@ -106,6 +109,13 @@ def summarize(results: Results) -> dict[str, Any]:
         },
     }
     return {**summary, "goals": [*_check_goals(summary)]}
+
+
+def _single(results: Results) -> Results:
+    """Return the arms of one seed, after the refined one with that seed; nothing if there are none."""
+    single = {arm: seeds for arm, seeds in results.items() if ARMS[arm].single}
+    refined = {SINGLE: results[REFINED][SINGLE]} if SINGLE in results.get(REFINED, {}) else {}
+    return {REFINED: refined, **single} if single and refined else single
 
 
 def flatten(result: Result) -> dict[str, float]:
@@ -218,114 +228,3 @@ def _goal(figures: Mapping[str, Any], name: str, of: str, least: float) -> Itera
     if name in figures:
         mean = figures[name]["mean"]
         yield {"figure": name, "of": of, "mean": mean, "expected": least, "met": mean >= least}
-
-
-# Tables
-
-
-def to_markdown(summary: Mapping[str, Any]) -> str:
-    """Return the tables of a summary."""
-    arms, differences = summary["arms"], summary["differences"]
-    answers, transfer = _names(arms, "answers/"), _names(arms, f"transfer/{ALL_LANGUAGES}/")
-    languages = dict.fromkeys(name.split("/")[1] for name in _names(arms, "transfer/"))
-    by_language = [
-        part
-        for one in languages
-        if one != ALL_LANGUAGES
-        for part in (f"The language model `{one}`:", _by_arm(arms, _names(arms, f"transfer/{one}/")))
-    ]
-    probes = {head: [f"probes/{name}/{head}" for name in SETS] for head in HEADS}
-    by_head = [part for head, names in probes.items() for part in (f"With {HEADS[head]} heads:", _by_arm(arms, names))]
-    parts = [
-        summary["method"], "Accuracies are in %, with 95% intervals in brackets; one without is of one seed.",
-        "## Arms", _table(("arm", "stages", "seeds", "pictures", "tiles"), _arm_rows(arms)),
-        "## Probes", *by_head,
-        "## Answers", _by_arm(arms, answers), "The same questions about another picture:", _blind_table(arms),
-        "## Transfer", "Means over the language models:", _by_arm(arms, transfer),
-        *by_language,
-        f"## {REFINED} minus another arm", _by_figure(differences, [*chain(*probes.values()), *transfer, *answers]),
-        "## Goals", _goal_table(summary["goals"]),
-    ]  # fmt: skip
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _names(arms: Mapping[str, Any], start: str) -> list[str]:
-    """Return the figures that some arms have, questions in the order of CATEGORIES."""
-    names = dict.fromkeys(name for one in arms.values() for name in one["figures"] if name.startswith(start))
-    groups = dict.fromkeys(name.rpartition("/")[0] for name in names)
-    return [f"{group}/{category}" for group in groups for category in CATEGORIES if f"{group}/{category}" in names]
-
-
-def _arm_rows(arms: Mapping[str, Any]) -> Iterator[list[str]]:
-    for arm, one in arms.items():
-        counts = [f"{round(fmean(one[name])):,}" for name in ("pictures", "tiles_seen")]
-        yield [arm, one["title"], ", ".join(map(str, one["seeds"])), *counts]
-
-
-def _by_arm(arms: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return a table with a row for each arm that has one of the figures; nothing if none has."""
-    rows = [
-        [arm, *(_interval(one["figures"].get(name)) for name in names)]
-        for arm, one in arms.items()
-        if any(name in one["figures"] for name in names)
-    ]
-    return _table(("arm", *(_column(name) for name in names)), rows) if rows else ""
-
-
-def _by_figure(arms: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return a table with a row for each figure that one of the arms has, and a column for each arm."""
-    rows = [
-        [_long(name), *(_interval(one["figures"].get(name)) for one in arms.values())]
-        for name in names
-        if any(name in one["figures"] for one in arms.values())
-    ]
-    return _table(("figure", *arms), rows)
-
-
-def _blind_table(arms: Mapping[str, Any]) -> str:
-    blind = {arm: one["with_another_picture"] for arm, one in arms.items() if one["with_another_picture"]}
-    rows = [[arm, *(_percent(one[category]) for category in CATEGORIES)] for arm, one in blind.items()]
-    return _table(("arm", *CATEGORIES), rows)
-
-
-def _goal_table(goals: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [_long(goal["figure"]), goal["of"], _percent(goal["mean"]), _percent(goal["expected"]), _yes(goal["met"])]
-        for goal in goals
-    ]
-    return _table(("figure", "of", "mean", "at least", "reached"), rows)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _column(name: str) -> str:
-    """Return what tells the figures of a table apart: "objects" for "probes/objects/knn"."""
-    kind, *parts = name.split("/")
-    return {"probes": parts[0], "answers": parts[0], "transfer": ", ".join(parts[1:])}[kind].replace("_", " ")
-
-
-def _short(name: str) -> str:
-    """Return "objects, kNN" for "probes/objects/knn"."""
-    return ", ".join(HEADS.get(part, part.replace("_", " ")) for part in name.split("/")[1:] if part != ALL_LANGUAGES)
-
-
-def _long(name: str) -> str:
-    return f"{name.split('/')[0]}: {_short(name)}"
-
-
-def _interval(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return ""
-    interval = "" if figure["low"] is None else f" [{_percent(figure['low'])}, {_percent(figure['high'])}]"
-    return _percent(figure["mean"]) + interval
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
