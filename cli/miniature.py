@@ -16,8 +16,8 @@ from .progress import log
 SIZES = ("32px", "48px", "224px", "448px")
 ARMS = (
     "untrained", "base", "refined", "more_aim", "all_at_once", "stage3", "stages_1_3", "stages_2_3",
-    "frozen_language", "step_by_step", "data_1_2", "data_1_4", "data_1_8", "half_caption", "half_ocr", "half_open_qa",
-    "half_short_qa", "half_math", "half_text",
+    "refined_untrained", "frozen_language", "step_by_step", "data_1_2", "data_1_4", "data_1_8", "half_caption",
+    "half_ocr", "half_open_qa", "half_short_qa", "half_math", "half_text",
 )  # fmt: skip
 QUICK = 0.03  # of the pictures, for --quick
 SEEDS = (0, 1, 2)

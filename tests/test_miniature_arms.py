@@ -81,11 +81,12 @@ def test_arms_that_are_compared_have_equal_numbers_of_pictures():
 def test_arms_that_begin_alike_share_their_runs():
     assert run_names("refined") == ["refined/stage1", "refined/stage2", "refined/stage3"]
     assert run_names("frozen_language") == ["refined/stage1", "refined/stage2", "frozen_language/stage3"]
+    assert run_names("refined_untrained") == [f"refined_untrained/stage{number}" for number in (1, 2, 3)]
     assert run_names("stages_1_3") == ["refined/stage1", "stages_1_3/stages_2_3"]
     chains = {}  # no two chains have a run in common that are not the same up to there
     for arm, one in ARMS.items():
         for end, name in enumerate(run_names(arm), 1):
-            assert chains.setdefault(name, one.chain[:end]) == one.chain[:end]
+            assert chains.setdefault(name, (one.pretrained, one.chain[:end])) == (one.pretrained, one.chain[:end])
 
 
 def test_some_arms_have_one_seed():
@@ -228,11 +229,14 @@ def experiment(tmp_path_factory) -> tuple[Trainings, Planner]:
 def test_every_chain_begins_where_it_should(experiment):
     trainings, planner = experiment
     new, aim = planner.folder / "composed" / "new", planner.runs / "aim"
-    assert trainings.composed[new] == (aim, planner.folder / "languages" / "language")
+    language = planner.folder / "languages" / "language"
+    without = new.with_name("new-untrained")
+    assert (trainings.composed[new], trainings.composed[without]) == ((aim, language), (planner.untrained, language))
     assert planner.encoder("untrained") == planner.untrained != planner.encoder("base") == aim
     for arm, one in ARMS.items():
         runs = planner.arm_runs(arm)
-        for model, out in pairwise([aim if arm == "more_aim" else new, *runs]):
+        first = {"more_aim": aim, "refined_untrained": without}.get(arm, new)
+        for model, out in pairwise([first, *runs]):
             assert trainings.runs[out].model == str(model)
         assert [trainings.runs[out].name for out in runs] == [*one.recipes]
         assert trainings.converted.get(planner.encoder(arm), aim) == (runs[-1] if runs else aim)

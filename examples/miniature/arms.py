@@ -56,15 +56,17 @@ class Arm:
 
 
 STAGES_1_2 = (("stage1", "stage1"), ("stage2", "stage2"))
+STAGES = (*STAGES_1_2, ("stage3", "stage3"))
 ARMS = {
     "untrained": Arm("random weights", (), True, pretrained=False),
     "base": Arm("pretraining alone", (), True),
-    REFINED: Arm("stages 1, 2, 3", (*STAGES_1_2, ("stage3", "stage3")), True),
+    REFINED: Arm("stages 1, 2, 3", STAGES, True),
     "more_aim": Arm("pretraining goes on, with the pictures of the stages", (("aim", "all"),), True),
     "all_at_once": Arm("all components, all data at once", (("stage3", "all"),), True),
     "stage3": Arm("stage 3 alone, its data repeated", (("stage3", "stage3_repeated"),), True),
     "stages_1_3": Arm("stages 1 and 3, with the data of 2", (("stage1", "stage1"), ("stage3", "stages_2_3")), True),
     "stages_2_3": Arm("stages 2, with the data of 1, and 3", (("stage2", "stages_1_2"), ("stage3", "stage3")), True),
+    "refined_untrained": Arm("stages 1, 2, 3, without pretraining", STAGES, True, pretrained=False),
     "frozen_language": Arm(
         "stage 3 with a frozen language model", (*STAGES_1_2, ("stage3-frozen-language", "stage3")), single=True
     ),
@@ -141,7 +143,11 @@ def run_names(arm: str) -> list[str]:
     """
     chain, names = ARMS[arm].chain, []
     for end in range(1, len(chain) + 1):
-        owner = next(name for name, other in ARMS.items() if other.chain[:end] == chain[:end])
+        owner = next(
+            name
+            for name, other in ARMS.items()
+            if other.pretrained == ARMS[arm].pretrained and other.chain[:end] == chain[:end]
+        )
         names.append(f"{owner}/{chain[end - 1][1]}")
     return names
 

@@ -197,11 +197,15 @@ class Planner:
 
     def encoder(self, arm: str) -> Path:
         """Return the folder of the vision encoder of an arm."""
-        if not ARMS[arm].pretrained:
-            return self.untrained
         if not ARMS[arm].chain:
-            return self.runs / "aim"
+            return self.runs / "aim" if ARMS[arm].pretrained else self.untrained
         return self.folder / ENCODER if arm == REFINED else self.folder / "encoders" / arm
+
+    def start(self, arm: str) -> Path:
+        """Return the folder of the model that the first stage of an arm begins with."""
+        if not ARMS[arm].has_language:
+            return self.runs / "aim"
+        return self.folder / "composed" / ("new" if ARMS[arm].pretrained else "new-untrained")
 
     def arm_runs(self, arm: str) -> list[Path]:
         """Return the folders of the stages of an arm."""
@@ -247,8 +251,9 @@ class Planner:
         for _, corpus in arm.chain:
             if corpus in MIXES:
                 yield self._write_corpus(corpus)
-        first = self.folder / "composed" / "new" if arm.has_language else self.runs / "aim"
-        for (recipe, corpus), (model, out) in zip(arm.chain, pairwise([first, *runs]), strict=True):
+        if arm.chain and not arm.pretrained:
+            yield self._compose("new-untrained", self.untrained, LANGUAGE)
+        for (recipe, corpus), (model, out) in zip(arm.chain, pairwise([self.start(name), *runs]), strict=True):
             yield self._train(recipe, model, corpus, out)
         if arm.chain:
             yield self._convert(runs[-1], self.encoder(name), "vision")
