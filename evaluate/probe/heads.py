@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .lbfgs import minimise
+
 
 KINDS = ("mlp", "linear", "knn", "whitened_knn")
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
-HISTORY, HALVINGS, ARMIJO = 10, 20, 1e-4  # of L-BFGS and its line search
-TOLERANCE, ROUNDING = 1e-5, 1e-7  # of gradients; of values in float32
 MIN_STD = 1e-6
 STEPS = 64  # of an epoch, at least, where the batch size is not given
 ROWS = 1024  # images that are classified at a time, at most
@@ -362,68 +362,6 @@ class LogisticRegressions:
         """Return what predicts with the first classifier of a layer."""
         mean, std, weights, bias = self.mean[layer], self.std[layer], self.weights[layer, :, 0], self.bias[layer, :, 0]
         return _by_scores(lambda part: ((part.to(self.device) - mean) / std) @ weights + bias)
-
-
-def minimise(
-    objective: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor, iterations: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """
-    Minimise independent convex functions at once by L-BFGS, each with a step of its own.
-
-    Args:
-        objective: Variables (L, V, G, C) -> values (L, G) and gradients (L, V, G, C).
-        start: (L, V, G, C).
-        iterations: At most; all stop when the largest gradient is below TOLERANCE.
-
-    Returns:
-        The variables, and the values of each iteration.
-    """
-    x, (value, gradient), pairs, losses = start, objective(start), [], []
-    for _ in range(iterations):
-        if gradient.abs().max() < TOLERANCE:
-            break
-        direction = -_inverse_hessian(gradient, pairs)
-        slope = _dot(direction, gradient)
-        is_active = (slope < 0) & (gradient.abs().amax((1, 3)) >= TOLERANCE)  # a function at its minimum stays
-        step = is_active.to(x.dtype)[:, None, :, None]
-        for _ in range(HALVINGS):
-            new_value, new_gradient = objective(x + step * direction)
-            enough = (new_value <= value + ARMIJO * step[:, 0, :, 0] * slope + ROUNDING * value.abs())[:, None, :, None]
-            if enough.all():
-                break
-            step = torch.where(enough, step, step / 2)
-        enough &= is_active[:, None, :, None]
-        change = torch.where(enough, step * direction, 0.0)
-        difference = torch.where(enough, new_gradient - gradient, 0.0)
-        x, value = x + change, torch.where(enough[:, 0, :, 0], new_value, value)
-        gradient = gradient + difference
-        losses.append(value)
-        if not change.any():
-            break
-        pairs = [*pairs[-HISTORY + 1 :], (change, difference)]
-    return x, losses
-
-
-def _inverse_hessian(gradient: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Return the product of the gradient and the inverse Hessian that changes and differences of gradients imply."""
-    kept, result = [], gradient
-    for change, difference in reversed(pairs):
-        curvature = _dot(change, difference)
-        inverse = torch.where(curvature > 0, 1 / curvature, 0.0)
-        alpha = inverse * _dot(change, result)
-        result = result - alpha[:, None, :, None] * difference
-        kept.append((change, difference, inverse, alpha))
-    if pairs:
-        change, difference, inverse, _ = kept[0]
-        ratio = _dot(change, difference) / _dot(difference, difference)
-        result = result * torch.where(inverse > 0, ratio, 1.0)[:, None, :, None]
-    for change, difference, inverse, alpha in reversed(kept):
-        result = result + (alpha - inverse * _dot(difference, result))[:, None, :, None] * change
-    return result
-
-
-def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return (first * second).sum((1, 3))
 
 
 # Nearest neighbours

@@ -29,7 +29,7 @@ REFINED = "refined"
 @dataclass(frozen=True)
 class Arm:
     """
-    A way to train the pretrained encoder on; or none, as a measure for the others.
+    A way to train the encoder further, or a baseline without it.
 
     Attributes:
         title: For tables.
