@@ -412,6 +412,13 @@ def test_charts_show_the_arms_that_have_intervals(summary, tmp_path):
     assert draw_charts(single, tmp_path / "none") == []
 
 
+def test_the_legend_of_many_arms_is_inside_of_the_chart(summary, tmp_path):
+    draw_charts({"arms": {f"{name} of several seeds": summary["arms"]["refined"] for name in "abcdefghi"}}, tmp_path)
+    for name in ("probes.png", "transfer.png"):
+        with Image.open(tmp_path / name) as chart:
+            assert (np.asarray(chart.convert("L"))[:, [0, -1]] == 255).all()
+
+
 def change_result(folder: Path, arm: str, /, **values: object) -> None:
     path = folder / "seed-1" / "results" / f"{arm}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

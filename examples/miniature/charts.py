@@ -17,6 +17,7 @@ from .results import HEADS, SETS
 
 RUNS = {"connector": "connector trained", "language": "connector and language model trained"}
 COLUMNS = 3  # panels side by side
+NAMES = 2  # of arms in the legend, side by side below a panel
 
 
 def draw_charts(summary: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -88,7 +89,7 @@ def _draw_panels(panels: Mapping[str, Mapping[str, str]], arms: Mapping[str, Map
     for axis in axes[:, 0]:
         axis.set_ylabel("right, %")
     handles = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(arms), fontsize="small")
+    figure.legend(*handles, loc="outside lower center", ncols=min(len(arms), NAMES * columns), fontsize="small")
     figure.savefig(path, dpi=80)
     return path
 
