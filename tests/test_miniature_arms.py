@@ -19,7 +19,7 @@ from toy_sailvl import load_tokenizer
 import sailvit_cli
 from sailvit import SAILViTImageProcessor
 from sailvit.evaluate.probe.files import RESULTS
-from sailvit.examples.miniature import PROBE_SETS, write_world
+from sailvit.examples.miniature import PROBE_SETS, WorldPlan, write_world
 from sailvit.examples.miniature import run as steps
 from sailvit.examples.miniature.answers import CATEGORIES
 from sailvit.examples.miniature.arms import (
@@ -28,18 +28,16 @@ from sailvit.examples.miniature.arms import (
     MIXES,
     choose_arms,
     count_kinds,
-    count_pictures,
     run_names,
     write_corpus,
 )
 from sailvit.examples.miniature.charts import draw_charts
-from sailvit.examples.miniature.results import HEADS
+from sailvit.examples.miniature.results import HEADS, read_results
 from sailvit.examples.miniature.run import RECIPES, Planner, run_arms
 from sailvit.examples.miniature.setting import SIZES, Setting
 from sailvit.examples.miniature.summary import (
     bootstrap_pictures,
     mean_interval,
-    read_results,
     summarize,
 )
 from sailvit.examples.miniature.tables import to_markdown
@@ -63,6 +61,12 @@ def quiet(line: str) -> None:
 
 
 # The table
+
+
+def count_pictures(arm: str, plan: WorldPlan) -> int:
+    """How many pictures an arm sends through the encoder after pretraining."""
+    counts = [count_kinds(corpus, plan) for _, corpus in ARMS[arm].chain]
+    return sum(sum(one.values()) - one.get("text", 0) for one in counts)
 
 
 def test_arms_that_are_compared_have_equal_numbers_of_pictures():
@@ -309,6 +313,20 @@ def test_a_result_has_no_transfers_until_all_have_answered(trainings, tmp_path):
     assert json.loads((folder / "results" / "base.json").read_text())["transfer"] == {}
 
 
+def test_nothing_is_pretrained_for_arms_without_pretraining(trainings, tmp_path):
+    assert run_arms(tmp_path, Setting(), ["untrained", "refined_untrained"], [1], quiet) == 0
+    assert {run.name for run in trainings.runs if run.parent.name == "runs"} == {"language", "narrow", "wide"}
+
+
+def test_a_folder_holds_one_miniature_or_those_of_arms(trainings, tmp_path):
+    for made, name in ((tmp_path / "one", "world"), (tmp_path / "arms", "seed-1/world")):
+        (made / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="one: holds one miniature: give another folder for --arms"):
+        run_arms(tmp_path / "one", Setting(), ["base"], [0], quiet)
+    with pytest.raises(ValueError, match="arms: holds those of --arms: give --arms, too, or another folder"):
+        steps.run_miniature(tmp_path / "arms", Setting(), quiet)
+
+
 def test_a_miniature_without_arms_is_refined_alone(trainings, tmp_path):
     lines: list[str] = []
     assert steps.run_miniature(tmp_path, Setting(), lines.append) == 0
@@ -317,7 +335,7 @@ def test_a_miniature_without_arms_is_refined_alone(trainings, tmp_path):
     }  # fmt: skip
     assert trainings.converted[tmp_path / "sailvit-miniature"] == tmp_path / "arms" / "refined" / "stage3"
     assert (tmp_path / "report.html").exists()
-    assert lines[0] == "1/24 world (0 min)" and "22/24 result base (0 min, about 0 min left)" in lines
+    assert lines[0] == "1/24 world (0 min)" and "22/24 result base (0 min)" in lines
 
 
 # The summary
@@ -435,6 +453,13 @@ def test_a_seed_without_transfer_leaves_transfer_out(summary, tmp_path, capsys):
     assert "probes/objects/knn" in found["differences"]["base"]["figures"]
 
 
+def test_a_chart_without_figures_is_removed(summary, tmp_path):
+    for path in tmp_path.glob("seed-*/results/*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "transfer": {}}))
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 0
+    assert (tmp_path / "probes.png").exists() and not (tmp_path / "transfer.png").exists()
+
+
 def test_charts_of_one_seed_are_removed(summary, tmp_path):
     for seed in (1, 2):
         (tmp_path / f"seed-{seed}").rename(tmp_path.with_name(f"{tmp_path.name}-{seed}"))
@@ -447,8 +472,9 @@ def test_charts_of_one_seed_are_removed(summary, tmp_path):
     [
         ({"setting": "48px"}, "seed-0/results/base.json) and 48px ("),
         ({"arm": "typo"}, "expected one of the arms untrained, base,"),
-        ({"seed": 0}, "expected one result of base with seed 0, got two: remove one"),
+        ({"seed": 0}, "expected one result of base with seed 0, got another one in "),
         ({"arm": "half_math"}, "base.json: expected seed 0, the only one of half_math, got 1"),
+        ({"seed": -1}, "base.json: expected a seed from 0, got -1"),
         ({"seed": "one"}, "base.json: expected a result with seed: remove it"),
         ({"probes": None}, "base.json: expected a result with probes: remove it"),
     ],
@@ -458,6 +484,47 @@ def test_results_that_do_not_belong_together_are_one_line(summary, tmp_path, cap
     change_result(tmp_path, "base", **values)
     assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 2
     assert message in capsys.readouterr().err and (tmp_path / "summary.json").read_bytes() == before
+
+
+def change_entry(result: dict, path: str, value: object) -> dict:
+    """A result with an entry set to a value, or without it for None."""
+    *parents, last = path.split("/")
+    changed = json.loads(json.dumps(result))  # entries of `result_of` are shared
+    entry = changed
+    for name in parents:
+        entry = entry[name]
+    entry.pop(last) if value is None else entry.update({last: value})
+    return changed
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("answers/count", None, "answers/count"),
+        ("answers/count/right", None, "probes, answers and transfer"),
+        ("answers/count/right", "12", "answers/count: right"),
+        ("answers/count/accuracy_with_another_picture", 2, "answers/count: accuracy_with_another_picture"),
+        ("probes/objects", 3, "probes, answers and transfer"),
+        ("probes/objects/knn/accuracy", None, "probes, answers and transfer"),
+        ("probes/objects/knn/accuracy", "a", "probes, answers and transfer"),
+        ("probes/objects/knn/accuracy", float("nan"), "probes/objects/knn: accuracy"),
+        ("transfer/wide/connector", None, "transfer/wide/connector/colour"),
+        ("transfer/wide/language/what", None, "transfer/wide/language/what"),
+    ],
+)
+def test_what_is_wrong_in_a_result_is_named(summary, tmp_path, capsys, path, value, message):
+    file = tmp_path / "seed-1" / "results" / "refined.json"
+    file.write_text(json.dumps(change_entry(result_of("refined", 1, 0.9), path, value)))
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 2
+    assert f"{file}: expected a result with {message}" in capsys.readouterr().err
+
+
+def test_means_are_over_the_same_language_models(summary, tmp_path, capsys):
+    changed = change_entry(result_of("refined", 1, 0.9), "transfer/wide", None)
+    change_result(tmp_path, "refined", **changed)
+    assert sailvit_cli.main(["miniature", str(tmp_path), "--summary"]) == 2
+    error = capsys.readouterr().err
+    assert "one set of language models for transfer, got narrow, wide (" in error and "and narrow (" in error
 
 
 @pytest.mark.parametrize("content", [b"", b'{"arm": "ba', b"[]", b"\xff"])

@@ -1,10 +1,10 @@
 # Copyright 2026 The SAILViT package authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The arms of the experiment: ways from a pretrained vision encoder to a refined one, and the corpora that they train on.
+The arms of the experiment: ways from a pretrained or untrained vision encoder to a refined one, and their corpora.
 
 Each arm answers one question about gradual feature refinement (paper, section 3 and the ablations of stage 3). Arms
-that are compared send the same number of pictures through the encoder, unless the number is what they compare.
+that are compared over seeds send the same number of pictures through the encoder.
 """
 
 from collections import Counter
@@ -97,7 +97,7 @@ class Mix:
         corpora: Those of the world.
         kinds: The kinds of samples that are taken.
         part: The part of the samples that is taken, at random.
-        half: The kind that is raised to one half; the others are scaled evenly (paper, appendix F).
+        half: The kind that gets one half; the others are scaled evenly (paper, appendix F).
         pictures_of: Repeat the samples until the corpus has as many pictures as these corpora.
     """
 
@@ -163,12 +163,6 @@ def count_kinds(corpus: str, plan: WorldPlan) -> dict[str, int]:
             if (kind := _kind_of(task)) in mix.kinds:
                 counts[kind] += _repeated(count, mix, plan)
     return scale_kinds(counts, {mix.half: 0.5}, _total(mix, plan)) if mix.half else dict(counts)
-
-
-def count_pictures(arm: str, plan: WorldPlan) -> int:
-    """Return how many pictures an arm sends through the encoder after pretraining."""
-    counts = [count_kinds(corpus, plan) for _, corpus in ARMS[arm].chain]
-    return sum(sum(one.values()) - one.get(TEXT, 0) for one in counts)
 
 
 def write_corpus(name: str, world: Path, out: Path, plan: WorldPlan) -> None:

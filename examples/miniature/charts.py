@@ -12,18 +12,19 @@ from PIL import Image
 from ...evaluate.pictures import PrincipalColours, enlarge, side_by_side, stitch_tokens
 from .answers import CATEGORIES
 from .figure import SPACE, ZOOM, with_title
-from .results import HEADS, SETS
+from .results import HEADS, SETS, TRANSFER
+from .tables import ALL_LANGUAGES
 
 
-RUNS = {"connector": "connector trained", "language": "connector and language model trained"}
+RUNS = dict(zip(TRANSFER, ("connector trained", "connector and language model trained"), strict=True))
 COLUMNS = 3  # panels side by side
 NAMES = 2  # of arms in the legend, side by side below a panel
 
 
 def draw_charts(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     """
-    Draw what the arms with several seeds reached: a dot for each seed, a line for the mean. Without such arms, older
-    charts are removed.
+    Draw what the arms with several seeds reached: a dot for each seed, a line for the mean. A chart that would be empty
+    is removed.
 
     Args:
         summary: As `summarize` returns it.
@@ -34,13 +35,17 @@ def draw_charts(summary: Mapping[str, Any], folder: Path) -> list[Path]:
         name.replace("_", " "): {title.replace(" ", "\n"): f"probes/{name}/{head}" for head, title in HEADS.items()}
         for name in SETS
     }
-    transfer = {title: {name: f"transfer/mean/{run}/{name}" for name in CATEGORIES} for run, title in RUNS.items()}
-    charts = {"probes.png": probes, "transfer.png": transfer}
-    if not figures:
-        for name in charts:
-            (folder / name).unlink(missing_ok=True)
-        return []
-    return [_draw_panels(panels, figures, folder / name) for name, panels in charts.items()]
+    transfer = {
+        title: {name: f"transfer/{ALL_LANGUAGES}/{run}/{name}" for name in CATEGORIES} for run, title in RUNS.items()
+    }
+    drawn = []
+    for file, panels in (("probes.png", probes), ("transfer.png", transfer)):
+        shown = {name for panel in panels.values() for name in panel.values()}
+        if arms := {arm: own for arm, own in figures.items() if shown & {*own}}:
+            drawn.append(_draw_panels(panels, arms, folder / file))
+        else:
+            (folder / file).unlink(missing_ok=True)
+    return drawn
 
 
 def draw_tokens(encoders: Mapping[str, Path], picture: Image.Image) -> Image.Image:

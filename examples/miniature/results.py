@@ -4,12 +4,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ...convert.storage.files import replace_text
+from ...convert.storage.files import read_json, replace_text
 from ...evaluate.probe.files import RESULTS
-from .arms import ARMS
+from .answers import CATEGORIES
+from .arms import ARMS, SINGLE
 from .setting import Setting
 from .world import PROBE_SETS, TEXT
 
@@ -24,7 +26,12 @@ def _group_by_training() -> dict[str, list[str]]:
 
 PROBES = _group_by_training()
 SETS = [name for sets in PROBES.values() for name in sets]
+TRANSFER = ("connector", "language")  # the runs of a transfer, named after what is trained first in each
 HEADS = {"linear": "linear", "mlp": "MLP", "knn": "kNN", "whitened_knn": "whitened kNN"}  # name -> for tables
+Result = Mapping[str, Any]
+Results = Mapping[str, Mapping[int, Result]]  # arm -> seed -> result
+FIELDS = {"arm": str, "seed": int, "setting": str, "pictures": int, "tiles_seen": int, "probes": dict, "answers": dict,
+          "transfer": dict}  # fmt: skip
 RUN_FIELDS = ("recipe", "data", "samples_seen", "tiles_seen", "precision", "loss", "hours", "torch", "transformers")
 
 
@@ -96,3 +103,82 @@ def _by_set(content: Mapping[str, Any], train: str) -> dict[str, dict[str, Any]]
 
 def _read_answers(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
+
+
+# Reading
+
+
+def read_results(folder: Path) -> Results:
+    """
+    Return the results in a folder, in the order of ARMS and of the seeds.
+
+    Args:
+        folder: With NAME/results/ARM.json, a NAME for every seed.
+
+    Raises:
+        ValueError: There are none, one is not as `write_result` writes it, two are of the same arm and seed, or not all
+            of the same setting and language models.
+    """
+    read = {path: _read_result(path) for path in sorted(folder.glob("*/results/*.json"))}
+    if not read:
+        raise ValueError(
+            f"{folder}: no results: expected seed-N/results/ARM.json, which `sailvit miniature --arms` writes"
+        )
+    _check_same({path: result["setting"] for path, result in read.items()}, "setting")
+    languages = {path: ", ".join(sorted(result["transfer"])) for path, result in read.items() if result["transfer"]}
+    _check_same(languages, "set of language models for transfer")
+    found: dict[str, dict[int, Path]] = {name: {} for name in ARMS}
+    for path, result in read.items():
+        before = found[result["arm"]].setdefault(result["seed"], path)
+        if before != path:
+            same = f"{result['arm']} with seed {result['seed']}"
+            raise ValueError(f"{path}: expected one result of {same}, got another one in {before}: remove one")
+    return {arm: {seed: read[seeds[seed]] for seed in sorted(seeds)} for arm, seeds in found.items() if seeds}
+
+
+def list_entries(result: Result) -> dict[str, Mapping[str, Any]]:
+    """Return "probes/SET/HEAD", "answers/CATEGORY", "transfer/LANGUAGE/RUN/CATEGORY" -> its entry in a result."""
+    groups = {f"probes/{name}": heads for name, heads in result["probes"].items()} | {"answers": result["answers"]}
+    for language, runs in result["transfer"].items():
+        groups |= {f"transfer/{language}/{run}": answers for run, answers in runs.items()}
+    return {f"{group}/{name}": one for group, entries in groups.items() for name, one in entries.items()}
+
+
+def _read_result(path: Path) -> Result:
+    result = read_json(path)
+    arm, seed = result.get("arm"), result.get("seed")
+    if wrong := [name for name, kind in FIELDS.items() if type(result.get(name)) is not kind] or _wrong_entries(result):
+        raise ValueError(f"{path}: expected a result with {wrong[0]}: remove it, and the same command writes it anew")
+    if arm not in ARMS:
+        raise ValueError(f"{path}: expected one of the arms {', '.join(ARMS)}, got {arm!r}: remove it")
+    if seed < 0 or (ARMS[arm].single and seed != SINGLE):
+        expected = f"seed {SINGLE}, the only one of {arm}" if ARMS[arm].single else "a seed from 0"
+        raise ValueError(f"{path}: expected {expected}, got {seed}: remove it")
+    return result
+
+
+def _wrong_entries(result: Result) -> list[str]:
+    """Return what is missing in the entries of a result, or is not as `write_result` writes it."""
+    try:
+        found = list_entries(result)
+        answers = {name: one for name, one in found.items() if not name.startswith("probes/")}
+        shares = {f"{name}: accuracy": one["accuracy"] for name, one in found.items()}
+        for name, one in answers.items():
+            shares[f"{name}: accuracy_with_another_picture"] = one["accuracy_with_another_picture"]
+        wrong = [name for name, share in shares.items() if not 0 <= share <= 1]
+        wrong += [f"{name}: right" for name, one in answers.items() if {*one["right"]} - {*"01 "}]
+        runs = {f"transfer/{language}/{run}" for language, run in product(result["transfer"], TRANSFER)}
+        expected = {*runs, *({"answers"} if result["answers"] else ())}
+        return wrong + [name for name in sorted(map("/".join, product(expected, CATEGORIES))) if name not in answers]
+    except (AttributeError, KeyError, TypeError):
+        return ["probes, answers and transfer as `sailvit miniature` writes them"]
+
+
+def _check_same(values: Mapping[Path, str], what: str) -> None:
+    """Raise ValueError if results differ in something."""
+    first: dict[str, Path] = {}
+    for path, value in values.items():
+        first.setdefault(value, path)
+    if len(first) > 1:
+        described = " and ".join(f"{value} ({path})" for value, path in first.items())
+        raise ValueError(f"expected results of one {what}, got {described}: remove those of the other")

@@ -6,12 +6,15 @@ A miniature from nothing to a report, through the package's own functions; a sec
     setting.json       how large it is, and its seed
     world/, corpora/   pictures, questions, texts; corpora made of them for the arms
     untrained/         a vision encoder, language models
+    languages/         language models that are pretrained
+    composed/          multimodal models before their training
     runs/aim           the vision encoder, pretrained on pixels
     runs/language      the language model, pretrained on text; so are others, for transfer
     arms/ARM/CORPUS    the stages of an arm, refined/stage1 to refined/stage3 for gradual feature refinement
     sailvit-miniature  the refined vision encoder; those of other arms are in encoders/
     transfer/          a frozen encoder with another language model: the connector, then connector and language model
     probe/, answers/   what the encoders learned, by probes; what the multimodal models answer
+    cache/             features of probes
     results/ARM.json   both, and the pictures that it took
     report.html        the stages of refinement
     tokens.png         a picture, and its tokens in the encoders of the arms
@@ -29,7 +32,6 @@ from pathlib import Path
 from ...convert.compose import compose_model
 from ...convert.conversion import convert_checkpoint
 from ...evaluate.probe import ProbeOptions, run_probe
-from ...evaluate.probe.heads import KINDS
 from ...evaluate.report import build_report, write_report
 from ...train import load_recipe
 from ...train.checkpoints import is_finished
@@ -39,7 +41,7 @@ from .arms import ARMS, MIXES, PLAIN, REFINED, check_arms, choose_arms, count_ki
 from .charts import draw_tokens
 from .demo import TILES, make_picture
 from .models import random_encoder, random_language
-from .results import PROBES, describe_probe, write_result
+from .results import HEADS, PROBES, TRANSFER, describe_probe, write_result
 from .setting import LANGUAGE, Setting, check_setting
 from .summary import write_summary
 from .world import read_texts, write_world
@@ -49,7 +51,6 @@ RECIPES = Path(__file__).parent / "recipes"
 INTERVAL = 10.0  # seconds between lines about the same step
 ENCODER = "sailvit-miniature"
 PICTURED = ("base", "more_aim", REFINED)  # the arms of tokens.png
-TRANSFER = ("connector", "language")  # the runs of a transfer, named after what is trained first in each
 Log = Callable[[str], None]
 
 
@@ -89,11 +90,14 @@ def run_arms(
         As `run_miniature`.
 
     Raises:
-        ValueError: There is no such arm or it has none of the seeds, or a folder holds a miniature of another setting.
+        ValueError: There is no such arm or it has none of the seeds, or a folder holds a miniature of another setting
+            or without arms.
         TrainingError: A training cannot go on.
         OSError: A file cannot be written.
     """
     check_arms(arms, seeds)
+    if (folder / "world").exists():
+        raise ValueError(f"{folder}: holds one miniature: give another folder for --arms")
     check_setting(folder, setting.with_seed(0))
     for seed in seeds:
         one, chosen = setting.with_seed(seed), choose_arms(arms or [*ARMS], seed)
@@ -125,10 +129,12 @@ def run_miniature(
         0, or the exit code of a training that was stopped: the same call goes on.
 
     Raises:
-        ValueError: The folder holds a miniature of another setting.
+        ValueError: The folder holds a miniature of another setting, or those of arms.
         TrainingError: A training cannot go on.
         OSError: A file cannot be written.
     """
+    if any(folder.glob("seed-*/world")):
+        raise ValueError(f"{folder}: holds those of --arms: give --arms, too, or another folder")
     check_setting(folder, setting)
     steps = Planner(folder, setting, log, command).plan(arms, transfers)
     clock = Clock(sum(step.samples for step in steps))
@@ -161,8 +167,10 @@ class Clock:
         self.done += samples
 
     def describe(self) -> str:
-        left = self.elapsed / self.done * (self.samples - self.done) if self.done else None
-        return _minutes(self.elapsed) + ("" if left is None else f", about {_minutes(left)} left")
+        if not 0 < self.done < self.samples:
+            return _minutes(self.elapsed)
+        left = self.elapsed / self.done * (self.samples - self.done)
+        return f"{_minutes(self.elapsed)}, about {_minutes(left)} left"
 
 
 def _minutes(seconds: float) -> str:
@@ -180,7 +188,7 @@ class Planner:
     def plan(self, arms: Sequence[str], transfers: bool = False) -> list[Step]:
         """Return the steps of arms, each once, in order."""
         transferred = [name for name in arms if transfers and ARMS[name].transfers]
-        steps = [*self._prepare()]
+        steps = [*self._prepare(any(ARMS[name].pretrained for name in arms))]
         for name in arms:
             steps += self._train_arm(name)
         for language in self.setting.other_languages if transferred else ():
@@ -219,7 +227,7 @@ class Planner:
 
     # Steps
 
-    def _prepare(self) -> Iterator[Step]:
+    def _prepare(self, pretrain: bool) -> Iterator[Step]:
         yield Step("world", lambda: write_world(self.world, self.setting.world, _log_now_and_then(self.log)))
         options = self.setting.encoder
         yield _folder_step(
@@ -227,9 +235,11 @@ class Planner:
             self.untrained,
             lambda part: random_encoder(part, self.setting.world.seed, self.setting.max_tiles, **options),
         )
-        yield self._train("aim", self.untrained, "pretrain", self.runs / "aim")
+        if pretrain:
+            yield self._train("aim", self.untrained, "pretrain", self.runs / "aim")
         yield from self._train_language(LANGUAGE)
-        yield self._compose("new", self.runs / "aim", LANGUAGE)
+        if pretrain:
+            yield self._compose("new", self.runs / "aim", LANGUAGE)
 
     def _train_language(self, name: str) -> Iterator[Step]:
         """Yield the steps to a language model that is pretrained on text, composed with an encoder that it ignores."""
@@ -299,7 +309,7 @@ class Planner:
         """Return the step that probes an encoder on the test sets whose heads have the same training set."""
         sets, out = self.world / "probe", self.folder / "probe" / arm / train
         tests = [str(sets / name / "test") for name in PROBES[train]]
-        options = ProbeOptions(heads=KINDS, cache_dir=self.folder / "cache", dtype="float32")
+        options = ProbeOptions(heads=tuple(HEADS), cache_dir=self.folder / "cache", dtype="float32")
 
         def probe() -> None:
             results = run_probe([str(self.encoder(arm))], str(sets / train / "train"), tests, out, options)

@@ -4,44 +4,34 @@
 The arms over the seeds: summary.json, and the same as tables in summary.md.
 
 Intervals of means are Student's t over the seeds; settings were tuned with seed 0. A difference is paired: both arms
-have the world, the pretrained encoder and the language models of a seed in common (on another kind of processor, up to
-rounding), and the interval is that of the mean of the seeds' differences.
+have the world, the language models and, but for arms without pretraining, the pretrained encoder of a seed in common
+(on another kind of processor, up to rounding), and the interval is that of the mean of the seeds' differences.
 Within a seed, a bootstrap over test pictures gives the interval of a difference of answers, in summary.json alone: it
 holds the trained models fixed, so that it is narrower than what another seed would change.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from scipy.stats import sem, t
 
-from ...convert.storage.files import read_json, replace_text
+from ...convert.storage.files import replace_text
 from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
 from .arms import ARMS, REFINED, SINGLE
 from .charts import draw_charts
-from .results import HEADS
+from .results import HEADS, Result, Results, list_entries, read_results
 from .tables import ALL_LANGUAGES, to_markdown
 
 
-Result = Mapping[str, Any]
-Results = Mapping[str, Mapping[int, Result]]  # arm -> seed -> result
-GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # scenes need places, a mean has none
+GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # not clutter, nor scenes
 ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
+DIGITS = 6  # of the figures in summary.json
 PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
-FIELDS = {
-    "arm": str,
-    "seed": int,
-    "setting": str,
-    "pictures": int,
-    "tiles_seen": int,
-    "probes": dict,
-    "answers": dict,
-    "transfer": dict,
-}  # of a result
 
 
 def write_summary(folder: Path) -> list[Path]:
@@ -52,47 +42,14 @@ def write_summary(folder: Path) -> list[Path]:
         folder: With NAME/results/ARM.json, a NAME for every seed.
 
     Raises:
-        ValueError: There are no results, one cannot be read, two are of the same arm and seed, or not all of the same
-            setting.
+        ValueError: There are no results, one cannot be read, or they do not belong together.
     """
     summary = summarize(read_results(folder))
-    texts = {"summary.json": json.dumps(summary, indent=1) + "\n", "summary.md": to_markdown(summary)}
+    rounded = json.loads(json.dumps(summary), parse_float=lambda number: round(float(number), DIGITS))
+    texts = {"summary.json": json.dumps(rounded, indent=1) + "\n", "summary.md": to_markdown(summary)}
     for name, text in texts.items():
         replace_text(folder / name, text)
     return [*draw_charts(summary, folder), *(folder / name for name in texts)]
-
-
-def read_results(folder: Path) -> Results:
-    """Return the results in a folder: arm -> seed -> result, in the order of ARMS and of the seeds."""
-    found: dict[str, dict[int, Result]] = {name: {} for name in ARMS}
-    settings: dict[str, Path] = {}
-    for path in sorted(folder.glob("*/results/*.json")):
-        result = _read_result(path)
-        arm, seed = result["arm"], result["seed"]
-        if seed in found[arm]:
-            raise ValueError(f"{path}: expected one result of {arm} with seed {seed}, got two: remove one")
-        found[arm][seed] = result
-        settings.setdefault(result["setting"], path)
-    results = {arm: dict(sorted(seeds.items())) for arm, seeds in found.items() if seeds}
-    if not results:
-        raise ValueError(
-            f"{folder}: no results: expected seed-N/results/ARM.json, which `sailvit miniature --arms` writes"
-        )
-    if len(settings) > 1:
-        described = " and ".join(f"{setting} ({path})" for setting, path in settings.items())
-        raise ValueError(f"expected results of one setting, got {described}: remove those of the other")
-    return results
-
-
-def _read_result(path: Path) -> Result:
-    result = read_json(path)
-    if wrong := [name for name, kind in FIELDS.items() if type(result.get(name)) is not kind]:
-        raise ValueError(f"{path}: expected a result with {wrong[0]}: remove it, and the same command writes it anew")
-    if result["arm"] not in ARMS:
-        raise ValueError(f"{path}: expected one of the arms {', '.join(ARMS)}, got {result['arm']!r}")
-    if ARMS[result["arm"]].single and result["seed"] != SINGLE:
-        raise ValueError(f"{path}: expected seed {SINGLE}, the only one of {result['arm']}, got {result['seed']}")
-    return result
 
 
 def summarize(results: Results) -> dict[str, Any]:
@@ -119,14 +76,12 @@ def _single(results: Results) -> Results:
 
 
 def flatten(result: Result) -> dict[str, float]:
-    """Return "probes/SET/HEAD", "answers/CATEGORY", "transfer/LANGUAGE/RUN/CATEGORY" and their means -> accuracy."""
-    probes = {f"probes/{name}/{head}": one for name, heads in result["probes"].items() for head, one in heads.items()}
-    answers = {f"answers/{category}": one for category, one in result["answers"].items()}
-    transfer = {f"transfer/{name}": one for name, one in _transfers(result).items()}
-    found = {name: one["accuracy"] for name, one in {**probes, **answers, **transfer}.items()}
+    """Return the accuracies of a result, and their means over the language models, by the names of `list_entries`."""
+    found = {name: one["accuracy"] for name, one in list_entries(result).items()}
     languages = [*result["transfer"]]
-    for name in [name.split("/", 2)[2] for name in transfer if name.split("/")[1] == languages[0]]:
-        found[f"transfer/{ALL_LANGUAGES}/{name}"] = fmean(found[f"transfer/{one}/{name}"] for one in languages)
+    for run, category in product(result["transfer"][languages[0]] if languages else (), CATEGORIES):
+        accuracies = [found[f"transfer/{one}/{run}/{category}"] for one in languages]
+        found[f"transfer/{ALL_LANGUAGES}/{run}/{category}"] = fmean(accuracies)
     return found
 
 
@@ -139,23 +94,13 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _transfers(result: Result) -> dict[str, Any]:
-    """Return "LANGUAGE/RUN/CATEGORY" -> answers."""
-    return {
-        f"{language}/{run}/{category}": one
-        for language, runs in result["transfer"].items()
-        for run, answers in runs.items()
-        for category, one in answers.items()
-    }
-
-
 def _describe_arm(arm: str, seeds: Mapping[int, Result]) -> dict[str, Any]:
     figures = _gather({seed: flatten(result) for seed, result in seeds.items()})
     compute = {name: [result[name] for result in seeds.values()] for name in ("pictures", "tiles_seen")}
     blind = {
         category: fmean(result["answers"][category]["accuracy_with_another_picture"] for result in seeds.values())
         for category in CATEGORIES
-        if all(category in result["answers"] for result in seeds.values())
+        if all(result["answers"] for result in seeds.values())
     }
     return {"title": ARMS[arm].title, "seeds": [*seeds], **compute, "figures": figures, "with_another_picture": blind}
 
@@ -181,14 +126,11 @@ def _gather(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, A
 def _within(refined: Result, other: Result, names: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Return the intervals of differences of answers, over the test pictures of a seed; of the figures with a name."""
     answers = [
-        {f"answers/{name}": one for name, one in result["answers"].items()}
-        | {f"transfer/{name}": one for name, one in _transfers(result).items()}
+        {name: one["right"] for name, one in list_entries(result).items() if "right" in one}
         for result in (refined, other)
     ]
     try:
-        return {
-            name: bootstrap_pictures(*(one[name]["right"] for one in answers)) for name in names if name in answers[0]
-        }
+        return {name: bootstrap_pictures(*(one[name] for one in answers)) for name in names if name in answers[0]}
     except ValueError as error:
         raise ValueError(f"{refined['arm']} and {other['arm']}, seed {refined['seed']}: {error}") from error
 

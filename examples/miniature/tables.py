@@ -13,7 +13,7 @@ from .results import HEADS, SETS
 
 
 ALL_LANGUAGES = "mean"  # the name of the means over the language models
-PROBES = {head: [f"probes/{name}/{head}" for name in SETS] for head in HEADS}
+BY_HEAD = {head: [f"probes/{name}/{head}" for name in SETS] for head in HEADS}
 
 
 def to_markdown(summary: Mapping[str, Any]) -> str:
@@ -21,9 +21,9 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     arms, single = summary["arms"], summary["single"]
     differences = {arm: one for arm, one in summary["differences"].items() if arm in arms}
     transfers = {one: _names(arms, f"transfer/{one}/") for one in _languages(arms)}
-    figures = [*chain(*PROBES.values()), *transfers.get(ALL_LANGUAGES, ()), *_names(arms, "answers/")]
+    figures = [*chain(*BY_HEAD.values()), *transfers.get(ALL_LANGUAGES, ()), *_names(arms, "answers/")]
     parts = [
-        summary["method"], "Accuracies are in %, with 95% intervals in brackets; one without is of one seed.",
+        summary["method"], "Accuracies are means over the seeds, in %, some with 95% intervals in brackets.",
         _under("## Arms", _arm_table({**arms, **single, **arms})),  # refined, which is in both, with all its seeds
         _under("## Probes", *_by_head(arms)),
         _under("## Answers", *_answer_tables(arms)),
@@ -43,12 +43,12 @@ def _under(title: str, *parts: str) -> str:
 
 def _by_head(arms: Mapping[str, Any]) -> Iterator[str]:
     """Yield a table of probes for each head."""
-    for head, names in PROBES.items():
+    for head, names in BY_HEAD.items():
         yield _under(f"With {HEADS[head]} heads:", _by_arm(arms, names))
 
 
 def _answer_tables(arms: Mapping[str, Any]) -> Iterator[str]:
-    yield _by_arm(arms, _names(arms, "answers/"))
+    yield _under("Questions about the picture:", _by_arm(arms, _names(arms, "answers/")))
     yield _under("The same questions about another picture:", _blind_table(arms))
 
 
@@ -138,7 +138,7 @@ def _interval(figure: Mapping[str, Any] | None) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return f"{round(100 * value, 1) + 0:.1f}"  # + 0 turns -0.0 into 0.0
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
