@@ -24,11 +24,11 @@ from ...evaluate.statistics import CONFIDENCE, paired_bootstrap
 from .answers import CATEGORIES
 from .arms import ARMS, REFINED, SINGLE
 from .charts import draw_charts
-from .results import HEADS, Result, Results, list_entries, read_results
+from .results import HEADS, TRANSFER, Result, Results, list_entries, read_results
 from .tables import ALL_LANGUAGES, to_markdown
 
 
-GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # not clutter, nor scenes
+GATED_SETS = ("objects", "unseen_letters", "unseen_font_colour", "large_letters")  # not scenes: a mean has no places
 ANSWERS = {"what": 0.93, "colour": 0.98, "count": 0.87}  # what is expected of the refined model
 DIGITS = 6  # of the figures in summary.json
 PROBE_GAIN, TRANSFER_GAIN = 0.10, 0.15
@@ -79,7 +79,7 @@ def flatten(result: Result) -> dict[str, float]:
     """Return the accuracies of a result, and their means over the language models, by the names of `list_entries`."""
     found = {name: one["accuracy"] for name, one in list_entries(result).items()}
     languages = [*result["transfer"]]
-    for run, category in product(result["transfer"][languages[0]] if languages else (), CATEGORIES):
+    for run, category in product(TRANSFER, CATEGORIES) if languages else ():
         accuracies = [found[f"transfer/{one}/{run}/{category}"] for one in languages]
         found[f"transfer/{ALL_LANGUAGES}/{run}/{category}"] = fmean(accuracies)
     return found
