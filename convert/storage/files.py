@@ -45,7 +45,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file, completely or not at all, and its folder."""
+    """Write a text file, completely or not at all, and its folder; raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
